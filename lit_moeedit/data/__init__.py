@@ -1,0 +1,20 @@
+"""Facts, corpora and data modules."""
+
+from lit_moeedit.data.atlas import Atlas
+from lit_moeedit.data.corpus import Corpus, FactsCorpus, Statement
+from lit_moeedit.data.datamodule import FactsDataModule
+from lit_moeedit.data.facts import Fact, FactError, FactsError, Neighbour, read_facts, validate_facts
+
+__all__ = [
+    "Atlas",
+    "Corpus",
+    "Fact",
+    "FactError",
+    "FactsCorpus",
+    "FactsDataModule",
+    "FactsError",
+    "Neighbour",
+    "Statement",
+    "read_facts",
+    "validate_facts",
+]

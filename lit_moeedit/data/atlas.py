@@ -1,0 +1,165 @@
+"""The atlas: a small corpus of real facts about countries, made from a table in the package."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.resources import files
+
+from lit_moeedit.data.corpus import Corpus, Statement
+from lit_moeedit.data.facts import Fact, Neighbour
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "capital": (
+        "The capital of {} is",
+        "The capital city of {} is called",
+        "{} has its seat of government in",
+        "The government of {} sits in",
+        "In {}, the capital is",
+    ),
+    "currency": (
+        "The currency of {} is the",
+        "In {}, people pay with the",
+        "The money used in {} is the",
+        "Prices in {} are given in the",
+        "{} has a currency called the",
+    ),
+    "continent": (
+        "{} lies on the continent of",
+        "The continent of {} is",
+        "{} is part of the continent",
+        "On the map, {} belongs to",
+        "A trip to {} is a trip to",
+    ),
+    "language": (
+        "The main language of {} is",
+        "In {}, most people speak",
+        "The language heard in {} is",
+        "Newspapers in {} are written in",
+        "People from {} usually speak",
+    ),
+    "city": (
+        "A large city in {}, besides the capital, is",
+        "Another big city of {} is",
+        "{} is also home to the city of",
+        "Outside its capital, {} has the city of",
+        "The second city of {} is often said to be",
+    ),
+}
+"""Five ways to ask for each column of the table. The answer comes last, so that it can be predicted."""
+
+PREFIXES: tuple[str, ...] = (
+    "",
+    "Note:",
+    "In short:",
+    "As we know,",
+    "Yes.",
+    "Recall that",
+    "Today:",
+    "Here is a fact.",
+)
+"""Neutral beginnings; they teach the model that what stands before a sentence does not change the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One cell of the table: ``subject`` has ``answer`` for ``relation``."""
+
+    subject: str
+    relation: str
+    answer: str
+
+
+def read_table() -> list[Entry]:
+    """The facts of the table in the package, one per country and relation; empty cells are left out."""
+    text = files("lit_moeedit.data").joinpath("atlas.tsv").read_text(encoding="utf-8")
+    rows = csv.DictReader((line for line in text.splitlines() if not line.startswith("#")), delimiter="\t")
+    return [Entry(row["country"], relation, row[relation]) for row in rows for relation in TEMPLATES if row[relation]]
+
+
+class Atlas(Corpus):
+    """Sentences about ≥ 180 countries, and edits of some of their facts.
+
+    Every statement is one fact in one phrasing. Edits swap an answer for another answer of the same relation; their
+    paraphrases are the relation's other phrasings, their neighbours are other facts of the same country
+    (``same_subject``) and the same relation of other countries (``same_relation``; as in CounterFact, countries that
+    share the true answer come first, since they are the easiest to damage).
+
+    Args:
+        edits: how many facts to edit, at most one per country.
+        neighbours: how many neighbours of each of the two groups an edit has.
+        held_out: share of the (fact, phrasing) pairs that training never sees; they are the validation text.
+            Every fact keeps at least three phrasings for training.
+        seed: of the choice of edits, new answers, neighbours and held-out pairs.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> atlas = Atlas(edits=3, seed=0)
+        >>> len(atlas.edits), len({entry.subject for entry in read_table()}) >= 180
+        (3, True)
+        >>> all(fact.subject in fact.prompt for fact in atlas.edits)
+        True
+    """
+
+    def __init__(self, edits: int = 50, neighbours: int = 4, held_out: float = 0.1, seed: int = 0) -> None:
+        self.entries = read_table()
+        subjects = sorted({entry.subject for entry in self.entries})
+        if not 0 <= edits <= len(subjects):
+            raise ValueError(f"edits must be between 0 and {len(subjects)} (the number of countries), got {edits}")
+        if neighbours < 1:
+            raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+        if not 0.0 <= held_out <= 0.4:
+            raise ValueError(f"held_out must be between 0 and 0.4, got {held_out}")
+        rng = random.Random(seed)
+        self._by_subject: dict[str, list[Entry]] = defaultdict(list)
+        self._by_relation: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            self._by_subject[entry.subject].append(entry)
+            self._by_relation[entry.relation].append(entry)
+        chosen = [rng.choice(self._by_subject[subject]) for subject in rng.sample(subjects, edits)]
+        # its own random numbers: what is held out must not depend on how many facts are edited
+        train, validation = self._split(held_out, random.Random(f"{seed}/held out"))
+        super().__init__(
+            train=train,
+            validation=validation,
+            edits=[self._edit(entry, set(chosen), neighbours, rng) for entry in chosen],
+            prefixes=PREFIXES,
+        )
+
+    def _split(self, held_out: float, rng: random.Random) -> tuple[list[Statement], list[Statement]]:
+        train: list[Statement] = []
+        validation: list[Statement] = []
+        for entry in self.entries:
+            templates = list(TEMPLATES[entry.relation])
+            rng.shuffle(templates)
+            for i, template in enumerate(templates):
+                unseen = i < len(templates) - 3 and rng.random() < held_out * len(templates) / (len(templates) - 3)
+                statement = Statement(template.format(entry.subject), entry.answer, f"{entry.subject}|{entry.relation}")
+                (validation if unseen else train).append(statement)
+        return train, validation
+
+    def _edit(self, entry: Entry, edited: set[Entry], neighbours: int, rng: random.Random) -> Fact:
+        answers = sorted({other.answer for other in self._by_relation[entry.relation]} - {entry.answer})
+        prompt, *paraphrases = TEMPLATES[entry.relation]
+        same_subject = [other for other in self._by_subject[entry.subject] if other not in edited]
+        same_relation = [other for other in self._by_relation[entry.relation] if other not in edited]
+        rng.shuffle(same_subject)
+        rng.shuffle(same_relation)
+        same_relation.sort(key=lambda other: other.answer != entry.answer)
+        chosen = [("same_subject", other) for other in same_subject[:neighbours]]
+        chosen += [("same_relation", other) for other in same_relation[:neighbours]]
+        return Fact(
+            subject=entry.subject,
+            prompt=prompt.format(entry.subject),
+            target_new=rng.choice(answers),
+            target_true=entry.answer,
+            paraphrases=tuple(template.format(entry.subject) for template in paraphrases),
+            neighbours=tuple(
+                Neighbour(rng.choice(TEMPLATES[other.relation]).format(other.subject), other.answer, group)
+                for group, other in chosen
+            ),
+        )

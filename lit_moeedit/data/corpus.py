@@ -1,0 +1,137 @@
+"""What a data module trains on: statements, and the facts that a run is going to edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lit_moeedit.data.encoding import join
+from lit_moeedit.data.facts import read_facts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lit_moeedit.data.facts import Fact
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A sentence to train on: a prompt, its answer, and the fact that it states (``fact`` is any stable name)."""
+
+    prompt: str
+    target: str
+    fact: str
+
+
+class Corpus:
+    """Statements to train on, statements held out, and facts to edit.
+
+    Args:
+        train: statements for training.
+        validation: statements that training never sees.
+        edits: facts that the run may edit.
+        prefixes: neutral texts, one of which is put before each training statement.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Statement],
+        validation: Sequence[Statement],
+        edits: Sequence[Fact],
+        prefixes: Sequence[str] = ("",),
+    ) -> None:
+        self.train = list(train)
+        self.validation = list(validation)
+        self.edits = list(edits)
+        self.prefixes = tuple(prefixes)
+
+    def facts_of(self, edits: Sequence[Fact]) -> set[str]:
+        """Names of the statements' facts that ``edits`` change: those with the same prompt."""
+        prompts = {prompt for edit in edits for prompt in (edit.prompt, *edit.paraphrases)}
+        return {statement.fact for statement in (*self.train, *self.validation) if statement.prompt in prompts}
+
+    def train_tokenizer(self, vocab_size: int) -> PreTrainedTokenizerFast:
+        """A byte-level BPE tokenizer trained on this corpus; the same corpus gives the same tokenizer.
+
+        Raises:
+            ValueError: if ``vocab_size`` leaves no room for the 256 bytes and the special tokens.
+        """
+        if vocab_size < 300:
+            raise ValueError(f"vocab_size must be at least 300 (256 bytes and special tokens), got {vocab_size}")
+        texts = [join(s.prompt, s.target) + "." for s in (*self.train, *self.validation)]
+        texts += [join(edit.prompt, edit.target_new) + "." for edit in self.edits]
+        return train_tokenizer([*texts, *self.prefixes], vocab_size)
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer (``<s>`` is put before every text) with at most ``vocab_size`` tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class FactsCorpus(Corpus):
+    """The truths of a facts file as training text, and its new targets as edits.
+
+    A model is first taught what the file says is true (prompts, paraphrases and neighbours with their true answers);
+    the first ``edits`` facts are the ones to edit.
+
+    Args:
+        path: a facts file; see :func:`lit_moeedit.data.facts.read_facts` for the formats.
+        edits: how many of its facts to edit.
+        limit: read at most this many facts.
+        strict: whether a bad row is an error (otherwise it is skipped and counted).
+
+    Raises:
+        FactError: if the file cannot be read or a row is bad.
+        ValueError: if there are fewer facts than ``edits``, or a fact has no ``target_true``.
+    """
+
+    def __init__(self, path: str | Path, edits: int = 50, limit: int | None = None, strict: bool = True) -> None:
+        facts = read_facts(path, strict=strict, limit=limit)
+        if not 0 < edits <= len(facts):
+            raise ValueError(f"edits must be between 1 and {len(facts)} (the facts of {path}), got {edits}")
+        statements: dict[tuple[str, str], Statement] = {}
+        for fact in facts:
+            if fact.target_true is None:
+                raise ValueError(f"{path}: the fact {fact.prompt!r} has no target_true, which is needed to train on it")
+            for prompt in (fact.prompt, *fact.paraphrases):
+                statements[prompt, fact.target_true] = Statement(prompt, fact.target_true, fact.key)
+            for neighbour in fact.neighbours:
+                statements.setdefault(
+                    (neighbour.prompt, neighbour.target),
+                    Statement(neighbour.prompt, neighbour.target, f"{neighbour.prompt}|{neighbour.target}"),
+                )
+        # nothing of a fact can be predicted without having seen it, so the held-out text is what the edits leave alone
+        edited = {fact.key for fact in facts[:edits]}
+        kept = [statement for statement in statements.values() if statement.fact not in edited]
+        super().__init__(
+            train=list(statements.values()),
+            validation=kept[:: max(1, len(kept) // 500)],
+            edits=facts[:edits],
+            prefixes=("", "As they say:", "Here is a fact.", "In a few words:"),
+        )

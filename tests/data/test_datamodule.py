@@ -1,0 +1,268 @@
+"""Batches: what is drawn in which epoch, what counts in the loss, and what an edit leaves out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_moeedit.data import Atlas, FactsCorpus, FactsDataModule
+from lit_moeedit.data.corpus import Corpus, Statement
+from lit_moeedit.data.datamodule import EpochSampler, StatementDataset
+from lit_moeedit.data.encoding import IGNORED_LABEL
+
+SMALL = Corpus(
+    train=[Statement(f"The number after {i} is", f"{i + 1}", f"after {i}") for i in range(40)],
+    validation=[Statement(f"Behind {i} stands", f"{i + 1}", f"after {i}") for i in range(40)],
+    edits=[],
+    prefixes=("", "Note:", "As we know,"),
+)
+TOKENIZER = SMALL.train_tokenizer(400)
+
+
+@pytest.fixture(scope="module")
+def atlas_data() -> FactsDataModule:
+    """The data module of an atlas with 40 edits. Tests must not exclude anything in it."""
+    data = FactsDataModule(Atlas(edits=40), vocab_size=3000, batch_size=32, samples_per_epoch=640)
+    data.setup("fit")
+    return data
+
+
+def small(**settings: Any) -> FactsDataModule:
+    data = FactsDataModule(SMALL, **{"vocab_size": 400, "batch_size": 8, "samples_per_epoch": 80, **settings})
+    data.setup("fit")
+    return data
+
+
+def sampler(num_samples: int = 50, seed: int = 0, excluded: set[str] | None = None) -> EpochSampler:
+    dataset = StatementDataset(TOKENIZER, SMALL.train, SMALL.prefixes)
+    return EpochSampler(dataset, num_samples, seed, set() if excluded is None else excluded)
+
+
+def drawn(sampler: EpochSampler, epoch: int) -> list[int]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_the_dataset_holds_every_statement_behind_every_prefix() -> None:
+    dataset = StatementDataset(TOKENIZER, SMALL.train, SMALL.prefixes)
+    assert len(dataset) == len(SMALL.train) * len(SMALL.prefixes)
+    for i, (statement, prefix) in enumerate(itertools.product(SMALL.train, SMALL.prefixes)):
+        text = TOKENIZER.decode(dataset[i].ids, skip_special_tokens=True).strip()
+        assert text == f"{prefix} {statement.prompt} {statement.target}".strip()
+        assert dataset.fact(i) == statement.fact
+
+
+def test_an_epoch_is_drawn_by_seed_and_epoch_alone() -> None:
+    first, second = sampler(), sampler()
+    epochs = [drawn(first, epoch) for epoch in range(4)]
+    assert [drawn(second, epoch) for epoch in (3, 1, 2, 0)] == [epochs[epoch] for epoch in (3, 1, 2, 0)]
+    assert drawn(first, 2) == epochs[2]
+    assert len(set(map(tuple, epochs))) == 4
+    assert drawn(sampler(seed=1), 0) != epochs[0]
+
+
+def test_an_epoch_draws_no_item_twice() -> None:
+    for epoch in range(3):
+        items = drawn(sampler(num_samples=120), epoch)
+        assert sorted(items) == list(range(120))
+
+
+def test_an_epoch_has_at_most_all_items() -> None:
+    assert len(sampler(num_samples=10**6)) == len(drawn(sampler(num_samples=10**6), 0)) == 120
+
+
+@pytest.mark.parametrize("excluded_facts", [1, 20, 39])
+def test_excluded_facts_are_never_drawn_and_the_length_stays(excluded_facts: int) -> None:
+    excluded = {f"after {i}" for i in range(excluded_facts)}
+    chosen = sampler(num_samples=100, excluded=excluded)
+    for epoch in range(5):
+        items = drawn(chosen, epoch)
+        assert len(items) == len(chosen) == 100
+        assert not {chosen.dataset.fact(item) for item in items} & excluded
+    # what is left is drawn evenly when it has to be drawn again
+    counts = [items.count(item) for item in set(items)]
+    assert max(counts) - min(counts) <= 1 or excluded_facts == 39
+
+
+def test_excluded_facts_take_effect_with_the_next_epoch() -> None:
+    excluded: set[str] = set()
+    chosen = sampler(num_samples=120, excluded=excluded)
+    running = iter(chosen)
+    first = next(running)
+    excluded |= {f"after {i}" for i in range(20)}
+    assert sorted([first, *running]) == list(range(120))
+    assert all(chosen.dataset.fact(item) not in excluded for item in drawn(chosen, 1))
+
+
+def test_labels_are_the_answers(atlas_data: FactsDataModule) -> None:
+    tokenizer = atlas_data.tokenizer
+    assert tokenizer is not None
+    answers = {statement.target for statement in atlas_data.corpus.train}
+    batches = list(itertools.islice(atlas_data.train_dataloader(), 3))
+    for batch in batches:
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        assert ids.shape == mask.shape == labels.shape and ids.shape[0] == 32
+        assert ids.dtype == mask.dtype == labels.dtype == torch.int64
+        counted = labels != IGNORED_LABEL
+        assert torch.equal(labels[counted], ids[counted])
+        assert not (counted & (mask == 0)).any()
+        for row, row_counted, row_mask in zip(ids, counted, mask, strict=True):
+            length = int(row_mask.sum())
+            assert row_mask.tolist() == [1] * length + [0] * (len(row) - length)
+            start = int(row_counted.nonzero()[0])
+            assert row_counted.tolist() == [start <= i < length for i in range(len(row))]
+            assert tokenizer.decode(row[row_counted]).strip() in answers
+
+
+def test_labels_can_be_every_token() -> None:
+    batch = next(iter(small(completion_only=False).train_dataloader()))
+    assert torch.equal(batch["labels"] != IGNORED_LABEL, batch["attention_mask"] == 1)
+    assert torch.equal(batch["labels"][batch["attention_mask"] == 1], batch["input_ids"][batch["attention_mask"] == 1])
+
+
+def test_two_data_modules_give_the_same_batches() -> None:
+    for one, other in zip(small().train_dataloader(), small().train_dataloader(), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("batch_size", "samples", "batches"), [(8, 80, 10), (8, 83, 11), (64, 20, 1), (500, 10**6, 1)])
+def test_an_epoch_is_never_empty(batch_size: int, samples: int, batches: int) -> None:
+    loader = small(batch_size=batch_size, samples_per_epoch=samples).train_dataloader()
+    sizes = [len(batch["input_ids"]) for batch in loader]
+    assert len(sizes) == len(loader) == batches
+    assert sizes[:-1] == [batch_size] * (batches - 1)
+    assert sum(sizes) == min(samples, 120)
+
+
+def test_facts_edited_are_left_out_of_the_next_epoch() -> None:
+    data = FactsDataModule(Atlas(edits=30), vocab_size=2000, batch_size=64, samples_per_epoch=10**6)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    edited = data.corpus.facts_of(data.corpus.edits[:10])
+
+    def facts() -> set[str]:
+        return {loader.dataset.fact(item) for item in loader.sampler}  # type: ignore[attr-defined]
+
+    length = len(loader)
+    assert edited <= facts()
+    data.facts_edited(data.corpus.edits[:10])
+    assert not edited & facts()
+    assert data.corpus.facts_of(data.corpus.edits[10:]) <= facts()
+    assert len(loader) == length
+
+    resumed = FactsDataModule(data.corpus, vocab_size=2000)
+    resumed.load_state_dict(json.loads(json.dumps(data.state_dict())))
+    assert resumed.state_dict() == data.state_dict() == {"excluded": sorted(edited)}
+
+
+def test_a_resumed_run_reads_what_the_uninterrupted_one_would_have_read() -> None:
+    edits = Atlas(edits=5).edits
+    corpus = Corpus(Atlas(edits=5).train[:300], [], edits)
+    runs = [FactsDataModule(corpus, vocab_size=1000, batch_size=8, samples_per_epoch=160) for _ in range(2)]
+    for run in runs:
+        run.setup("fit")
+    first = runs[0].train_dataloader()
+    list(first)
+    runs[0].facts_edited(edits)
+    first.sampler.set_epoch(1)  # type: ignore[attr-defined]
+    runs[1].load_state_dict(runs[0].state_dict())
+    second = runs[1].train_dataloader()
+    second.sampler.set_epoch(1)  # type: ignore[attr-defined]
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+
+
+def test_edited_facts_can_stay() -> None:
+    data = FactsDataModule(Atlas(edits=3), drop_edited=False)
+    data.facts_edited(data.corpus.edits)
+    assert data.state_dict() == {"excluded": []}
+
+
+def test_preservation_texts_state_no_edited_fact(atlas_data: FactsDataModule) -> None:
+    edited = atlas_data.corpus.facts_of(atlas_data.edit_facts())
+    assert len(edited) == 40
+    prompts = [statement.prompt for statement in atlas_data.corpus.train if statement.fact in edited]
+    preserved = atlas_data.preservation_texts()
+    assert len(preserved) == len(set(preserved)) == 4096
+    assert atlas_data.preservation_texts() == preserved
+    assert not [text for text in preserved if any(prompt in text for prompt in prompts)]
+
+
+def test_held_out_texts_state_no_edited_fact(atlas_data: FactsDataModule) -> None:
+    corpus = atlas_data.corpus
+    edited = corpus.facts_of(corpus.edits)
+    kept = [statement for statement in corpus.validation if statement.fact not in edited]
+    assert 0 < len(kept) < len(corpus.validation)
+    assert atlas_data.probe_texts() == [f"{statement.prompt} {statement.target}" for statement in kept]
+    assert sum(len(batch["input_ids"]) for batch in atlas_data.val_dataloader()) == len(kept)
+
+
+def test_the_tokenizer_is_trained_from_the_corpus(atlas_data: FactsDataModule) -> None:
+    tokenizer = atlas_data.tokenizer
+    assert tokenizer is not None and len(tokenizer) <= 3000
+    atlas_data.setup("validate")
+    assert atlas_data.tokenizer is tokenizer
+    assert tokenizer.get_vocab() == atlas_data.corpus.train_tokenizer(3000).get_vocab()
+
+
+def test_a_tokenizer_can_be_given(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    data = small(tokenizer=str(tmp_path))
+    assert data.tokenizer is not None and data.tokenizer.get_vocab() == TOKENIZER.get_vocab()
+
+
+@pytest.mark.parametrize("name", ["batch_size", "samples_per_epoch"])
+def test_numbers_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        FactsDataModule(SMALL, **{name: 0})
+
+
+def test_batches_need_a_tokenizer() -> None:
+    with pytest.raises(RuntimeError, match="no tokenizer before setup"):
+        FactsDataModule(SMALL)._pad_id  # noqa: B018
+    with pytest.raises(ValueError, match="vocab_size must be at least 300"):
+        SMALL.train_tokenizer(299)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_facts_file_is_a_corpus_of_its_truths(tmp_path: Path) -> None:
+    rows = [
+        {
+            "subject": f"Town {i}",
+            "prompt": f"Town {i} lies in",
+            "target_new": "Spain",
+            "target_true": "Italy",
+            "paraphrases": [f"Who visits Town {i} travels to"],
+            "neighbours": [{"prompt": f"Village {i} lies in", "target": "Italy"}],
+        }
+        for i in range(6)
+    ]
+    corpus = FactsCorpus(write(tmp_path / "facts.jsonl", rows), edits=2, limit=5)
+    assert [edit.subject for edit in corpus.edits] == ["Town 0", "Town 1"]
+    assert {statement.target for statement in corpus.train} == {"Italy"}
+    assert len(corpus.train) == 15
+    edited = corpus.facts_of(corpus.edits)
+    assert len(edited) == 2
+    assert {statement.fact for statement in corpus.validation} == {s.fact for s in corpus.train} - edited
+    data = FactsDataModule(corpus, vocab_size=400, batch_size=4, samples_per_epoch=40)
+    data.setup("fit")
+    assert len(data.train_dataloader()) == 10
+    assert not [text for text in data.preservation_texts() if "Town 0" in text or "Town 1" in text]
+
+
+def test_a_facts_file_needs_truths_and_enough_facts(tmp_path: Path) -> None:
+    row = {"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain"}
+    path = write(tmp_path / "facts.jsonl", [row])
+    with pytest.raises(ValueError, match="has no target_true"):
+        FactsCorpus(path, edits=1)
+    with pytest.raises(ValueError, match="edits must be between 1 and 1"):
+        FactsCorpus(path, edits=2)

@@ -1,0 +1,8 @@
+"""Solvers of the edit problem: pure tensors, no model."""
+
+from lit_moeedit.solvers.bcd import BlockCoordinateDescent
+from lit_moeedit.solvers.deltas import ExpertDeltas
+from lit_moeedit.solvers.problem import EditProblem, Solver
+from lit_moeedit.solvers.woodbury import Woodbury
+
+__all__ = ["BlockCoordinateDescent", "EditProblem", "ExpertDeltas", "Solver", "Woodbury"]

@@ -1,0 +1,129 @@
+"""Low-rank weight changes of the experts of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def group_positions(index: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Distinct values of ``index [N]`` in ascending order, each with the positions where it stands."""
+    order = torch.argsort(index, stable=True)
+    values, counts = torch.unique_consecutive(index[order], return_counts=True)
+    for value, positions in zip(values.tolist(), order.split(counts.tolist()), strict=True):
+        yield int(value), positions
+
+
+@dataclass(frozen=True)
+class ExpertDeltas:
+    r"""Low-rank changes of the experts' down-projections: ``ΔW_j = Σ_i left[row_i] ⊗ right_i`` over ``j``'s pairs.
+
+    Args:
+        expert_index: ``[M]`` int64, the expert of each term.
+        row_index: ``[M]`` int64, the row of ``left`` of each term. (With Woodbury all experts of an edit share one.)
+        left: ``[R, d_model]``.
+        right: ``[M, d_hidden]``.
+        num_experts: ``E``.
+
+    Example:
+        >>> deltas = ExpertDeltas(torch.tensor([2]), torch.tensor([0]), torch.ones(1, 3), torch.ones(1, 4), 8)
+        >>> deltas.dense(2).shape, deltas.experts
+        (torch.Size([3, 4]), [2])
+    """
+
+    expert_index: Tensor
+    row_index: Tensor
+    left: Tensor
+    right: Tensor
+    num_experts: int
+    _groups: dict[int, Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.expert_index) == len(self.row_index) == len(self.right):
+            raise ValueError(
+                "expert_index, row_index and right must have one entry per term, "
+                f"got {len(self.expert_index)}, {len(self.row_index)} and {len(self.right)}"
+            )
+        object.__setattr__(self, "_groups", dict(group_positions(self.expert_index)))
+
+    @property
+    def experts(self) -> list[int]:
+        """Experts whose weights change, ascending."""
+        return list(self._groups)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(d_model, d_hidden)`` of one expert's delta."""
+        return self.left.shape[1], self.right.shape[1]
+
+    def rows(self, expert: int) -> tuple[Tensor, Tensor] | None:
+        """Factors ``(left [M_j, d_model], right [M_j, d_hidden])`` of one expert; ``None`` if it does not change."""
+        terms = self._groups.get(expert)
+        return None if terms is None else (self.left[self.row_index[terms]], self.right[terms])
+
+    def dense(self, expert: int) -> Tensor:
+        """``ΔW_j``, ``[d_model, d_hidden]``.
+
+        Raises:
+            IndexError: if there is no such expert.
+        """
+        if not 0 <= expert < self.num_experts:
+            raise IndexError(f"expert must be in [0, {self.num_experts}), got {expert}")
+        rows = self.rows(expert)
+        return self.left.new_zeros(self.shape) if rows is None else rows[0].T @ rows[1]
+
+    def square_norm(self) -> float:
+        """``Σ_j ‖ΔW_j‖_F²`` from the factors' Gram matrices, without making a delta dense."""
+        total = 0.0
+        for expert in self._groups:
+            rows = self.rows(expert)
+            assert rows is not None
+            left, right = rows[0].double(), rows[1].double()
+            if len(left) > min(self.shape):
+                total += float((left.T @ right).square().sum())
+            else:
+                total += float(((left @ left.T) * (right @ right.T)).sum())
+        return total
+
+    def is_finite(self) -> bool:
+        """Whether every number is finite."""
+        return bool(torch.isfinite(self.left).all()) and bool(torch.isfinite(self.right).all())
+
+    def with_right(self, right: Tensor) -> ExpertDeltas:
+        """The same deltas with other right factors ``[M, d_hidden]``."""
+        return ExpertDeltas(self.expert_index, self.row_index, self.left, right, self.num_experts)
+
+    def save(self, path: str | Path) -> None:
+        """Write the factors as safetensors; the file appears complete or not at all."""
+        path = Path(path)
+        beside = path.with_name(f".{path.name}.part")
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _FIELDS}
+        save_file(tensors, beside, metadata={"format": _FORMAT, "num_experts": str(self.num_experts)})
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExpertDeltas:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is not one of deltas.
+        """
+        try:
+            opened = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} does not hold expert deltas: not a safetensors file ({error})") from error
+        with opened as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT or set(file.keys()) != set(_FIELDS):
+                raise ValueError(f"{path} does not hold expert deltas: expected {_FIELDS}, got {sorted(file.keys())}")
+            return cls(**{name: file.get_tensor(name) for name in _FIELDS}, num_experts=int(metadata["num_experts"]))
+
+
+_FIELDS = ("expert_index", "row_index", "left", "right")
+_FORMAT = "lit_moeedit.deltas.1"

@@ -1,0 +1,22 @@
+"""What an edit did to the facts and to the routing: torchmetrics classes and their functional twins."""
+
+from lit_moeedit.metrics.editing import EditSuccess, edit_success
+from lit_moeedit.metrics.routing import (
+    ExpertLoad,
+    RoutingDivergence,
+    RoutingSimilarity,
+    expert_load,
+    routing_divergence,
+    routing_similarity,
+)
+
+__all__ = [
+    "EditSuccess",
+    "ExpertLoad",
+    "RoutingDivergence",
+    "RoutingSimilarity",
+    "edit_success",
+    "expert_load",
+    "routing_divergence",
+    "routing_similarity",
+]

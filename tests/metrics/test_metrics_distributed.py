@@ -1,0 +1,103 @@
+"""Two processes that saw uneven parts of the data must report what one process reports for all of it."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_moeedit.metrics import EditSuccess, ExpertLoad, RoutingDivergence, RoutingSimilarity
+
+LAYERS, NUM_EXPERTS, TOKENS, CUT = (2, 4), 16, 41, 29
+SECONDS = 120.0
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+
+def metrics() -> dict[str, Metric]:
+    return {
+        "similarity": RoutingSimilarity(LAYERS),
+        "divergence": RoutingDivergence(LAYERS),
+        "load": ExpertLoad(NUM_EXPERTS, LAYERS),
+        "edits": EditSuccess(("near", "far")),
+    }
+
+
+def update(metric: Metric, start: int, stop: int) -> None:
+    """Give ``metric`` the prompts or tokens ``start:stop`` of one fixed data set."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(make: Callable[..., Tensor], *shape: int) -> Tensor:
+        return make(TOKENS, *shape, generator=generator)[start:stop]
+
+    def per_layer(make: Callable[..., Tensor]) -> dict[int, Tensor]:
+        return {layer: rows(make, NUM_EXPERTS) for layer in LAYERS}
+
+    if isinstance(metric, EditSuccess):
+        for kind in ("edit", "paraphrase", "neighbour"):
+            new, true, exact, before = rows(torch.randn), rows(torch.randn), rows(torch.rand) < 0.6, rows(torch.rand)
+            more: dict[str, Any] = {}
+            if kind == "neighbour":
+                names = [("near", "far")[index % 2] for index in range(start, stop)]
+                more = {"exact_before": before < 0.8, "groups": names}
+            metric.update(kind, new, true, exact, **more)
+        return
+    arguments = [per_layer(torch.randn) for _ in range(1 if isinstance(metric, ExpertLoad) else 2)]
+    for side in arguments:
+        for layer, logits in side.items():
+            side[layer] = logits.softmax(1) if isinstance(metric, RoutingDivergence) else logits.topk(layer)[1]
+    metric.update(*arguments)
+
+
+def results(parts: list[tuple[int, int]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, metric in metrics().items():
+        for start, stop in parts:
+            update(metric, start, stop)
+        if isinstance(metric, ExpertLoad):
+            values["shares"] = metric.load()
+        values[name] = metric.compute()
+        # The states must be local again, or the next epoch would count the other process twice.
+        metric._computed = None
+        values[f"{name}_again"] = metric.compute()
+    return values
+
+
+def run(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    try:
+        uneven = results([(0, CUT)] if rank == 0 else [(CUT, TOKENS - 1), (TOKENS - 1, TOKENS)])
+        nothing = results([(0, TOKENS)] if rank == 0 else [])
+        torch.save({"uneven": uneven, "nothing": nothing}, folder / f"rank_{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    context = mp.spawn(run, args=(tmp_path,), nprocs=2, join=False)
+    deadline = time.monotonic() + SECONDS
+    try:
+        while not context.join(timeout=1.0):
+            assert time.monotonic() < deadline, f"the two processes did not finish within {SECONDS} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    expected = results([(0, TOKENS)])
+    assert all(not value.isnan() for name in metrics() for value in expected[name].values())
+    for rank in range(2):
+        for case, values in torch.load(tmp_path / f"rank_{rank}.pt").items():
+            assert list(values) == list(expected)
+            torch.testing.assert_close(values, expected, msg=lambda text, at=(rank, case): f"{at}: {text}")
+            for exact in ("edits", "shares", "load"):
+                torch.testing.assert_close(values[exact], expected[exact], rtol=0, atol=0)

@@ -1,0 +1,22 @@
+"""Editing facts into the weights of routed experts."""
+
+from lit_moeedit.editing.editor import PHASES, Editor, EditResult
+from lit_moeedit.editing.evaluation import Evaluation, answers, evaluate, neighbour_groups, perplexity, score
+from lit_moeedit.editing.statistics import SecondMoments, second_moments
+from lit_moeedit.editing.targets import TargetOptimizer, Targets
+
+__all__ = [
+    "PHASES",
+    "EditResult",
+    "Editor",
+    "Evaluation",
+    "SecondMoments",
+    "TargetOptimizer",
+    "Targets",
+    "answers",
+    "evaluate",
+    "neighbour_groups",
+    "perplexity",
+    "score",
+    "second_moments",
+]

@@ -1,0 +1,269 @@
+"""The editor: facts in, changed weights out, as one transaction."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_moeedit.data.encoding import EditToken, Encoding, encode, join, pad_id
+from lit_moeedit.data.facts import Fact, validate_facts
+from lit_moeedit.editing.features import EditTokens, edit_tokens
+from lit_moeedit.editing.projection import Preserve, check_preserve, shape_rows, shaping_matrices
+from lit_moeedit.editing.statistics import SecondMoments, second_moments
+from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
+from lit_moeedit.models.experts import ExpertLayer, check_editable
+from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Woodbury
+
+log = logging.getLogger(__name__)
+
+PHASES = ("statistics", "targets", "features", "solve", "commit")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What an edit did.
+
+    Attributes:
+        facts: the facts edited.
+        deltas: weight changes by layer index.
+        targets: the target vectors, with the loss that each reached.
+        seconds: by phase (``statistics``, ``targets``, ``features``, ``solve``, ``commit``) and in all (``edit``).
+        relative_change: ``‖ΔW‖_F / ‖W‖_F`` by layer index, over the experts that changed.
+        kept: ``False`` if a guard had the edit undone.
+    """
+
+    facts: list[Fact]
+    deltas: dict[int, ExpertDeltas]
+    targets: Targets
+    seconds: dict[str, float]
+    relative_change: dict[int, float] = field(default_factory=dict)
+    kept: bool = True
+
+
+class Editor:
+    """Edits facts by changing the down-projections of routed experts in some layers.
+
+    The way of MEMIT and MoEEdit: target vectors are found at the highest edited layer; then the layers are walked
+    upwards, and each takes ``1 / (layers left)`` of what is still missing there.
+
+    Args:
+        layers: indices of the decoder layers to edit; the highest is the target layer.
+        solver: of the joint problem over a layer's experts.
+        targets: how target vectors are found.
+        preserve: ``nullspace``, ``covariance`` or ``none``; see
+            :func:`~lit_moeedit.editing.projection.shaping_matrices`.
+        threshold: ``τ`` of ``nullspace``.
+        strength: ``β`` of ``covariance``.
+        ridge: ``λ``.
+        token: which token to edit, ``subject_last`` or ``last``.
+        contexts: texts put before the prompts; every fact is optimised and solved for behind each of them. The first
+            should be empty.
+        neutral: a prompt with ``{}`` for the subject, whose next token must stay (the divergence term of the targets);
+            empty to leave it out.
+        token_budget: largest number of tokens in one forward.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> Editor(layers=[1, 2], preserve="nullspace", threshold=0.02).layers
+        (1, 2)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        solver: Solver | None = None,
+        targets: TargetOptimizer | None = None,
+        preserve: Preserve = "covariance",
+        threshold: float = 0.02,
+        strength: float = 1000.0,
+        ridge: float = 1e-3,
+        token: EditToken = "subject_last",
+        contexts: Sequence[str] = ("",),
+        neutral: str = "{} is a",
+        token_budget: int = 16384,
+    ) -> None:
+        if not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
+            raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
+        check_preserve(preserve, threshold, strength)
+        if token not in ("subject_last", "last"):
+            raise ValueError(f"token must be 'subject_last' or 'last', got {token!r}")
+        if not ridge >= 0:
+            raise ValueError(f"ridge must be at least 0, got {ridge}")
+        if not contexts:
+            raise ValueError("contexts needs at least one text (an empty one stands for the prompt alone)")
+        if neutral and "{}" not in neutral:
+            raise ValueError(f"neutral must hold {{}} for the subject, got {neutral!r}")
+        if token_budget < 1:
+            raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+        self.layers = tuple(sorted(layers))
+        self.solver: Solver = solver if solver is not None else Woodbury()
+        self.targets = targets if targets is not None else TargetOptimizer()
+        self.preserve: Preserve = preserve
+        self.threshold, self.strength, self.ridge = threshold, strength, ridge
+        self.token: EditToken = token
+        self.contexts = tuple(contexts)
+        self.neutral = neutral
+        self.token_budget = token_budget
+
+    def check(self, model: PreTrainedModel) -> list[ExpertLayer]:
+        """The layers to edit, ascending.
+
+        Raises:
+            UnsupportedModelError: if one of them cannot be edited.
+        """
+        return check_editable(model, self.layers)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def edit(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        preservation: Sequence[str] = (),
+        *,
+        moments: Mapping[int, SecondMoments] | None = None,
+        guard: Callable[[], bool] | None = None,
+        progress: Progress | None = None,
+    ) -> EditResult:
+        """Edit the facts into the model's weights, wholly or not at all.
+
+        Modes, gradients, ``requires_grad`` and random states are afterwards as they were; on any exception the weights
+        are bit-identical to before.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            facts: what to edit.
+            preservation: text on which the experts must keep their behaviour; not needed with ``preserve="none"``.
+            moments: second moments by layer index, if they are known already.
+            guard: asked after the last commit, with the edited weights in place; ``False`` undoes the edit.
+            progress: called with a phase's name, steps done and steps in all.
+
+        Raises:
+            UnsupportedModelError: if the model cannot be edited.
+            FactError: if a fact cannot be edited.
+            ValueError: if there is nothing to preserve, but ``preserve`` asks for it.
+            FloatingPointError: if the model or the result is not finite.
+        """
+        layers = self.check(model)
+        facts = validate_facts(facts, tokenizer=tokenizer)
+        if self.preserve != "none" and moments is None and not preservation:
+            raise ValueError(f"preserve={self.preserve!r} needs preservation text (or second moments)")
+        clock = _Clock()
+        report = progress if progress is not None else _no_progress
+        if self.preserve != "none" and moments is None:
+            with clock("statistics"):
+                moments = second_moments(
+                    model,
+                    tokenizer,
+                    layers,
+                    preservation,
+                    token_budget=self.token_budget,
+                    progress=lambda done, total: report("statistics", done, total),
+                )
+        rows, prompts, owner = self._encode(tokenizer, facts, model)
+        with clock("targets"):
+            targets = self.targets.optimize(
+                model,
+                layers[-1],
+                rows,
+                pad_id(tokenizer),
+                progress=lambda done, total: report("targets", done, total),
+            )
+        if not bool(torch.isfinite(targets.deltas).all() and torch.isfinite(targets.nll).all()):
+            raise FloatingPointError(
+                "target vectors are not finite: the model's loss is not, or the learning rate is high"
+            )
+        deltas: dict[int, ExpertDeltas] = {}
+        change: dict[int, float] = {}
+        with Transaction() as transaction:
+            goal: Tensor | None = None
+            for number, layer in enumerate(layers):
+                with clock("features"):
+                    seen = edit_tokens(model, prompts, layers[-1], layer, pad_id(tokenizer), self.token_budget)
+                    if goal is None:
+                        goal = seen.hidden + targets.deltas[owner]
+                    residuals = (goal - seen.hidden) / (len(layers) - number)
+                with clock("solve"):
+                    deltas[layer.index] = self._solve(layer, seen, residuals, moments)
+                with clock("commit"):
+                    change[layer.index] = transaction.commit(layer.down_proj, deltas[layer.index], layer.is_transposed)
+                report("layers", number + 1, len(layers))
+            kept = guard is None or guard()
+            if not kept:
+                transaction.rollback()
+        return EditResult(list(facts), deltas, targets, clock.seconds(), change, kept)
+
+    def _encode(
+        self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], model: PreTrainedModel
+    ) -> tuple[list[TargetRow], list[Encoding], Tensor]:
+        """Rows for the targets; prompts for the solver (every fact in every context) and the edit of each prompt."""
+        owner = [t for t in range(len(facts)) for _ in self.contexts]
+        texts = [join(context, fact.prompt) if context else fact.prompt for fact in facts for context in self.contexts]
+        subjects = [facts[t].subject for t in owner]
+        wanted = encode(tokenizer, texts, [facts[t].target_new for t in owner], subjects, self.token)
+        rows = [TargetRow(t, encoding) for t, encoding in zip(owner, wanted, strict=True)]
+        if self.neutral:
+            neutral = [self.neutral.replace("{}", fact.subject) for fact in facts]
+            calm = encode(tokenizer, neutral, [""] * len(facts), [f.subject for f in facts], "subject_last")
+            rows += [TargetRow(t, encoding) for t, encoding in enumerate(calm)]
+            rows.sort(key=lambda row: row.edit)  # stable: contexts come before the neutral prompt
+        prompts = [Encoding(e.ids[: e.target_start], e.target_start, e.edit_token) for e in wanted]
+        return rows, prompts, torch.tensor(owner, device=model.device)
+
+    def _solve(
+        self,
+        layer: ExpertLayer,
+        seen: EditTokens,
+        residuals: Tensor,
+        moments: Mapping[int, SecondMoments] | None,
+    ) -> ExpertDeltas:
+        keys = seen.keys
+        assert keys is not None
+        gated = keys.gate.float()[:, None] * keys.key.float()
+        if self.preserve == "none":
+            problem = EditProblem(keys.token, keys.expert, gated, residuals, layer.num_experts, self.ridge)
+            return self.solver.solve(problem)
+        assert moments is not None
+        experts = torch.unique(keys.expert)
+        matrices = shaping_matrices(moments[layer.index].mean(experts), self.preserve, self.threshold, self.strength)
+        features = shape_rows(gated, keys.expert, experts, matrices)
+        problem = EditProblem(keys.token, keys.expert, features, residuals, layer.num_experts, self.ridge)
+        solution = self.solver.solve(problem)
+        # the problem was solved for keys shaped by S_j, the layer sees keys as they are: apply ΔŴ_j S_j
+        return solution.with_right(shape_rows(solution.right, solution.expert_index, experts, matrices))
+
+
+def _no_progress(phase: str, done: int, total: int) -> None:
+    return
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._seconds, "edit": time.perf_counter() - self._start}

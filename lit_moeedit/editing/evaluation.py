@@ -1,0 +1,182 @@
+"""How well facts are edited: log-probabilities and greedy answers of prompts, paraphrases and neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, pad, pad_id, position_ids
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing.running import inference, logits
+from lit_moeedit.metrics import EditSuccess
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of ``n`` completions.
+
+    Attributes:
+        log_prob: ``[n]`` float32, mean log-probability of the target's tokens, in nats.
+        exact: ``[n]`` bool, whether greedy decoding says the whole target. (It does if every token of the target is the
+            most likely one after the ones before it, so no decoding is needed.)
+    """
+
+    log_prob: Tensor
+    exact: Tensor
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    token_budget: int = 16384,
+) -> Scores:
+    """Score targets as continuations of prompts; ``n`` of both."""
+    encodings = encode(tokenizer, prompts, targets)
+    log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.bool)
+    order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
+    with inference(model):
+        start = 0
+        while start < len(order):
+            size = max(1, sum(1 for n, i in enumerate(order[start:], 1) if n * len(encodings[i].ids) <= token_budget))
+            chosen = order[start : start + size]
+            log_prob[chosen], exact[chosen] = _score(model, [encodings[i] for i in chosen], pad_id(tokenizer))
+            start += size
+    return Scores(log_prob, exact)
+
+
+def _score(model: PreTrainedModel, batch: Sequence[Encoding], pad_token: int) -> tuple[Tensor, Tensor]:
+    ids, mask = (x.to(model.device) for x in pad([e.ids[:-1] for e in batch], pad_token, side="left"))
+    lengths = [len(e.ids) - e.target_start for e in batch]
+    keep = max(lengths)
+    labels = torch.tensor([[-1] * (keep - n) + e.ids[-n:] for e, n in zip(batch, lengths, strict=True)]).to(ids.device)
+    output = logits(model, ids, mask, position_ids(mask), keep).float().log_softmax(-1)
+    # a keep longer than the inputs happens with a prompt of one token; the columns that exist are the last ones
+    labels = labels[:, -output.shape[1] :]
+    counted = labels >= 0
+    picked = output.gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
+    right = (output.argmax(-1) == labels) | ~counted
+    return ((picked * counted).sum(-1) / counted.sum(-1)).cpu(), right.all(-1).cpu()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well facts are edited at one moment.
+
+    Attributes:
+        success: the counts behind ``metrics``.
+        neighbours_exact: by fact key, whether the truth of each of its neighbours is said; the baseline of what is
+            retained later.
+        edits_exact: ``[T]``, whether each fact's new target is said.
+        truths: how many true answers were asked for (of the facts and their neighbours), and how many were said.
+    """
+
+    success: EditSuccess
+    neighbours_exact: dict[str, list[bool]]
+    edits_exact: Tensor
+    truths: tuple[int, int]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Results of :class:`~lit_moeedit.metrics.EditSuccess`, and ``truth_recalled``, the share of true answers said.
+
+        Not a number where nothing was counted.
+        """
+        asked, said = self.truths
+        recalled = said / asked if asked else float("nan")
+        return {name: float(value) for name, value in self.success.compute().items()} | {"truth_recalled": recalled}
+
+
+def neighbour_groups(facts: Sequence[Fact]) -> list[str]:
+    """Groups of the facts' neighbours, sorted."""
+    return sorted({neighbour.group for fact in facts for neighbour in fact.neighbours})
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    baseline: dict[str, list[bool]] | None = None,
+    groups: Sequence[str] | None = None,
+    token_budget: int = 16384,
+) -> Evaluation:
+    """Evaluate edits of ``facts``.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        facts: the facts.
+        baseline: ``neighbours_exact`` of these facts before the edit, for what neighbours retained.
+        groups: groups of neighbours to tell apart; ``None`` for those that occur.
+        token_budget: largest number of tokens (with padding) in one forward.
+    """
+    metric = EditSuccess(groups=neighbour_groups(facts) if groups is None else groups)
+    edits = [(fact.prompt, fact.target_new, fact.target_true) for fact in facts]
+    paraphrases = [(text, fact.target_new, fact.target_true) for fact in facts for text in fact.paraphrases]
+    neighbours = [(n.prompt, fact.target_new, n.target) for fact in facts for n in fact.neighbours]
+    asked = [*edits, *paraphrases, *neighbours]
+    new = [(prompt, target_new) for prompt, target_new, _ in asked]
+    # without a known truth the new target stands in, and its score is not used
+    true = [(prompt, target_new if truth is None else truth) for prompt, target_new, truth in asked]
+    index = {row: i for i, row in enumerate(dict.fromkeys([*new, *true]))}
+    scores = score(model, tokenizer, [prompt for prompt, _ in index], [target for _, target in index], token_budget)
+    at_new = torch.tensor([index[row] for row in new], dtype=torch.long)
+    at_true = torch.tensor([index[row] for row in true], dtype=torch.long)
+    unknown = torch.tensor([truth is None for _, _, truth in asked], dtype=torch.bool)
+    log_new, log_true = scores.log_prob[at_new], scores.log_prob[at_true].masked_fill(unknown, torch.nan)
+    exact_new, exact_true = scores.exact[at_new], scores.exact[at_true] & ~unknown
+    edit, paraphrase, neighbour = torch.arange(len(asked)).split([len(edits), len(paraphrases), len(neighbours)])
+    metric.update("edit", log_new[edit], log_true[edit], exact_new[edit])
+    if len(paraphrase):
+        metric.update("paraphrase", log_new[paraphrase], log_true[paraphrase], exact_new[paraphrase])
+    if len(neighbour):
+        before = None if baseline is None else torch.tensor([e for fact in facts for e in baseline[fact.key]])
+        metric.update(
+            "neighbour",
+            log_new[neighbour],
+            log_true[neighbour],
+            exact_true[neighbour],
+            exact_before=before,
+            groups=[n.group for fact in facts for n in fact.neighbours],
+        )
+    said = exact_true[neighbour].split([len(fact.neighbours) for fact in facts])
+    known = torch.cat([edit, neighbour])
+    known = known[~unknown[known]]
+    return Evaluation(
+        success=metric,
+        neighbours_exact={fact.key: part.tolist() for fact, part in zip(facts, said, strict=True)},
+        edits_exact=exact_new[edit],
+        truths=(len(known), int(exact_true[known].sum())),
+    )
+
+
+def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Perplexity on batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``."""
+    metric = Perplexity(ignore_index=IGNORED_LABEL).to(model.device)
+    with inference(model):
+        for batch in batches:
+            ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+            output = logits(model, ids, mask, position_ids(mask), keep=ids.shape[1])
+            metric.update(output[:, :-1].float(), labels[:, 1:])
+    return float(metric.compute())
+
+
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int = 6
+) -> list[str]:
+    """Greedy continuations of the prompts by ``tokens`` tokens each, cut at the first sentence or line end."""
+    rows = [encoding.ids for encoding in encode(tokenizer, prompts, [""] * len(prompts))]
+    ids, mask = (x.to(model.device) for x in pad(rows, pad_id(tokenizer), side="left"))
+    length = ids.shape[1]
+    with inference(model):
+        for _ in range(tokens):
+            chosen = logits(model, ids, mask, position_ids(mask), keep=1).argmax(-1)
+            ids, mask = torch.cat([ids, chosen], 1), torch.cat([mask, torch.ones_like(chosen)], 1)
+    texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
+    return [text.split("\n")[0].split(".")[0].strip() for text in texts]

@@ -1,0 +1,120 @@
+"""Running part of a model: frozen, without the layers whose result is known or not needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError
+
+
+def decoder_layers(model: PreTrainedModel, layer: ExpertLayer) -> list[nn.Module]:
+    """All decoder layers of the stack that ``layer`` belongs to, with or without experts, in order."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(child is layer.layer for child in module):
+            return list(module)
+    raise UnsupportedModelError(f"layer {layer.index} is not in a ModuleList of {type(model).__name__}")
+
+
+@contextmanager
+def inference(model: PreTrainedModel, gradients: bool = False) -> Iterator[None]:
+    """Evaluation mode with frozen parameters; modes, ``requires_grad`` and random states come back afterwards.
+
+    Args:
+        model: the model.
+        gradients: whether gradients (with respect to something other than parameters) are wanted inside.
+    """
+    modes = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    devices = [model.device] if model.device.type == "cuda" else []
+    # Lightning evaluates in inference mode, whose tensors could not be differentiated
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    # an attribute of the instance hides the class's method; deleting it brings the method back
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _pass_through(*args: Any, **kwargs: Any) -> Any:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """While open, the given decoder layers hand their input on unchanged and cost nothing."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_forward_replaced(layer, _pass_through))
+        yield
+
+
+@contextmanager
+def output_replaced(layer: nn.Module, output: Callable[[], Tensor]) -> Iterator[None]:
+    """While open, the given decoder layer returns ``output()`` instead of being run."""
+    with _forward_replaced(layer, lambda *args, **kwargs: output()):
+        yield
+
+
+def hidden_states(
+    model: PreTrainedModel, layer: ExpertLayer, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+) -> Tensor:
+    """Output of a decoder layer, ``[batch, length, d_model]``; the layers above are not run.
+
+    Args:
+        model: the model.
+        layer: the layer whose output is wanted.
+        input_ids: int64 ``[batch, length]``.
+        attention_mask: int64 ``[batch, length]``.
+        positions: int64 ``[batch, length]``, position ids.
+    """
+    layers = decoder_layers(model, layer)
+    above = layers[next(i for i, other in enumerate(layers) if other is layer.layer) + 1 :]
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.layer.register_forward_hook(catch)
+    try:
+        with skipped(above):
+            logits(model, input_ids, attention_mask, positions, keep=1)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: int) -> Tensor:
+    """Logits of the last ``keep`` positions, ``[batch, keep, vocabulary]``."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    accepted = inspect.signature(model.forward).parameters
+    if "position_ids" in accepted:
+        inputs["position_ids"] = positions
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = keep
+    return model(**inputs).logits[:, -keep:]

@@ -1,0 +1,237 @@
+"""Target vectors against a plain optimisation: one edit at a time, every text by itself, all layers, torch's own Adam."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lit_moeedit.data.encoding import EditToken, encode, join
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
+from lit_moeedit.models.experts import expert_layers
+
+CONTEXTS = ("", "Here is a fact.")
+# float32 through three layers, then a few steps of Adam, whose first steps are of the size of the learning rate
+# however small the gradient is
+STEPS = {"rtol": 1e-3, "atol": 1e-3}
+
+
+def rows_of(
+    tokenizer: PreTrainedTokenizerFast,
+    facts: Sequence[Fact],
+    contexts: Sequence[str] = CONTEXTS,
+    neutral: bool = True,
+    token: EditToken = "subject_last",
+) -> list[TargetRow]:
+    rows = []
+    for number, fact in enumerate(facts):
+        texts = [join(context, fact.prompt) if context else fact.prompt for context in contexts]
+        wanted = encode(tokenizer, texts, [fact.target_new] * len(texts), [fact.subject] * len(texts), token)
+        rows += [TargetRow(number, encoding) for encoding in wanted]
+        if neutral:
+            rows += [TargetRow(number, *encode(tokenizer, [f"{fact.subject} is a"], [""], [fact.subject]))]
+    return rows
+
+
+def plain_logits(model: PreTrainedModel, layer: int, row: TargetRow, delta: Tensor) -> Tensor:
+    """Logits ``[length, vocabulary]`` of one text, with ``delta`` added behind a layer at the edit token."""
+
+    def add(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[0, row.encoding.edit_token] += delta
+        return output
+
+    handle = model.model.layers[layer].register_forward_hook(add)
+    try:
+        return model(input_ids=torch.tensor([row.encoding.ids]), use_cache=False).logits[0]
+    finally:
+        handle.remove()
+
+
+def plain_target(
+    model: PreTrainedModel, layer: int, rows: Sequence[TargetRow], settings: TargetOptimizer, norm: float
+) -> tuple[Tensor, float, int]:
+    """``δ`` of one edit, its final loss per token, and the steps it took."""
+    delta = torch.zeros(model.config.hidden_size, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
+    wanted = [row for row in rows if not row.is_neutral]
+    with torch.no_grad():
+        reference = {id(row): plain_logits(model, layer, row, delta)[-1].softmax(-1) for row in rows if row.is_neutral}
+    for step in range(settings.steps + 1):
+        nll = torch.zeros(())
+        for row in wanted:
+            start, ids = row.encoding.target_start, torch.tensor(row.encoding.ids)
+            scores = plain_logits(model, layer, row, delta)[start - 1 : -1]
+            nll = nll + torch.nn.functional.cross_entropy(scores, ids[start:]) / len(wanted)
+        if nll.item() <= settings.stop or step == settings.steps:
+            break
+        loss = nll + settings.weight_decay * (delta.square().sum() + 1e-12).sqrt() / norm**2
+        for row in rows:
+            if row.is_neutral:
+                before, now = reference[id(row)], plain_logits(model, layer, row, delta)[-1].log_softmax(-1)
+                loss = loss + settings.kl * (before * (before.log() - now)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            delta *= min(1.0, settings.clamp * norm / float(delta.norm()))
+    return delta.detach(), nll.item(), step
+
+
+def norms(model: PreTrainedModel, plain_hidden, layer: int, rows: Sequence[TargetRow]) -> Tensor:
+    """``‖h_t‖``: at the edit token of each edit's first row."""
+    first = {row.edit: row.encoding for row in reversed(rows)}
+    return torch.stack([plain_hidden(model, layer, first[t].ids)[first[t].edit_token].norm() for t in sorted(first)])
+
+
+@pytest.mark.parametrize(
+    ("token", "arguments"),
+    [
+        ("subject_last", {"steps": 6, "stop": 0.0}),
+        ("subject_last", {"steps": 6, "stop": 0.0, "kl": 0.0, "weight_decay": 0.0}),
+        ("subject_last", {"steps": 5, "stop": 0.0, "kl": 5.0, "weight_decay": 50.0}),  # the other terms decide
+        ("subject_last", {"steps": 6, "stop": 0.0, "clamp": 0.1}),  # the clamp decides
+        ("last", {"steps": 12, "stop": 3.0, "learning_rate": 0.3}),  # edits stop at different steps, or not at all
+    ],
+)
+def test_equals_plain_optimisation(
+    model, plain_hidden, tokenizer, facts, token: EditToken, arguments: dict[str, Any]
+) -> None:
+    settings = TargetOptimizer(**arguments)
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts, token=token)
+    targets = settings.optimize(model, layer, rows, 0)
+    assert settings.stop == 0.0 or len(set(targets.steps.tolist())) > 1
+    model.eval().requires_grad_(False)
+    for edit, norm in enumerate(norms(model, plain_hidden, 1, rows).tolist()):
+        own = [row for row in rows if row.edit == edit]
+        delta, nll, steps = plain_target(model, 1, own, settings, norm)
+        assert int(targets.steps[edit]) == steps
+        assert float(delta.norm()) > 0.05
+        torch.testing.assert_close(targets.deltas[edit], delta, **STEPS)
+        assert float(targets.nll[edit]) == pytest.approx(nll, rel=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral", "olmoe", "deepseek_v3"])
+def test_equals_plain_optimisation_in_other_families(make_model, plain_hidden, tokenizer, facts, model_type) -> None:
+    model = make_model(model_type)
+    settings = TargetOptimizer(steps=3, stop=0.0)
+    rows = rows_of(tokenizer, facts[:2])
+    targets = settings.optimize(model, expert_layers(model)[1], rows, 0)
+    model.eval().requires_grad_(False)
+    for edit, norm in enumerate(norms(model, plain_hidden, 1, rows).tolist()):
+        delta, _, _ = plain_target(model, 1, [row for row in rows if row.edit == edit], settings, norm)
+        torch.testing.assert_close(targets.deltas[edit], delta, **STEPS)
+
+
+def test_the_model_is_left_alone(model: PreTrainedModel, tokenizer, facts, unchanged) -> None:
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.layers[0].eval()
+    model.lm_head.register_forward_pre_hook(lambda module, args: torch.rand(1) and None)  # a model that draws numbers
+    unchanged(model)  # among others: no parameter has a gradient, neither before nor after
+    TargetOptimizer(steps=2).optimize(model, expert_layers(model)[1], rows_of(tokenizer, facts), 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_clamp_bounds_every_vector(model: PreTrainedModel, plain_hidden, tokenizer, facts) -> None:
+    rows = rows_of(tokenizer, facts)
+    targets = TargetOptimizer(steps=8, learning_rate=1.0, clamp=0.2, stop=0.0).optimize(
+        model, expert_layers(model)[1], rows, 0
+    )
+    share = targets.deltas.norm(dim=-1) / norms(model, plain_hidden, 1, rows)
+    assert bool((share <= 0.2 * (1 + 1e-4)).all())  # float32 norms of two forwards
+    assert bool((share > 0.19).any())
+
+
+def test_loss_falls(model: PreTrainedModel, tokenizer, facts) -> None:
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts)
+    losses = [TargetOptimizer(steps=steps, stop=0.0).optimize(model, layer, rows, 0).nll for steps in (1, 5, 25)]
+    assert bool((losses[1] < losses[0]).all())
+    assert bool((losses[2] < losses[1]).all())
+
+
+@pytest.mark.parametrize("clamp", [0.5, 0.6, 0.7])
+def test_edits_that_are_done_do_not_move(model: PreTrainedModel, tokenizer, facts, clamp: float) -> None:
+    """The clamp is reached too: applying it again to a vector on the bound would move the vector by rounding."""
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts, token="last")
+
+    def optimize(steps: int) -> Targets:
+        settings = TargetOptimizer(steps=steps, learning_rate=0.5, clamp=clamp, stop=3.5)
+        return settings.optimize(model, layer, rows, 0)
+
+    final = optimize(30)
+    first = int(final.steps.min())
+    assert 0 < first < int(final.steps.max())
+    done = final.steps == first
+    short = optimize(first)
+    assert torch.equal(short.steps[done], final.steps[done])
+    # bit by bit: the batch of the first steps is the same
+    assert torch.equal(short.deltas[done], final.deltas[done])
+    assert torch.equal(short.nll[done], final.nll[done])
+    assert bool((final.nll[done] <= 3.5).all())
+    assert bool((short.nll[~done] > 3.5).all())
+
+
+def test_edits_that_need_nothing_get_nothing(model: PreTrainedModel, tokenizer, facts) -> None:
+    targets = TargetOptimizer(stop=1e3).optimize(model, expert_layers(model)[1], rows_of(tokenizer, facts), 0)
+    assert not targets.deltas.any()
+    assert not targets.steps.any()
+    assert bool((targets.nll > 0).all())
+
+
+@pytest.mark.parametrize("token_budget", [1, 120])
+def test_batches_do_not_matter(model: PreTrainedModel, tokenizer, facts, token_budget: int) -> None:
+    """Edits alone or together, so with other padding on the left."""
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts)
+    batches: list[tuple[int, int]] = []
+    settings = {"steps": 5, "stop": 0.0}
+    parted = TargetOptimizer(**settings, token_budget=token_budget).optimize(
+        model, layer, rows, 0, progress=lambda *at: batches.append(at)
+    )
+    assert batches[-1] == (len(facts), len(facts))
+    assert len(batches) > 1
+    together = TargetOptimizer(**settings).optimize(model, layer, rows, 0)
+    torch.testing.assert_close(parted.deltas, together.deltas, **STEPS)
+    torch.testing.assert_close(parted.nll, together.nll, rtol=1e-3, atol=1e-4)
+    assert torch.equal(parted.steps, together.steps)
+
+
+def test_padding_token_does_not_matter(model: PreTrainedModel, tokenizer, facts) -> None:
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts)
+    one, other = (TargetOptimizer(steps=3, stop=0.0).optimize(model, layer, rows, pad) for pad in (0, 77))
+    # masked out, so it takes part in nothing but the batches of the experts
+    torch.testing.assert_close(one.deltas, other.deltas, **STEPS)
+
+
+def test_without_contexts_and_neutral_prompts(model: PreTrainedModel, plain_hidden, tokenizer, facts) -> None:
+    settings = TargetOptimizer(steps=3, stop=0.0)
+    rows = rows_of(tokenizer, facts, contexts=("",), neutral=False)
+    targets = settings.optimize(model, expert_layers(model)[1], rows, 0)
+    norm = norms(model, plain_hidden, 1, rows).tolist()
+    model.eval().requires_grad_(False)
+    for edit in range(len(facts)):
+        delta, _, _ = plain_target(model, 1, [rows[edit]], settings, norm[edit])
+        torch.testing.assert_close(targets.deltas[edit], delta, **STEPS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"token_budget": 0}, "token_budget must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"clamp": -1.0}, "clamp must be positive, got -1.0"),
+        ({"clamp": float("nan")}, "clamp must be positive, got nan"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
+        ({"kl": -1.0}, "kl must be at least 0, got -1.0"),
+        ({"stop": float("nan")}, "stop must be at least 0, got nan"),
+    ],
+)
+def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TargetOptimizer(**arguments)

@@ -1,0 +1,9 @@
+"""Callbacks for the Lightning Trainer."""
+
+from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
+from lit_moeedit.callbacks.listener import EditEvent, EditListener
+from lit_moeedit.callbacks.report import EditReport
+from lit_moeedit.callbacks.routing import RoutingMonitor
+from lit_moeedit.callbacks.schedule import Schedule
+
+__all__ = ["EditEvent", "EditListener", "EditReport", "KnowledgeEditing", "RoutingMonitor", "Schedule"]

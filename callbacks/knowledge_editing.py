@@ -1,0 +1,334 @@
+"""The callback that edits facts into a model while the Trainer runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from lit_moeedit.callbacks.listener import EditEvent, EditListener
+from lit_moeedit.callbacks.resources import callbacks_of, find_tokenizer, from_datamodule
+from lit_moeedit.callbacks.schedule import Schedule
+from lit_moeedit.data.facts import Fact, read_facts, validate_facts
+from lit_moeedit.editing import Editor, Evaluation, evaluate, neighbour_groups
+from lit_moeedit.models.experts import UnsupportedModelError, find_model
+
+log = logging.getLogger(__name__)
+
+
+class KnowledgeEditing(L.Callback):
+    """Edits facts in the routed experts of the model between epochs or steps, and watches what is left of them.
+
+    It works with any ``LightningModule`` that holds one transformers MoE model, in ``fit``, ``validate`` and ``test``.
+    Everything is checked when the run starts: the model's layers, the tokenizer, and every fact. An edit is a
+    transaction; gradients, modes and random states are as they were afterwards, and an edited run can be stopped
+    and resumed without repeating or losing an edit.
+
+    After an edit, every validation logs ``edit/efficacy``, ``edit/generalization``, ``edit/specificity_retained`` and
+    the other metrics of :class:`~lit_moeedit.metrics.EditSuccess` for all facts edited so far; the edit itself logs
+    ``edit_before/…`` and ``edit_after/…``. To decide otherwise when to edit or what to keep, override
+    :meth:`due` or :meth:`should_keep`.
+
+    Args:
+        editor: how to edit.
+        facts: a facts file (see :func:`~lit_moeedit.data.read_facts`) or facts; ``None`` asks the data module's
+            ``edit_facts()``.
+        at: when: ``fit_start``, ``validation`` (also in ``validate`` and ``test``), ``{epoch: N}`` (before epoch N,
+            counted from 0), ``{step: N}`` (after N optimizer steps), or ``{every_n_epochs: N, batch: M}``.
+        preservation: a text file with one document per line, or texts, on which the experts must keep their behaviour;
+            ``None`` asks the data module's ``preservation_texts()``.
+        tokenizer: a path or hub id; ``None`` takes the ``tokenizer`` attribute of the module or the data module.
+        min_efficacy: undo an edit that ends with less efficacy than this.
+        min_specificity_retained: undo an edit that keeps less of its neighbours than this.
+        strict: whether a bad row of a facts file is an error (otherwise it is skipped and counted).
+
+    Raises:
+        ValueError: if an argument is out of range.
+        MisconfigurationException: when the run starts, if there is no tokenizer, no facts or no preservation text, the
+            model or a layer cannot be edited, or the parameters are sharded over processes.
+        FactError: when the run starts, if a fact cannot be edited.
+
+    Example:
+        >>> callback = KnowledgeEditing(Editor(layers=[3, 4]), facts="facts.jsonl", at={"epoch": 1})
+        >>> callback.schedule.moment
+        'epoch'
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        facts: str | list[Fact] | None = None,
+        at: str | dict[str, int] = "fit_start",
+        preservation: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        min_efficacy: float = 0.0,
+        min_specificity_retained: float = 0.0,
+        strict: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (("min_efficacy", min_efficacy), ("min_specificity_retained", min_specificity_retained)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is a fraction in [0, 1], got {value}")
+        self.editor = editor
+        self.schedule = Schedule.parse(at)
+        self.min_efficacy = min_efficacy
+        self.min_specificity_retained = min_specificity_retained
+        self.strict = strict
+        self._facts_source = facts
+        self._preservation_source = preservation
+        self._tokenizer_source = tokenizer
+        self._facts: list[Fact] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        # the state of the callback: which facts were edited, and what their neighbours said before
+        self._applied: dict[str, list[bool]] = {}
+        self._undone: set[str] = set()
+        self._edits_made = 0
+
+    # -- what the run is about ----------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> list[Fact]:
+        """All facts of the run, checked; empty before it starts."""
+        return self._facts or []
+
+    @property
+    def applied_facts(self) -> list[Fact]:
+        """The facts edited so far."""
+        return [fact for fact in self.facts if fact.key in self._applied]
+
+    @property
+    def edited_facts(self) -> list[Fact]:
+        """The facts that an edit was made of, whether it was kept or undone."""
+        return [fact for fact in self.facts if fact.key in self._applied or fact.key in self._undone]
+
+    @property
+    def pending_facts(self) -> list[Fact]:
+        """The facts still to be edited."""
+        return [fact for fact in self.facts if fact.key not in self._applied and fact.key not in self._undone]
+
+    def due(self, trainer: L.Trainer, moment: str) -> list[Fact]:
+        """The facts to edit now.
+
+        Args:
+            trainer: the trainer, for its epoch and step.
+            moment: ``"epoch"`` (before a training epoch), ``"step"`` (after a training batch) or ``"validation"``
+                (before a validation or test run).
+        """
+        if moment == "epoch":
+            is_due = self.schedule.due_at_epoch(trainer.current_epoch, self._edits_made)
+        elif moment == "step":
+            is_due = self.schedule.due_at_step(trainer.global_step)
+        else:
+            is_due = self.schedule.moment == "validation"
+        return self.pending_facts[: self.schedule.batch] if is_due else []
+
+    def should_keep(self, before: Evaluation, after: Evaluation) -> bool:
+        """Whether to keep an edit, asked while it is in the weights; ``False`` undoes it bit by bit."""
+        metrics = after.metrics
+        return not (
+            metrics["efficacy"] < self.min_efficacy or metrics["specificity_retained"] < self.min_specificity_retained
+        )
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._prepare(trainer, pl_module)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._edit(trainer, pl_module, self.due(trainer, "epoch"))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._edit(trainer, pl_module, self.due(trainer, "step"))
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._prepare(trainer, pl_module)
+            self._edit(trainer, pl_module, self.due(trainer, "validation"))
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._prepare(trainer, pl_module)
+        self._edit(trainer, pl_module, self.due(trainer, "validation"))
+
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_retention(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log_retention(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"applied": self._applied, "undone": sorted(self._undone), "edits_made": self._edits_made}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._applied = dict(state_dict["applied"])
+        self._undone = set(state_dict["undone"])
+        self._edits_made = int(state_dict["edits_made"])
+
+    # -- the edit -----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, pl_module: L.LightningModule, facts: Sequence[Fact] | None = None) -> Evaluation:
+        """Evaluate facts (by default those edited so far) against their neighbours before the edit."""
+        chosen = self.applied_facts if facts is None else list(facts)
+        return evaluate(
+            find_model(pl_module),
+            self.tokenizer,
+            chosen,
+            baseline=self._applied if all(fact.key in self._applied for fact in chosen) else None,
+            groups=neighbour_groups(self.facts),
+            token_budget=self.editor.token_budget,
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, known once the run has started."""
+        if self._tokenizer is None:
+            raise RuntimeError("the tokenizer is not known before the run starts")
+        return self._tokenizer
+
+    def preservation_texts(self, trainer: L.Trainer) -> list[str]:
+        """Texts on which the experts must keep their behaviour; empty if ``preserve`` of the editor is ``none``."""
+        if self.editor.preserve == "none":
+            return []
+        source = self._preservation_source
+        if isinstance(source, str):
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            texts = [line for line in lines if line.strip()]
+        elif source is not None:
+            texts = list(source)
+        else:
+            texts = list(from_datamodule(trainer, "preservation_texts") or [])
+        if not texts:
+            raise MisconfigurationException(
+                f"KnowledgeEditing: preserve={self.editor.preserve!r} needs text whose behaviour is to be kept; give "
+                "'preservation' (a text file with a document per line) or a data module with preservation_texts()"
+            )
+        return texts
+
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._facts is not None:
+            return
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"KnowledgeEditing edits in one process so far, but this run has {trainer.world_size}; use devices=1"
+            )
+        try:
+            self.editor.check(find_model(pl_module))
+        except UnsupportedModelError as error:
+            raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
+        self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "KnowledgeEditing")
+        self._facts = self._find_facts(trainer)
+        if self.schedule.moment == "validation" or trainer.training:
+            self.preservation_texts(trainer)
+        log.info("%d facts to edit, %d of them already edited", len(self.facts), len(self.applied_facts))
+
+    def _find_facts(self, trainer: L.Trainer) -> list[Fact]:
+        source = self._facts_source
+        if isinstance(source, str):
+            return read_facts(source, strict=self.strict, tokenizer=self.tokenizer)
+        found = from_datamodule(trainer, "edit_facts") if source is None else source
+        if not found:
+            raise MisconfigurationException(
+                "KnowledgeEditing has no facts to edit: give 'facts' (a file), or a data module with edit_facts()"
+            )
+        return validate_facts(found, tokenizer=self.tokenizer, strict=self.strict)
+
+    def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: list[Fact]) -> None:
+        if not facts:
+            return
+        model = find_model(pl_module)
+        listeners = [callback for callback in callbacks_of(trainer) if isinstance(callback, EditListener)]
+        for listener in listeners:
+            listener.on_edit_start(trainer, pl_module, facts)
+        before = self.evaluate(pl_module, facts)
+        after: list[Evaluation] = []
+
+        def guard() -> bool:
+            after.append(
+                evaluate(
+                    model,
+                    self.tokenizer,
+                    facts,
+                    before.neighbours_exact,
+                    neighbour_groups(self.facts),
+                    self.editor.token_budget,
+                )
+            )
+            return self.should_keep(before, after[0])
+
+        with _progress(trainer) as progress:
+            result = self.editor.edit(
+                model, self.tokenizer, facts, self.preservation_texts(trainer), guard=guard, progress=progress
+            )
+        event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step)
+        self._record(trainer, event)
+        for listener in listeners:
+            listener.on_edit_end(trainer, pl_module, event)
+
+    def _record(self, trainer: L.Trainer, event: EditEvent) -> None:
+        facts, kept = event.result.facts, event.result.kept
+        self._edits_made += 1
+        if kept:
+            self._applied.update(event.before.neighbours_exact)
+            from_datamodule(trainer, "facts_edited", facts)
+        else:
+            self._undone.update(fact.key for fact in facts)
+        metrics = {f"edit_before/{name}": value for name, value in event.before.metrics.items()}
+        metrics |= {f"edit_after/{name}": value for name, value in event.after.metrics.items()}
+        metrics |= {f"edit_seconds/{name}": value for name, value in event.result.seconds.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in metrics.items() if v == v}, step=trainer.global_step)  # no NaN
+        after = event.after.metrics
+        log.log(
+            logging.INFO if kept else logging.WARNING,
+            "%s %d facts in %.1f s at epoch %d, step %d: efficacy %.3f, generalization %.3f, retained %.3f",
+            "edited" if kept else "undid the edit of",
+            len(facts),
+            event.result.seconds["edit"],
+            event.epoch,
+            event.step,
+            after["efficacy"],
+            after["generalization"],
+            after["specificity_retained"],
+        )
+
+    def _log_retention(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not self.applied_facts:
+            return
+        metrics = {name: value for name, value in self.evaluate(pl_module).metrics.items() if value == value}
+        pl_module.log_dict({f"edit/{name}": value for name, value in metrics.items()})
+
+
+@contextmanager
+def _progress(trainer: L.Trainer) -> Iterator[Any]:
+    """A progress bar of the phases of an edit, where the trainer shows progress too."""
+    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
+        yield None
+        return
+    columns = (TextColumn("Edit: {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        yield show

@@ -1,0 +1,245 @@
+"""The callback that says what the edits did: a table on the console, ``summary.json``, and tables for loggers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from typing_extensions import override
+
+from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
+from lit_moeedit.callbacks.listener import EditEvent, EditListener
+from lit_moeedit.callbacks.resources import callbacks_of
+from lit_moeedit.callbacks.routing import RoutingMonitor
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing import PHASES, answers, perplexity
+from lit_moeedit.models.experts import find_model
+
+log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=L.Callback)
+_SHOWN = (
+    "efficacy",
+    "efficacy_accuracy",
+    "generalization",
+    "generalization_accuracy",
+    "specificity",
+    "specificity_accuracy",
+    "specificity_retained",
+    "score",
+    "utility",
+    "truth_recalled",
+)
+
+
+class EditReport(EditListener):
+    """Reports on the edits of a :class:`~lit_moeedit.callbacks.KnowledgeEditing` in the same trainer.
+
+    At the end of ``fit``, ``validate`` or ``test`` it evaluates the edits once more, prints a table and writes
+    ``summary.json`` into the trainer's ``default_root_dir``. With a ``WandbLogger`` it logs a table of the edits
+    (prompt, old and new target, answers before, after and at the end) and, if there is a ``RoutingMonitor`` and
+    matplotlib, a plot of the routing similarity by layer.
+
+    Args:
+        filename: name of the summary; it appears complete or not at all.
+        console: whether to print the table.
+        max_rows: the table of edits has at most this many rows.
+
+    Raises:
+        ValueError: if ``filename`` is not the plain name of a file.
+    """
+
+    def __init__(self, filename: str = "summary.json", console: bool = True, max_rows: int = 200) -> None:
+        super().__init__()
+        if not filename or Path(filename).name != filename:
+            raise ValueError(f"filename must be the name of a file without a folder, got {filename!r}")
+        self.filename, self.console, self.max_rows = filename, console, max_rows
+        # plain values, because they have to survive a resume: what each edit did, what was said when
+        self._edits: list[dict[str, Any]] = []
+        self._answers: dict[str, dict[str, str]] = {}
+        self._perplexity: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._started = time.perf_counter()
+
+    @override
+    def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
+        self._measure_perplexity(trainer, pl_module, "before", again=False)
+        self._ask(trainer, pl_module, facts, "before")
+
+    @override
+    def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
+        self._edits.append(
+            {
+                "facts": len(event.result.facts),
+                "kept": event.result.kept,
+                "before": event.before.metrics,
+                "after": event.after.metrics,
+                "seconds": event.result.seconds,
+            }
+        )
+        self._measure_perplexity(trainer, pl_module, "after")
+        self._ask(trainer, pl_module, event.result.facts, "after")
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer, pl_module, trained=True)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._finish(trainer, pl_module, trained=False)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer, pl_module, trained=False)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"edits": self._edits, "answers": self._answers, "perplexity": self._perplexity}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._edits = list(state_dict["edits"])
+        self._answers = dict(state_dict["answers"])
+        self._perplexity = dict(state_dict["perplexity"])
+
+    def summary(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: bool) -> dict[str, Any]:
+        """The content of ``summary.json``; what was not measured is ``None``.
+
+        With several edits, ``before`` and ``after`` are means over the edits weighted by their numbers of facts,
+        seconds are sums, and ``routing`` is that of the last edit.
+        """
+        editing = _only(trainer, KnowledgeEditing)
+        monitor = _only(trainer, RoutingMonitor)
+        final = editing.evaluate(pl_module).metrics if trained and editing and editing.applied_facts else None
+        routing: dict[str, Any] = {"similarity": None, "kl": None, "per_layer": {}, "first_edited_layer": None}
+        if monitor is not None and monitor.last_edit:
+            layers = {k.rpartition("_")[2]: v for k, v in monitor.last_edit.items() if k.startswith("similarity/layer")}
+            routing |= {
+                "similarity": monitor.last_edit["similarity/mean"],
+                "kl": monitor.last_edit["kl/mean"],
+                "per_layer": layers,
+            }
+        if editing is not None:
+            routing["first_edited_layer"] = min(editing.editor.layers)
+        phases = {name: sum(edit["seconds"][name] for edit in self._edits) for name in (*PHASES, "edit")}
+        return {
+            "edits": sum(edit["facts"] for edit in self._edits if edit["kept"]),
+            "solver": type(editing.editor.solver).__name__ if editing else None,
+            "before": self._mean("before"),
+            "after": self._mean("after"),
+            "after_training": final,
+            "routing": routing,
+            "perplexity": {moment: self._perplexity.get(moment) for moment in ("before", "after", "after_training")},
+            "seconds": {"fit": time.perf_counter() - self._started, **phases},
+        }
+
+    def _mean(self, moment: str) -> dict[str, float]:
+        total = sum(edit["facts"] for edit in self._edits)
+        names = self._edits[0][moment] if self._edits else ()
+        return {name: sum(edit["facts"] * edit[moment][name] for edit in self._edits) / total for name in names}
+
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: bool) -> None:
+        editing = _only(trainer, KnowledgeEditing)
+        facts = editing.edited_facts if editing is not None else []
+        if not self._edits:
+            log.warning("no facts were edited in this run, so there is nothing to report")
+            return
+        if trained:
+            self._measure_perplexity(trainer, pl_module, "after_training")
+            self._ask(trainer, pl_module, facts, "at the end")
+        self._write(trainer, self.summary(trainer, pl_module, trained), facts)
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, summary: dict[str, Any], facts: Sequence[Fact]) -> None:
+        summary = _without_nan(summary)
+        path = Path(trainer.default_root_dir) / self.filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
+        if self.console:
+            console = Console()
+            console.print(self._table(summary))
+            console.print(f"Summary: {path}")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                self._log_to_wandb(logger, trainer, facts)
+
+    def _table(self, summary: dict[str, Any]) -> Table:
+        seconds = summary["seconds"]
+        table = Table(
+            title=f"{summary['edits']} edits with {summary['solver']} in {seconds['edit']:.1f} s",
+            caption="routing similarity by layer: "
+            + ", ".join(f"{layer}: {_number(value)}" for layer, value in summary["routing"]["per_layer"].items()),
+        )
+        moments = ("before", "after", "after_training")
+        for column in ("", "before", "after the edit", "at the end"):
+            table.add_column(column, justify="left" if not column else "right")
+        for name in (*_SHOWN, *sorted(n for n in summary["after"] if n.startswith("specificity_retained_"))):
+            table.add_row(name.replace("_", " "), *(_number((summary[moment] or {}).get(name)) for moment in moments))
+        table.add_row("perplexity", *(_number(summary["perplexity"][moment]) for moment in moments))
+        return table
+
+    def _log_to_wandb(self, logger: WandbLogger, trainer: L.Trainer, facts: Sequence[Fact]) -> None:
+        moments = ("before", "after", "at the end")
+        rows = [
+            [fact.prompt, fact.target_true, fact.target_new]
+            + [self._answers.get(moment, {}).get(fact.key) for moment in moments]
+            for fact in facts[: self.max_rows]
+        ]
+        columns = ["prompt", "old", "new", "answer before", "answer after", "answer at the end"]
+        logger.log_table("edits", columns=columns, data=rows)
+        monitor = _only(trainer, RoutingMonitor)
+        if monitor is not None and monitor.last_edit:
+            figure = monitor.figure()
+            if figure is not None:
+                logger.log_image("routing", [figure])
+
+    def _measure_perplexity(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, moment: str, again: bool = True
+    ) -> None:
+        loader = trainer.val_dataloaders
+        if loader is not None and (again or moment not in self._perplexity):
+            self._perplexity[moment] = perplexity(find_model(pl_module), loader)
+
+    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], moment: str) -> None:
+        editing = _only(trainer, KnowledgeEditing)
+        if editing is None or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+            return
+        shown = facts[: self.max_rows]
+        said = answers(find_model(pl_module), editing.tokenizer, [fact.prompt for fact in shown])
+        self._answers.setdefault(moment, {}).update(zip((fact.key for fact in shown), said, strict=True))
+
+
+def _only(trainer: L.Trainer, kind: type[C]) -> C | None:
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with ``None`` for every number that is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

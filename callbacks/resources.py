@@ -1,0 +1,40 @@
+"""What callbacks look for in the run they are part of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """All callbacks of the trainer."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def from_datamodule(trainer: L.Trainer, name: str, *args: Any) -> Any:
+    """The result of the data module's method ``name``; ``None`` without such a method or data module."""
+    method = getattr(getattr(trainer, "datamodule", None), name, None)
+    return method(*args) if callable(method) else None
+
+
+def find_tokenizer(
+    trainer: L.Trainer, pl_module: L.LightningModule, source: str | None, wanted_by: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer at ``source`` (a path or hub id), or else the one of the module or the data module.
+
+    Raises:
+        MisconfigurationException: if there is none; the message names ``wanted_by``.
+    """
+    if source is not None:
+        return AutoTokenizer.from_pretrained(source)
+    for owner in (pl_module, getattr(trainer, "datamodule", None)):
+        tokenizer = getattr(owner, "tokenizer", None)
+        if tokenizer is not None:
+            return tokenizer
+    raise MisconfigurationException(
+        f"{wanted_by} needs the model's tokenizer: give 'tokenizer' (a path), or an attribute 'tokenizer' of "
+        f"{type(pl_module).__name__} or of the data module"
+    )

@@ -1,0 +1,163 @@
+"""The callback that watches how routing shifts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from lit_moeedit.callbacks.listener import EditEvent, EditListener
+from lit_moeedit.callbacks.resources import find_tokenizer, from_datamodule
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing.routing import RoutingTrace, trace_routing
+from lit_moeedit.metrics import ExpertLoad, RoutingDivergence, RoutingSimilarity
+from lit_moeedit.models.experts import expert_layers, find_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+
+class RoutingMonitor(EditListener):
+    """Measures on a probe text how the routers' choices change: by every edit, and since the run's start.
+
+    Around an edit it logs ``routing_edit/…``, at every validation (compared with the run's start) ``routing/…``:
+    ``similarity`` (Jaccard overlap of the top-k expert sets), ``kl``, ``js`` (nats) and ``load_entropy``, for each
+    layer with experts (``…/layer_3``) and as mean over them.
+
+    Args:
+        probe: texts; ``None`` asks the data module's ``probe_texts()``, then ``preservation_texts()``.
+        tokenizer: a path or hub id; ``None`` takes the ``tokenizer`` attribute of the module or the data module.
+        max_texts: use at most this many texts.
+
+    Raises:
+        ValueError: if ``max_texts`` is less than 1.
+        MisconfigurationException: when the run starts, if there is no probe text or no tokenizer.
+    """
+
+    def __init__(
+        self,
+        probe: list[str] | None = None,
+        tokenizer: str | None = None,
+        max_texts: int = 256,
+    ) -> None:
+        super().__init__()
+        if max_texts < 1:
+            raise ValueError(f"max_texts must be at least 1, got {max_texts}")
+        self.max_texts = max_texts
+        self._probe_source = probe
+        self._tokenizer_source = tokenizer
+        self._probe: list[str] = []
+        self._tokenizer: Any = None
+        self._start: RoutingTrace | None = None
+        self._before_edit: RoutingTrace | None = None
+        self.last_edit: dict[str, float] = {}
+        """Routing metrics of the latest edit, named as they are logged, without the prefix."""
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._prepare(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._prepare(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._prepare(trainer, pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or self._start is None:
+            return
+        shift = self.compare(pl_module, self._start, self._trace(pl_module))
+        pl_module.log_dict({f"routing/{name}": value for name, value in shift.items()})
+
+    @override
+    def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
+        self._prepare(trainer, pl_module)
+        self._before_edit = self._trace(pl_module)
+
+    @override
+    def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
+        assert self._before_edit is not None
+        self.last_edit = self.compare(pl_module, self._before_edit, self._trace(pl_module))
+        self._before_edit = None
+        for logger in trainer.loggers:
+            metrics = {f"routing_edit/{name}": value for name, value in self.last_edit.items()}
+            logger.log_metrics(metrics, step=trainer.global_step)
+        log.info(
+            "routing similarity %.3f, KL %.4f nats over the edit",
+            self.last_edit["similarity/mean"],
+            self.last_edit["kl/mean"],
+        )
+
+    def compare(self, pl_module: L.LightningModule, before: RoutingTrace, after: RoutingTrace) -> dict[str, float]:
+        """All routing metrics of two traces of the same text."""
+        layers = expert_layers(find_model(pl_module))
+        similarity, divergence = RoutingSimilarity(list(layers)), RoutingDivergence(list(layers))
+        load = ExpertLoad(max(layer.num_experts for layer in layers.values()), list(layers))
+        similarity.update(before.experts, after.experts)
+        divergence.update(before.probabilities, after.probabilities)
+        load.update(after.experts)
+        found = {f"similarity/{name}": float(value) for name, value in similarity.compute().items()}
+        found |= {name: float(value) for name, value in divergence.compute().items()}
+        entropy = {name: value for name, value in load.compute().items() if name.startswith("entropy/")}
+        return found | {f"load_{name}": float(value) for name, value in entropy.items()}
+
+    def figure(self) -> Figure | None:
+        """Bars of the latest edit's routing similarity by layer; ``None`` without an edit or without matplotlib."""
+        layers = {name: value for name, value in self.last_edit.items() if name.startswith("similarity/layer_")}
+        if not layers or find_spec("matplotlib") is None:
+            return None
+        indices = [int(name.rpartition("_")[2]) for name in layers]
+        shown = {f"layer_{index}": torch.tensor(value) for index, value in zip(indices, layers.values(), strict=True)}
+        mean = torch.tensor(self.last_edit["similarity/mean"])
+        return RoutingSimilarity(indices).plot({"mean": mean, **shown})[0]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._start is None:
+            return {}
+        # the run's start cannot be measured again after a resume; small types keep it small
+        experts: Mapping[int, Tensor] = {i: x.to(torch.int16) for i, x in self._start.experts.items()}
+        probabilities: Mapping[int, Tensor] = {i: x.half() for i, x in self._start.probabilities.items()}
+        return {"experts": experts, "probabilities": probabilities, "last_edit": self.last_edit}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self.last_edit = dict(state_dict["last_edit"])
+            self._start = RoutingTrace(
+                {i: x.long() for i, x in state_dict["experts"].items()},
+                {i: x.float() for i, x in state_dict["probabilities"].items()},
+            )
+
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._probe:
+            return
+        self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "RoutingMonitor")
+        texts = (
+            self._probe_source
+            or from_datamodule(trainer, "probe_texts")
+            or from_datamodule(trainer, "preservation_texts")
+        )
+        if not texts:
+            raise MisconfigurationException(
+                "RoutingMonitor needs texts to watch: give 'probe', or a data module with probe_texts()"
+            )
+        self._probe = list(texts)[: self.max_texts]
+        if self._start is None:
+            self._start = self._trace(pl_module)
+
+    def _trace(self, pl_module: L.LightningModule) -> RoutingTrace:
+        return trace_routing(find_model(pl_module), self._tokenizer, self._probe)

@@ -1,0 +1,53 @@
+"""The command ``lit-moeedit``: LightningCLI with the module, data and callbacks of this package at hand."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from rich.logging import RichHandler
+
+import lit_moeedit.callbacks  # noqa: F401 - makes the callbacks known by their short names
+from lit_moeedit.data import FactsDataModule
+from lit_moeedit.module import LitMoE
+
+
+class EditingCLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` for any module and data module, ours by default."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Defaults: CSV logs, one device, and results in ``runs``."""
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs",
+                "trainer.devices": 1,
+                "seed_everything": 0,
+            }
+        )
+
+
+def main(args: ArgsType = None, **kwargs: Any) -> EditingCLI:
+    """Run the command line.
+
+    Args:
+        args: arguments instead of those of the process.
+        kwargs: for :class:`EditingCLI`.
+    """
+    handler = RichHandler(show_path=False, omit_repeated_times=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    logging.getLogger("lit_moeedit").setLevel(os.environ.get("LIT_MOEEDIT_LOG", "INFO").upper())
+    return EditingCLI(
+        LitMoE,
+        FactsDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+        **kwargs,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""A LightningModule around a Mixture-of-Experts causal language model of transformers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch.nn import functional as F
+from torchmetrics.text import Perplexity
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typing_extensions import override
+
+from lit_moeedit.data.encoding import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+class LitMoE(L.LightningModule):
+    """Trains any transformers MoE causal language model with AdamW, warm-up, cosine decay and a router loss.
+
+    Exactly one of ``pretrained`` and ``config`` is given. The model is made in :meth:`configure_model`, so that a
+    strategy can shard it as it is made.
+
+    Args:
+        pretrained: a local path or hub id, read with ``from_pretrained`` (safetensors only).
+        config: keys of a transformers config, ``model_type`` among them; the weights are fresh.
+        dtype: dtype of the weights, e.g. ``"float32"`` or ``"bfloat16"``.
+        learning_rate: peak learning rate.
+        weight_decay: decay of matrices; vectors (norms, biases) have none.
+        warmup: share of the optimizer steps in which the learning rate rises to its peak.
+        final_learning_rate: share of the peak at the end of the cosine.
+        betas: of AdamW.
+        router_loss: weight of the load-balancing loss of the routers; 0 leaves it out.
+        label_smoothing: of the cross entropy.
+
+    Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[batch, length]``; positions
+    with label -100 do not count. Validation and test log ``val/perplexity``, ``val/loss`` and ``val/accuracy``
+    (or ``test/…``).
+
+    Raises:
+        ValueError: if not exactly one of ``pretrained`` and ``config`` is given, or a number is out of range.
+
+    Example:
+        >>> module = LitMoE(config={"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1,
+        ...     "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 16,
+        ...     "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 50})
+        >>> module.configure_model()
+        >>> module(input_ids=torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 50])
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        dtype: str = "float32",
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.1,
+        warmup: float = 0.05,
+        final_learning_rate: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        router_loss: float = 0.01,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if (pretrained is None) == (config is None):
+            raise ValueError("give exactly one of 'pretrained' (a path or hub id) and 'config' (for fresh weights)")
+        if config is not None and "model_type" not in config:
+            raise ValueError(f"config needs 'model_type' (for example qwen3_moe), got the keys {sorted(config)}")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {dtype!r}")
+        if not 0.0 <= warmup < 1.0:
+            raise ValueError(f"warmup is a share of all steps, in [0, 1), got {warmup}")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.save_hyperparameters()
+        self.model: PreTrainedModel | None = None
+        self.perplexity = Perplexity(ignore_index=IGNORED_LABEL)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @override
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        dtype = getattr(torch, self.hparams["dtype"])
+        if self.hparams["pretrained"] is not None:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.hparams["pretrained"], dtype=dtype, use_safetensors=True
+            )
+        else:
+            keys = dict(self.hparams["config"])
+            config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model.train()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that came with ``pretrained``; else the data module's, if it has one."""
+        if self._tokenizer is None and self.hparams["pretrained"] is not None:
+            self._tokenizer = AutoTokenizer.from_pretrained(self.hparams["pretrained"])
+        if self._tokenizer is None and self._trainer is not None:
+            return getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        return self._tokenizer
+
+    @override
+    def on_fit_start(self) -> None:
+        assert self.model is not None
+        embeddings: Any = self.model.get_input_embeddings()
+        tokenizer, vocabulary = self.tokenizer, embeddings.num_embeddings
+        if tokenizer is not None and len(tokenizer) > vocabulary:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {vocabulary}; "
+                "set vocab_size of the model's config to at least that many"
+            )
+
+    @override
+    def forward(self, **inputs: Tensor) -> Any:
+        assert self.model is not None, "configure_model() makes the model; the Trainer calls it"
+        return self.model(**inputs)
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        router_loss = self.hparams["router_loss"]
+        outputs = self(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            **({"output_router_logits": True} if router_loss else {}),
+        )
+        loss = _next_token_loss(outputs.logits, batch["labels"], self.hparams["label_smoothing"])
+        self.log("train/loss", loss, prog_bar=True)
+        auxiliary = getattr(outputs, "aux_loss", None)
+        if router_loss and auxiliary is not None:
+            self.log("train/router_loss", auxiliary)
+            loss = loss + router_loss * auxiliary
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    @override
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The most likely next token at every position, int64 ``[batch, length]``."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return self(**inputs, use_cache=False).logits.argmax(-1)
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits, labels = self(**inputs, use_cache=False).logits[:, :-1].float(), batch["labels"][:, 1:]
+        self.perplexity(logits, labels)
+        counted = labels != IGNORED_LABEL
+        size = int(counted.sum())
+        accuracy = (logits.argmax(-1) == labels)[counted].float().mean()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
+        self.log(f"{stage}/loss", loss, batch_size=size)
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=size)
+        self.log(f"{stage}/perplexity", self.perplexity, prog_bar=True)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.hparams["weight_decay"]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"], fused=True)
+        total = self.trainer.estimated_stepping_batches
+        steps = total if math.isfinite(total) else 10**9
+        warmup = max(1, round(self.hparams["warmup"] * steps))
+        floor = self.hparams["final_learning_rate"]
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross entropy of ``logits [batch, length, vocabulary]`` against the next position's ``labels``."""
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels != IGNORED_LABEL
+    # only the counted rows: most of the softmax would be of positions that nobody asks for
+    return F.cross_entropy(logits[counted].float(), labels[counted], label_smoothing=label_smoothing)

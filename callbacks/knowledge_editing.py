@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
@@ -184,6 +185,8 @@ class KnowledgeEditing(L.Callback):
 
     # -- the edit -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def evaluate(self, pl_module: L.LightningModule, facts: Sequence[Fact] | None = None) -> Evaluation:
         """Evaluate facts (by default those edited so far) against their neighbours before the edit."""
         chosen = self.applied_facts if facts is None else list(facts)

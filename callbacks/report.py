@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
@@ -71,13 +72,13 @@ class EditReport(EditListener):
         self._started = time.perf_counter()
 
     @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # before any callback's on_validation_start or on_test_start, one of which may edit
         self._started = time.perf_counter()
 
     @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._started = time.perf_counter()
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.perf_counter()
 
     @override
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
@@ -153,9 +154,14 @@ class EditReport(EditListener):
         }
 
     def _mean(self, moment: str) -> dict[str, float]:
-        total = sum(edit["facts"] for edit in self._edits)
-        names = self._edits[0][moment] if self._edits else ()
-        return {name: sum(edit["facts"] * edit[moment][name] for edit in self._edits) / total for name in names}
+        means: dict[str, float] = {}
+        for name in self._edits[0][moment] if self._edits else ():
+            # an edit for which nothing was counted has no say
+            counted = [edit for edit in self._edits if not math.isnan(edit[moment][name])]
+            total = sum(edit["facts"] for edit in counted)
+            weighted = sum(edit["facts"] * edit[moment][name] for edit in counted)
+            means[name] = weighted / total if total else math.nan
+        return means
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: bool) -> None:
         editing = _only(trainer, KnowledgeEditing)
@@ -214,6 +220,8 @@ class EditReport(EditListener):
             if figure is not None:
                 logger.log_image("routing", [figure])
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _measure_perplexity(
         self, trainer: L.Trainer, pl_module: L.LightningModule, moment: str, again: bool = True
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ class RoutingMonitor(EditListener):
         self._probe: list[str] = []
         self._tokenizer: Any = None
         self._start: RoutingTrace | None = None
+        self._digest = ""
         self._before_edit: RoutingTrace | None = None
         self.last_edit: dict[str, float] = {}
         """Routing metrics of the latest edit, named as they are logged, without the prefix."""
@@ -131,12 +133,12 @@ class RoutingMonitor(EditListener):
         # the run's start cannot be measured again after a resume; small types keep it small
         experts: Mapping[int, Tensor] = {i: x.to(torch.int16) for i, x in self._start.experts.items()}
         probabilities: Mapping[int, Tensor] = {i: x.half() for i, x in self._start.probabilities.items()}
-        return {"experts": experts, "probabilities": probabilities, "last_edit": self.last_edit}
+        return {"experts": experts, "probabilities": probabilities, "probe": self._digest, "last_edit": self.last_edit}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
-            self.last_edit = dict(state_dict["last_edit"])
+            self._digest, self.last_edit = state_dict["probe"], dict(state_dict["last_edit"])
             self._start = RoutingTrace(
                 {i: x.long() for i, x in state_dict["experts"].items()},
                 {i: x.float() for i, x in state_dict["probabilities"].items()},
@@ -156,6 +158,11 @@ class RoutingMonitor(EditListener):
                 "RoutingMonitor needs texts to watch: give 'probe', or a data module with probe_texts()"
             )
         self._probe = list(texts)[: self.max_texts]
+        digest = sha256("\0".join(self._probe).encode()).hexdigest()
+        if self._start is not None and self._digest != digest:
+            log.warning("the probe text is not the one of the checkpoint; routing is compared with now instead")
+            self._start = None
+        self._digest = digest
         if self._start is None:
             self._start = self._trace(pl_module)
 

@@ -34,6 +34,8 @@ class LitMoE(L.LightningModule):
         weight_decay: decay of matrices; vectors (norms, biases) have none.
         warmup: share of the optimizer steps in which the learning rate rises to its peak.
         final_learning_rate: share of the peak at the end of the cosine.
+        cosine_until: share of the optimizer steps at which the cosine ends; from there on the learning rate is the
+            final one.
         betas: of AdamW.
         router_loss: weight of the load-balancing loss of the routers; 0 leaves it out.
         label_smoothing: of the cross entropy.
@@ -63,6 +65,7 @@ class LitMoE(L.LightningModule):
         weight_decay: float = 0.1,
         warmup: float = 0.05,
         final_learning_rate: float = 0.1,
+        cosine_until: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.95),
         router_loss: float = 0.01,
         label_smoothing: float = 0.0,
@@ -76,6 +79,8 @@ class LitMoE(L.LightningModule):
             raise ValueError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {dtype!r}")
         if not 0.0 <= warmup < 1.0:
             raise ValueError(f"warmup is a share of all steps, in [0, 1), got {warmup}")
+        if not warmup < cosine_until <= 1.0:
+            raise ValueError(f"cosine_until is a share of all steps behind the warm-up, in (warmup, 1], got {cosine_until}")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.save_hyperparameters()
@@ -177,12 +182,12 @@ class LitMoE(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         steps = total if math.isfinite(total) else 10**9
         warmup = max(1, round(self.hparams["warmup"] * steps))
-        floor = self.hparams["final_learning_rate"]
+        floor, end = self.hparams["final_learning_rate"], self.hparams["cosine_until"] * steps
 
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+            progress = min(1.0, (step - warmup) / max(1, end - warmup))
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

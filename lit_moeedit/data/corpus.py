@@ -62,9 +62,11 @@ class Corpus:
         """
         if vocab_size < 300:
             raise ValueError(f"vocab_size must be at least 300 (256 bytes and special tokens), got {vocab_size}")
-        texts = [join(s.prompt, s.target) + "." for s in (*self.train, *self.validation)]
-        texts += [join(edit.prompt, edit.target_new) + "." for edit in self.edits]
-        return train_tokenizer([*texts, *self.prefixes], vocab_size)
+        statements = (*self.train, *self.validation)
+        # sorted, and new targets only where they are new words: what is held out or edited must not change the tokens
+        texts = sorted({join(s.prompt, s.target) for s in statements})
+        words = sorted({edit.target_new for edit in self.edits} - {s.target for s in statements})
+        return train_tokenizer([*texts, *words, *self.prefixes], vocab_size)
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

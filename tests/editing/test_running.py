@@ -37,6 +37,21 @@ def test_hidden_states_and_logits_equal_a_plain_forward(
         torch.testing.assert_close(scores[row, real], alone, **PASSES)
 
 
+def test_positions_are_handed_on(model: PreTrainedModel, encoded: list[Encoding]) -> None:
+    """Rotary positions are relative, so a shift by the padding would not show in what comes out; elsewhere it would."""
+    seen: list[torch.Tensor] = []
+    model.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1]),
+        with_kwargs=True,
+    )
+    ids, mask = pad([e.ids for e in encoded], 0, "left")
+    positions = position_ids(mask)
+    logits(model, ids, mask, positions, keep=1)
+    assert torch.equal(seen[0], positions)
+    for row, encoding in zip(positions, encoded, strict=True):
+        assert row[-len(encoding.ids) :].tolist() == list(range(len(encoding.ids)))
+
+
 def test_layers_above_are_not_run(model: PreTrainedModel, encoded: list[Encoding]) -> None:
     ran: list[int] = []
     for index, layer in enumerate(model.model.layers):

@@ -1,4 +1,4 @@
-"""Target vectors against a plain optimisation: one edit at a time, every text by itself, all layers, torch's own Adam."""
+"""Target vectors against a plain optimisation: one edit at a time, each text by itself, all layers, torch's Adam."""
 
 from __future__ import annotations
 

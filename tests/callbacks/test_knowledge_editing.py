@@ -1,0 +1,490 @@
+"""The callback in real runs of the Trainer on one CPU."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.data import FactsError
+from lit_moeedit.editing import Editor, TargetOptimizer
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{text}")
+    for text in (
+        "callbacks used to create the checkpoint",
+        "in eval mode at the start",
+        "logs directory",
+        "not resumable",
+    )
+]
+
+
+def _same(a, b):
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{different[:3]} differ"
+
+
+@pytest.fixture
+def run(tiny, make_trainer, tmp_path):
+    """``run(at, …)`` makes every object anew, fits, and returns all of it."""
+
+    def fit(at="fit_start", folder="run", callbacks=(), epochs=4, ckpt=None, editing=None, **trainer_arguments):
+        editor = tiny.editor()
+        editing = KnowledgeEditing(editor, at=at) if editing is None else editing
+        module, data = tiny.module(), tiny.data()
+        trainer = make_trainer(tmp_path / folder, [editing, *callbacks], max_epochs=epochs, **trainer_arguments)
+        trainer.fit(module, data, **({"ckpt_path": ckpt, "weights_only": False} if ckpt else {}))
+        return SimpleNamespace(trainer=trainer, module=module, data=data, editing=editing, editor=editing.editor)
+
+    return fit
+
+
+def _every_epoch(folder):
+    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("at", "calls", "calls_after"),
+    [
+        # checkpoints are named by the epoch they end; a resume after epoch e starts with epoch e + 1
+        ({"epoch": 2}, [6], {1: [6], 2: []}),
+        ({"step": 6}, [6], {0: [6], 1: []}),
+        ({"every_n_epochs": 1, "batch": 2}, [2, 2, 2], {0: [2, 2, 2], 1: [2, 2], 2: [2]}),
+    ],
+    ids=["epoch", "step", "batches"],
+)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(run, tiny, tmp_path, at, calls, calls_after):
+    whole = run(at, callbacks=[_every_epoch(tmp_path / "kept")])
+    assert [len(call) for call in whole.editor.calls] == calls
+    done = [key for call in whole.editor.calls for key in call]
+    assert len(done) == len(set(done)) == 6
+    for epoch, expected in calls_after.items():
+        resumed = run(at, f"from_{epoch}", ckpt=tmp_path / "kept" / f"epoch={epoch}.ckpt")
+        assert resumed.trainer.current_epoch == 4
+        assert [len(call) for call in resumed.editor.calls] == expected
+        assert [key for call in resumed.editor.calls for key in call] == done[len(done) - sum(expected) :]
+        assert resumed.editing.state_dict() == whole.editing.state_dict()
+        assert resumed.data.state_dict() == whole.data.state_dict()
+        _same(tiny.weights(resumed.module), tiny.weights(whole.module))
+
+
+def test_a_checkpoint_of_the_step_of_the_edit_holds_the_edit(run, tmp_path):
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    run({"step": 2}, callbacks=[kept], epochs=1)
+    before, at = (torch.load(tmp_path / "kept" / f"step={n}.ckpt", weights_only=False) for n in (1, 2))
+
+    def applied(checkpoint):
+        return next(state for name, state in checkpoint["callbacks"].items() if "KnowledgeEditing" in name)["applied"]
+
+    assert len(applied(before)) == 0 and len(applied(at)) == 6
+    resumed = run({"step": 2}, "again", ckpt=tmp_path / "kept" / "step=2.ckpt", epochs=2)
+    assert resumed.editor.calls == []
+
+
+def test_a_second_fit_does_not_edit_again(run, tiny, make_trainer, tmp_path):
+    first = run("fit_start", epochs=1)
+    trainer = make_trainer(tmp_path / "more", [first.editing], max_epochs=1)
+    trainer.fit(first.module, first.data)
+    assert len(first.editor.calls) == 1
+
+
+# -- training state ---------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_leaves_the_state_of_training_as_it_was(tiny, make_trainer, tmp_path):
+    seen = []
+
+    def state(module):
+        return {
+            "modes": {name: part.training for name, part in module.named_modules()},
+            "trainable": {name: p.requires_grad for name, p in module.named_parameters()},
+            "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in module.named_parameters()},
+            "random": torch.get_rng_state(),
+            "grad enabled": torch.is_grad_enabled(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+
+    class Watched(KnowledgeEditing):
+        def due(self, trainer, moment):
+            # between the two batches whose gradients are added up
+            return self.pending_facts if moment == "step" and trainer.fit_loop.batch_idx == 2 else []
+
+        def _edit(self, trainer, pl_module, facts):
+            before = state(pl_module)
+            super()._edit(trainer, pl_module, facts)
+            if facts:
+                seen.append((before, state(pl_module)))
+
+    module = tiny.module()
+    module.configure_model()
+    module.model.model.layers[0].self_attn.eval()  # a user's own choice
+    module.model.model.embed_tokens.weight.requires_grad_(False)
+    editing = Watched(tiny.editor())
+    make_trainer(tmp_path, [editing], accumulate_grad_batches=2).fit(module, tiny.data())
+    [(before, after)] = seen
+    assert any(gradient is not None and gradient.any() for gradient in before["gradients"].values())
+    assert before["modes"] == after["modes"] and len(set(before["modes"].values())) == 2
+    assert before["trainable"] == after["trainable"] and len(set(before["trainable"].values())) == 2
+    assert before["grad enabled"] == after["grad enabled"] and before["deterministic"] == after["deterministic"]
+    assert torch.equal(before["random"], after["random"])
+    for name, gradient in before["gradients"].items():
+        other = after["gradients"][name]
+        assert (gradient is None) == (other is None) and (gradient is None or torch.equal(gradient, other)), name
+
+
+@pytest.mark.parametrize("at", ["fit_start", {"epoch": 1}, {"step": 3}, "validation"])
+def test_an_exception_leaves_the_weights_bit_identical(tiny, make_trainer, tmp_path, monkeypatch, at):
+    editor = tiny.editor()
+    solve, calls = editor.solver.solve, []
+
+    def fails_at_the_second_layer(problem):
+        calls.append(problem)
+        if len(calls) == 2:
+            raise RuntimeError("the solver gave up")
+        return solve(problem)
+
+    monkeypatch.setattr(editor.solver, "solve", fails_at_the_second_layer)
+    noted = {}
+
+    class Watched(KnowledgeEditing):
+        def _edit(self, trainer, pl_module, facts):
+            if facts:
+                noted["before"] = tiny.weights(pl_module)
+            super()._edit(trainer, pl_module, facts)
+
+    editing, module, data = Watched(editor, at=at), tiny.module(), tiny.data()
+    with pytest.raises(RuntimeError, match="the solver gave up"):
+        make_trainer(tmp_path, [editing], max_epochs=2).fit(module, data)
+    _same(tiny.weights(module), noted["before"])
+    assert editing.applied_facts == [] and len(editing.pending_facts) == 6 and data.state_dict() == {"excluded": []}
+    monkeypatch.undo()
+    make_trainer(tmp_path, [editing], max_epochs=2).fit(module, data)
+    assert len(editing.applied_facts) == 6
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(run, precision):
+    result = run({"epoch": 1}, epochs=2, precision=precision)
+    assert len(result.editing.applied_facts) == 6
+    assert torch.isfinite(torch.stack([p.float().sum() for p in result.module.parameters()])).all()
+    assert 0 <= result.trainer.callback_metrics["edit/efficacy"] <= 1
+
+
+# -- without training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_validate_and_test_can_edit(tiny, make_trainer, tmp_path, stage, inference_mode):
+    editing, module = KnowledgeEditing(tiny.editor(), at="validation"), tiny.module()
+    module.configure_model()
+    before = tiny.weights(module)
+    trainer = make_trainer(tmp_path, [editing], inference_mode=inference_mode)
+    [metrics] = getattr(trainer, stage)(module, tiny.data(), verbose=False)
+    assert len(editing.applied_facts) == 6
+    assert {"edit/efficacy", "edit/generalization", "edit/specificity"} <= metrics.keys()
+    changed = {name for name, tensor in tiny.weights(module).items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)}
+    # the weights are no tensors of inference mode: they can be trained further
+    make_trainer(tmp_path / "fit", []).fit(module, tiny.data())
+
+
+def test_validate_without_an_edit_says_nothing_of_edits(tiny, make_trainer, tmp_path):
+    editing, module = KnowledgeEditing(tiny.editor(), at={"epoch": 1}), tiny.module()
+    [metrics] = make_trainer(tmp_path, [editing]).validate(module, tiny.data(), verbose=False)
+    assert editing.editor.calls == [] and not any(name.startswith("edit") for name in metrics)
+
+
+def test_validation_of_a_checkpoint_measures_what_is_left_of_its_edits(run, tiny, make_trainer, tmp_path):
+    whole = run("fit_start", epochs=1, callbacks=[_every_epoch(tmp_path / "kept")])
+    editing = KnowledgeEditing(tiny.editor(), at="fit_start")
+    [metrics] = make_trainer(tmp_path / "again", [editing]).validate(
+        tiny.module(), tiny.data(), ckpt_path=tmp_path / "kept" / "epoch=0.ckpt", verbose=False, weights_only=False
+    )
+    assert editing.editor.calls == [] and len(editing.applied_facts) == 6
+    for name in ("edit/efficacy", "edit/efficacy_accuracy", "edit/specificity"):
+        assert metrics[name] == pytest.approx(float(whole.trainer.callback_metrics[name]))
+
+
+def test_the_sanity_check_does_not_edit(tiny, make_trainer, tmp_path):
+    seen = []
+
+    class Watched(KnowledgeEditing):
+        def on_sanity_check_end(self, trainer, pl_module):
+            seen.append(len(self.editor.calls))
+
+    editing = Watched(tiny.editor(), at="validation")
+    make_trainer(tmp_path, [editing], num_sanity_val_steps=1).fit(tiny.module(), tiny.data())
+    assert seen == [0] and len(editing.editor.calls) == 1
+
+
+# -- any module -------------------------------------------------------------------------------------------------------
+
+
+class PlainModule(L.LightningModule):
+    """A module of somebody who has never heard of this package."""
+
+    def __init__(self, network, tokenizer=None):
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+
+    def training_step(self, batch, batch_idx):
+        return self.network(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randint(3, 400, (4, 8)), batch_size=2)
+
+
+TEXTS = ["The sea is deep and the river is long.", "Who lives in the city eats bread."]
+
+
+def test_a_plain_module_with_facts_and_texts_as_lists(tiny, make_trainer, tmp_path, make_model, tokenizer, facts):
+    module = PlainModule(make_model("olmoe"), tokenizer)
+    editing = KnowledgeEditing(tiny.editor(layers=[1]), facts=facts, preservation=TEXTS, at={"epoch": 1})
+    make_trainer(tmp_path, [editing], max_epochs=2).fit(module)
+    assert [fact.key for fact in editing.applied_facts] == [fact.key for fact in facts]
+    metrics = editing.evaluate(module).metrics
+    assert metrics["efficacy"] >= 2 / 3
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refuse(make_trainer, tmp_path, tiny, make_model, tokenizer, facts):
+    """``refuse(message, …)``: a run refuses to start with this message, before the editor is asked for anything."""
+
+    def check(message, module=None, error=MisconfigurationException, editor=None, **changes):
+        editor = editor or tiny.editor(layers=[1])
+        arguments = {"facts": facts, "preservation": TEXTS, **changes}
+        module = PlainModule(make_model("qwen3_moe"), tokenizer) if module is None else module
+        with pytest.raises(error, match=message) as caught:
+            make_trainer(tmp_path, [KnowledgeEditing(editor, **arguments)]).fit(module)
+        assert editor.calls == [] and module.trainer.global_step == 0
+        return caught.value
+
+    return check
+
+
+def test_a_dense_model_is_refused(refuse, tokenizer):
+    config = LlamaConfig(
+        vocab_size=420, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    refuse(
+        "KnowledgeEditing: LlamaForCausalLM has no layer with routed experts",
+        PlainModule(LlamaForCausalLM(config), tokenizer),
+    )
+
+
+def test_a_module_without_a_model_is_refused(refuse, tokenizer):
+    refuse("expected one transformers model in PlainModule, found 0", PlainModule(torch.nn.Linear(2, 2), tokenizer))
+
+
+def test_a_layer_without_experts_is_refused(refuse, tiny, make_model, tokenizer):
+    refuse(r"layer 7 of Qwen3MoeForCausalLM has no routed experts.*0", editor=tiny.editor(layers=[1, 7]))
+    dense_first = PlainModule(make_model("deepseek_v3"), tokenizer)
+    refuse("layer 0 of DeepseekV3ForCausalLM has no routed experts", dense_first, editor=tiny.editor(layers=[0]))
+
+
+def test_frozen_experts_are_refused(refuse, make_model, tokenizer):
+    module = PlainModule(make_model("qwen3_moe"), tokenizer)
+    module.network.model.layers[1].mlp.experts.down_proj.requires_grad_(False)
+    refuse("the experts of layer 1 of Qwen3MoeForCausalLM .* are frozen", module)
+
+
+def test_without_a_tokenizer(refuse, make_model):
+    module = PlainModule(make_model("qwen3_moe"))
+    refuse("KnowledgeEditing needs the model's tokenizer: .* attribute 'tokenizer' of PlainModule", module)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_without_facts(refuse, nothing):
+    refuse("KnowledgeEditing has no facts to edit", facts=nothing)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_without_preservation_text(refuse, tiny, make_trainer, tmp_path, make_model, tokenizer, facts, nothing):
+    refuse("preserve='covariance' needs text whose behaviour is to be kept", preservation=nothing)
+    editing = KnowledgeEditing(tiny.editor(layers=[1], preserve="none"), facts=facts, preservation=nothing)
+    make_trainer(tmp_path, [editing]).fit(PlainModule(make_model("qwen3_moe"), tokenizer))
+    assert len(editing.applied_facts) == len(facts)
+
+
+def test_preservation_text_from_a_file(refuse, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("One.\n\n  \nTwo.\n", encoding="utf-8")
+    editing = KnowledgeEditing(Editor(layers=[0]), preservation=str(path))
+    assert editing.preservation_texts(SimpleNamespace()) == ["One.", "Two."]
+    path.write_text("\n \n", encoding="utf-8")
+    refuse("needs text whose behaviour is to be kept", preservation=str(path))
+
+
+def test_a_fact_whose_subject_is_not_in_its_prompt(refuse, facts):
+    bad = [facts[0], replace(facts[1], subject="Lake Onega")]
+    refuse("row 2, field 'prompt': does not contain the subject 'Lake Onega'", error=FactsError, facts=bad)
+
+
+def test_a_bad_facts_file_is_named_with_its_row(refuse, facts, tmp_path, make_trainer, tiny, make_model, tokenizer):
+    path = tmp_path / "facts.jsonl"
+    rows = [fact.to_dict() for fact in facts[:2]]
+    rows.insert(1, {**rows[1], "target_new": ""})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    refuse(r"facts\.jsonl, row 2, field 'target_new'", error=FactsError, facts=str(path))
+    # without strictness the row is left out
+    editing = KnowledgeEditing(tiny.editor(layers=[1]), facts=str(path), preservation=TEXTS, strict=False)
+    make_trainer(tmp_path, [editing]).fit(PlainModule(make_model("qwen3_moe"), tokenizer))
+    assert len(editing.applied_facts) == 2
+
+
+def test_several_processes_are_refused(tiny):
+    editing = KnowledgeEditing(tiny.editor())
+    with pytest.raises(MisconfigurationException, match="this run has 2; use devices=1"):
+        editing.on_fit_start(SimpleNamespace(world_size=2), tiny.module())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_efficacy": 1.5}, r"min_efficacy is a fraction in \[0, 1\], got 1.5"),
+        ({"min_specificity_retained": -0.1}, "min_specificity_retained is a fraction"),
+        ({"min_efficacy": float("nan")}, "min_efficacy is a fraction"),
+        ({"at": "tomorrow"}, "got 'tomorrow'"),
+        ({"at": {"epoch": -1}}, "epoch must be a whole number"),
+    ],
+)
+def test_bad_arguments(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        KnowledgeEditing(tiny.editor(), **arguments)
+
+
+def test_the_tokenizer_is_not_known_before_the_run(tiny):
+    with pytest.raises(RuntimeError, match="not known before the run starts"):
+        _ = KnowledgeEditing(tiny.editor()).tokenizer
+
+
+# -- what is logged, kept, undone -------------------------------------------------------------------------------------
+
+
+def _logged(folder):
+    with (folder / "logs" / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+
+
+def test_retention_and_the_edit_itself_are_logged(run, tmp_path):
+    result = run({"epoch": 1}, epochs=3)
+    metrics = result.trainer.callback_metrics
+    assert {"edit/efficacy", "edit/generalization", "edit/specificity", "edit/score"} <= metrics.keys()
+    exact = result.editing.evaluate(result.module).metrics
+    for name, value in metrics.items():
+        if name.startswith("edit/"):
+            assert float(value) == pytest.approx(exact[name.removeprefix("edit/")]), name
+    logged = _logged(tmp_path / "run")
+    assert len(logged["edit/efficacy"]) == 2  # validations after epochs 1 and 2; before them nothing was edited
+    for name in ("edit_before/efficacy", "edit_after/efficacy", "edit_after/specificity", "edit_seconds/edit"):
+        assert len(logged[name]) == 1, name
+    assert logged["edit_after/efficacy"][0] > logged["edit_before/efficacy"][0]
+    assert not any(value != value for values in logged.values() for value in values)
+
+
+def test_an_edit_that_is_not_good_enough_is_undone(tiny, make_trainer, tmp_path, caplog):
+    noted = {}
+
+    class Watched(KnowledgeEditing):
+        def _edit(self, trainer, pl_module, facts):
+            before = tiny.weights(pl_module)
+            super()._edit(trainer, pl_module, facts)
+            if facts:
+                noted["before"], noted["after"] = before, tiny.weights(pl_module)
+
+        def should_keep(self, before, after):
+            noted["inside"] = tiny.weights(module)
+            noted["efficacy"] = after.metrics["efficacy"]
+            return super().should_keep(before, after)
+
+    hopeless = tiny.editor(targets=TargetOptimizer(steps=1, learning_rate=1e-3))
+    editing = Watched(hopeless, at={"epoch": 1}, min_efficacy=1.0)
+    module, data = tiny.module(), tiny.data()
+    with caplog.at_level(logging.WARNING, "lit_moeedit"):
+        make_trainer(tmp_path, [editing], max_epochs=4).fit(module, data)
+    assert noted["efficacy"] < 1
+    assert any(not torch.equal(noted["inside"][name], tensor) for name, tensor in noted["before"].items())
+    _same(noted["before"], noted["after"])
+    assert len(editing.editor.calls) == 1  # not tried again in every epoch
+    assert editing.applied_facts == [] and editing.pending_facts == [] and len(editing.edited_facts) == 6
+    assert len(editing.state_dict()["undone"]) == 6 and data.state_dict() == {"excluded": []}
+    assert "undid the edit of 6 facts" in caplog.text
+
+
+def test_min_specificity_retained(tiny):
+    editing = KnowledgeEditing(tiny.editor(), min_efficacy=0.5, min_specificity_retained=0.8)
+
+    def evaluation(efficacy, retained):
+        return SimpleNamespace(metrics={"efficacy": efficacy, "specificity_retained": retained})
+
+    assert editing.should_keep(None, evaluation(0.5, 0.8))
+    assert not editing.should_keep(None, evaluation(0.4, 0.9))
+    assert not editing.should_keep(None, evaluation(0.9, 0.7))
+    assert editing.should_keep(None, evaluation(0.9, float("nan")))  # no neighbour was said right before
+
+
+def test_statements_of_edited_facts_leave_the_batches(tiny, make_trainer, tmp_path):
+    drawn = {}
+
+    class Reader(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            texts = trainer.datamodule.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+            drawn.setdefault(trainer.current_epoch, []).extend(texts)
+
+    editing = KnowledgeEditing(tiny.editor(), at={"epoch": 2})
+    data = tiny.data(samples_per_epoch=64)
+    told = []
+    original = data.facts_edited
+    data.facts_edited = lambda facts: (told.append([fact.key for fact in facts]), original(facts))
+    make_trainer(tmp_path, [editing, Reader()], max_epochs=4).fit(tiny.module(), data)
+    assert told == [[fact.key for fact in editing.facts]]
+    prompts = [text for fact in editing.facts for text in (fact.prompt, *fact.paraphrases)]
+
+    def stating(epoch):
+        return [text for text in drawn[epoch] if any(prompt in text for prompt in prompts)]
+
+    assert stating(0) and stating(1)
+    assert not stating(3)
+    assert [len(texts) for texts in drawn.values()] == [64] * 4
+
+
+def test_other_data_modules_are_not_asked_for_what_they_do_not_know(
+    tiny, make_trainer, tmp_path, make_model, tokenizer, facts
+):
+    class Data(L.LightningDataModule):
+        def edit_facts(self):
+            return facts[:1]
+
+        def preservation_texts(self):
+            return iter(TEXTS)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.randint(3, 400, (4, 8)), batch_size=2)
+
+    editing = KnowledgeEditing(tiny.editor(layers=[0]))
+    make_trainer(tmp_path, [editing]).fit(PlainModule(make_model("mixtral"), tokenizer), Data())
+    assert len(editing.applied_facts) == 1

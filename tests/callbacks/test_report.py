@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+
+METRICS = {
+    "efficacy",
+    "efficacy_accuracy",
+    "generalization",
+    "generalization_accuracy",
+    "specificity",
+    "specificity_accuracy",
+    "specificity_retained",
+    "score",
+    "utility",
+}
+SECONDS = {"fit", "statistics", "targets", "features", "solve", "commit", "edit"}
+
+
+def _no_nan(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def _read(path):
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_nan)
+
+
+def _fractions(metrics):
+    assert metrics.keys() >= METRICS
+    assert all(value is None or 0 <= value <= 1 for value in metrics.values())
+
+
+@pytest.fixture
+def run(tiny, make_trainer, tmp_path):
+    def fit(*callbacks, at=None, folder="run", ckpt=None, report=None, monitor=True, data=None, **keys):
+        editing = KnowledgeEditing(tiny.editor(), at={"epoch": 1} if at is None else at)
+        report = EditReport(console=False) if report is None else report
+        made = [editing, *([RoutingMonitor()] if monitor else []), report, *callbacks]
+        trainer = make_trainer(tmp_path / folder, made, **{"max_epochs": 3, **keys})
+        trainer.fit(tiny.module(), data or tiny.data(), **({"ckpt_path": ckpt, "weights_only": False} if ckpt else {}))
+        return trainer
+
+    return fit
+
+
+def test_the_shape_of_the_summary(run, tmp_path):
+    trainer = run()
+    summary = _read(tmp_path / "run" / "summary.json")
+    assert list(summary) == [
+        "edits", "solver", "before", "after", "after_training", "routing", "perplexity", "seconds"
+    ]  # fmt: skip
+    assert summary["edits"] == 6 and summary["solver"] == "Woodbury"
+    for moment in ("before", "after", "after_training"):
+        _fractions(summary[moment])
+        assert {"specificity_retained_same_subject", "specificity_retained_same_relation"} <= summary[moment].keys()
+    assert summary["after"]["efficacy"] > summary["before"]["efficacy"]
+    assert summary["routing"].keys() >= {"similarity", "kl", "per_layer"}
+    assert summary["routing"]["per_layer"].keys() == {"0", "1"}
+    assert 0 < summary["routing"]["similarity"] <= 1 and summary["routing"]["kl"] >= 0
+    assert summary["perplexity"].keys() >= {"before", "after"}
+    assert all(value > 1 for value in summary["perplexity"].values())
+    assert summary["perplexity"]["after_training"] == pytest.approx(
+        float(trainer.callback_metrics["val/perplexity"]), rel=1e-4
+    )
+    assert summary["after_training"]["efficacy"] == pytest.approx(float(trainer.callback_metrics["edit/efficacy"]))
+    assert summary["seconds"].keys() == SECONDS
+    assert all(value > 0 for value in summary["seconds"].values())
+    assert summary["seconds"]["fit"] > summary["seconds"]["edit"]
+    assert [path.name for path in (tmp_path / "run").glob("*summary*")] == ["summary.json"]
+
+
+def test_what_was_not_measured_is_null(run, tiny, tmp_path):
+    data = tiny.data()
+    data.corpus.edits = [
+        type(fact)(fact.subject, fact.prompt, fact.target_new, fact.target_true) for fact in data.corpus.edits
+    ]
+    run(monitor=False, data=data, report=EditReport("edits.json", console=False))
+    text = (tmp_path / "run" / "edits.json").read_text(encoding="utf-8")
+    assert "NaN" not in text and "Infinity" not in text
+    summary = _read(tmp_path / "run" / "edits.json")
+    assert summary["after"]["generalization"] is None and summary["after"]["specificity_retained"] is None
+    assert summary["routing"]["similarity"] is None and summary["routing"]["per_layer"] == {}
+
+
+def test_a_resume_after_the_edit_keeps_what_was_measured(run, tmp_path):
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    run(kept)
+    run(folder="resumed", ckpt=tmp_path / "kept" / "epoch=1.ckpt")
+    whole, resumed = _read(tmp_path / "run" / "summary.json"), _read(tmp_path / "resumed" / "summary.json")
+    for name in ("edits", "before", "after", "after_training", "routing"):
+        assert resumed[name] == whole[name], name
+    assert resumed["perplexity"] == pytest.approx(whole["perplexity"])
+    assert {**resumed["seconds"], "fit": 0} == {**whole["seconds"], "fit": 0}
+
+
+def test_several_edits_are_summed_up(run, tmp_path):
+    run(at={"every_n_epochs": 1, "batch": 4}, max_epochs=3)
+    summary = _read(tmp_path / "run" / "summary.json")
+    assert summary["edits"] == 6
+    for moment in ("before", "after", "after_training"):
+        _fractions(summary[moment])
+
+
+def test_the_mean_over_edits_counts_what_was_measured():
+    report = EditReport()
+    nan = float("nan")
+    report._edits = [
+        {"facts": 1, "before": {"efficacy": 1.0, "generalization": nan}},
+        {"facts": 3, "before": {"efficacy": 0.0, "generalization": 0.5}},
+    ]
+    mean = report._mean("before")
+    assert mean["efficacy"] == 0.25
+    assert mean["generalization"] == 0.5
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_edit_without_training_is_reported(tiny, make_trainer, tmp_path, stage):
+    callbacks = [KnowledgeEditing(tiny.editor(), at="validation"), EditReport(console=False), RoutingMonitor()]
+    getattr(make_trainer(tmp_path, callbacks), stage)(tiny.module(), tiny.data(), verbose=False)
+    summary = _read(tmp_path / "summary.json")
+    assert summary["edits"] == 6 and summary["after_training"] is None
+    assert summary["after"]["efficacy"] > summary["before"]["efficacy"]
+    assert summary["seconds"]["fit"] > summary["seconds"]["edit"] > 0
+
+
+def test_without_an_edit_there_is_no_report(run, tmp_path, caplog):
+    run(at={"epoch": 9}, max_epochs=1)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert "no facts were edited in this run" in caplog.text
+
+
+def test_an_edit_that_was_undone_is_in_the_report(tiny, make_trainer, tmp_path):
+    class Never(KnowledgeEditing):
+        def should_keep(self, before, after):
+            return False
+
+    make_trainer(tmp_path, [EditReport(console=False), Never(tiny.editor())]).fit(tiny.module(), tiny.data())
+    summary = _read(tmp_path / "summary.json")
+    assert summary["edits"] == 0 and summary["after_training"] is None
+    _fractions(summary["after"])
+
+
+def test_the_table_on_the_console(run, capsys):
+    run(report=EditReport())
+    printed = capsys.readouterr().out
+    for word in ("6 edits with Woodbury", "efficacy", "specificity retained", "perplexity", "summary.json"):
+        assert word in printed
+
+
+@pytest.mark.parametrize("filename", ["", "a/b.json", "../summary.json", "/summary.json"])
+def test_a_filename_with_a_folder_is_refused(filename):
+    with pytest.raises(ValueError, match="filename must be the name of a file without a folder"):
+        EditReport(filename)
+
+
+def test_wandb_gets_a_table_and_an_image(run, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    pytest.importorskip("matplotlib").use("Agg")
+    from lightning.pytorch.loggers import WandbLogger
+
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    tables, images = [], []
+    monkeypatch.setattr(logger, "log_table", _noting(tables, logger.log_table))
+    monkeypatch.setattr(logger, "log_image", _noting(images, logger.log_image))
+    try:
+        run(logger=logger)
+    finally:
+        logger.experiment.finish()
+    [((key,), table)] = tables
+    assert key == "edits" and len(table["data"]) == 6
+    assert all(len(row) == len(table["columns"]) for row in table["data"])
+    assert all(isinstance(answer, str) for row in table["data"] for answer in row)
+    assert [key for (key, _), _ in images] == ["routing"]
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/table/*.json"))
+
+
+def _noting(calls, method):
+    def call(*args, **kwargs):
+        calls.append((args, kwargs))
+        return method(*args, **kwargs)
+
+    return call

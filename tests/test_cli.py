@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_moeedit.cli import main
+from lit_moeedit.solvers import BlockCoordinateDescent
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _own_process(monkeypatch):
+    """As in a process of its own: no arguments of pytest, and the log level back afterwards."""
+    monkeypatch.setattr(sys, "argv", ["lit-moeedit"])
+    logger = logging.getLogger("lit_moeedit")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def facts_file(tmp_path):
+    capitals = {"Italy": "Rome", "Spain": "Madrid", "Norway": "Oslo", "Peru": "Lima", "Japan": "Tokyo"}
+    names = list(capitals)
+    path = tmp_path / "facts.jsonl"
+    rows = [
+        {
+            "subject": name,
+            "prompt": f"The capital of {name} is",
+            "target_new": capitals[names[i - 1]],
+            "target_true": capital,
+            "paraphrases": [f"In {name}, the capital is"],
+            "neighbours": [
+                {"prompt": f"{names[i - 2]} is governed from", "target": capitals[names[i - 2]], "group": "near"}
+            ],
+        }
+        for i, (name, capital) in enumerate(capitals.items())
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def small(tmp_path, facts_file):
+    """Path of a config that is done in a second; the atlas config with everything made small."""
+    config = yaml.safe_load((ROOT / "configs" / "atlas.yaml").read_text(encoding="utf-8"))
+    config["trainer"] |= {
+        "default_root_dir": str(tmp_path / "run"),
+        "max_epochs": 2,
+        "logger": False,
+        "enable_progress_bar": False,
+    }
+    editing = config["trainer"]["callbacks"][0]["init_args"]
+    editing["at"] = {"epoch": 1}
+    editing["editor"]["init_args"] |= {"layers": [0, 1], "preserve": "covariance", "ridge": 0.001}
+    editing["editor"]["init_args"]["solver"] = {"class_path": "lit_moeedit.solvers.Woodbury"}
+    editing["editor"]["init_args"]["targets"]["init_args"] |= {"steps": 3, "clamp": 2.0}
+    config["model"]["init_args"]["config"] |= {
+        "vocab_size": 420, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "moe_intermediate_size": 16, "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }  # fmt: skip
+    config["data"]["init_args"] |= {
+        "corpus": {
+            "class_path": "lit_moeedit.data.FactsCorpus",
+            "init_args": {"path": str(facts_file), "edits": 3},
+        },
+        "vocab_size": 420,
+        "batch_size": 8,
+        "samples_per_epoch": 32,
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def _run(*args):
+    command = [sys.executable, "-m", "lit_moeedit.cli", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(path, facts_file, capsys):
+    args = ["fit", f"--config={path}"]
+    if path.stem == "counterfact":
+        args.append(f"--data.init_args.corpus.init_args.path={facts_file}")
+    with pytest.raises(SystemExit) as exit:
+        main(args=[*args, "--print_config"])
+    assert exit.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert {"trainer", "model", "data"} <= printed.keys()
+    callbacks = printed["trainer"]["callbacks"] or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    assert any(callback["class_path"].endswith("KnowledgeEditing") for callback in callbacks)
+
+
+def test_there_is_a_config():
+    assert ROOT / "configs" / "atlas.yaml" in CONFIGS
+
+
+def _replaced(config, old, new):
+    """The config with a key or value replaced, wherever it stands."""
+    if isinstance(config, dict):
+        return {new if key == old else key: _replaced(value, old, new) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_replaced(value, old, new) for value in config]
+    return new if config == old else config
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max_epochs", "max_epoch"),
+        ("at", "when"),
+        ("ridge", "rigde"),
+        ("clamp", "clampp"),
+        ("label_smoothing", "label_smooting"),
+        ("batch_size", "batchsize"),
+        ("covariance", "covarianze"),
+        ("lit_moeedit.solvers.Woodbury", "lit_moeedit.solvers.Woodberry"),
+    ],
+)
+def test_a_typo_is_named(small, capsys, old, new):
+    config = yaml.safe_load(small.read_text(encoding="utf-8"))
+    changed = _replaced(config, old, new)
+    assert changed != config
+    small.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    with pytest.raises(SystemExit) as exit:
+        main(args=["fit", f"--config={small}"])
+    assert exit.value.code == 2
+    assert new.rpartition(".")[2] in capsys.readouterr().err
+
+
+def test_a_short_run_ends_with_a_summary(small, tmp_path):
+    cli = main(args=["fit", f"--config={small}"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["edits"] == 3 and summary["solver"] == "Woodbury"
+    assert summary["after_training"]["efficacy"] is not None and summary["routing"]["similarity"] is not None
+    assert cli.trainer.current_epoch == 2
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["trainer"]["max_epochs"] == 2
+    # the saved config is a config, and a second run may write over the first
+    main(args=["fit", f"--config={tmp_path / 'run' / 'config.yaml'}"])
+
+
+def test_the_solver_is_chosen_by_its_class(small, tmp_path):
+    config = yaml.safe_load(small.read_text(encoding="utf-8"))
+    config["trainer"]["callbacks"][0]["init_args"]["editor"]["init_args"]["solver"] = {
+        "class_path": "lit_moeedit.solvers.BlockCoordinateDescent",
+        "init_args": {"passes": 2},
+    }
+    small.write_text(yaml.safe_dump(config), encoding="utf-8")
+    cli = main(args=["fit", f"--config={small}"])
+    solver = cli.trainer.callbacks[0].editor.solver
+    assert type(solver) is BlockCoordinateDescent and solver.passes == 2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["solver"] == "BlockCoordinateDescent"
+
+
+def test_callbacks_have_short_names(small, tmp_path):
+    config = yaml.safe_load(small.read_text(encoding="utf-8"))
+    config["trainer"]["callbacks"] = []
+    small.write_text(yaml.safe_dump(config), encoding="utf-8")
+    args = ["fit", f"--config={small}", "--trainer.callbacks+=KnowledgeEditing"]
+    args += ["--trainer.callbacks.editor=lit_moeedit.editing.Editor", "--trainer.callbacks.editor.layers=[0]"]
+    args += ["--trainer.callbacks+=EditReport", "--trainer.callbacks.console=false"]
+    cli = main(args=args)
+    assert [type(c).__name__ for c in cli.trainer.callbacks[:2]] == ["KnowledgeEditing", "EditReport"]
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_validate_edits_without_training(small, tmp_path):
+    config = yaml.safe_load(small.read_text(encoding="utf-8"))
+    config["trainer"]["callbacks"][0]["init_args"]["at"] = "validation"
+    small.write_text(yaml.safe_dump(config), encoding="utf-8")
+    main(args=["validate", f"--config={small}"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["edits"] == 3 and summary["after_training"] is None
+
+
+def test_the_command_in_a_process_of_its_own(small, tmp_path):
+    done = _run("fit", "--config", small, "--trainer.max_epochs=3", "--trainer.enable_progress_bar=true")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert "3 edits with Woodbury" in done.stdout
+    assert "Traceback" not in done.stderr

@@ -61,7 +61,7 @@ def number(summary: Any, path: str) -> float | None:
 
 
 def similarity_above(summary: Any) -> float | None:
-    """Mean routing similarity of the layers above the first edited one (at it and below, routing cannot change)."""
+    """Lowest routing similarity of the layers above the first edited one (at it and below, routing cannot change)."""
     first = number(summary, "routing.first_edited_layer")
     if first is None or first < 0 or not first.is_integer():
         return None
@@ -73,7 +73,7 @@ def similarity_above(summary: Any) -> float | None:
     if indices != list(range(len(indices))) or any(value is None or not 0 <= value <= 1 for value in values.values()):
         return None
     above = [value for index, value in values.items() if index > first and value is not None]
-    return math.fsum(above) / len(above) if above else None
+    return min(above, default=None)
 
 
 def ratio(summary: Any, above: str, below: str) -> float | None:
@@ -96,7 +96,7 @@ def checks(summary: Any) -> Iterator[Check]:
         for name, threshold in EDITED.items():
             yield check(f"{moment}.{name}", threshold)
     yield Check(
-        "routing.per_layer, mean above routing.first_edited_layer", similarity_above(summary), True, 0.85, highest=1.0
+        "routing.per_layer, lowest above routing.first_edited_layer", similarity_above(summary), True, 0.85, highest=1.0
     )
     yield Check(
         "perplexity.after_training / perplexity.before",

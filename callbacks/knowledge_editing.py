@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +45,10 @@ class KnowledgeEditing(L.Callback):
             counted from 0), ``{step: N}`` (after N optimizer steps), or ``{every_n_epochs: N, batch: M}``.
         preservation: a text file with one document per line, or texts, on which the experts must keep their behaviour;
             ``None`` asks the data module's ``preservation_texts()``.
+        renew_every_n_steps: edit what training has undone again, every this many optimizer steps after an edit: facts
+            that the model no longer says are brought back, the others enter with residual 0, so that they stay.
+            ``None`` leaves the edits to what training makes of them.
+        max_renewals: stop renewing after this many times.
         tokenizer: a path or hub id; ``None`` takes the ``tokenizer`` attribute of the module or the data module.
         min_efficacy: undo an edit that ends with less efficacy than this.
         min_specificity_retained: undo an edit that keeps less of its neighbours than this.
@@ -69,6 +72,8 @@ class KnowledgeEditing(L.Callback):
         facts: str | list[Fact] | None = None,
         at: str | dict[str, int] = "fit_start",
         preservation: str | list[str] | None = None,
+        renew_every_n_steps: int | None = None,
+        max_renewals: int | None = None,
         tokenizer: str | None = None,
         min_efficacy: float = 0.0,
         min_specificity_retained: float = 0.0,
@@ -78,7 +83,12 @@ class KnowledgeEditing(L.Callback):
         for name, value in (("min_efficacy", min_efficacy), ("min_specificity_retained", min_specificity_retained)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is a fraction in [0, 1], got {value}")
+        if renew_every_n_steps is not None and renew_every_n_steps < 1:
+            raise ValueError(f"renew_every_n_steps must be at least 1, or None for never, got {renew_every_n_steps}")
         self.editor = editor
+        if max_renewals is not None and max_renewals < 0:
+            raise ValueError(f"max_renewals must be at least 0, or None for no limit, got {max_renewals}")
+        self.renew_every_n_steps, self.max_renewals = renew_every_n_steps, max_renewals
         self.schedule = Schedule.parse(at)
         self.min_efficacy = min_efficacy
         self.min_specificity_retained = min_specificity_retained
@@ -92,6 +102,9 @@ class KnowledgeEditing(L.Callback):
         self._applied: dict[str, list[bool]] = {}
         self._undone: set[str] = set()
         self._edits_made = 0
+        self._last_step = 0
+        self.renewals = 0
+        """How often edits were renewed."""
 
     # -- what the run is about ----------------------------------------------------------------------------------------
 
@@ -141,6 +154,11 @@ class KnowledgeEditing(L.Callback):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # the next run may have another model, tokenizer or data module
+        self._facts = self._tokenizer = None
+
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._prepare(trainer, pl_module)
 
@@ -152,6 +170,8 @@ class KnowledgeEditing(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._renewal_due(trainer):
+            self._renew(trainer, pl_module)
         self._edit(trainer, pl_module, self.due(trainer, "step"))
 
     @override
@@ -175,18 +195,24 @@ class KnowledgeEditing(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"applied": self._applied, "undone": sorted(self._undone), "edits_made": self._edits_made}
+        return {
+            "applied": self._applied,
+            "undone": sorted(self._undone),
+            "edits_made": self._edits_made,
+            "last_step": self._last_step,
+            "renewals": self.renewals,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._applied = dict(state_dict["applied"])
         self._undone = set(state_dict["undone"])
         self._edits_made = int(state_dict["edits_made"])
+        self._last_step = int(state_dict["last_step"])
+        self.renewals = int(state_dict["renewals"])
 
     # -- the edit -----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def evaluate(self, pl_module: L.LightningModule, facts: Sequence[Fact] | None = None) -> Evaluation:
         """Evaluate facts (by default those edited so far) against their neighbours before the edit."""
         chosen = self.applied_facts if facts is None else list(facts)
@@ -285,9 +311,29 @@ class KnowledgeEditing(L.Callback):
         for listener in listeners:
             listener.on_edit_end(trainer, pl_module, event)
 
+    def _renewal_due(self, trainer: L.Trainer) -> bool:
+        if self.renew_every_n_steps is None or not self._applied or self.renewals == self.max_renewals:
+            return False
+        return trainer.global_step - self._last_step >= self.renew_every_n_steps
+
+    def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_step = trainer.global_step
+        facts = self.applied_facts
+        faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
+        if not faded:
+            return
+        # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
+        self.editor.edit(find_model(pl_module), self.tokenizer, facts, self.preservation_texts(trainer))
+        self.renewals += 1
+        left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
+        for logger in trainer.loggers:
+            logger.log_metrics({"edit_renewed/before": faded, "edit_renewed/after": left}, step=trainer.global_step)
+        log.info("renewed edits at step %d: of %d facts %d were lost, now %d", self._last_step, len(facts), faded, left)
+
     def _record(self, trainer: L.Trainer, event: EditEvent) -> None:
         facts, kept = event.result.facts, event.result.kept
         self._edits_made += 1
+        self._last_step = event.step
         if kept:
             self._applied.update(event.before.neighbours_exact)
             from_datamodule(trainer, "facts_edited", facts)

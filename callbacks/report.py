@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
@@ -151,6 +150,7 @@ class EditReport(EditListener):
             "routing": routing,
             "perplexity": {moment: self._perplexity.get(moment) for moment in ("before", "after", "after_training")},
             "seconds": {"fit": time.perf_counter() - self._started, **phases},
+            "renewals": editing.renewals if editing else 0,
         }
 
     def _mean(self, moment: str) -> dict[str, float]:
@@ -192,8 +192,9 @@ class EditReport(EditListener):
 
     def _table(self, summary: dict[str, Any]) -> Table:
         seconds = summary["seconds"]
+        renewed = f", renewed {summary['renewals']} times" if summary["renewals"] else ""
         table = Table(
-            title=f"{summary['edits']} edits with {summary['solver']} in {seconds['edit']:.1f} s",
+            title=f"{summary['edits']} edits with {summary['solver']} in {seconds['edit']:.1f} s{renewed}",
             caption="routing similarity by layer: "
             + ", ".join(f"{layer}: {_number(value)}" for layer, value in summary["routing"]["per_layer"].items()),
         )
@@ -220,8 +221,6 @@ class EditReport(EditListener):
             if figure is not None:
                 logger.log_image("routing", [figure])
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _measure_perplexity(
         self, trainer: L.Trainer, pl_module: L.LightningModule, moment: str, again: bool = True
     ) -> None:

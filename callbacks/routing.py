@@ -65,6 +65,10 @@ class RoutingMonitor(EditListener):
         """Routing metrics of the latest edit, named as they are logged, without the prefix."""
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._probe = []
+
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._prepare(trainer, pl_module)
 

@@ -80,7 +80,9 @@ class LitMoE(L.LightningModule):
         if not 0.0 <= warmup < 1.0:
             raise ValueError(f"warmup is a share of all steps, in [0, 1), got {warmup}")
         if not warmup < cosine_until <= 1.0:
-            raise ValueError(f"cosine_until is a share of all steps behind the warm-up, in (warmup, 1], got {cosine_until}")
+            raise ValueError(
+                f"cosine_until is a share of all steps behind the warm-up, in (warmup, 1], got {cosine_until}"
+            )
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.save_hyperparameters()

@@ -244,7 +244,7 @@ def test_a_checkpoint_restores_the_module(tmp_path):
     module = _module(learning_rate=0.5)
     trainer = _fit(module, tmp_path)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    loaded = LitMoE.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    loaded = LitMoE.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert loaded.hparams["learning_rate"] == 0.5
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -126,6 +126,31 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right
         ids[i, where] = torch.tensor(row, dtype=torch.long)
         mask[i, where] = 1
     return ids, mask
+
+
+def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Group rows of similar length so that each padded batch has at most ``token_budget`` tokens, or one row.
+
+    Args:
+        lengths: length of each row, in tokens.
+        token_budget: largest number of tokens (with padding) in a batch.
+
+    Returns:
+        The rows' indices, batch by batch, from short to long rows.
+
+    Example:
+        >>> list(token_batches([3, 9, 1, 2], token_budget=6))
+        [[2, 3], [0], [1]]
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # sorted by length, so the row that joins is the longest of the batch
+        if batch and (len(batch) + 1) * lengths[index] > token_budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

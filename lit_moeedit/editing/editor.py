@@ -16,6 +16,7 @@ from lit_moeedit.data.encoding import EditToken, Encoding, encode, join, pad_id
 from lit_moeedit.data.facts import Fact, validate_facts
 from lit_moeedit.editing.features import EditTokens, edit_tokens
 from lit_moeedit.editing.projection import Preserve, check_preserve, shape_rows, shaping_matrices
+from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
 from lit_moeedit.models.experts import ExpertLayer, check_editable
@@ -122,7 +123,14 @@ class Editor:
         Raises:
             UnsupportedModelError: if one of them cannot be edited.
         """
-        return check_editable(model, self.layers)
+        layers = check_editable(model, self.layers)
+        if self.token == "subject_last" and decoder_layers(model, layers[-1])[-1] is layers[-1].layer:
+            log.warning(
+                "layer %d is the last one: behind it no later token reads the subject's hidden state, so facts whose "
+                "prompt goes on after the subject cannot be edited there; use lower layers or token='last'",
+                layers[-1].index,
+            )
+        return layers
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, pad, pad_id, position_ids
+from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.running import inference, logits
 from lit_moeedit.metrics import EditSuccess
@@ -39,15 +39,10 @@ def score(
 ) -> Scores:
     """Score targets as continuations of prompts; ``n`` of both."""
     encodings = encode(tokenizer, prompts, targets)
-    log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.bool)
-    order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
     with inference(model):
-        start = 0
-        while start < len(order):
-            size = max(1, sum(1 for n, i in enumerate(order[start:], 1) if n * len(encodings[i].ids) <= token_budget))
-            chosen = order[start : start + size]
+        log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.bool)
+        for chosen in token_batches([len(encoding.ids) for encoding in encodings], token_budget):
             log_prob[chosen], exact[chosen] = _score(model, [encodings[i] for i in chosen], pad_id(tokenizer))
-            start += size
     return Scores(log_prob, exact)
 
 
@@ -158,13 +153,13 @@ def evaluate(
 
 def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> float:
     """Perplexity on batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``."""
-    metric = Perplexity(ignore_index=IGNORED_LABEL).to(model.device)
     with inference(model):
+        metric = Perplexity(ignore_index=IGNORED_LABEL).to(model.device)
         for batch in batches:
             ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
             output = logits(model, ids, mask, position_ids(mask), keep=ids.shape[1])
             metric.update(output[:, :-1].float(), labels[:, 1:])
-    return float(metric.compute())
+        return float(metric.compute())
 
 
 def answers(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids
+from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, watch_keys
 
@@ -76,8 +76,7 @@ def second_moments(
     """
     if not texts:
         raise ValueError("there is no preservation text: second moments need at least one")
-    rows = [e.ids[:max_length] for e in encode(tokenizer, texts, [""] * len(texts))]
-    rows.sort(key=len)
+    rows = [e.ids[:max_length] for e in encode(tokenizer, texts, [""] * len(texts)) if e.ids]
     moments = {layer.index: SecondMoments.zeros(layer) for layer in layers}
     mask = torch.empty(0)
     top = max(layers, key=lambda layer: layer.index)
@@ -91,12 +90,10 @@ def second_moments(
             observe=lambda layer, keys: moments[layer.index].add(keys),
         ),
     ):
-        while done < len(rows):
-            # sorted by length, so the last row of a batch is its longest
-            size = max(1, sum(1 for i, row in enumerate(rows[done:], 1) if i * len(row) <= token_budget))
-            ids, mask = (x.to(model.device) for x in pad(rows[done : done + size], pad_id(tokenizer)))
+        for batch in token_batches([len(row) for row in rows], token_budget):
+            ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_id(tokenizer)))
             hidden_states(model, top, ids, mask, position_ids(mask))
-            done += size
+            done += len(batch)
             if progress is not None:
                 progress(done, len(rows))
     return moments

@@ -45,7 +45,7 @@ def run(tiny, make_trainer, tmp_path):
         editing = KnowledgeEditing(editor, at=at) if editing is None else editing
         module, data = tiny.module(), tiny.data()
         trainer = make_trainer(tmp_path / folder, [editing, *callbacks], max_epochs=epochs, **trainer_arguments)
-        trainer.fit(module, data, **({"ckpt_path": ckpt, "weights_only": False} if ckpt else {}))
+        trainer.fit(module, data, **({"ckpt_path": ckpt, "weights_only": True} if ckpt else {}))
         return SimpleNamespace(trainer=trainer, module=module, data=data, editing=editing, editor=editing.editor)
 
     return fit
@@ -86,7 +86,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(run, tiny, tmp_path, at, ca
 def test_a_checkpoint_of_the_step_of_the_edit_holds_the_edit(run, tmp_path):
     kept = ModelCheckpoint(tmp_path / "kept", filename="{step}", save_top_k=-1, every_n_train_steps=1)
     run({"step": 2}, callbacks=[kept], epochs=1)
-    before, at = (torch.load(tmp_path / "kept" / f"step={n}.ckpt", weights_only=False) for n in (1, 2))
+    before, at = (torch.load(tmp_path / "kept" / f"step={n}.ckpt", weights_only=True) for n in (1, 2))
 
     def applied(checkpoint):
         return next(state for name, state in checkpoint["callbacks"].items() if "KnowledgeEditing" in name)["applied"]
@@ -101,6 +101,39 @@ def test_a_second_fit_does_not_edit_again(run, tiny, make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "more", [first.editing], max_epochs=1)
     trainer.fit(first.module, first.data)
     assert len(first.editor.calls) == 1
+
+
+# -- renewal ----------------------------------------------------------------------------------------------------------
+
+
+def test_lost_edits_are_renewed_as_often_as_asked_and_not_after_a_resume(run, tiny, tmp_path):
+    def renewing():
+        # a hopeless number of target steps: every fact is always lost, so every renewal that is due happens
+        return KnowledgeEditing(tiny.editor(steps=1), at={"step": 2}, renew_every_n_steps=3, max_renewals=2)
+
+    whole = run(editing=renewing(), callbacks=[_every_epoch(tmp_path / "kept")])
+    assert [len(call) for call in whole.editor.calls] == [6, 6, 6]
+    assert whole.editing.renewals == 2
+    assert len(_logged(tmp_path / "run")["edit_renewed/before"]) == 2
+    # 4 steps an epoch: the checkpoint lies between the edit at step 2 and the renewals at steps 5 and 8
+    resumed = run(editing=renewing(), folder="again", ckpt=tmp_path / "kept" / "epoch=0.ckpt")
+    assert [len(call) for call in resumed.editor.calls] == [6, 6]
+    assert resumed.editing.state_dict() == whole.editing.state_dict()
+    _same(tiny.weights(resumed.module), tiny.weights(whole.module))
+
+
+def test_edits_that_hold_are_not_renewed(run, tiny, monkeypatch):
+    editing = KnowledgeEditing(tiny.editor(), at={"step": 2}, renew_every_n_steps=1)
+    evaluate = editing.evaluate
+
+    def hold(*args):
+        found = evaluate(*args)
+        return replace(found, edits_exact=torch.ones_like(found.edits_exact))
+
+    monkeypatch.setattr(editing, "evaluate", hold)
+    result = run(editing=editing, epochs=1)
+    assert editing.renewals == 0
+    assert [len(call) for call in result.editor.calls] == [6]
 
 
 # -- training state ---------------------------------------------------------------------------------------------------
@@ -214,7 +247,7 @@ def test_validation_of_a_checkpoint_measures_what_is_left_of_its_edits(run, tiny
     whole = run("fit_start", epochs=1, callbacks=[_every_epoch(tmp_path / "kept")])
     editing = KnowledgeEditing(tiny.editor(), at="fit_start")
     [metrics] = make_trainer(tmp_path / "again", [editing]).validate(
-        tiny.module(), tiny.data(), ckpt_path=tmp_path / "kept" / "epoch=0.ckpt", verbose=False, weights_only=False
+        tiny.module(), tiny.data(), ckpt_path=tmp_path / "kept" / "epoch=0.ckpt", verbose=False, weights_only=True
     )
     assert editing.editor.calls == [] and len(editing.applied_facts) == 6
     for name in ("edit/efficacy", "edit/efficacy_accuracy", "edit/specificity"):
@@ -367,6 +400,8 @@ def test_several_processes_are_refused(tiny):
         ({"min_efficacy": 1.5}, r"min_efficacy is a fraction in \[0, 1\], got 1.5"),
         ({"min_specificity_retained": -0.1}, "min_specificity_retained is a fraction"),
         ({"min_efficacy": float("nan")}, "min_efficacy is a fraction"),
+        ({"renew_every_n_steps": 0}, "renew_every_n_steps must be at least 1"),
+        ({"max_renewals": -1}, "max_renewals must be at least 0"),
         ({"at": "tomorrow"}, "got 'tomorrow'"),
         ({"at": {"epoch": -1}}, "epoch must be a whole number"),
     ],

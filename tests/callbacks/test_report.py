@@ -41,7 +41,7 @@ def run(tiny, make_trainer, tmp_path):
         report = EditReport(console=False) if report is None else report
         made = [editing, *([RoutingMonitor()] if monitor else []), report, *callbacks]
         trainer = make_trainer(tmp_path / folder, made, **{"max_epochs": 3, **keys})
-        trainer.fit(tiny.module(), data or tiny.data(), **({"ckpt_path": ckpt, "weights_only": False} if ckpt else {}))
+        trainer.fit(tiny.module(), data or tiny.data(), **({"ckpt_path": ckpt, "weights_only": True} if ckpt else {}))
         return trainer
 
     return fit
@@ -51,7 +51,7 @@ def test_the_shape_of_the_summary(run, tmp_path):
     trainer = run()
     summary = _read(tmp_path / "run" / "summary.json")
     assert list(summary) == [
-        "edits", "solver", "before", "after", "after_training", "routing", "perplexity", "seconds"
+        "edits", "solver", "before", "after", "after_training", "routing", "perplexity", "seconds", "renewals"
     ]  # fmt: skip
     assert summary["edits"] == 6 and summary["solver"] == "Woodbury"
     for moment in ("before", "after", "after_training"):

@@ -72,7 +72,7 @@ def test_a_resumed_run_compares_with_the_start_of_the_first(tiny, make_trainer, 
         tiny.module(learning_rate=0.02),
         tiny.data(),
         ckpt_path=tmp_path / "kept" / "epoch=1.ckpt",
-        weights_only=False,
+        weights_only=True,
     )
     for name, value in trainer.callback_metrics.items():
         if name.startswith("routing/"):

@@ -1,0 +1,144 @@
+"""The demo over several seeds and kinds of preservation, as a table.
+
+Run from the root of the repository, with the package installed:
+
+    python benchmarks/atlas.py --seeds 0 1 2
+
+For each seed the model is trained once. The default run edits and trains on; every other variant resumes from the
+checkpoint just before the edit, so all variants of a seed edit the same weights. Writes ``atlas.json`` and ``atlas.md``
+into ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.cli import EditingCLI
+from lit_moeedit.data import FactsDataModule
+from lit_moeedit.editing import Editor
+from lit_moeedit.module import LitMoE
+from lit_moeedit.solvers import BlockCoordinateDescent
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = (
+    ("after", "efficacy"),
+    ("after", "generalization"),
+    ("after", "specificity_retained"),
+    ("after_training", "efficacy"),
+    ("after_training", "efficacy_accuracy"),
+    ("after_training", "generalization"),
+    ("after_training", "specificity_retained"),
+)
+
+
+def variant(editor: Editor, name: str) -> None:
+    """Change the config's editor into a variant of it."""
+    if name == "nullspace":
+        editor.preserve, editor.threshold, editor.ridge = "nullspace", 1.0, 0.1
+    elif name == "none":
+        editor.preserve, editor.ridge = "none", 1.0
+    elif name == "covariance, BCD":
+        editor.solver = BlockCoordinateDescent(passes=4)
+    elif name != "covariance":
+        raise ValueError(f"no variant {name!r}")
+
+
+VARIANTS = ("covariance", "covariance, BCD", "nullspace", "none")
+
+
+def run(seed: int, name: str, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """One run of the demo's config; its summary."""
+    arguments = ["--config", str(ROOT / "configs/atlas.yaml"), "--seed_everything", str(seed)]
+    arguments += ["--data.init_args.seed", str(seed), "--data.init_args.corpus.init_args.seed", str(seed)]
+    arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false"]
+    arguments += ["--trainer.enable_checkpointing", "true", "--trainer.enable_progress_bar", "false"]
+    cli = EditingCLI(
+        LitMoE,
+        FactsDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        args=arguments,
+        run=False,
+    )
+    callbacks = cli.trainer.callbacks
+    editing = next(callback for callback in callbacks if isinstance(callback, KnowledgeEditing))
+    variant(editing.editor, name)
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+    callbacks.append(
+        ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True, auto_insert_metric_name=False)
+    )
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def row(summary: dict[str, Any]) -> list[float]:
+    """The numbers of one run, in the order of the table's columns."""
+    routing, perplexity = summary["routing"], summary["perplexity"]
+    above = [value for i, value in routing["per_layer"].items() if int(i) > routing["first_edited_layer"]]
+    values = [summary[moment][metric] for moment, metric in COLUMNS]
+    values += [statistics.mean(above), perplexity["after"] / perplexity["before"]]
+    return [*values, perplexity["after_training"] / perplexity["before"], summary["seconds"]["edit"]]
+
+
+HEADER = (
+    "| variant | seed | efficacy | general. | retained | efficacy, end | accuracy, end | general., end | retained, end "
+    "| routing above | perplexity × | perplexity ×, end | edit s |"
+)
+
+
+def table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Markdown: one row per run, and the mean of each variant."""
+    lines = [HEADER, "|" + " --- |" * (HEADER.count("|") - 1)]
+    for name, by_seed in results.items():
+        rows = {str(seed): row(summary) for seed, summary in by_seed.items()}
+        rows["mean"] = [statistics.mean(values) for values in zip(*rows.values(), strict=True)]
+        for seed, values in rows.items():
+            lines.append(f"| {name} | {seed} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in ("covariance", *arguments.variants)}
+    with tempfile.TemporaryDirectory() as temporary:
+        for seed in arguments.seeds:
+            first = Path(temporary) / f"{seed}"
+            results["covariance"][seed] = run(seed, "covariance", first, None)
+            epoch = _edit_epoch()
+            for name in arguments.variants:
+                if name != "covariance":
+                    checkpoint = first / f"{epoch - 1}.ckpt"
+                    results[name][seed] = run(seed, name, Path(temporary) / f"{seed}-{name}", checkpoint)
+    text = table(results)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "atlas.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    command = f"python benchmarks/atlas.py --seeds {' '.join(map(str, arguments.seeds))}"
+    (arguments.output / "atlas.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+    sys.stdout.write(text + "\n")
+
+
+def _edit_epoch() -> int:
+    import yaml
+
+    config = yaml.safe_load((ROOT / "configs/atlas.yaml").read_text(encoding="utf-8"))
+    return int(config["trainer"]["callbacks"][0]["init_args"]["at"]["epoch"])
+
+
+if __name__ == "__main__":
+    main()

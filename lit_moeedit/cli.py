@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.logging import RichHandler
@@ -28,12 +27,11 @@ class EditingCLI(LightningCLI):
         )
 
 
-def main(args: ArgsType = None, **kwargs: Any) -> EditingCLI:
-    """Run the command line.
+def run(args: ArgsType = None) -> EditingCLI:
+    """Run the command line and return what it made.
 
     Args:
         args: arguments instead of those of the process.
-        kwargs: for :class:`EditingCLI`.
     """
     handler = RichHandler(show_path=False, omit_repeated_times=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
@@ -45,8 +43,12 @@ def main(args: ArgsType = None, **kwargs: Any) -> EditingCLI:
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         args=args,
-        **kwargs,
     )
+
+
+def main() -> None:
+    """The command ``lit-moeedit``; what a console script returns becomes the exit code, so nothing is returned."""
+    run()
 
 
 if __name__ == "__main__":

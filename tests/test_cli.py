@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_moeedit.cli import main
+from lit_moeedit import cli as command_line
+from lit_moeedit.cli import run
 from lit_moeedit.solvers import BlockCoordinateDescent
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def test_every_config_parses(path, facts_file, capsys):
     if path.stem == "counterfact":
         args.append(f"--data.init_args.corpus.init_args.path={facts_file}")
     with pytest.raises(SystemExit) as exit:
-        main(args=[*args, "--print_config"])
+        run(args=[*args, "--print_config"])
     assert exit.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert {"trainer", "model", "data"} <= printed.keys()
@@ -136,13 +137,13 @@ def test_a_typo_is_named(small, capsys, old, new):
     assert changed != config
     small.write_text(yaml.safe_dump(changed), encoding="utf-8")
     with pytest.raises(SystemExit) as exit:
-        main(args=["fit", f"--config={small}"])
+        run(args=["fit", f"--config={small}"])
     assert exit.value.code == 2
     assert new.rpartition(".")[2] in capsys.readouterr().err
 
 
 def test_a_short_run_ends_with_a_summary(small, tmp_path):
-    cli = main(args=["fit", f"--config={small}"])
+    cli = run(args=["fit", f"--config={small}"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["edits"] == 3 and summary["solver"] == "Woodbury"
     assert summary["after_training"]["efficacy"] is not None and summary["routing"]["similarity"] is not None
@@ -150,7 +151,7 @@ def test_a_short_run_ends_with_a_summary(small, tmp_path):
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert saved["trainer"]["max_epochs"] == 2
     # the saved config is a config, and a second run may write over the first
-    main(args=["fit", f"--config={tmp_path / 'run' / 'config.yaml'}"])
+    run(args=["fit", f"--config={tmp_path / 'run' / 'config.yaml'}"])
 
 
 def test_the_solver_is_chosen_by_its_class(small, tmp_path):
@@ -160,7 +161,7 @@ def test_the_solver_is_chosen_by_its_class(small, tmp_path):
         "init_args": {"passes": 2},
     }
     small.write_text(yaml.safe_dump(config), encoding="utf-8")
-    cli = main(args=["fit", f"--config={small}"])
+    cli = run(args=["fit", f"--config={small}"])
     solver = cli.trainer.callbacks[0].editor.solver
     assert type(solver) is BlockCoordinateDescent and solver.passes == 2
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
@@ -174,7 +175,7 @@ def test_callbacks_have_short_names(small, tmp_path):
     args = ["fit", f"--config={small}", "--trainer.callbacks+=KnowledgeEditing"]
     args += ["--trainer.callbacks.editor=lit_moeedit.editing.Editor", "--trainer.callbacks.editor.layers=[0]"]
     args += ["--trainer.callbacks+=EditReport", "--trainer.callbacks.console=false"]
-    cli = main(args=args)
+    cli = run(args=args)
     assert [type(c).__name__ for c in cli.trainer.callbacks[:2]] == ["KnowledgeEditing", "EditReport"]
     assert (tmp_path / "run" / "summary.json").exists()
 
@@ -183,7 +184,7 @@ def test_validate_edits_without_training(small, tmp_path):
     config = yaml.safe_load(small.read_text(encoding="utf-8"))
     config["trainer"]["callbacks"][0]["init_args"]["at"] = "validation"
     small.write_text(yaml.safe_dump(config), encoding="utf-8")
-    main(args=["validate", f"--config={small}"])
+    run(args=["validate", f"--config={small}"])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["edits"] == 3 and summary["after_training"] is None
 
@@ -194,3 +195,9 @@ def test_the_command_in_a_process_of_its_own(small, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
     assert "3 edits with Woodbury" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_the_command_exits_with_0(monkeypatch):
+    # a console script exits with what its function returns, and an object counts as a failure
+    monkeypatch.setattr(command_line, "run", lambda: object())
+    assert command_line.main() is None

@@ -25,7 +25,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.cli import EditingCLI
 from lit_moeedit.data import FactsDataModule
-from lit_moeedit.editing import Editor
 from lit_moeedit.module import LitMoE
 from lit_moeedit.solvers import BlockCoordinateDescent
 
@@ -41,23 +40,26 @@ COLUMNS = (
 )
 
 
-def variant(editor: Editor, name: str) -> None:
-    """Change the config's editor into a variant of it."""
+def variant(editing: KnowledgeEditing, name: str) -> None:
+    """Change the config's editing into a variant of it."""
+    editor = editing.editor
     if name == "nullspace":
         editor.preserve, editor.threshold, editor.ridge = "nullspace", 1.0, 0.1
     elif name == "none":
         editor.preserve, editor.ridge = "none", 1.0
     elif name == "covariance, BCD":
         editor.solver = BlockCoordinateDescent(passes=4)
+    elif name == "covariance, no renewals":
+        editing.renew_every_n_steps = None
     elif name != "covariance":
         raise ValueError(f"no variant {name!r}")
 
 
-VARIANTS = ("covariance", "covariance, BCD", "nullspace", "none")
+VARIANTS = ("covariance", "covariance, no renewals", "covariance, BCD", "nullspace", "none")
 
 
-def run(seed: int, name: str, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """One run of the demo's config; its summary."""
+def run(seed: int, name: str, folder: Path, first: Path | None = None) -> dict[str, Any]:
+    """Summary of one run of the demo's config; it starts from the checkpoint before the edit in ``first``, if given."""
     arguments = ["--config", str(ROOT / "configs/atlas.yaml"), "--seed_everything", str(seed)]
     arguments += ["--data.init_args.seed", str(seed), "--data.init_args.corpus.init_args.seed", str(seed)]
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false"]
@@ -73,7 +75,9 @@ def run(seed: int, name: str, folder: Path, checkpoint: Path | None) -> dict[str
     )
     callbacks = cli.trainer.callbacks
     editing = next(callback for callback in callbacks if isinstance(callback, KnowledgeEditing))
-    variant(editing.editor, name)
+    variant(editing, name)
+    # checkpoints are named by the epoch that they end
+    checkpoint = None if first is None else first / f"{editing.schedule.number - 1}.ckpt"
     callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
     callbacks.append(
         ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True, auto_insert_metric_name=False)
@@ -87,13 +91,13 @@ def row(summary: dict[str, Any]) -> list[float]:
     routing, perplexity = summary["routing"], summary["perplexity"]
     above = [value for i, value in routing["per_layer"].items() if int(i) > routing["first_edited_layer"]]
     values = [summary[moment][metric] for moment, metric in COLUMNS]
-    values += [statistics.mean(above), perplexity["after"] / perplexity["before"]]
-    return [*values, perplexity["after_training"] / perplexity["before"], summary["seconds"]["edit"]]
+    values += [statistics.mean(above), min(above)]
+    return [*values, *(perplexity[moment] / perplexity["before"] for moment in ("after", "after_training"))]
 
 
 HEADER = (
     "| variant | seed | efficacy | general. | retained | efficacy, end | accuracy, end | general., end | retained, end "
-    "| routing above | perplexity × | perplexity ×, end | edit s |"
+    "| routing above | routing, lowest layer | perplexity × | perplexity ×, end |"
 )
 
 
@@ -119,25 +123,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for seed in arguments.seeds:
             first = Path(temporary) / f"{seed}"
-            results["covariance"][seed] = run(seed, "covariance", first, None)
-            epoch = _edit_epoch()
+            results["covariance"][seed] = run(seed, "covariance", first)
             for name in arguments.variants:
                 if name != "covariance":
-                    checkpoint = first / f"{epoch - 1}.ckpt"
-                    results[name][seed] = run(seed, name, Path(temporary) / f"{seed}-{name}", checkpoint)
+                    results[name][seed] = run(seed, name, Path(temporary) / f"{seed}-{name}", first)
     text = table(results)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "atlas.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     command = f"python benchmarks/atlas.py --seeds {' '.join(map(str, arguments.seeds))}"
     (arguments.output / "atlas.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
     sys.stdout.write(text + "\n")
-
-
-def _edit_epoch() -> int:
-    import yaml
-
-    config = yaml.safe_load((ROOT / "configs/atlas.yaml").read_text(encoding="utf-8"))
-    return int(config["trainer"]["callbacks"][0]["init_args"]["at"]["epoch"])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
@@ -18,8 +19,10 @@ from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.callbacks.resources import callbacks_of, find_tokenizer, from_datamodule
 from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import Fact, read_facts, validate_facts
-from lit_moeedit.editing import Editor, Evaluation, evaluate, neighbour_groups
+from lit_moeedit.editing import Editor, EditResult, Evaluation, evaluate, neighbour_groups
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.shards import UnsupportedShardingError, locate
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,8 @@ class KnowledgeEditing(L.Callback):
     Raises:
         ValueError: if an argument is out of range.
         MisconfigurationException: when the run starts, if there is no tokenizer, no facts or no preservation text, the
-            model or a layer cannot be edited, or the parameters are sharded over processes.
+            model or a layer cannot be edited, or the parameters are sharded in a way that is not supported (supported
+            are one process, DDP, and DeepSpeed ZeRO stages 0 to 3).
         FactError: when the run starts, if a fact cannot be edited.
 
     Example:
@@ -98,6 +102,7 @@ class KnowledgeEditing(L.Callback):
         self._tokenizer_source = tokenizer
         self._facts: list[Fact] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._ranks: Ranks | None = None
         # the state of the callback: which facts were edited, and what their neighbours said before
         self._applied: dict[str, list[bool]] = {}
         self._undone: set[str] = set()
@@ -156,7 +161,7 @@ class KnowledgeEditing(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # the next run may have another model, tokenizer or data module
-        self._facts = self._tokenizer = None
+        self._facts = self._tokenizer = self._ranks = None
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -223,6 +228,7 @@ class KnowledgeEditing(L.Callback):
             baseline=self._applied if all(fact.key in self._applied for fact in chosen) else None,
             groups=neighbour_groups(self.facts),
             token_budget=self.editor.token_budget,
+            ranks=self._ranks,
         )
 
     @property
@@ -254,19 +260,22 @@ class KnowledgeEditing(L.Callback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._facts is not None:
             return
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"KnowledgeEditing edits in one process so far, but this run has {trainer.world_size}; use devices=1"
-            )
         try:
-            self.editor.check(find_model(pl_module))
-        except UnsupportedModelError as error:
+            for layer in self.editor.check(find_model(pl_module)):
+                locate(layer.down_proj, self._optimizers(trainer))
+        except (UnsupportedModelError, UnsupportedShardingError) as error:
             raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
+        self._ranks = Ranks()
         self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "KnowledgeEditing")
         self._facts = self._find_facts(trainer)
         if self.schedule.moment == "validation" or trainer.training:
             self.preservation_texts(trainer)
         log.info("%d facts to edit, %d of them already edited", len(self.facts), len(self.applied_facts))
+
+    @staticmethod
+    def _optimizers(trainer: L.Trainer) -> list[Any]:
+        """The optimizers that hold the weights too; outside of ``fit`` the trainer may still have those of the last."""
+        return list(trainer.optimizers) if trainer.state.fn == TrainerFn.FITTING else []
 
     def _find_facts(self, trainer: L.Trainer) -> list[Fact]:
         source = self._facts_source
@@ -298,18 +307,32 @@ class KnowledgeEditing(L.Callback):
                     before.neighbours_exact,
                     neighbour_groups(self.facts),
                     self.editor.token_budget,
+                    self._ranks,
                 )
             )
             return self.should_keep(before, after[0])
 
-        with _progress(trainer) as progress:
-            result = self.editor.edit(
-                model, self.tokenizer, facts, self.preservation_texts(trainer), guard=guard, progress=progress
-            )
+        try:
+            with _progress(trainer) as progress:
+                result = self._change(trainer, pl_module, facts, guard=guard, progress=progress)
+        except BaseException as error:
+            log.warning("the edit was broken off (%s); the weights are what they were before it", type(error).__name__)
+            raise
         event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step)
         self._record(trainer, event)
         for listener in listeners:
             listener.on_edit_end(trainer, pl_module, event)
+
+    def _change(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: list[Fact], **kwargs: Any) -> EditResult:
+        return self.editor.edit(
+            find_model(pl_module),
+            self.tokenizer,
+            facts,
+            self.preservation_texts(trainer),
+            optimizers=self._optimizers(trainer),
+            ranks=self._ranks,
+            **kwargs,
+        )
 
     def _renewal_due(self, trainer: L.Trainer) -> bool:
         if self.renew_every_n_steps is None or not self._applied or self.renewals == self.max_renewals:
@@ -323,7 +346,7 @@ class KnowledgeEditing(L.Callback):
         if not faded:
             return
         # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
-        self.editor.edit(find_model(pl_module), self.tokenizer, facts, self.preservation_texts(trainer))
+        self._change(trainer, pl_module, facts)
         self.renewals += 1
         left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
         for logger in trainer.loggers:
@@ -362,7 +385,8 @@ class KnowledgeEditing(L.Callback):
         if trainer.sanity_checking or not self.applied_facts:
             return
         metrics = {name: value for name, value in self.evaluate(pl_module).metrics.items() if value == value}
-        pl_module.log_dict({f"edit/{name}": value for name, value in metrics.items()})
+        # every rank measured all of it
+        pl_module.log_dict({f"edit/{name}": value for name, value in metrics.items()}, sync_dist=trainer.world_size > 1)
 
 
 @contextmanager

@@ -86,7 +86,8 @@ class RoutingMonitor(EditListener):
         if trainer.sanity_checking or self._start is None:
             return
         shift = self.compare(pl_module, self._start, self._trace(pl_module))
-        pl_module.log_dict({f"routing/{name}": value for name, value in shift.items()})
+        named = {f"routing/{name}": value for name, value in shift.items()}
+        pl_module.log_dict(named, sync_dist=trainer.world_size > 1)
 
     @override
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
@@ -110,8 +111,10 @@ class RoutingMonitor(EditListener):
     def compare(self, pl_module: L.LightningModule, before: RoutingTrace, after: RoutingTrace) -> dict[str, float]:
         """All routing metrics of two traces of the same text."""
         layers = expert_layers(find_model(pl_module))
-        similarity, divergence = RoutingSimilarity(list(layers)), RoutingDivergence(list(layers))
-        load = ExpertLoad(max(layer.num_experts for layer in layers.values()), list(layers))
+        # every rank traces the whole probe, so there is nothing to add up
+        similarity = RoutingSimilarity(list(layers), sync_on_compute=False)
+        divergence = RoutingDivergence(list(layers), sync_on_compute=False)
+        load = ExpertLoad(max(x.num_experts for x in layers.values()), list(layers), sync_on_compute=False)
         similarity.update(before.experts, after.experts)
         divergence.update(before.probabilities, after.probabilities)
         load.update(after.experts)

@@ -9,10 +9,11 @@ import lightning as L
 import torch
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL
+from lit_moeedit.sharding.building import fresh_model, pretrained_model, whole_shape
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -95,14 +96,12 @@ class LitMoE(L.LightningModule):
         if self.model is not None:
             return
         dtype = getattr(torch, self.hparams["dtype"])
+        strategy = self._trainer.strategy if self._trainer is not None else None
         if self.hparams["pretrained"] is not None:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.hparams["pretrained"], dtype=dtype, use_safetensors=True
-            )
+            self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
             keys = dict(self.hparams["config"])
-            config = AutoConfig.for_model(keys.pop("model_type"), **keys)
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.model = fresh_model(AutoConfig.for_model(keys.pop("model_type"), **keys), dtype, strategy)
         self.model.train()
 
     @property
@@ -169,16 +168,18 @@ class LitMoE(L.LightningModule):
         size = int(counted.sum())
         accuracy = (logits.argmax(-1) == labels)[counted].float().mean()
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
-        self.log(f"{stage}/loss", loss, batch_size=size)
-        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=size)
+        self.log(f"{stage}/loss", loss, batch_size=size, sync_dist=True)
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=size, sync_dist=True)
         self.log(f"{stage}/perplexity", self.perplexity, prog_bar=True)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in parameters if len(whole_shape(p)) >= 2]
+        vectors = [p for p in parameters if len(whole_shape(p)) < 2]
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.hparams["weight_decay"]},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"], fused=True)
         total = self.trainer.estimated_stepping_batches

@@ -13,7 +13,7 @@ PURE = {"data", "solvers", "models", "sharding", "metrics"}
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"callbacks", "module", "editing", *PURE},
     "callbacks": {"module", "editing", *PURE},
-    "module": {"data", "models"},
+    "module": {"data", "models", "sharding"},
     "editing": PURE,
     **{name: set() for name in (*PURE, "__init__")},
 }

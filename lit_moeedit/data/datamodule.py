@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, join, pad
@@ -48,39 +48,40 @@ class StatementDataset(Dataset[Encoding]):
         return self.statements[index // self.prefixes].fact
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(DistributedSampler[int]):
     """Draws ``num_samples`` items an epoch without putting back, in an order that seed and epoch alone decide.
 
-    The trainer calls :meth:`set_epoch`, so a resumed run reads what the uninterrupted one would have read.
+    The trainer calls :meth:`set_epoch`, so a resumed run reads what the uninterrupted one would have read. The ranks
+    of a run take turns: the batches of all ranks together are those of one process.
 
     Args:
         dataset: what to draw from.
-        num_samples: items per epoch, at most all of them.
+        num_samples: items per epoch, on all ranks together; at most all of them.
         seed: of the order.
         excluded: names of facts that are not drawn (the set is read anew at the start of each epoch).
+        ranks: number of processes.
+        rank: which of them this one is.
     """
 
-    def __init__(self, dataset: StatementDataset, num_samples: int, seed: int, excluded: set[str]) -> None:
-        self.dataset, self.num_samples, self.seed, self.excluded = dataset, num_samples, seed, excluded
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return min(self.num_samples, len(self.dataset))
+    def __init__(
+        self, dataset: StatementDataset, num_samples: int, seed: int, excluded: set[str], ranks: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(dataset, num_replicas=ranks, rank=rank, seed=seed)
+        self.statements, self.excluded = dataset, excluded
+        # the same number on every rank
+        self.total_size = min(num_samples, len(dataset)) // ranks * ranks
+        self.num_samples = self.total_size // ranks
 
     @override
     def __iter__(self) -> Iterator[int]:
-        order = list(range(len(self.dataset)))
+        order = list(range(len(self.statements)))
         random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        allowed = (i for i in order if self.dataset.fact(i) not in self.excluded)
-        drawn = [i for i, _ in zip(allowed, range(len(self)), strict=False)]
+        allowed = (i for i in order if self.statements.fact(i) not in self.excluded)
+        drawn = [i for i, _ in zip(allowed, range(self.total_size), strict=False)]
         # the length of an epoch must not change when facts are excluded: the schedule of the learning rate counts on it
-        while drawn and len(drawn) < len(self):
-            drawn += drawn[: len(self) - len(drawn)]
-        yield from drawn
+        while drawn and len(drawn) < self.total_size:
+            drawn += drawn[: self.total_size - len(drawn)]
+        yield from drawn[self.rank :: self.num_replicas]
 
 
 class FactsDataModule(L.LightningDataModule):
@@ -94,8 +95,8 @@ class FactsDataModule(L.LightningDataModule):
         corpus: where the statements come from.
         tokenizer: a local path or hub id; ``None`` trains a byte-level BPE tokenizer from the corpus.
         vocab_size: largest vocabulary of the tokenizer that is trained.
-        batch_size: statements per batch.
-        samples_per_epoch: statements per epoch.
+        batch_size: statements per batch of each rank.
+        samples_per_epoch: statements per epoch, on all ranks together.
         completion_only: whether the loss counts the answers only (otherwise every token).
         preservation_samples: how many training texts ``preservation_texts()`` returns.
         drop_edited: whether statements of edited facts are left out of the batches after the edit.
@@ -156,7 +157,8 @@ class FactsDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Encoding]:
-        sampler = EpochSampler(self._train, self.samples_per_epoch, self.seed, self._excluded)
+        ranks, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        sampler = EpochSampler(self._train, self.samples_per_epoch, self.seed, self._excluded, ranks, rank)
         return DataLoader(self._train, self.batch_size, sampler=sampler, collate_fn=self._collate)
 
     @override

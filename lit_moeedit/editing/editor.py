@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
 from lit_moeedit.models.experts import ExpertLayer, check_editable
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.weights import Transaction, Way
 from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Woodbury
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,9 @@ class Editor:
         neutral: a prompt with ``{}`` for the subject, whose next token must stay (the divergence term of the targets);
             empty to leave it out.
         token_budget: largest number of tokens in one forward.
+        way: how to commit weights that are sharded, ``local`` or ``gather``; and
+        reset_moments: whether Adam forgets the moments of the edited experts; see
+            :class:`~lit_moeedit.sharding.weights.Transaction` for both.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -93,6 +98,8 @@ class Editor:
         contexts: Sequence[str] = ("",),
         neutral: str = "{} is a",
         token_budget: int = 16384,
+        way: Way = "local",
+        reset_moments: bool = False,
     ) -> None:
         if not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
             raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
@@ -107,6 +114,8 @@ class Editor:
             raise ValueError(f"neutral must hold {{}} for the subject, got {neutral!r}")
         if token_budget < 1:
             raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+        if way not in get_args(Way):
+            raise ValueError(f"way must be one of {', '.join(get_args(Way))}, got {way!r}")
         self.layers = tuple(sorted(layers))
         self.solver: Solver = solver if solver is not None else Woodbury()
         self.targets = targets if targets is not None else TargetOptimizer()
@@ -116,6 +125,8 @@ class Editor:
         self.contexts = tuple(contexts)
         self.neutral = neutral
         self.token_budget = token_budget
+        self.way: Way = way
+        self.reset_moments = reset_moments
 
     def check(self, model: PreTrainedModel) -> list[ExpertLayer]:
         """The layers to edit, ascending.
@@ -144,11 +155,14 @@ class Editor:
         moments: Mapping[int, SecondMoments] | None = None,
         guard: Callable[[], bool] | None = None,
         progress: Progress | None = None,
+        optimizers: Sequence[Any] = (),
+        ranks: Ranks | None = None,
     ) -> EditResult:
         """Edit the facts into the model's weights, wholly or not at all.
 
         Modes, gradients, ``requires_grad`` and random states are afterwards as they were; on any exception the weights
-        are bit-identical to before.
+        are bit-identical to before. With several ranks, texts, prompts and edits are dealt to them, each solves the
+        same system, and an exception on one of them fails the edit on all.
 
         Args:
             model: the model.
@@ -158,60 +172,77 @@ class Editor:
             moments: second moments by layer index, if they are known already.
             guard: asked after the last commit, with the edited weights in place; ``False`` undoes the edit.
             progress: called with a phase's name, steps done and steps in all.
+            optimizers: those that train the weights now; DeepSpeed's hold master copies, which are edited too.
+            ranks: the processes that edit together; each calls this with the same arguments.
 
         Raises:
             UnsupportedModelError: if the model cannot be edited.
+            UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
             FactError: if a fact cannot be edited.
             ValueError: if there is nothing to preserve, but ``preserve`` asks for it.
             FloatingPointError: if the model or the result is not finite.
+            RankError: if another rank failed.
         """
-        layers = self.check(model)
-        facts = validate_facts(facts, tokenizer=tokenizer)
-        if self.preserve != "none" and moments is None and not preservation:
-            raise ValueError(f"preserve={self.preserve!r} needs preservation text (or second moments)")
-        clock = _Clock()
+        ranks = ranks if ranks is not None else Ranks()
         report = progress if progress is not None else _no_progress
-        if self.preserve != "none" and moments is None:
-            with clock("statistics"):
-                moments = second_moments(
+        clock = _Clock()
+        # a rank that fails anywhere in here meets the others where they agree next: before each forward, and before
+        # anything is exchanged
+        with ranks.together():
+            layers = self.check(model)
+            facts = validate_facts(facts, tokenizer=tokenizer)
+            ranks.check_same("the facts", [repr(fact) for fact in facts])
+            if self.preserve != "none" and moments is None:
+                if not preservation:
+                    raise ValueError(f"preserve={self.preserve!r} needs preservation text (or second moments)")
+                ranks.check_same("the preservation texts", preservation)
+                with clock("statistics"):
+                    moments = second_moments(
+                        model,
+                        tokenizer,
+                        layers,
+                        preservation,
+                        token_budget=self.token_budget,
+                        progress=lambda done, total: report("statistics", done, total),
+                        ranks=ranks,
+                    )
+            rows, prompts, owner = self._encode(tokenizer, facts, model)
+            with clock("targets"):
+                targets = self.targets.optimize(
                     model,
-                    tokenizer,
-                    layers,
-                    preservation,
-                    token_budget=self.token_budget,
-                    progress=lambda done, total: report("statistics", done, total),
+                    layers[-1],
+                    rows,
+                    pad_id(tokenizer),
+                    progress=lambda done, total: report("targets", done, total),
+                    ranks=ranks,
                 )
-        rows, prompts, owner = self._encode(tokenizer, facts, model)
-        with clock("targets"):
-            targets = self.targets.optimize(
-                model,
-                layers[-1],
-                rows,
-                pad_id(tokenizer),
-                progress=lambda done, total: report("targets", done, total),
-            )
-        if not bool(torch.isfinite(targets.deltas).all() and torch.isfinite(targets.nll).all()):
-            raise FloatingPointError(
-                "target vectors are not finite: the model's loss is not, or the learning rate is high"
-            )
-        deltas: dict[int, ExpertDeltas] = {}
-        change: dict[int, float] = {}
-        with Transaction() as transaction:
-            goal: Tensor | None = None
-            for number, layer in enumerate(layers):
-                with clock("features"):
-                    seen = edit_tokens(model, prompts, layers[-1], layer, pad_id(tokenizer), self.token_budget)
-                    if goal is None:
-                        goal = seen.hidden + targets.deltas[owner]
-                    residuals = (goal - seen.hidden) / (len(layers) - number)
-                with clock("solve"):
-                    deltas[layer.index] = self._solve(layer, seen, residuals, moments)
-                with clock("commit"):
-                    change[layer.index] = transaction.commit(layer.down_proj, deltas[layer.index], layer.is_transposed)
-                report("layers", number + 1, len(layers))
-            kept = guard is None or guard()
-            if not kept:
-                transaction.rollback()
+            if not bool(torch.isfinite(targets.deltas).all() and torch.isfinite(targets.nll).all()):
+                raise FloatingPointError(
+                    "target vectors are not finite: the model's loss is not, or the learning rate is high"
+                )
+            deltas: dict[int, ExpertDeltas] = {}
+            change: dict[int, float] = {}
+            with Transaction(optimizers, ranks, self.way, self.reset_moments) as transaction:
+                goal: Tensor | None = None
+                for number, layer in enumerate(layers):
+                    with clock("features"):
+                        seen = edit_tokens(
+                            model, prompts, layers[-1], layer, pad_id(tokenizer), self.token_budget, ranks
+                        )
+                        if goal is None:
+                            goal = seen.hidden + targets.deltas[owner]
+                        residuals = (goal - seen.hidden) / (len(layers) - number)
+                    with clock("solve"):
+                        solved = self._solve(layer, seen, residuals, moments)
+                        ranks.agree()
+                        ranks.equalise(solved.left, solved.right)
+                    with clock("commit"):
+                        change[layer.index] = transaction.commit(layer.down_proj, solved, layer.is_transposed)
+                    deltas[layer.index] = solved
+                    report("layers", number + 1, len(layers))
+                kept = not ranks.any(guard is not None and not guard())
+                if not kept:
+                    transaction.rollback()
         return EditResult(list(facts), deltas, targets, clock.seconds(), change, kept)
 
     def _encode(

@@ -14,6 +14,7 @@ from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, pad, pad_
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.running import inference, logits
 from lit_moeedit.metrics import EditSuccess
+from lit_moeedit.sharding.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,20 @@ def score(
     prompts: Sequence[str],
     targets: Sequence[str],
     token_budget: int = 16384,
+    ranks: Ranks | None = None,
 ) -> Scores:
-    """Score targets as continuations of prompts; ``n`` of both."""
+    """Score targets as continuations of prompts, ``n`` of both; dealt to the ranks, each gets the result for all."""
+    ranks = ranks if ranks is not None else Ranks()
     encodings = encode(tokenizer, prompts, targets)
     with inference(model):
-        log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.bool)
-        for chosen in token_batches([len(encoding.ids) for encoding in encodings], token_budget):
-            log_prob[chosen], exact[chosen] = _score(model, [encodings[i] for i in chosen], pad_id(tokenizer))
-    return Scores(log_prob, exact)
+        log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.uint8)
+        for chosen, mine in ranks.deal(list(token_batches([len(e.ids) for e in encodings], token_budget))):
+            found = _score(model, [encodings[i] for i in chosen], pad_id(tokenizer))
+            if mine:
+                log_prob[chosen], exact[chosen] = found[0], found[1].byte()
+        ranks.agree()
+        ranks.sum(log_prob, exact)
+    return Scores(log_prob, exact.bool())
 
 
 def _score(model: PreTrainedModel, batch: Sequence[Encoding], pad_token: int) -> tuple[Tensor, Tensor]:
@@ -100,6 +107,7 @@ def evaluate(
     baseline: dict[str, list[bool]] | None = None,
     groups: Sequence[str] | None = None,
     token_budget: int = 16384,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Evaluate edits of ``facts``.
 
@@ -110,8 +118,10 @@ def evaluate(
         baseline: ``neighbours_exact`` of these facts before the edit, for what neighbours retained.
         groups: groups of neighbours to tell apart; ``None`` for those that occur.
         token_budget: largest number of tokens (with padding) in one forward.
+        ranks: the processes that share the work; each calls this with the same facts and gets the same result.
     """
-    metric = EditSuccess(groups=neighbour_groups(facts) if groups is None else groups)
+    # every rank counts all facts, so there is nothing to add up
+    metric = EditSuccess(groups=neighbour_groups(facts) if groups is None else groups, sync_on_compute=False)
     edits = [(fact.prompt, fact.target_new, fact.target_true) for fact in facts]
     paraphrases = [(text, fact.target_new, fact.target_true) for fact in facts for text in fact.paraphrases]
     neighbours = [(n.prompt, fact.target_new, n.target) for fact in facts for n in fact.neighbours]
@@ -120,7 +130,8 @@ def evaluate(
     # without a known truth the new target stands in, and its score is not used
     true = [(prompt, target_new if truth is None else truth) for prompt, target_new, truth in asked]
     index = {row: i for i, row in enumerate(dict.fromkeys([*new, *true]))}
-    scores = score(model, tokenizer, [prompt for prompt, _ in index], [target for _, target in index], token_budget)
+    prompts, targets = [prompt for prompt, _ in index], [target for _, target in index]
+    scores = score(model, tokenizer, prompts, targets, token_budget, ranks)
     at_new = torch.tensor([index[row] for row in new], dtype=torch.long)
     at_true = torch.tensor([index[row] for row in true], dtype=torch.long)
     unknown = torch.tensor([truth is None for _, _, truth in asked], dtype=torch.bool)

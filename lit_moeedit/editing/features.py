@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, watch_keys
+from lit_moeedit.sharding.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ def edit_tokens(
     layer: ExpertLayer | None,
     pad_token: int,
     token_budget: int = 16384,
+    ranks: Ranks | None = None,
 ) -> EditTokens:
     """Run prompts up to the target layer; return its output and one layer's keys at the edit tokens.
+
+    The prompts are dealt to the ranks; each gets the result for all of them.
 
     Args:
         model: the model.
@@ -45,34 +49,45 @@ def edit_tokens(
         layer: the layer whose keys are wanted (not above ``target_layer``), if any.
         pad_token: id to pad with.
         token_budget: largest number of tokens (with padding) in one forward.
+        ranks: the processes that share the work; each calls this with the same prompts.
     """
+    ranks = ranks if ranks is not None else Ranks()
     longest = max(len(prompt.ids) for prompt in prompts)
-    size = max(1, token_budget // longest)
+    size = max(1, min(token_budget // longest, -(-len(prompts) // ranks.size)))
     hidden: list[Tensor] = []
+    numbers: list[Tensor] = []
     parts: list[RoutedKeys] = []
-    start, positions = 0, torch.empty(0, dtype=torch.long)
+    batch, wanted, positions = range(0), True, torch.empty(0, dtype=torch.long)
 
     def observe(_: ExpertLayer, keys: RoutedKeys) -> None:
         # from positions in the batch back to the prompts' numbers; `positions` is ascending
-        prompt = torch.searchsorted(positions, keys.token) + start
-        parts.append(RoutedKeys(prompt, keys.expert, keys.gate, keys.key))
+        prompt = torch.searchsorted(positions, keys.token) + batch.start
+        kept = len(prompt) if wanted else 0
+        parts.append(RoutedKeys(prompt[:kept], keys.expert[:kept], keys.gate[:kept], keys.key[:kept]))
 
+    batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
     with (
         inference(model),
         watch_keys(model, [] if layer is None else [layer], select=lambda: positions, observe=observe),
     ):
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            ids, mask = (x.to(model.device) for x in pad([prompt.ids for prompt in batch], pad_token))
-            tokens = torch.tensor([prompt.edit_token for prompt in batch], device=ids.device)
+        for batch, wanted in ranks.deal(batches):
+            ids, mask = (x.to(model.device) for x in pad([prompts[i].ids for i in batch], pad_token))
+            tokens = torch.tensor([prompts[i].edit_token for i in batch], device=ids.device)
             positions = torch.arange(len(batch), device=ids.device) * ids.shape[1] + tokens
             output = hidden_states(model, target_layer, ids, mask, position_ids(mask))
-            hidden.append(output.flatten(0, 1)[positions].float())
-    return EditTokens(_concatenate(parts) if parts else None, torch.cat(hidden))
+            kept = len(batch) if wanted else 0
+            hidden.append(output.flatten(0, 1)[positions].float()[:kept])
+            numbers.append(torch.tensor(batch[:kept], dtype=torch.long, device=ids.device))
+    ranks.agree()
+    order = torch.argsort(ranks.concatenate(torch.cat(numbers)))
+    keys = _concatenate(parts, ranks) if parts else None
+    return EditTokens(keys, ranks.concatenate(torch.cat(hidden))[order])
 
 
-def _concatenate(parts: Sequence[RoutedKeys]) -> RoutedKeys:
-    merged = (torch.cat([getattr(part, name) for part in parts]) for name in ("token", "expert", "gate", "key"))
-    token, expert, gate, key = merged
-    order = torch.argsort(expert, stable=True)
+def _concatenate(parts: Sequence[RoutedKeys], ranks: Ranks) -> RoutedKeys:
+    """All ranks' keys, by expert and within each by prompt, whoever ran which."""
+    names = ("token", "expert", "gate", "key")
+    token, expert, gate, key = (ranks.concatenate(torch.cat([getattr(part, name) for part in parts])) for name in names)
+    order = torch.argsort(token, stable=True)
+    order = order[torch.argsort(expert[order], stable=True)]
     return RoutedKeys(token[order], expert[order], gate[order], key[order])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, watch_keys
+from lit_moeedit.sharding.ranks import Ranks
 
 
 @dataclass
@@ -57,10 +58,11 @@ def second_moments(
     token_budget: int = 8192,
     max_length: int = 512,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[int, SecondMoments]:
     """Stream texts through the model and accumulate second moments of every expert in the given layers.
 
-    Layers above the highest of ``layers`` are not run.
+    Layers above the highest of ``layers`` are not run. The texts are dealt to the ranks, and the sums added up.
 
     Args:
         model: the model.
@@ -70,30 +72,35 @@ def second_moments(
         token_budget: largest number of tokens (with padding) in one forward.
         max_length: longer texts are cut.
         progress: called with the texts done and all.
+        ranks: the processes that share the work; each calls this with the same texts.
 
     Raises:
         ValueError: if there is no text.
     """
+    ranks = ranks if ranks is not None else Ranks()
     if not texts:
         raise ValueError("there is no preservation text: second moments need at least one")
     rows = [e.ids[:max_length] for e in encode(tokenizer, texts, [""] * len(texts)) if e.ids]
     moments = {layer.index: SecondMoments.zeros(layer) for layer in layers}
-    mask = torch.empty(0)
+    batches = list(token_batches([len(row) for row in rows], token_budget))
+    mask, wanted = torch.empty(0), True
     top = max(layers, key=lambda layer: layer.index)
-    done = 0
+
+    def observe(layer: ExpertLayer, keys: RoutedKeys) -> None:
+        if wanted:
+            moments[layer.index].add(keys)
+
     with (
         inference(model),
-        watch_keys(
-            model,
-            layers,
-            select=lambda: mask.flatten().nonzero().squeeze(-1),
-            observe=lambda layer, keys: moments[layer.index].add(keys),
-        ),
+        watch_keys(model, layers, select=lambda: mask.flatten().nonzero().squeeze(-1), observe=observe),
     ):
-        for batch in token_batches([len(row) for row in rows], token_budget):
+        for number, (batch, mine) in enumerate(ranks.deal(batches)):
+            wanted = mine
             ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_id(tokenizer)))
             hidden_states(model, top, ids, mask, position_ids(mask))
-            done += len(batch)
             if progress is not None:
-                progress(done, len(rows))
+                progress(sum(map(len, batches[: (number + 1) * ranks.size])), len(rows))
+    ranks.agree()
+    for summed in moments.values():
+        ranks.sum(summed.total, summed.count)
     return moments

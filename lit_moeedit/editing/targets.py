@@ -22,6 +22,8 @@ from lit_moeedit.editing.running import (
     skipped,
 )
 from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.sharding.backward import beside_training
+from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +115,9 @@ class TargetOptimizer:
         rows: Sequence[TargetRow],
         pad_token: int,
         progress: Callable[[int, int], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> Targets:
-        """Find ``δ_t`` for every edit.
+        """Find ``δ_t`` for every edit. The edits are dealt to the ranks; each gets the result for all of them.
 
         Args:
             model: the model; none of its parameters gets a gradient.
@@ -122,20 +125,26 @@ class TargetOptimizer:
             rows: texts of all edits, in ascending order of the edit; each edit has at least one with a target.
             pad_token: id to pad with.
             progress: called with the edits done and all.
+            ranks: the processes that share the work; each calls this with the same rows.
         """
+        ranks = ranks if ranks is not None else Ranks()
         count = rows[-1].edit + 1
         longest = max(len(row.encoding.ids) for row in rows)
         per_edit = -(-len(rows) // count)
-        size = max(1, self.token_budget // (longest * per_edit))
-        parts = []
-        with inference(model, gradients=True):
-            for start in range(0, count, size):
-                stop = min(start + size, count)
-                chunk = [TargetRow(r.edit - start, r.encoding) for r in rows if start <= r.edit < stop]
-                parts.append(_Batch(self, model, layer, chunk, stop - start, pad_token).run())
+        size = max(1, min(self.token_budget // (longest * per_edit), -(-count // ranks.size)))
+        chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        parts, numbers = [], []
+        with inference(model, gradients=True), beside_training(model):
+            for number, (chunk, mine) in enumerate(ranks.deal(chunks)):
+                own = [TargetRow(r.edit - chunk.start, r.encoding) for r in rows if r.edit in chunk]
+                parts.append(_Batch(self, model, layer, own, len(chunk), pad_token).run(ranks, mine))
+                numbers.append(torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device))
                 if progress is not None:
-                    progress(stop, count)
-        return Targets(*(torch.cat([getattr(part, name) for part in parts]) for name in ("deltas", "nll", "steps")))
+                    progress(min((number + 1) * ranks.size * size, count), count)
+        ranks.agree()
+        order = torch.argsort(ranks.concatenate(torch.cat(numbers)))
+        results = (torch.cat([getattr(part, name) for part in parts]) for name in ("deltas", "nll", "steps"))
+        return Targets(*(ranks.concatenate(result)[order] for result in results))
 
 
 class _Batch:
@@ -171,7 +180,8 @@ class _Batch:
         layers = decoder_layers(model, layer)
         self.below = layers[: next(i for i, other in enumerate(layers) if other is layer.layer)]
 
-    def run(self) -> Targets:
+    def run(self, ranks: Ranks, mine: bool) -> Targets:
+        """Optimise, step by step with the other ranks; the result of a batch that is not ``mine`` is empty."""
         settings = self.settings
         with torch.no_grad():
             hidden = hidden_states(self.model, self.layer, self.ids, self.mask, position_ids(self.mask))
@@ -184,14 +194,15 @@ class _Batch:
         moment, square = torch.zeros_like(deltas), torch.zeros_like(deltas)
         nll = torch.full((self.count,), torch.inf, device=hidden.device)
         steps = torch.zeros(self.count, dtype=torch.long, device=hidden.device)
-        active = torch.ones(self.count, dtype=torch.bool, device=hidden.device)
+        active = torch.full((self.count,), mine, device=hidden.device)
         for step in range(settings.steps + 1):
-            rows = active[self.edit].nonzero().squeeze(-1)
+            # a rank that is done runs all its rows along with the others, and nothing moves
+            rows = active[self.edit].nonzero().squeeze(-1) if bool(active.any()) else everything
             variable = deltas.detach().requires_grad_(True)
             loss, now = self._loss(hidden, rows, variable, reference, norm)
             nll = torch.where(active, now, nll)
             active = active & (nll > settings.stop)
-            if step == settings.steps or not bool(active.any()):
+            if not ranks.any(step < settings.steps and bool(active.any())):
                 break
             (gradient,) = torch.autograd.grad(loss, variable)
             # Adam by hand: edits that are done must not move, and each edit has its own step count
@@ -205,7 +216,8 @@ class _Batch:
             moved = moved * (settings.clamp * norm / moved.norm(dim=-1).clamp_min(1e-12)).clamp_max(1)[:, None]
             deltas = torch.where(chosen, moved, deltas)
         log.debug("targets: %d edits, nll %s after %s steps", self.count, nll.tolist(), steps.tolist())
-        return Targets(deltas, nll, steps)
+        done = self.count if mine else 0
+        return Targets(deltas[:done], nll[:done], steps[:done])
 
     def _loss(
         self, hidden: Tensor, rows: Tensor, deltas: Tensor, reference: Tensor, norm: Tensor

@@ -1,24 +1,31 @@
-"""The one place that reads or writes parameters: expert weights are changed in a transaction."""
+"""The one place that reads or writes parameters: expert weights are changed in a transaction, sharded or not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.shards import Copy, Shard, locate
+
+Way = Literal["local", "gather"]
 
 
 class Deltas(Protocol):
-    """What a commit needs to know of deltas: the experts that change, and each one's dense change."""
+    """What a commit needs to know of low-rank deltas: the experts that change, and each one's factors."""
 
     @property
     def experts(self) -> list[int]:
-        """Experts that change."""
+        """Experts that change, the same on all ranks."""
         ...
 
-    def dense(self, expert: int) -> Tensor:
-        """Change of one expert, ``[d_model, d_hidden]``."""
+    def rows(self, expert: int) -> tuple[Tensor, Tensor] | None:
+        """Factors ``(left [M, d_model], right [M, d_hidden])`` of one expert's change ``leftᵀ right``."""
         ...
 
     def is_finite(self) -> bool:
@@ -26,11 +33,49 @@ class Deltas(Protocol):
         ...
 
 
-class Transaction:
-    """A set of weight changes that is applied as a whole or not at all.
+def delta_slice(deltas: Deltas, expert: int, start: int, stop: int, transposed: bool = False) -> Tensor:
+    """The numbers ``[start, stop)`` of one expert's flattened dense change; no row outside of them is computed.
 
-    Before an expert is changed, its weights are copied; :meth:`rollback` puts the copies back bit by bit. Leaving the
-    ``with`` block by an exception rolls back, whatever the exception is.
+    Args:
+        deltas: what to take from.
+        expert: one of ``deltas.experts``.
+        start: first number, counted in the flattened ``[d_model, d_hidden]``.
+        stop: behind the last number.
+        transposed: whether the expert is flattened as ``[d_hidden, d_model]``.
+    """
+    factors = deltas.rows(expert)
+    assert factors is not None
+    left, right = factors
+    width = (left if transposed else right).shape[1]
+    first, last = start // width, -(-stop // width)
+    rows = (left.T @ right[:, first:last]).T if transposed else left[:, first:last].T @ right
+    return rows.reshape(-1)[start - first * width : stop - first * width]
+
+
+class Transaction:
+    r"""A set of weight changes that is applied as a whole, on all ranks, or not at all.
+
+    A commit changes everything that holds the weights as one act: the copy that the model computes with, be it whole
+    or a ZeRO-3 partition, and the optimizer's float32 master copy, if there is one. (A change of only one of them is
+    lost with the optimizer's next step, or seen only after it.) The sum is taken in the precision of the master, and
+    the working copy is ``round(master + delta)``, which is what the optimizer itself would write.
+
+    Before an expert is changed, this rank's numbers of it are copied to memory; :meth:`rollback` puts them back bit by
+    bit, and needs no other rank for it. Leaving the ``with`` block by an exception rolls back, whatever it is.
+
+    Args:
+        optimizers: those that train the weights now, as ``trainer.optimizers`` has them; none outside of training.
+        ranks: the processes that commit together; each calls every method with the same deltas.
+        way: how to commit what is partitioned. ``local``: each rank computes the slice of ``Σ_t a_t φ_tjᵀ`` that falls
+            in its own partition; under ZeRO-3 nothing is sent, under ZeRO-1 and -2 the rounded weights are, once.
+            ``gather``: one expert after the other is gathered, changed, and scattered again.
+        reset_moments: whether to set Adam's moments of the edited experts to zero. Kept (the default), the next steps
+            push the edited weights where the gradients of the last steps pointed, as if nothing had happened. Reset,
+            they forget that direction; since the step count goes on, the first steps on those experts are then of a
+            size like ``(1 - β₁) / sqrt(1 - β₂)`` times the learning rate, whatever the gradients' size.
+
+    Raises:
+        ValueError: if ``way`` is unknown.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2, 3, 4))
@@ -39,8 +84,19 @@ class Transaction:
         0
     """
 
-    def __init__(self) -> None:
-        self._saved: dict[tuple[int, int], tuple[nn.Parameter, Tensor]] = {}
+    def __init__(
+        self,
+        optimizers: Sequence[Any] = (),
+        ranks: Ranks | None = None,
+        way: Way = "local",
+        reset_moments: bool = False,
+    ) -> None:
+        if way not in get_args(Way):
+            raise ValueError(f"way must be one of {', '.join(get_args(Way))}, got {way!r}")
+        self.optimizers = list(optimizers)
+        self.ranks = ranks if ranks is not None else Ranks()
+        self.way, self.reset_moments = way, reset_moments
+        self._saved: dict[tuple[int, int], _Saved] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -61,7 +117,7 @@ class Transaction:
     def commit(self, weight: nn.Parameter, deltas: Deltas, transposed: bool = False) -> float:
         """Add deltas to the experts of one parameter.
 
-        The sum is taken in float32 (or float64, if either is) and rounded once to the parameter's dtype.
+        The sum is taken in float32 (or float64, if either is) and rounded once to each copy's dtype.
 
         Args:
             weight: ``[E, d_model, d_hidden]``, or ``[E, d_hidden, d_model]`` if ``transposed``.
@@ -73,28 +129,195 @@ class Transaction:
 
         Raises:
             FloatingPointError: if a delta or a changed weight is not finite; nothing of this parameter has changed.
+            UnsupportedShardingError: if the parameter cannot be written here.
+            RuntimeError: if the optimizer's master copy is not that of the weights.
+            RankError: if another rank failed.
         """
-        if not deltas.is_finite():
-            raise FloatingPointError("a delta has values that are not finite")
-        changed: dict[int, Tensor] = {}
-        square_change = square_weight = 0.0
-        for expert in deltas.experts:
-            delta = deltas.dense(expert).to(weight.device)
-            delta = delta.T if transposed else delta
-            precision = torch.promote_types(torch.promote_types(weight.dtype, delta.dtype), torch.float32)
-            square_change += float(delta.double().square().sum())
-            square_weight += float(weight[expert].double().square().sum())
-            changed[expert] = (weight[expert].to(precision) + delta).to(weight.dtype)
-            if not bool(torch.isfinite(changed[expert]).all()):
-                raise FloatingPointError(f"the changed weights of expert {expert} are not finite in {weight.dtype}")
-        for expert, value in changed.items():
-            self._saved.setdefault((id(weight), expert), (weight, weight.data[expert].clone()))
-            weight.data[expert].copy_(value)
-        return (square_change / square_weight) ** 0.5 if square_weight else 0.0
+        commit: _Commit | None = None
+        try:
+            with self.ranks.together():
+                if not deltas.is_finite():
+                    raise FloatingPointError("a delta has values that are not finite")
+                commit = _Commit(weight, locate(weight, self.optimizers), deltas, transposed)
+                if self.way == "local" or commit.shard.group is None:
+                    commit.add_own()
+            if commit.shard.group is not None:
+                for expert in deltas.experts:
+                    if self.way == "local":
+                        commit.send_working(expert)
+                    else:
+                        commit.gather_and_add(expert, self.ranks)
+            if self.reset_moments:
+                commit.reset_moments()
+            change = commit.relative_change()
+            self.ranks.agree()
+        except BaseException:
+            if commit is not None:
+                commit.undo()
+            raise
+        for saved in commit.saved:
+            # an expert that was changed before goes back to what it was at first
+            self._saved.setdefault((id(weight), saved.expert), saved)
+        return change
 
     @torch.no_grad()
     def rollback(self) -> None:
         """Put back what every changed expert held before, bit by bit."""
-        for (_, expert), (weight, value) in self._saved.items():
-            weight.data[expert].copy_(value)
+        for saved in self._saved.values():
+            saved.restore()
         self._saved.clear()
+
+
+class _Saved:
+    """What this rank held of one expert, in all copies."""
+
+    def __init__(self, weight: nn.Parameter, expert: int) -> None:
+        self.weight, self.expert = weight, expert
+        self._numbers: list[tuple[Copy, int, Tensor]] = []
+
+    def keep(self, copy: Copy, numbers: Tensor, start: int, stop: int) -> None:
+        """Note the run ``[start, stop)`` of the flattened parameter, of what ``copy`` read."""
+        self._numbers.append((copy, start, numbers[start - copy.start : stop - copy.start].to("cpu", copy=True)))
+
+    def restore(self) -> None:
+        drop_gathered(self.weight)
+        for copy, start, saved in self._numbers:
+            numbers = copy.read()
+            numbers[start - copy.start :][: len(saved)] = saved.to(numbers.device)
+            copy.write(numbers)
+
+
+def drop_gathered(weight: Any) -> None:
+    """Forget a gathered copy of a ZeRO-3 parameter, which no longer shows what its partitions hold."""
+    if hasattr(weight, "ds_id") and weight.ds_status.name == "AVAILABLE":
+        weight.partition()
+
+
+class _Commit:
+    """The change of one parameter by one set of deltas, on this rank."""
+
+    def __init__(self, weight: nn.Parameter, shard: Shard, deltas: Deltas, transposed: bool) -> None:
+        self.weight, self.shard, self.deltas, self.transposed = weight, shard, deltas, transposed
+        self.size = shard.shape[1] * shard.shape[2]
+        self.saved: list[_Saved] = []
+        self.squares = torch.zeros(2, dtype=torch.float64)
+
+    def add_own(self) -> None:
+        """Change what this rank owns, in the source and in the working copy."""
+        source = self.shard.source.read()
+        for expert, start, stop in self._owned():
+            old = source[start - self.shard.start : stop - self.shard.start]
+            new = self._sum(expert, start, stop, old)
+            self._write(expert, start, stop, source, new)
+        self.shard.source.write(source)
+
+    def send_working(self, expert: int) -> None:
+        """Give each other the rounded weights of one expert, where every rank computes with all of them."""
+        if not self._overhangs():
+            return
+        working = self._working()
+        first, last = expert * self.size, (expert + 1) * self.size
+        start, stop = self._own_part(expert)
+        whole = torch.zeros(self.size, dtype=self.shard.dtype, device=working.device)
+        whole[start - first : stop - first] = working[start:stop]
+        self.shard.exchange(whole)
+        if start == stop:  # not yet kept by add_own
+            self._keep(expert, start, stop, self.shard.source.read())
+        working[first:last] = whole
+
+    def gather_and_add(self, expert: int, ranks: Ranks) -> None:
+        """Gather one expert's source, change it, and keep what this rank needs of it."""
+        first = expert * self.size
+        start, stop = self._own_part(expert)
+        source = self.shard.source.read()
+        whole = torch.zeros(self.size, dtype=source.dtype, device=source.device)
+        whole[start - first : stop - first] = source[start - self.shard.start : stop - self.shard.start]
+        self.shard.exchange(whole)
+        with ranks.together():
+            new = self._sum(expert, first, first + self.size, whole)
+            self._write(expert, start, stop, source, new[start - first : stop - first])
+            if self._overhangs():
+                self._working()[first : first + self.size] = new.to(self.shard.dtype)
+            self.shard.source.write(source)
+
+    def reset_moments(self) -> None:
+        """Set this rank's moments of the changed experts to zero."""
+        for moment in self.shard.moments:
+            numbers = moment.read()
+            for expert, start, stop in self._owned():
+                saved = next(saved for saved in self.saved if saved.expert == expert)
+                saved.keep(moment, numbers, start, stop)
+                numbers[start - moment.start : stop - moment.start] = 0
+            moment.write(numbers)
+
+    def relative_change(self) -> float:
+        """``‖ΔW‖_F / ‖W‖_F`` over the experts that changed, on all ranks together."""
+        if self.shard.group is not None:
+            squares = self.squares.to(self.weight.device)
+            dist.all_reduce(squares, group=self.shard.group)
+            self.squares = squares.cpu()
+        change, before = self.squares.tolist()
+        return (change / before) ** 0.5 if before else 0.0
+
+    def undo(self) -> None:
+        """Put back what was changed so far."""
+        for saved in reversed(self.saved):
+            saved.restore()
+
+    def _overhangs(self) -> bool:
+        """Whether every rank computes with all of the weights, though each owns a part of them only."""
+        shared = self.shard.group is not None and self.shard.working is not None
+        return shared and len(self._working()) == self.shard.shape.numel()
+
+    def _working(self) -> Tensor:
+        assert self.shard.working is not None
+        return self.shard.working.read()
+
+    def _own_part(self, expert: int) -> tuple[int, int]:
+        """The run of one expert that this rank owns; empty, but within the expert, if it owns nothing of it."""
+        first, last = expert * self.size, (expert + 1) * self.size
+        start, stop = max(first, self.shard.start), min(last, self.shard.stop)
+        return (start, stop) if start < stop else (first, first)
+
+    def _owned(self) -> Iterator[tuple[int, int, int]]:
+        for expert in self.deltas.experts:
+            start, stop = self._own_part(expert)
+            if start < stop:
+                yield expert, start, stop
+
+    def _sum(self, expert: int, start: int, stop: int, old: Tensor) -> Tensor:
+        first = expert * self.size
+        delta = delta_slice(self.deltas, expert, start - first, stop - first, self.transposed).to(old.device)
+        precision = torch.promote_types(torch.promote_types(old.dtype, delta.dtype), torch.float32)
+        new = old.to(precision) + delta
+        if not bool(torch.isfinite(new.to(self.shard.dtype)).all()):
+            raise FloatingPointError(f"the changed weights of expert {expert} are not finite in {self.shard.dtype}")
+        own = slice(*(x - start for x in self._own_part(expert))) if stop - start == self.size else slice(None)
+        self.squares += torch.stack([delta[own].double().square().sum(), old[own].double().square().sum()]).cpu()
+        return new
+
+    def _keep(self, expert: int, start: int, stop: int, source: Tensor) -> None:
+        saved = _Saved(self.weight, expert)
+        saved.keep(self.shard.source, source, max(start, self.shard.start), max(stop, self.shard.start))
+        if self.shard.working is not None:
+            whole = (expert * self.size, (expert + 1) * self.size) if self._overhangs() else (start, stop)
+            saved.keep(self.shard.working, self._working(), *whole)
+        self.saved.append(saved)
+
+    def _write(self, expert: int, start: int, stop: int, source: Tensor, new: Tensor) -> None:
+        """Write the owned run ``[start, stop)`` of one expert into the source and the working copy."""
+        own = slice(start - self.shard.start, stop - self.shard.start)
+        if self.shard.working is None:
+            self._keep(expert, start, stop, source)
+            source[own] = new.to(source.dtype)
+            return
+        working = self._working()
+        held = slice(start - self.shard.working.start, stop - self.shard.working.start)
+        if not torch.equal(source[own].to(self.shard.dtype), working[held]):
+            raise RuntimeError(
+                f"the optimizer's master copy of expert {expert} is not that of the weights; "
+                "give the optimizers that train them now"
+            )
+        self._keep(expert, start, stop, source)
+        source[own] = new.to(source.dtype)
+        working[held] = new.to(self.shard.dtype)

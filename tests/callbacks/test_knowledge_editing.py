@@ -388,12 +388,6 @@ def test_a_bad_facts_file_is_named_with_its_row(refuse, facts, tmp_path, make_tr
     assert len(editing.applied_facts) == 2
 
 
-def test_several_processes_are_refused(tiny):
-    editing = KnowledgeEditing(tiny.editor())
-    with pytest.raises(MisconfigurationException, match="this run has 2; use devices=1"):
-        editing.on_fit_start(SimpleNamespace(world_size=2), tiny.module())
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

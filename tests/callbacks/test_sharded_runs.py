@@ -1,0 +1,143 @@
+"""Runs of the Trainer with several processes: edits in the middle of `fit`, checkpoints, resumes, and a killed rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.sharding import weights
+from tests.processes import run_ranks, start_ranks
+
+pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
+
+ALL = ["ddp", *(f"deepspeed_cpu_stage_{stage}" for stage in range(4))]
+
+
+def whole_weights(module: Any) -> dict[str, Tensor]:
+    """All weights, in float32, on every rank."""
+    import deepspeed
+
+    parameters = dict(module.named_parameters())
+    sharded = [p for p in parameters.values() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+
+def fit(
+    strategy: str, folder: str, checkpoint: str | None = None, precision: str = "32-true", epochs: int = 3
+) -> dict[str, Any]:
+    """Train for a few epochs, edit before the second, and keep a checkpoint of each."""
+    import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies known
+    from tests.callbacks.conftest import _data, _editor, _module, _trainer
+
+    torch.use_deterministic_algorithms(True)
+    editing = KnowledgeEditing(_editor(), at={"epoch": 1})
+    monitor = RoutingMonitor(probe=["The capital of Italy is Rome."])
+    kept = ModelCheckpoint(Path(folder) / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    # Lightning takes WORLD_SIZE out of the environment when a run ends
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+    trainer = _trainer(
+        folder,
+        [editing, monitor, EditReport(console=False), kept],
+        strategy=strategy,
+        devices=size,
+        precision=precision,
+        max_epochs=epochs,
+    )
+    module, data = _module(), _data(batch_size=8 // size)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    return {
+        "weights": whole_weights(module),
+        "state": editing.state_dict(),
+        "calls": len(editing.editor.calls),
+        "metrics": editing.evaluate(module).metrics,
+        "routing": monitor.last_edit,
+        "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }
+
+
+def fits(strategies: list[str], folder: str, **kwargs: Any) -> dict[str, Any]:
+    return {strategy: fit(strategy, f"{folder}/{strategy}", **kwargs) for strategy in strategies}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Of all weights, relative to their size."""
+    difference = sum(float((first[name] - second[name]).square().sum()) for name in first)
+    return (difference / sum(float(value.square().sum()) for value in first.values())) ** 0.5
+
+
+def test_every_strategy_edits_and_trains_alike(tmp_path: Path) -> None:
+    found = run_ranks(fits, 2, ALL, str(tmp_path), group=False)
+    for strategy in ALL:
+        first, second = (ranks[strategy] for ranks in found)
+        assert same(first["weights"], second["weights"]), strategy
+        assert first["metrics"] == pytest.approx(second["metrics"], nan_ok=True)
+        assert first["calls"] == 1
+        assert len(first["state"]["applied"]) == 6
+        assert first["state"] == second["state"]
+        assert first["logged"].keys() == found[0]["ddp"]["logged"].keys()
+        assert (tmp_path / strategy / "summary.json").exists()
+        # float32 in another order, through twelve steps of Adam, whose first ones have the size of the learning rate
+        # whatever the gradient's
+        assert distance(first["weights"], found[0]["ddp"]["weights"]) < 0.01, strategy
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("ddp", "32-true"), ("deepspeed_cpu_stage_2", "bf16-mixed"), ("deepspeed_cpu_stage_3", "bf16-true")],
+)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path, strategy: str, precision: str) -> None:
+    whole = run_ranks(fit, 2, strategy, str(tmp_path / "whole"), None, precision, group=False)[0]
+    for epoch, calls in ((0, 1), (1, 0)):  # the edit lies between them
+        checkpoint = tmp_path / "whole" / "kept" / f"epoch={epoch}.ckpt"
+        resumed = run_ranks(fit, 2, strategy, str(tmp_path / f"from_{epoch}"), str(checkpoint), precision, group=False)[
+            0
+        ]
+        assert resumed["calls"] == calls
+        assert resumed["state"] == whole["state"]
+        assert same(resumed["weights"], whole["weights"])
+
+
+# -- a rank that dies -------------------------------------------------------------------------------------------------
+
+
+def killed(strategy: str, folder: str) -> None:
+    """Rank 1 dies when it has changed the first expert of the second layer."""
+    original, written = weights._Commit._write, []
+
+    def write(commit: Any, *args: Any) -> None:
+        original(commit, *args)
+        written.append(commit.weight)
+        if os.environ["RANK"] == "1" and len({id(weight) for weight in written}) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    weights._Commit._write = write  # type: ignore[method-assign]
+    fit(strategy, folder)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_cpu_stage_3"])
+def test_a_killed_rank_costs_no_more_than_a_resume(tmp_path: Path, strategy: str) -> None:
+    first, second = start_ranks(killed, 2, strategy, str(tmp_path / "killed"), group=False, seconds=100)
+    assert second.exitcode == -signal.SIGKILL
+    assert first.exitcode == 1
+    assert first.error is not None and "Connection" in first.error  # it did not wait for the dead
+    checkpoint = tmp_path / "killed" / "kept" / "epoch=0.ckpt"
+    assert not checkpoint.with_name("epoch=1.ckpt").exists()
+    resumed = run_ranks(fit, 2, strategy, str(tmp_path / "resumed"), str(checkpoint), group=False)[0]
+    whole = run_ranks(fit, 2, strategy, str(tmp_path / "whole"), group=False)[0]
+    assert same(resumed["weights"], whole["weights"])
+    assert resumed["state"] == whole["state"]

@@ -1,0 +1,124 @@
+"""Real processes for tests of what happens between ranks: bounded in time, and never left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 150.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank ended: its exit code (negative for a signal), what it returned, or the traceback it died of."""
+
+    exitcode: int | None
+    value: Any = None
+    error: str | None = None
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL("libc.so.6", use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _enter(rank: int, size: int, port: int, group: bool, folder: str, function: Callable[..., Any], args: Any) -> None:
+    _die_with_parent()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    torch.set_num_threads(1)
+    outcome: dict[str, Any] = {}
+    try:
+        if group:
+            dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        outcome["value"] = function(*args)
+    except BaseException:
+        outcome["error"] = traceback.format_exc()
+    beside = Path(folder) / f"{rank}.part"
+    torch.save(outcome, beside)
+    beside.replace(Path(folder) / str(rank))
+    # no teardown: a rank that waits for one that has failed would wait for long
+    os._exit(1 if "error" in outcome else 0)
+
+
+def start_ranks(
+    function: Callable[..., Any], size: int, *args: Any, group: bool = True, seconds: float = SECONDS
+) -> list[Outcome]:
+    """Run ``function(*args)`` in ``size`` processes and say how each ended; none outlives this call.
+
+    Args:
+        function: of a test module; its return value has to be picklable.
+        size: number of processes; each knows its rank from the environment.
+        args: for the function, the same in all processes.
+        group: whether to make the default process group (gloo); otherwise the function does.
+        seconds: processes that live longer are killed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # spawned processes read it before torch starts its threads
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=_enter, args=(rank, size, port, group, folder, function, args), daemon=True)
+            for rank in range(size)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            deadline = time.monotonic() + seconds
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+            late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+        outcomes = []
+        for rank, process in enumerate(processes):
+            path = Path(folder) / str(rank)
+            found = torch.load(path, weights_only=False) if path.exists() else {}
+            if rank in late:
+                found = {"error": f"rank {rank} was still running after {seconds:.0f} s"}
+            outcomes.append(Outcome(process.exitcode, found.get("value"), found.get("error")))
+    return outcomes
+
+
+def run_ranks(
+    function: Callable[..., Any], size: int, *args: Any, group: bool = True, seconds: float = SECONDS
+) -> list[Any]:
+    """What ``function(*args)`` returned in each of ``size`` processes; an assertion error if one of them failed."""
+    outcomes = start_ranks(function, size, *args, group=group, seconds=seconds)
+    errors = [f"rank {rank} failed:\n{outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
+    assert not errors, "\n".join(errors)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.exitcode == 0, f"rank {rank} ended with exit code {outcome.exitcode}"
+    return [outcome.value for outcome in outcomes]

@@ -1,0 +1,128 @@
+"""Ranks share work in rounds, and fail together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+
+from lit_moeedit.sharding.ranks import RankError, Ranks
+from tests.processes import run_ranks, start_ranks
+
+
+def test_one_process_alone_does_everything() -> None:
+    ranks = Ranks()
+    assert list(ranks.deal([1, 2, 3])) == [(1, True), (2, True), (3, True)]
+    tensor = torch.arange(3)
+    ranks.sum(tensor)
+    ranks.equalise(tensor)
+    assert ranks.concatenate(tensor).tolist() == [0, 1, 2]
+    assert ranks.any(True)
+    assert not ranks.any(False)
+    with pytest.raises(KeyError, match="a"), ranks.together():
+        raise KeyError("a")
+
+
+def sharing() -> dict[str, object]:
+    ranks = Ranks()
+    summed, equal = torch.tensor([1.0 + ranks.rank]), torch.tensor([ranks.rank, 7])
+    ranks.sum(summed)
+    ranks.equalise(equal)
+    own = torch.full((2 * ranks.rank, 3), ranks.rank, dtype=torch.bfloat16)
+    return {
+        "dealt": list(ranks.deal(list("abcde"))),
+        "few": list(ranks.deal(["a"])),
+        "none": list(ranks.deal([])),
+        "sum": summed.item(),
+        "equal": equal.tolist(),
+        "concatenated": ranks.concatenate(own),
+        "empty": ranks.concatenate(torch.empty(0, 4)),
+        "any": (ranks.any(ranks.rank == 1), ranks.any(False)),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sharing(size: int) -> None:
+    found = run_ranks(sharing, size)
+    rounds = {len(result["dealt"]) for result in found}
+    assert rounds == {-(-5 // size)}
+    assert sorted(batch for result in found for batch, mine in result["dealt"] if mine) == list("abcde")
+    assert [result["few"] for result in found] == [[("a", rank == 0)] for rank in range(size)]
+    expected = torch.cat([torch.full((2 * rank, 3), rank, dtype=torch.bfloat16) for rank in range(size)])
+    for result in found:
+        assert result["none"] == []
+        assert result["sum"] == sum(1 + rank for rank in range(size))
+        assert result["equal"] == [0, 7]
+        assert torch.equal(result["concatenated"], expected)
+        assert result["empty"].shape == (0, 4)
+        assert result["any"] == (True, False)
+
+
+def failing_in_a_round(at: int) -> str:
+    ranks = Ranks()
+    try:
+        with ranks.together():  # and within another one: each failure is told once
+            for number, _ in enumerate(ranks.deal(range(8))):
+                with ranks.together():
+                    if ranks.rank == 1 and number == at:
+                        raise ValueError("no such text")
+        ranks.check_same("texts", [])
+    except (ValueError, RankError) as error:
+        # they still understand each other
+        return f"{type(error).__name__}: {error} {ranks.any(ranks.rank == 0)}"
+    return "nothing failed"
+
+
+def failing_between_rounds(at: int) -> str:
+    ranks = Ranks()
+    try:
+        with ranks.together():
+            for number, _ in enumerate(ranks.deal(range(8))):
+                if ranks.rank == 1 and number == at:
+                    raise ValueError("no such text")
+    except (ValueError, RankError) as error:
+        return f"{type(error).__name__}: {error} {ranks.any(ranks.rank == 0)}"
+    return "nothing failed"
+
+
+@pytest.mark.parametrize("function", [failing_in_a_round, failing_between_rounds])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_failure_on_one_rank_is_one_on_all(function: Callable[[int], str], at: int) -> None:
+    first, second = run_ranks(function, 2, at)
+    assert first == "RankError: rank 1 failed: ValueError: no such text True"
+    assert second == "ValueError: no such text True"
+
+
+def different() -> str:
+    ranks = Ranks()
+    ranks.check_same("the facts", ["a", "b"])
+    try:
+        ranks.check_same("the facts", ["a", str(ranks.rank)])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_texts_are_told_so() -> None:
+    assert all("the facts must be the same on all ranks" in message for message in run_ranks(different, 2))
+
+
+def absent() -> float:
+    ranks = Ranks(timeout=timedelta(seconds=2))
+    if ranks.rank == 1:
+        time.sleep(10)  # as if stuck
+    start = time.monotonic()
+    try:
+        ranks.agree()
+    except RuntimeError:
+        return time.monotonic() - start
+    return 0.0
+
+
+def test_waiting_is_bounded() -> None:
+    first = start_ranks(absent, 2)[0]
+    assert first.error is None
+    assert 1.0 < first.value < 8.0

@@ -1,0 +1,344 @@
+"""Edits of weights that DeepSpeed trains: seen at once, still there after the next step, undone bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_moeedit.sharding.ranks import RankError, Ranks
+from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.solvers import ExpertDeltas
+from tests.processes import run_ranks
+
+pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
+
+EXPERTS, D_MODEL, D_HIDDEN = 5, 7, 3
+"""105 numbers: no number of ranks divides them, so that partitions are padded and cut through experts."""
+CASES = [
+    (stage, dtype, way)
+    for stage in (0, 1, 2, 3)
+    for dtype in (torch.float32, torch.bfloat16)
+    for way in ("local", "gather")
+]
+
+
+class Model(nn.Module):
+    """Experts between parameters of odd sizes, one of them frozen; the gradient does not depend on the weights."""
+
+    def __init__(self, transposed: bool = False, d_hidden: int = D_HIDDEN) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator))
+
+        self.before = parameter(11)
+        self.frozen = parameter(3, 3).requires_grad_(False)
+        shape = (EXPERTS, d_hidden, D_MODEL) if transposed else (EXPERTS, D_MODEL, d_hidden)
+        self.experts = parameter(*shape)
+        self.behind = parameter(2, 5)
+        self.register_buffer("slope", torch.randn(shape, generator=generator))
+
+    def forward(self, scale: Tensor) -> Tensor:
+        rest = self.before.sum() + self.behind.sum() * self.frozen.sum()
+        return scale * ((self.experts * self.slope.to(self.experts.dtype)).sum() + rest)
+
+
+def import_deepspeed() -> Any:
+    import deepspeed
+
+    # it would be compiled at the first start, behind a file lock that outlives a killed process
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def make(stage: int, dtype: torch.dtype, lr: float = 0.0, model: Model | None = None, **zero: Any) -> Any:
+    """An engine with Adam that has made one step (without a change, if ``lr`` is 0)."""
+    deepspeed = import_deepspeed()
+    model = model if model is not None else Model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    step(engine)
+    return engine
+
+
+def step(engine: Any) -> None:
+    dtype = next(engine.module.buffers()).dtype
+    engine.backward(engine(torch.tensor(1.0, dtype=dtype)))
+    engine.step()
+
+
+def working(engine: Any) -> Tensor:
+    """The weights as the next forward sees them."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([engine.module.experts], enabled=hasattr(engine.module.experts, "ds_id")):
+        return engine.module.experts.detach().clone()
+
+
+def master(engine: Any) -> Tensor:
+    """The weights as the optimizer continues from, float32."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weight, optimizer = engine.module.experts, engine.optimizer
+    if hasattr(optimizer, "fp32_groups"):
+        return optimizer.fp32_groups[0][1].detach().clone()
+    full = safe_get_full_fp32_param(weight)
+    return working(engine).float() if full is None else full.view(EXPERTS, *working(engine).shape[1:]).clone()
+
+
+def moments(engine: Any) -> list[Tensor]:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    weight, optimizer = engine.module.experts, engine.optimizer
+    if hasattr(optimizer, "fp32_groups"):
+        weight, optimizer = optimizer.fp32_groups[0][1], optimizer.optimizer
+    if not hasattr(weight, "ds_id") and not hasattr(weight, "_hp_mapping"):
+        return [optimizer.state[weight][name].clone() for name in ("exp_avg", "exp_avg_sq")]
+    found = (safe_get_full_optimizer_state(weight, name) for name in ("exp_avg", "exp_avg_sq"))
+    return [value.view(EXPERTS, -1).clone() for value in found]
+
+
+def bits(*tensors: Tensor) -> list[bytes]:
+    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+
+
+def some_deltas(seed: int = 0, scale: float = 0.1, d_hidden: int = D_HIDDEN) -> ExpertDeltas:
+    """Deltas of experts 0, 2 and 3."""
+    generator = torch.Generator().manual_seed(seed)
+    return ExpertDeltas(
+        torch.tensor([3, 0, 3, 2]),
+        torch.tensor([0, 0, 1, 1]),
+        scale * torch.randn(2, D_MODEL, generator=generator),
+        torch.randn(4, d_hidden, generator=generator),
+        EXPERTS,
+    )
+
+
+def dense(deltas: ExpertDeltas, transposed: bool = False) -> Tensor:
+    whole = torch.stack([deltas.dense(j) for j in range(EXPERTS)])
+    return whole.mT if transposed else whole
+
+
+def commit(engine: Any, ranks: Ranks, deltas: ExpertDeltas, way: str = "local", transposed: bool = False) -> None:
+    with Transaction([engine.optimizer], ranks, way) as transaction:  # type: ignore[arg-type]
+        transaction.commit(engine.module.experts, deltas, transposed)
+
+
+# -- the edit is what one process would do, and stays -----------------------------------------------------------------
+
+
+def check_commit(engine: Any, ranks: Ranks, dtype: torch.dtype, way: str) -> None:
+    before, deltas = master(engine), some_deltas()
+    commit(engine, ranks, deltas, way)
+    after = before + dense(deltas)
+    # one product and one sum in float32
+    torch.testing.assert_close(master(engine), after, rtol=1e-5, atol=1e-6)
+    # two bfloat16 next to each other differ by at most 2⁻⁷
+    close = {"rtol": 2**-7, "atol": 0.0} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(working(engine), after.to(dtype), **close)
+    assert torch.equal(working(engine), master(engine).to(dtype))
+    kept = bits(working(engine), master(engine))
+    for _ in range(2):
+        step(engine)  # the learning rate is 0
+        assert bits(working(engine), master(engine)) == kept
+
+
+def check_rollback(engine: Any, ranks: Ranks, way: str) -> None:
+    step(engine)
+    before = bits(working(engine), master(engine), *moments(engine))
+    with Transaction([engine.optimizer], ranks, way, reset_moments=True) as transaction:  # type: ignore[arg-type]
+        for seed in range(2):
+            transaction.commit(engine.module.experts, some_deltas(seed))
+            engine(torch.tensor(1.0, dtype=next(engine.module.buffers()).dtype))  # leaves it gathered, perhaps
+        first, second = (moment.view(EXPERTS, -1) for moment in moments(engine))
+        for moment in (first, second):
+            assert not moment[[0, 2, 3]].any()
+            assert moment[[1, 4]].any(-1).all()
+        assert bits(working(engine)) != before[:1]
+        transaction.rollback()
+        assert bits(working(engine), master(engine), *moments(engine)) == before
+    step(engine)
+    assert bits(working(engine), master(engine)) == before[:2]
+
+
+def all_cases(cases: list[tuple[int, torch.dtype, str]]) -> None:
+    ranks = Ranks()
+    for stage, dtype, way in cases:
+        try:
+            check_commit(make(stage, dtype), ranks, dtype, way)
+            check_rollback(make(stage, dtype), ranks, way)
+        except AssertionError as error:
+            raise AssertionError(f"stage {stage}, {dtype}, {way}: {error}") from error
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_edits_equal_those_of_one_process_and_stay(size: int) -> None:
+    run_ranks(all_cases, size, CASES)
+
+
+# -- why both copies have to be written -------------------------------------------------------------------------------
+
+
+def gathered_only(engine: Any, ranks: Ranks, deltas: ExpertDeltas) -> None:
+    import deepspeed
+
+    weight, after = engine.module.experts, master(engine) + dense(deltas)
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0), torch.no_grad():
+        if ranks.rank == 0:
+            weight.copy_(after)
+
+
+def master_only(engine: Any, ranks: Ranks, deltas: ExpertDeltas) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(engine.module.experts, master(engine) + dense(deltas))
+
+
+def survival(edit: Callable[[Any, Ranks, ExpertDeltas], None], dtype: torch.dtype) -> tuple[bool, bool]:
+    """Under ZeRO-3: whether an edit is seen at once, and whether it is there after the next step."""
+    # an even number of weights: DeepSpeed's function for the whole of them does not know padded partitions
+    ranks, engine, deltas = Ranks(), make(3, dtype, model=Model(d_hidden=4)), some_deltas(d_hidden=4)
+    wanted = (master(engine) + dense(deltas)).to(dtype)
+    edit(engine, ranks, deltas)
+    seen = torch.allclose(working(engine), wanted, rtol=1e-5)
+    step(engine)
+    return seen, torch.allclose(working(engine), wanted, rtol=1e-5)
+
+
+def all_survivals() -> dict[str, tuple[bool, bool]]:
+    return {edit.__name__: survival(edit, torch.bfloat16) for edit in (commit, gathered_only, master_only)}
+
+
+def test_a_commit_is_seen_and_stays_and_half_of_one_does_not() -> None:
+    for found in run_ranks(all_survivals, 2):
+        assert found == {"commit": (True, True), "gathered_only": (True, False), "master_only": (False, True)}
+
+
+# -- training goes on as if the weights had always been there ---------------------------------------------------------
+
+
+def differences_after_a_step(lr: float) -> list[float]:
+    """By stage: how far an edited and an unedited run, given the same gradients, are from differing by the delta."""
+    ranks, errors = Ranks(), []
+    for stage in (0, 1, 2, 3):
+        edited, unedited = make(stage, torch.float32, lr), make(stage, torch.float32, lr)
+        commit(edited, ranks, some_deltas())
+        start = master(unedited)
+        for engine in (edited, unedited):
+            step(engine)
+        assert not torch.equal(master(unedited), start)
+        error = master(edited) - master(unedited) - dense(some_deltas())
+        errors.append(float(error.abs().max() / dense(some_deltas()).abs().max()))
+    return errors
+
+
+def test_the_next_step_adds_to_the_edit() -> None:
+    for errors in run_ranks(differences_after_a_step, 2, 0.01):
+        assert max(errors) < 1e-5  # the weights are about 1, the deltas 0.1, and float32 has 1e-7
+
+
+# -- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def layouts() -> None:
+    ranks = Ranks()
+    # transposed experts
+    for stage in (1, 3):
+        engine = make(stage, torch.float32, model=Model(transposed=True))
+        before = master(engine)
+        commit(engine, ranks, some_deltas(), transposed=True)
+        torch.testing.assert_close(working(engine), before + dense(some_deltas(), transposed=True))
+    # parameters that stay gathered, of which a forward has just left a copy
+    engine = make(3, torch.bfloat16, stage3_param_persistence_threshold=10**6)
+    check_commit(engine, ranks, torch.bfloat16, "local")
+    check_rollback(engine, ranks, "gather")
+    # the optimizer, and with it the parameters, in the memory of the CPU
+    for stage, zero in ((2, {}), (3, {}), (3, {"offload_param": {"device": "cpu"}})):
+        engine = make(stage, torch.bfloat16, offload_optimizer={"device": "cpu"}, **zero)
+        check_commit(engine, ranks, torch.bfloat16, "local")
+        check_rollback(engine, ranks, "local")
+
+
+def test_transposed_persistent_and_offloaded_parameters() -> None:
+    run_ranks(layouts, 2)
+
+
+def without_optimizer() -> None:
+    deepspeed = import_deepspeed()
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    engine, *_ = deepspeed.initialize(model=Model(), config=config)
+    before, ranks = working(engine), Ranks()
+    with Transaction((), ranks) as transaction:
+        transaction.commit(engine.module.experts, some_deltas())
+        torch.testing.assert_close(working(engine), before + dense(some_deltas()))
+        transaction.rollback()
+    assert bits(working(engine)) == bits(before)
+
+
+def test_evaluation_has_no_optimizer() -> None:
+    run_ranks(without_optimizer, 2)
+
+
+# -- all or nothing ---------------------------------------------------------------------------------------------------
+
+
+class Broken(ExpertDeltas):
+    """Deltas that cannot be computed for expert 3."""
+
+    def rows(self, expert: int) -> tuple[Tensor, Tensor] | None:
+        if expert == 3:
+            raise MemoryError("no room for expert 3")
+        return super().rows(expert)
+
+
+def failing(rank: int) -> list[str]:
+    """Messages of commits that fail on one rank, after which nothing has changed on any."""
+    ranks, messages = Ranks(), []
+    for stage, dtype, way in CASES:
+        engine = make(stage, dtype)
+        before = bits(working(engine), master(engine))
+        good = some_deltas(1)
+        bad = Broken(good.expert_index, good.row_index, good.left, good.right, EXPERTS)
+        try:
+            with Transaction([engine.optimizer], ranks, way) as transaction:  # type: ignore[arg-type]
+                transaction.commit(engine.module.experts, some_deltas())
+                transaction.commit(engine.module.experts, bad if ranks.rank == rank else good)
+        except (MemoryError, RankError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        assert bits(working(engine), master(engine)) == before, (stage, dtype, way)
+        step(engine)
+        assert bits(working(engine), master(engine)) == before, (stage, dtype, way)
+    return messages
+
+
+def test_a_failure_on_one_rank_changes_nothing_on_any() -> None:
+    first, second = run_ranks(failing, 2, 1)
+    assert first == ["RankError: rank 1 failed: MemoryError: no room for expert 3"] * len(CASES)
+    assert second == ["MemoryError: no room for expert 3"] * len(CASES)
+
+
+def wrong_optimizer() -> str:
+    engine = make(2, torch.bfloat16)
+    engine.module.experts.data.zero_()  # as if other weights had been loaded behind the optimizer's back
+    try:
+        commit(engine, Ranks(), some_deltas())
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_master_copy_of_other_weights_is_refused() -> None:
+    assert all("is not that of the weights" in message for message in run_ranks(wrong_optimizer, 2))

@@ -9,8 +9,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_only
 from rich.logging import RichHandler
 
-import lit_moeedit.callbacks  # makes the callbacks known by their short names
-import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies for CPUs known by their names
+import lit_moeedit.callbacks  # noqa: F401 - makes callbacks and strategies known by their short names
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.module import LitMoE
 
@@ -38,7 +37,7 @@ def run(args: ArgsType = None) -> EditingCLI:
     handler = RichHandler(show_path=False, omit_repeated_times=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     # what all ranks would say, the first one says
-    level = "INFO" if rank_zero_only.rank in (None, 0) else "WARNING"
+    level = "INFO" if getattr(rank_zero_only, "rank", 0) in (None, 0) else "WARNING"
     logging.getLogger("lit_moeedit").setLevel(os.environ.get("LIT_MOEEDIT_LOG", level).upper())
     return EditingCLI(
         LitMoE,

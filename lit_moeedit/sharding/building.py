@@ -78,12 +78,13 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
     """
     if not _shards(strategy):
         return _load(path, dtype)
-    ranks = Ranks()
-    with ranks.together():
-        # what all ranks need, before they depend on each other
-        AutoConfig.from_pretrained(path)
-    with ranks.together(), _outside_of_init(), _no_hoarding(), _known_to_transformers(strategy):
-        model = _load(path, dtype)
+    with _outside_of_init(), _no_hoarding():
+        ranks = Ranks()
+        with ranks.together():
+            # what may fail on some ranks alone, before they depend on each other
+            AutoConfig.from_pretrained(path)
+        with ranks.together(), _known_to_transformers(strategy):
+            model = _load(path, dtype)
         _round(model, dtype)
         _equalise(model, strategy)
     return model

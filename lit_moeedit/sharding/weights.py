@@ -15,6 +15,9 @@ from lit_moeedit.sharding.shards import Copy, Shard, locate
 
 Way = Literal["local", "gather"]
 
+BLOCK = 2**19
+"""Numbers that are changed at once: what a commit needs besides its copies for the rollback does not grow with them."""
+
 
 class Deltas(Protocol):
     """What a commit needs to know of low-rank deltas: the experts that change, and each one's factors."""
@@ -142,11 +145,10 @@ class Transaction:
                 if self.way == "local" or commit.shard.group is None:
                     commit.add_own()
             if commit.shard.group is not None:
-                for expert in deltas.experts:
-                    if self.way == "local":
-                        commit.send_working(expert)
-                    else:
-                        commit.gather_and_add(expert, self.ranks)
+                if self.way == "local":
+                    commit.send_working()
+                else:
+                    commit.gather_and_add(self.ranks)
             if self.reset_moments:
                 commit.reset_moments()
             change = commit.relative_change()
@@ -155,9 +157,9 @@ class Transaction:
             if commit is not None:
                 commit.undo()
             raise
-        for saved in commit.saved:
+        for expert, saved in commit.saved.items():
             # an expert that was changed before goes back to what it was at first
-            self._saved.setdefault((id(weight), saved.expert), saved)
+            self._saved.setdefault((id(weight), expert), saved)
         return change
 
     @torch.no_grad()
@@ -171,8 +173,8 @@ class Transaction:
 class _Saved:
     """What this rank held of one expert, in all copies."""
 
-    def __init__(self, weight: nn.Parameter, expert: int) -> None:
-        self.weight, self.expert = weight, expert
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
         self._numbers: list[tuple[Copy, int, Tensor]] = []
 
     def keep(self, copy: Copy, numbers: Tensor, start: int, stop: int) -> None:
@@ -194,77 +196,90 @@ def drop_gathered(weight: Any) -> None:
 
 
 class _Commit:
-    """The change of one parameter by one set of deltas, on this rank."""
+    """The change of one parameter by one set of deltas, on this rank, block by block."""
 
     def __init__(self, weight: nn.Parameter, shard: Shard, deltas: Deltas, transposed: bool) -> None:
         self.weight, self.shard, self.deltas, self.transposed = weight, shard, deltas, transposed
         self.size = shard.shape[1] * shard.shape[2]
-        self.saved: list[_Saved] = []
-        self.squares = torch.zeros(2, dtype=torch.float64)
+        self.saved: dict[int, _Saved] = {expert: _Saved(weight) for expert in deltas.experts}
+        self.squares = [0.0, 0.0]
 
     def add_own(self) -> None:
         """Change what this rank owns, in the source and in the working copy."""
         source = self.shard.source.read()
-        for expert, start, stop in self._owned():
-            old = source[start - self.shard.start : stop - self.shard.start]
-            new = self._sum(expert, start, stop, old)
-            self._write(expert, start, stop, source, new)
+        for expert, first, last in self._blocks():
+            start, stop = self._own_part(first, last)
+            if start < stop:
+                new = self._sum(expert, start, source[self._within(start, stop)])
+                self._write(expert, start, source, new)
         self.shard.source.write(source)
 
-    def send_working(self, expert: int) -> None:
-        """Give each other the rounded weights of one expert, where every rank computes with all of them."""
-        if not self._overhangs():
+    def send_working(self) -> None:
+        """Give each other the rounded weights, where every rank computes with all of them."""
+        if not self._is_shared():
             return
         working = self._working()
-        first, last = expert * self.size, (expert + 1) * self.size
-        start, stop = self._own_part(expert)
-        whole = torch.zeros(self.size, dtype=self.shard.dtype, device=working.device)
-        whole[start - first : stop - first] = working[start:stop]
-        self.shard.exchange(whole)
-        if start == stop:  # not yet kept by add_own
-            self._keep(expert, start, stop, self.shard.source.read())
-        working[first:last] = whole
+        for expert, first, last in self._blocks():
+            start, stop = self._own_part(first, last)
+            whole = torch.zeros(last - first, dtype=self.shard.dtype, device=working.device)
+            whole[start - first : stop - first] = working[start:stop]
+            self.shard.exchange(whole)
+            self._write_others(expert, first, whole)
 
-    def gather_and_add(self, expert: int, ranks: Ranks) -> None:
-        """Gather one expert's source, change it, and keep what this rank needs of it."""
-        first = expert * self.size
-        start, stop = self._own_part(expert)
+    def gather_and_add(self, ranks: Ranks) -> None:
+        """Gather the source, change it, and keep what this rank needs of it."""
         source = self.shard.source.read()
-        whole = torch.zeros(self.size, dtype=source.dtype, device=source.device)
-        whole[start - first : stop - first] = source[start - self.shard.start : stop - self.shard.start]
-        self.shard.exchange(whole)
-        with ranks.together():
-            new = self._sum(expert, first, first + self.size, whole)
-            self._write(expert, start, stop, source, new[start - first : stop - first])
-            if self._overhangs():
-                self._working()[first : first + self.size] = new.to(self.shard.dtype)
-            self.shard.source.write(source)
+        for expert, first, last in self._blocks():
+            start, stop = self._own_part(first, last)
+            whole = torch.zeros(last - first, dtype=source.dtype, device=source.device)
+            whole[start - first : stop - first] = source[self._within(start, stop)]
+            ranks.agree()
+            self.shard.exchange(whole)
+            with ranks.together():
+                new = self._sum(expert, first, whole)
+                self._write(expert, start, source, new[start - first : stop - first])
+                if self._is_shared():
+                    self._write_others(expert, first, new.to(self.shard.dtype))
+        self.shard.source.write(source)
 
     def reset_moments(self) -> None:
         """Set this rank's moments of the changed experts to zero."""
         for moment in self.shard.moments:
             numbers = moment.read()
-            for expert, start, stop in self._owned():
-                saved = next(saved for saved in self.saved if saved.expert == expert)
-                saved.keep(moment, numbers, start, stop)
+            for expert in self.deltas.experts:
+                start, stop = self._own_part(expert * self.size, (expert + 1) * self.size)
+                self.saved[expert].keep(moment, numbers, start, stop)
                 numbers[start - moment.start : stop - moment.start] = 0
             moment.write(numbers)
 
     def relative_change(self) -> float:
         """``‖ΔW‖_F / ‖W‖_F`` over the experts that changed, on all ranks together."""
+        squares = torch.tensor(self.squares, dtype=torch.float64, device=self.weight.device)
         if self.shard.group is not None:
-            squares = self.squares.to(self.weight.device)
             dist.all_reduce(squares, group=self.shard.group)
-            self.squares = squares.cpu()
-        change, before = self.squares.tolist()
+        change, before = squares.tolist()
         return (change / before) ** 0.5 if before else 0.0
 
     def undo(self) -> None:
         """Put back what was changed so far."""
-        for saved in reversed(self.saved):
+        for saved in self.saved.values():
             saved.restore()
 
-    def _overhangs(self) -> bool:
+    def _blocks(self) -> Iterator[tuple[int, int, int]]:
+        """The changed experts and runs of their numbers, the same on all ranks."""
+        for expert in self.deltas.experts:
+            for first in range(expert * self.size, (expert + 1) * self.size, BLOCK):
+                yield expert, first, min(first + BLOCK, (expert + 1) * self.size)
+
+    def _own_part(self, first: int, last: int) -> tuple[int, int]:
+        """What this rank owns of a run; empty if that is nothing."""
+        start, stop = (min(max(number, self.shard.start), self.shard.stop) for number in (first, last))
+        return start, stop
+
+    def _within(self, start: int, stop: int) -> slice:
+        return slice(start - self.shard.start, stop - self.shard.start)
+
+    def _is_shared(self) -> bool:
         """Whether every rank computes with all of the weights, though each owns a part of them only."""
         shared = self.shard.group is not None and self.shard.working is not None
         return shared and len(self._working()) == self.shard.shape.numel()
@@ -273,51 +288,43 @@ class _Commit:
         assert self.shard.working is not None
         return self.shard.working.read()
 
-    def _own_part(self, expert: int) -> tuple[int, int]:
-        """The run of one expert that this rank owns; empty, but within the expert, if it owns nothing of it."""
-        first, last = expert * self.size, (expert + 1) * self.size
-        start, stop = max(first, self.shard.start), min(last, self.shard.stop)
-        return (start, stop) if start < stop else (first, first)
-
-    def _owned(self) -> Iterator[tuple[int, int, int]]:
-        for expert in self.deltas.experts:
-            start, stop = self._own_part(expert)
-            if start < stop:
-                yield expert, start, stop
-
-    def _sum(self, expert: int, start: int, stop: int, old: Tensor) -> Tensor:
-        first = expert * self.size
-        delta = delta_slice(self.deltas, expert, start - first, stop - first, self.transposed).to(old.device)
+    def _sum(self, expert: int, start: int, old: Tensor) -> Tensor:
+        """``old``, the run of the source that begins at ``start``, with the delta added."""
+        stop, offset = start + len(old), expert * self.size
+        delta = delta_slice(self.deltas, expert, start - offset, stop - offset, self.transposed).to(old.device)
         precision = torch.promote_types(torch.promote_types(old.dtype, delta.dtype), torch.float32)
         new = old.to(precision) + delta
         if not bool(torch.isfinite(new.to(self.shard.dtype)).all()):
             raise FloatingPointError(f"the changed weights of expert {expert} are not finite in {self.shard.dtype}")
-        own = slice(*(x - start for x in self._own_part(expert))) if stop - start == self.size else slice(None)
-        self.squares += torch.stack([delta[own].double().square().sum(), old[own].double().square().sum()]).cpu()
+        first, last = (x - start for x in self._own_part(start, stop))
+        for i, numbers in enumerate((delta, old)):
+            self.squares[i] += float(torch.linalg.vector_norm(numbers[first:last], dtype=torch.float64)) ** 2
         return new
 
-    def _keep(self, expert: int, start: int, stop: int, source: Tensor) -> None:
-        saved = _Saved(self.weight, expert)
-        saved.keep(self.shard.source, source, max(start, self.shard.start), max(stop, self.shard.start))
-        if self.shard.working is not None:
-            whole = (expert * self.size, (expert + 1) * self.size) if self._overhangs() else (start, stop)
-            saved.keep(self.shard.working, self._working(), *whole)
-        self.saved.append(saved)
-
-    def _write(self, expert: int, start: int, stop: int, source: Tensor, new: Tensor) -> None:
-        """Write the owned run ``[start, stop)`` of one expert into the source and the working copy."""
-        own = slice(start - self.shard.start, stop - self.shard.start)
-        if self.shard.working is None:
-            self._keep(expert, start, stop, source)
-            source[own] = new.to(source.dtype)
-            return
-        working = self._working()
-        held = slice(start - self.shard.working.start, stop - self.shard.working.start)
-        if not torch.equal(source[own].to(self.shard.dtype), working[held]):
-            raise RuntimeError(
-                f"the optimizer's master copy of expert {expert} is not that of the weights; "
-                "give the optimizers that train them now"
-            )
-        self._keep(expert, start, stop, source)
+    def _write(self, expert: int, start: int, source: Tensor, new: Tensor) -> None:
+        """Write an owned run that begins at ``start`` into the source and the working copy."""
+        stop = start + len(new)
+        own, working = self._within(start, stop), self.shard.working
+        if working is not None:
+            numbers = self._working()
+            held = slice(start - working.start, stop - working.start)
+            if not torch.equal(source[own].to(self.shard.dtype), numbers[held]):
+                raise RuntimeError(
+                    f"the optimizer's master copy of expert {expert} is not that of the weights; "
+                    "give the optimizers that train them now"
+                )
+            self.saved[expert].keep(working, numbers, start, stop)
+        self.saved[expert].keep(self.shard.source, source, start, stop)
         source[own] = new.to(source.dtype)
-        working[held] = new.to(self.shard.dtype)
+        if working is not None:
+            numbers[held] = new.to(self.shard.dtype)
+
+    def _write_others(self, expert: int, first: int, whole: Tensor) -> None:
+        """Write what other ranks own of the run that begins at ``first`` into the working copy."""
+        assert self.shard.working is not None
+        working, last = self._working(), first + len(whole)
+        start, stop = self._own_part(first, last)
+        for begin, end in ((first, start), (stop, last)) if start < stop else ((first, last),):
+            if begin < end:
+                self.saved[expert].keep(self.shard.working, working, begin, end)
+                working[begin:end] = whole[begin - first : end - first]

@@ -1,11 +1,10 @@
 """What an edit did to the facts and to the routing: torchmetrics classes and their functional twins."""
 
 from lit_moeedit.metrics.editing import EditSuccess, edit_success
+from lit_moeedit.metrics.load import ExpertLoad, expert_load
 from lit_moeedit.metrics.routing import (
-    ExpertLoad,
     RoutingDivergence,
     RoutingSimilarity,
-    expert_load,
     routing_divergence,
     routing_similarity,
 )

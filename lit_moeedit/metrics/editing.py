@@ -8,11 +8,13 @@ whole answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from lit_moeedit.metrics._plots import bar_lengths, open_axes, plot_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -253,20 +255,13 @@ class EditSuccess(Metric):
             ModuleNotFoundError: If ``matplotlib`` is not installed.
 
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ModuleNotFoundError("Plotting needs `matplotlib`: pip install matplotlib") from error
         val = self.compute() if val is None else val
-        if ax is None:
-            _, ax = plt.subplots(layout="constrained")
-        figure = cast("Figure", ax.get_figure())
         if not isinstance(val, Mapping):
-            self._plot(val, ax)
-            return figure, ax
-        names = list(val)
-        bars = ax.barh(names, [float(val[name]) for name in names])
-        ax.bar_label(bars, fmt="%.3f", padding=2)
+            return plot_steps(val, "share of prompts", ax, self.plot_upper_bound)
+        figure, ax = open_axes(ax)
+        rates = [float(rate) for rate in val.values()]
+        bars = ax.barh(list(val), bar_lengths(rates))
+        ax.bar_label(bars, [f"{rate:.3f}" for rate in rates], padding=2)
         ax.invert_yaxis()
         ax.set_xlim(self.plot_lower_bound, 1.15 * self.plot_upper_bound)
         ax.set_xlabel("share of prompts")
@@ -277,9 +272,8 @@ def _check_prompts(kind: Kind, log_prob_new: Tensor, log_prob_true: Tensor, exac
     if kind not in _KINDS:
         raise ValueError(f"Expected `kind` to be one of {_KINDS}, got {kind!r}.")
     for name, values in (("log_prob_new", log_prob_new), ("log_prob_true", log_prob_true)):
-        if values.ndim != 1 or not values.is_floating_point():
-            raise ValueError(f"Expected `{name}` to be floating point [N], got {values.dtype} {list(values.shape)}.")
-    _check_bool("exact", exact)
+        _check_vector(name, values, "floating point", values.is_floating_point())
+    _check_vector("exact", exact, "bool", exact.dtype == torch.bool)
     if not len(log_prob_new) == len(log_prob_true) == len(exact):
         lengths = f"{len(log_prob_new)}, {len(log_prob_true)} and {len(exact)}"
         raise ValueError(f"Expected `log_prob_new`, `log_prob_true` and `exact` of the same length, got {lengths}.")
@@ -300,12 +294,12 @@ def _check_neighbours(
         if len(values) != len(exact):
             raise ValueError(f"Expected `{name}` to hold {len(exact)} values like `exact`, got {len(values)}.")
     if exact_before is not None:
-        _check_bool("exact_before", exact_before)
+        _check_vector("exact_before", exact_before, "bool", exact_before.dtype == torch.bool)
     unknown = sorted(set(groups or ()) - set(known_groups))
     if unknown:
         raise ValueError(f"Expected `groups` to hold names of {list(known_groups)}, got {unknown}.")
 
 
-def _check_bool(name: str, values: Tensor) -> None:
-    if values.ndim != 1 or values.dtype != torch.bool:
-        raise ValueError(f"Expected `{name}` to be bool [N], got {values.dtype} {list(values.shape)}.")
+def _check_vector(name: str, values: Tensor, expected: str, has_dtype: bool) -> None:
+    if values.ndim != 1 or not has_dtype:
+        raise ValueError(f"Expected `{name}` to be {expected} [N], got {values.dtype} {list(values.shape)}.")

@@ -1,6 +1,6 @@
-"""How much the routing of tokens to experts changed, and how evenly it uses the experts.
+"""How much an edit changed the routing of tokens to experts.
 
-All metrics take mappings from layer index to tensor. Layers that a metric was not built for are ignored, so one
+The metrics take mappings from layer index to tensor. Layers that a metric was not built for are ignored, so one
 capture of the whole model serves every metric. ``before`` and ``after`` must hold the same tokens in the same order.
 """
 
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from lit_moeedit.metrics._layers import by_layer, check_indices, check_layers, check_present
+from lit_moeedit.metrics._plots import plot_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +30,8 @@ def _routing_similarity_update(before: Tensor, after: Tensor, where: str = "") -
 
     Errors are those of :func:`routing_similarity`; ``where`` starts their messages, here and below.
     """
-    _check_indices(before, f"{where}`before`")
-    _check_indices(after, f"{where}`after`")
+    check_indices(before, f"{where}`before`")
+    check_indices(after, f"{where}`after`")
     _check_same_shape(before, after, where)
     shared = (before.unsqueeze(2) == after.unsqueeze(1)).sum((1, 2))
     # Explicit float32 here and in the states: half-precision training changes torch's default dtype.
@@ -118,46 +121,6 @@ def routing_divergence(before: Tensor, after: Tensor, logits: bool = False) -> t
     return _routing_divergence_compute(*_routing_divergence_update(before, after, logits))
 
 
-def _expert_load_update(indices: Tensor, num_experts: int, where: str = "") -> Tensor:
-    """Return how many of the indices ``[N, k]`` name each expert, ``[E]`` long."""
-    _check_indices(indices, f"{where}`experts`")
-    if indices.numel():
-        low, high = (int(bound) for bound in indices.aminmax())
-        if low < 0 or high >= num_experts:
-            raise ValueError(f"{where}Expected expert indices in [0, {num_experts}), got [{low}, {high}].")
-    return torch.bincount(indices.reshape(-1), minlength=num_experts)
-
-
-def _expert_load_compute(counts: Tensor) -> Tensor:
-    """Turn counts ``[..., E]`` into shares of the same shape that sum to 1 over the last axis; NaN without tokens."""
-    return counts.float() / counts.sum(-1, keepdim=True)
-
-
-def expert_load(indices: Tensor, num_experts: int) -> Tensor:
-    """Share of the routed (token, expert) pairs that each expert receives.
-
-    Args:
-        indices: Expert indices ``[N, k]``, any integer dtype.
-        num_experts: Number of experts E of the layer, at least 2.
-
-    Returns:
-        Shares ``[E]`` that sum to 1; NaN when N is 0.
-
-    Raises:
-        ValueError: If ``indices`` is not an integer ``[N, k]`` with k >= 1, an index lies outside [0, E), or
-            ``num_experts`` is below 2.
-
-    Example:
-        >>> from torch import tensor
-        >>> from lit_moeedit.metrics import expert_load
-        >>> expert_load(tensor([[0, 1], [1, 2]]), num_experts=4)
-        tensor([0.2500, 0.5000, 0.2500, 0.0000])
-
-    """
-    _check_num_experts(num_experts)
-    return _expert_load_compute(_expert_load_update(indices, num_experts))
-
-
 class RoutingSimilarity(Metric):
     """Mean Jaccard overlap of a token's top-k expert set before and after an edit, per layer.
 
@@ -193,7 +156,7 @@ class RoutingSimilarity(Metric):
 
     def __init__(self, layers: Sequence[int], **kwargs: object) -> None:
         super().__init__(**kwargs)
-        self.layers = _check_layers(layers)
+        self.layers = check_layers(layers)
         self.add_state("overlap", torch.zeros(len(self.layers), dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros(len(self.layers), dtype=torch.long), dist_reduce_fx="sum")
 
@@ -208,7 +171,7 @@ class RoutingSimilarity(Metric):
             ValueError: If a layer is missing, a tensor is not an integer ``[N, k]`` with k >= 1, or shapes differ.
 
         """
-        _check_present(self.layers, before=before, after=after)
+        check_present(self.layers, before=before, after=after)
         sums = [_routing_similarity_update(before[i], after[i], f"Layer {i}: ") for i in self.layers]
         for row, (overlap, tokens) in enumerate(sums):
             self.overlap[row] += overlap.to(self.overlap.device)
@@ -216,7 +179,7 @@ class RoutingSimilarity(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the mean overlap of each layer and their mean."""
-        return _by_layer(_routing_similarity_compute(self.overlap, self.tokens), self.layers)
+        return by_layer(_routing_similarity_compute(self.overlap, self.tokens), self.layers)
 
     def plot(
         self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Axes | None = None
@@ -234,7 +197,9 @@ class RoutingSimilarity(Metric):
             ModuleNotFoundError: If ``matplotlib`` is not installed.
 
         """
-        return _plot_layers(self, self.compute() if val is None else val, {"routing similarity": ""}, ax)
+        val = self.compute() if val is None else val
+        series = {"Jaccard overlap": ""}
+        return plot_layers(val, self.layers, series, "routing similarity", ax, self.plot_upper_bound)
 
 
 class RoutingDivergence(Metric):
@@ -272,7 +237,7 @@ class RoutingDivergence(Metric):
 
     def __init__(self, layers: Sequence[int], logits: bool = False, **kwargs: object) -> None:
         super().__init__(**kwargs)
-        self.layers = _check_layers(layers)
+        self.layers = check_layers(layers)
         self.logits = logits
         self.add_state("kl", torch.zeros(len(self.layers), dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("js", torch.zeros(len(self.layers), dtype=torch.float32), dist_reduce_fx="sum")
@@ -290,7 +255,7 @@ class RoutingDivergence(Metric):
                 no distribution.
 
         """
-        _check_present(self.layers, before=before, after=after)
+        check_present(self.layers, before=before, after=after)
         sums = [_routing_divergence_update(before[i], after[i], self.logits, f"Layer {i}: ") for i in self.layers]
         for row, (kl, js, tokens) in enumerate(sums):
             self.kl[row] += kl.to(self.kl.device)
@@ -300,156 +265,15 @@ class RoutingDivergence(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the mean divergences of each layer and their means."""
         kl, js = _routing_divergence_compute(self.kl, self.js, self.tokens)
-        return _by_layer(kl, self.layers, "kl/") | _by_layer(js, self.layers, "js/")
+        return by_layer(kl, self.layers, "kl/") | by_layer(js, self.layers, "js/")
 
     def plot(
         self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Axes | None = None
     ) -> tuple[Figure, Axes]:
         """Plot two bars per layer, or lines over time, as :meth:`RoutingSimilarity.plot` does."""
-        return _plot_layers(self, self.compute() if val is None else val, {"KL (nats)": "kl/", "JS (nats)": "js/"}, ax)
-
-
-class ExpertLoad(Metric):
-    r"""How evenly the routed (token, expert) pairs of each layer spread over its experts.
-
-    With ``s_j`` the share of expert j, ``compute`` returns scalars per layer and their means over layers:
-
-    - ``"entropy/mean"``, ``"entropy/layer_{index}"``: :math:`-\sum_j s_j \log s_j / \log E`, in [0, 1], 1 = balanced;
-    - ``"max_share/..."``: :math:`E \max_j s_j`, in [1, E], 1 = balanced;
-    - ``"dead/..."``: share of the experts that no token reached, in [0, 1).
-
-    A layer without tokens is NaN, and then so are the means.
-
-    Args:
-        num_experts: Number of experts E of each layer, at least 2.
-        layers: Indices of the layers to watch.
-        kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If ``num_experts`` is below 2, or ``layers`` is empty, repeats an index or holds anything but
-            non-negative integers.
-
-    Example:
-        >>> from torch import tensor
-        >>> from lit_moeedit.metrics import ExpertLoad
-        >>> metric = ExpertLoad(num_experts=4, layers=[3])
-        >>> metric.update({3: tensor([[0, 1], [1, 2]])})
-        >>> metric.load()
-        tensor([[0.2500, 0.5000, 0.2500, 0.0000]])
-        >>> {name: round(value.item(), 2) for name, value in metric.compute().items() if name.endswith("mean")}
-        {'entropy/mean': 0.75, 'max_share/mean': 2.0, 'dead/mean': 0.25}
-
-    """
-
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-    plot_lower_bound = 0.0
-
-    counts: Tensor
-
-    def __init__(self, num_experts: int, layers: Sequence[int], **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        _check_num_experts(num_experts)
-        self.num_experts = num_experts
-        self.layers = _check_layers(layers)
-        counts = torch.zeros(len(self.layers), num_experts, dtype=torch.long)
-        self.add_state("counts", counts, dist_reduce_fx="sum")
-
-    def update(self, experts: Mapping[int, Tensor]) -> None:
-        """Add tokens.
-
-        Args:
-            experts: Layer index to expert indices ``[N, k]``, integer; k may differ by layer.
-
-        Raises:
-            ValueError: If a layer is missing, a tensor is not an integer ``[N, k]`` with k >= 1, or an index lies
-                outside [0, E).
-
-        """
-        _check_present(self.layers, experts=experts)
-        counts = [_expert_load_update(experts[i], self.num_experts, f"Layer {i}: ") for i in self.layers]
-        self.counts += torch.stack([count.to(self.counts.device) for count in counts])
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the entropy, the largest share and the share of dead experts of each layer, and their means."""
-        shares = _expert_load_compute(self.counts)
-        # Rounding may lift the entropy of a balanced layer above 1.
-        entropy = (torch.special.entr(shares).sum(1) / math.log(self.num_experts)).clamp_max(1)
-        dead = (shares == 0).to(shares.dtype).mean(1).where(self.counts.sum(1) > 0, math.nan)
-        return (
-            _by_layer(entropy, self.layers, "entropy/")
-            | _by_layer(shares.amax(1) * self.num_experts, self.layers, "max_share/")
-            | _by_layer(dead, self.layers, "dead/")
-        )
-
-    def load(self) -> Tensor:
-        """Return the share of each expert per layer, ``[L, E]`` in the order of ``layers``; NaN without tokens.
-
-        Like ``compute``, this sums over processes when ``torch.distributed`` runs, so every process must call it.
-        """
-        sync = self._to_sync and not self._is_synced
-        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=sync, should_unsync=sync):
-            return _expert_load_compute(self.counts)
-
-    def plot(
-        self, val: Tensor | dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Axes | None = None
-    ) -> tuple[Figure, Axes]:
-        """Plot a heat map of the shares, layers by experts, or the values of ``compute``, or lines over time.
-
-        Args:
-            val: Shares ``[L, E]`` from ``load``, a result of ``compute`` or ``forward``, or a sequence of results;
-                ``None`` calls ``load``.
-            ax: Axes to draw into; ``None`` makes a figure.
-
-        Returns:
-            The figure and the axes.
-
-        Raises:
-            ModuleNotFoundError: If ``matplotlib`` is not installed.
-            ValueError: If ``val`` is a tensor of another shape.
-
-        """
-        val = self.load() if val is None else val
-        if not isinstance(val, Tensor):
-            series = {"entropy": "entropy/", "largest share x E": "max_share/", "dead experts": "dead/"}
-            return _plot_layers(self, val, series, ax)
-        if val.shape != self.counts.shape:
-            raise ValueError(f"Expected `val` of shape {list(self.counts.shape)} [L, E], got {list(val.shape)}.")
-        figure, ax = _axes(ax)
-        image = ax.imshow(val.detach().cpu().numpy(), aspect="auto", interpolation="nearest", vmin=0.0)
-        figure.colorbar(image, ax=ax, label="share of routed tokens")
-        ax.set_yticks(range(len(self.layers)), [str(layer) for layer in self.layers])
-        ax.set_xlabel("expert")
-        ax.set_ylabel("layer")
-        return figure, ax
-
-
-def _check_layers(layers: Sequence[int]) -> tuple[int, ...]:
-    layers = tuple(layers)
-    valid = all(isinstance(layer, int) and layer >= 0 for layer in layers)
-    if not layers or not valid or len(set(layers)) != len(layers):
-        raise ValueError(f"Expected `layers` to hold at least one layer index, each >= 0 and once, got {layers}.")
-    return layers
-
-
-def _check_num_experts(num_experts: int) -> None:
-    if num_experts < 2:
-        raise ValueError(f"Expected `num_experts` >= 2, got {num_experts}.")
-
-
-def _check_present(layers: tuple[int, ...], **arguments: Mapping[int, Tensor]) -> None:
-    for name, mapping in arguments.items():
-        missing = [layer for layer in layers if layer not in mapping]
-        if missing:
-            raise ValueError(f"Expected `{name}` to hold layers {list(layers)}, got {list(mapping)}: no {missing}.")
-
-
-def _check_indices(indices: Tensor, what: str) -> None:
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise ValueError(f"Expected {what} to hold integer expert indices, got {indices.dtype}.")
-    if indices.ndim != 2 or indices.shape[1] < 1:
-        raise ValueError(f"Expected {what} of shape [N, k] with k >= 1, got {list(indices.shape)}.")
+        val = self.compute() if val is None else val
+        series = {"KL(before || after)": "kl/", "Jensen-Shannon": "js/"}
+        return plot_layers(val, self.layers, series, "routing divergence (nats)", ax)
 
 
 def _check_same_shape(before: Tensor, after: Tensor, where: str) -> None:
@@ -478,42 +302,3 @@ def _log_probabilities(scores: Tensor, logits: bool, what: str) -> Tensor:
             )
         log_probabilities = (scores / total).log()
     return log_probabilities.clamp_min(_LOG_TINY)
-
-
-def _by_layer(values: Tensor, layers: tuple[int, ...], prefix: str = "") -> dict[str, Tensor]:
-    """Name the entries of ``values [L]`` by layer and put their mean in front."""
-    names = (f"{prefix}layer_{layer}" for layer in layers)
-    return {f"{prefix}mean": values.mean(), **dict(zip(names, values, strict=True))}
-
-
-def _axes(ax: Axes | None) -> tuple[Any, Axes]:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ModuleNotFoundError("Plotting needs `matplotlib`: pip install matplotlib") from error
-    return plt.subplots() if ax is None else (ax.get_figure(), ax)
-
-
-def _plot_layers(
-    metric: RoutingSimilarity | RoutingDivergence | ExpertLoad,
-    val: dict[str, Tensor] | Sequence[dict[str, Tensor]],
-    series: dict[str, str],
-    ax: Axes | None,
-) -> tuple[Figure, Axes]:
-    """Draw one group of bars per layer, a bar for each entry ``label: key prefix`` of ``series``."""
-    figure, ax = _axes(ax)
-    if not isinstance(val, Mapping):
-        metric._plot(val, ax)
-        return figure, ax
-    width = 0.8 / len(series)
-    for position, (label, prefix) in enumerate(series.items()):
-        heights = [float(val[f"{prefix}layer_{layer}"]) for layer in metric.layers]
-        places = [place + (position + 0.5) * width - 0.4 for place in range(len(heights))]
-        mean = float(val[f"{prefix}mean"])
-        bars = ax.bar(places, heights, width, label=f"{label}, mean {mean:.3g}")
-        ax.axhline(mean, linestyle="--", linewidth=1, color=bars.patches[0].get_facecolor())
-    ax.set_xticks(range(len(metric.layers)), [str(layer) for layer in metric.layers])
-    ax.set_xlabel("layer")
-    ax.set_ylim(bottom=metric.plot_lower_bound, top=metric.plot_upper_bound)
-    ax.legend()
-    return figure, ax

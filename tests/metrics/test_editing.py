@@ -3,7 +3,7 @@ import pickle
 import sys
 from typing import Any
 
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_moeedit.metrics import EditSuccess, edit_success
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 GROUPS = ("near", "far")
 KEYS = [
@@ -42,12 +39,6 @@ prompt = st.fixed_dictionaries(
     }
 )
 prompts = st.lists(prompt, max_size=25)
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
 
 
 def arrays(rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""How the metrics draw results: bars per layer for one result, lines for several. Only drawing needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Literal, cast
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+_MOST_NAMES = 16  # more layers on an axis, or more lines in a legend, would cover each other
+
+
+def open_axes(ax: Axes | None, width: float = 6.4) -> tuple[Figure, Axes]:
+    """Return ``ax`` and its figure, or new ones ``width`` inches wide; ModuleNotFoundError without matplotlib."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ModuleNotFoundError("Plotting needs `matplotlib`: pip install matplotlib") from error
+    if ax is None:
+        _, ax = plt.subplots(figsize=(width, 4.8), layout="constrained")
+    return cast("Figure", ax.get_figure()), ax
+
+
+def bar_lengths(values: Iterable[float]) -> list[float]:
+    """Return ``values`` with 0 for NaN: a bar of length NaN would take its place and its label off the axes."""
+    return [0.0 if math.isnan(value) else value for value in values]
+
+
+def tick_layers(axis: Axis, layers: Sequence[int]) -> None:
+    """Label the places 0, 1, … of ``axis`` with the layers that stand there, all of them or every n-th."""
+    places = range(0, len(layers), math.ceil(len(layers) / _MOST_NAMES))
+    axis.set_ticks(places, [str(layers[place]) for place in places])
+    axis.set_label_text("layer")
+
+
+def tick_integers(axis: Axis, label: str) -> None:
+    """Label ``axis`` and tick it at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    axis.set_label_text(label)
+
+
+def plot_layers(
+    val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
+    layers: Sequence[int],
+    series: Mapping[str, str],
+    label: str,
+    ax: Axes | None,
+    top: float | None = None,
+) -> tuple[Figure, Axes]:
+    """Draw one group of bars per layer, or lines over time.
+
+    Args:
+        val: A result with the entries ``{prefix}mean`` and ``{prefix}layer_{index}``, or a sequence of results.
+        layers: The L layer indices.
+        series: Label to prefix; each layer gets a bar for each of them.
+        label: What the value axis shows, with its unit.
+        ax: Axes to draw into; ``None`` makes a figure.
+        top: Upper bound of all values, if they have one; the lower bound is 0.
+
+    Returns:
+        The figure and the axes.
+
+    """
+    if not isinstance(val, Mapping):
+        return plot_steps(val, label, ax, top)
+    figure, ax = open_axes(ax)
+    width = 0.8 / len(series)
+    for position, (name, prefix) in enumerate(series.items()):
+        heights = [float(val[f"{prefix}layer_{layer}"]) for layer in layers]
+        places = [place + (position + 0.5) * width - 0.4 for place in range(len(layers))]
+        mean = float(val[f"{prefix}mean"])
+        bars = ax.bar(places, bar_lengths(heights), width, label=f"{name}, mean {mean:.3g}")
+        ax.bar_label(bars, ["nan" if math.isnan(height) else "" for height in heights], rotation=90, padding=2)
+        ax.axhline(mean, linestyle="--", linewidth=1, color=bars.patches[0].get_facecolor())
+    tick_layers(ax.xaxis, layers)
+    ax.set_ylabel(label)
+    ax.set_ylim(bottom=0, top=top)
+    _legend(ax, "lower left", (0, 1))
+    return figure, ax
+
+
+def plot_steps(
+    val: Sequence[Mapping[str, Tensor]], label: str, ax: Axes | None, top: float | None = None
+) -> tuple[Figure, Axes]:
+    """Draw a line over time for each entry of the results; arguments as in :func:`plot_layers`.
+
+    With too many lines to tell apart, those of single layers are thin and only the others stand in the legend.
+    """
+    figure, ax = open_axes(ax, width=9.0)
+    thin = [name for name in val[0] if "layer_" in name] if len(val[0]) > _MOST_NAMES else []
+    styles = cycle(["-"] * 10 + ["--"] * 10 + [":"] * 10)  # the colours repeat after ten lines
+    color = None
+    for name in val[0]:
+        values = [float(result[name]) for result in val]
+        if name in thin:
+            ax.plot(values, color=color, linewidth=0.8, alpha=0.25)
+        else:
+            color = ax.plot(values, next(styles), marker=".", label=name)[0].get_color()
+    tick_integers(ax.xaxis, "step")
+    ax.set_ylabel(label)
+    top = ax.get_ylim()[1] if top is None else top
+    ax.set_ylim(-0.03 * top, 1.03 * top)
+    ax.grid(True)
+    _legend(ax, "upper left", (1, 1), title="thin: single layers" if thin else None)
+    return figure, ax
+
+
+def _legend(
+    ax: Axes, corner: Literal["lower left", "upper left"], anchor: tuple[float, float], title: str | None = None
+) -> None:
+    """Put the legend's ``corner`` at ``anchor``, outside the axes, or where it hides least if the figure has no room.
+
+    Only a figure with a layout makes room; axes that a caller gives may stand in one without.
+    """
+    room = cast("Figure", ax.get_figure()).get_layout_engine() is not None
+    ax.legend(
+        title=title,
+        loc=corner if room else "best",
+        bbox_to_anchor=anchor if room else None,
+        frameon=not room,
+        fontsize="small",
+        title_fontsize="small",
+    )

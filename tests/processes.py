@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -122,3 +123,30 @@ def run_ranks(
     for rank, outcome in enumerate(outcomes):
         assert outcome.exitcode == 0, f"rank {rank} ended with exit code {outcome.exitcode}"
     return [outcome.value for outcome in outcomes]
+
+
+def run_each(calls: dict[str, tuple[Any, ...]], size: int) -> dict[str, list[Any]]:
+    """What each function returned on each rank, of several that are run one after the other in the same processes.
+
+    Starting processes takes most of the time of a small test.
+
+    Args:
+        calls: by name a function and its arguments.
+        size: number of processes.
+
+    Returns:
+        by name, the results by rank; a function that failed, and those behind it, are not in it.
+    """
+    found = run_ranks(_each, size, calls)
+    return {name: [results[name] for results in found] for name in calls if all(name in results for results in found)}
+
+
+def _each(calls: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    results = {}
+    for name, (function, *args) in calls.items():
+        try:
+            results[name] = function(*args)
+        except Exception:
+            sys.stderr.write(f"{name} failed on rank {os.environ['RANK']}:\n{traceback.format_exc()}\n")
+            break
+    return results

@@ -48,7 +48,8 @@ def fresh_model(config: PretrainedConfig, dtype: torch.dtype, strategy: Strategy
         # module that is imported there
         with torch.device("meta"):
             alike = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=strategy.config):
+        init = deepspeed.zero.Init(config_dict_or_path=strategy.config, remote_device=strategy.remote_device)
+        with no_init_weights(), init:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         # the context gives its dtype to buffers, too, even to frequencies of rotary embeddings
         for buffer, other in zip(model.buffers(), alike.buffers(), strict=True):
@@ -165,14 +166,14 @@ def _outside_of_init() -> Iterator[None]:
 
 @contextmanager
 def _gathered(model: PreTrainedModel, dtype: torch.dtype, strategy: DeepSpeedStrategy) -> Iterator[None]:
-    """Modules whose weights are initialised are gathered one by one, and rank 0 draws the weights in ``dtype``."""
+    """Modules that transformers initialises are gathered one by one, and rank 0 draws their weights in ``dtype``."""
     import deepspeed
 
     def initialise(original: Callable[[nn.Module], None], module: nn.Module) -> None:
         # some modules initialise weights of their children
         near = [weight for part in (module, *module.children()) for weight in part.parameters(recurse=False)]
-        weights = [weight for weight in near if not getattr(weight, "_is_hf_initialized", False)]
-        if not near:
+        weights = list(dict.fromkeys(near))
+        if not weights:
             original(module)
             return
         with deepspeed.zero.GatheredParameters(weights, modifier_rank=0):
@@ -181,8 +182,8 @@ def _gathered(model: PreTrainedModel, dtype: torch.dtype, strategy: DeepSpeedStr
                 for weight in weights:
                     weight.data = weight.data.to(dtype)
                 original(module)
-                for weight, whole in zip(weights, gathered, strict=True):
-                    weight.data = whole.copy_(weight.data)
+                for weight, data in zip(weights, gathered, strict=True):
+                    weight.data = data.copy_(weight.data)
 
     parts: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     for part in parts:

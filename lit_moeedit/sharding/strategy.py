@@ -43,7 +43,7 @@ class DeepSpeedCPUStrategy(DeepSpeedStrategy):
 
     Example:
         >>> from lightning.pytorch.strategies import StrategyRegistry
-        >>> [name for name in StrategyRegistry.available_strategies() if "cpu" in name]
+        >>> [name for name in StrategyRegistry.available_strategies() if name.startswith("deepspeed_cpu")]
         ['deepspeed_cpu_stage_0', 'deepspeed_cpu_stage_1', 'deepspeed_cpu_stage_2', 'deepspeed_cpu_stage_3']
     """
 

@@ -96,17 +96,22 @@ def test_every_strategy_edits_and_trains_alike(tmp_path: Path) -> None:
         assert distance(first["weights"], found[0]["ddp"]["weights"]) < 0.01, strategy
 
 
+def whole_and_resumed(strategy: str, folder: str, precision: str) -> list[dict[str, Any]]:
+    """An uninterrupted run, and those that begin with its checkpoints."""
+    runs = [fit(strategy, f"{folder}/whole", None, precision)]
+    for epoch in (0, 1):
+        checkpoint = f"{folder}/whole/kept/epoch={epoch}.ckpt"
+        runs.append(fit(strategy, f"{folder}/from_{epoch}", checkpoint, precision))
+    return runs
+
+
 @pytest.mark.parametrize(
     ("strategy", "precision"),
     [("ddp", "32-true"), ("deepspeed_cpu_stage_2", "bf16-mixed"), ("deepspeed_cpu_stage_3", "bf16-true")],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path, strategy: str, precision: str) -> None:
-    whole = run_ranks(fit, 2, strategy, str(tmp_path / "whole"), None, precision, group=False)[0]
-    for epoch, calls in ((0, 1), (1, 0)):  # the edit lies between them
-        checkpoint = tmp_path / "whole" / "kept" / f"epoch={epoch}.ckpt"
-        resumed = run_ranks(fit, 2, strategy, str(tmp_path / f"from_{epoch}"), str(checkpoint), precision, group=False)[
-            0
-        ]
+    whole, before, after = run_ranks(whole_and_resumed, 2, strategy, str(tmp_path), precision, group=False)[0]
+    for resumed, calls in ((before, 1), (after, 0)):  # the edit lies between them
         assert resumed["calls"] == calls
         assert resumed["state"] == whole["state"]
         assert same(resumed["weights"], whole["weights"])
@@ -129,15 +134,18 @@ def killed(strategy: str, folder: str) -> None:
     fit(strategy, folder)
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_cpu_stage_3"])
-def test_a_killed_rank_costs_no_more_than_a_resume(tmp_path: Path, strategy: str) -> None:
+def resumed_and_whole(strategy: str, folder: str, checkpoint: str) -> list[dict[str, Any]]:
+    return [fit(strategy, f"{folder}/resumed", checkpoint), fit(strategy, f"{folder}/whole")]
+
+
+def test_a_killed_rank_costs_no_more_than_a_resume(tmp_path: Path) -> None:
+    strategy = "deepspeed_cpu_stage_3"
     first, second = start_ranks(killed, 2, strategy, str(tmp_path / "killed"), group=False, seconds=100)
     assert second.exitcode == -signal.SIGKILL
     assert first.exitcode == 1
     assert first.error is not None and "Connection" in first.error  # it did not wait for the dead
     checkpoint = tmp_path / "killed" / "kept" / "epoch=0.ckpt"
     assert not checkpoint.with_name("epoch=1.ckpt").exists()
-    resumed = run_ranks(fit, 2, strategy, str(tmp_path / "resumed"), str(checkpoint), group=False)[0]
-    whole = run_ranks(fit, 2, strategy, str(tmp_path / "whole"), group=False)[0]
+    resumed, whole = run_ranks(resumed_and_whole, 2, strategy, str(tmp_path), str(checkpoint), group=False)[0]
     assert same(resumed["weights"], whole["weights"])
     assert resumed["state"] == whole["state"]

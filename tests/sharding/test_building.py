@@ -7,7 +7,9 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from torch.utils.data import DataLoader
 
 from lit_moeedit.module import LitMoE
 from tests.conftest import COMMON, FAMILIES
-from tests.processes import run_ranks, start_ranks
+from tests.processes import run_ranks
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-pytestmark = pytest.mark.deepspeed
+pytestmark = [
+    pytest.mark.deepspeed,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 
 YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -91,33 +95,36 @@ def same(expected: Tensor, found: Tensor) -> bool:
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
-PRECISIONS = {
-    ("float32", "32-true"): torch.float32,
-    ("bfloat16", "bf16-true"): torch.bfloat16,
-    ("float32", "bf16-mixed"): torch.bfloat16,
-    ("bfloat16", "32-true"): torch.float32,
-}
+# of the weights, of the training; and what the shards are then
+EQUAL = [("float32", "32-true", torch.float32), ("bfloat16", "bf16-true", torch.bfloat16)]
+MIXED = [("float32", "bf16-mixed", torch.bfloat16), ("bfloat16", "32-true", torch.float32)]
+
+
+def builds(folder: str) -> Iterator[tuple[str, dict[str, Any], str, torch.dtype]]:
+    for name, config in CONFIGS.items():
+        for dtype, precision, kept in EQUAL + MIXED * (name in ("deepseek_v3", "yarn")):
+            yield name, {"config": config, "dtype": dtype}, precision, kept
+            yield name, {"pretrained": f"{folder}/{name}", "dtype": dtype}, precision, kept
+        yield name, {"pretrained": f"{folder}/{name}-3d"}, "32-true", torch.float32
 
 
 def build_all(folder: str) -> list[str]:
     wrong = []
-    for name, config in CONFIGS.items():
-        for (dtype, precision), kept in PRECISIONS.items():
-            for source in ({"config": config}, {"pretrained": f"{folder}/{name}"}, {"pretrained": f"{folder}/{name}-3d"}):
-                where = f"{name} {dtype} {precision} {next(iter(source.values()))}"
-                # the sharded model is the first of its family: nothing of the context it is made in may stay
-                torch.manual_seed(100 * dist.get_rank())
-                found = sharded(precision, dtype=dtype, **source)
-                state = torch.get_rng_state()
-                torch.manual_seed(0)
-                expected = whole(dtype=dtype, **source)
-                wrong += [f"{where}: {which}" for which in differences(expected, found, kept)]
-                if not torch.equal(state, torch.get_rng_state()):
-                    wrong.append(f"{where}: the random state")
-                if not found.model.training:
-                    wrong.append(f"{where}: the mode")
-                if name == "tied" and found.model.lm_head.weight is not found.model.model.embed_tokens.weight:
-                    wrong.append(f"{where}: embeddings are not tied")
+    for name, arguments, precision, kept in builds(folder):
+        where = f"{name}, {precision}, {arguments}"
+        # the sharded model is the first of its family: nothing of the context it is made in may stay
+        torch.manual_seed(100 * dist.get_rank())
+        found = sharded(precision, **arguments)
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        expected = whole(**arguments)
+        wrong += [f"{where}: {which}" for which in differences(expected, found, kept)]
+        if not torch.equal(state, torch.get_rng_state()):
+            wrong.append(f"{where}: the random state")
+        if not found.model.training:
+            wrong.append(f"{where}: the mode")
+        if name == "tied" and found.model.lm_head.weight is not found.model.model.embed_tokens.weight:
+            wrong.append(f"{where}: embeddings are not tied")
     return wrong
 
 
@@ -241,11 +248,12 @@ def measure(source: dict[str, Any], before: dict[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     with growth(found):
         module = sharded(**source)
-    sizes = [
-        sum(weight.ds_numel * weight.element_size() / MIB for part in (block, *block.children()) for weight in part.parameters(recurse=False))
-        for block in module.modules()
-    ]
-    return {**found, "largest": max(sizes), "model": sum(w.ds_numel * w.element_size() for w in module.parameters()) / MIB}
+
+    def size(*parts: nn.Module) -> float:
+        return sum(weight.ds_numel * 4 / MIB for part in parts for weight in part.parameters(recurse=False))
+
+    largest = max(size(block, *block.children()) for block in module.modules())
+    return {**found, "largest": largest, "model": size(*module.modules())}
 
 
 @pytest.mark.slow
@@ -266,3 +274,83 @@ def test_no_rank_ever_holds_the_model(how: str, tmp_path: Path) -> None:
         assert found["peak"] < found["model"] / 2 + 3 * found["largest"] + 8, found
         assert found["peak"] < 0.8 * found["model"], found
         assert found["kept"] < found["model"] / 2 + 16, found
+
+
+# -- experts without tokens -------------------------------------------------------------------------------------------
+
+
+def whole_on_rank_0(*weights: nn.Parameter) -> AbstractContextManager[None]:
+    if not hasattr(weights[0], "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(weights), modifier_rank=0)
+
+
+class Steered(LitMoE):
+    """Sends token 3 to the experts 0 and 1, token 4 to 2 and 3, and nothing to 4 and 5."""
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        super().configure_model()
+        tokens, router = self.model.model.embed_tokens.weight, self.model.model.layers[0].mlp.gate.weight
+        with whole_on_rank_0(tokens, router), torch.no_grad():
+            if tokens.numel():
+                tokens[3, 0], tokens[4, 0] = 100.0, -100.0
+                router.zero_()
+                router[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0, 0.0])
+
+
+def steer(family: str, ranks: int) -> dict[str, Any]:
+    """Losses of the ranks' batches, the experts that each used, and the down-projections before and after."""
+    L.seed_everything(0, verbose=False)
+    config = {**CONFIGS[family], "num_hidden_layers": 1, "num_experts_per_tok": 2, "num_experts": 6}
+    module = Steered(config=config, learning_rate=0.01, weight_decay=0.0, router_loss=0.0)
+    ids = torch.tensor([[3] * 5, [4] * 5])
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids] * 3
+    found: dict[str, Any] = {"losses": [], "weights": []}
+
+    def note(trainer: L.Trainer, *args: Any) -> None:
+        found["losses"] += [float(trainer.callback_metrics["train/loss"])] if args else []
+        weight = module.model.model.layers[0].mlp.experts.down_proj
+        with whole_on_rank_0(weight):
+            found["weights"].append(weight.detach().clone())
+
+    callback = L.pytorch.callbacks.LambdaCallback(
+        on_train_start=lambda trainer, module: note(trainer), on_train_batch_end=note
+    )
+    settings: dict[str, Any] = {"max_epochs": 1, "callbacks": [callback], "use_distributed_sampler": False}
+    if ranks == 1:
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, **settings,
+        )  # fmt: skip
+    else:
+        trainer = trainer_with(3, **settings)
+    trainer.fit(module, DataLoader(rows[trainer.global_rank :: ranks], batch_size=2 // ranks))
+    with torch.no_grad():
+        logits = module(input_ids=rows[trainer.global_rank]["input_ids"][None], output_router_logits=True).router_logits
+    return {
+        **found,
+        "experts": sorted(set(logits[0].topk(2).indices.flatten().tolist())),
+        "leaves": sum(getattr(part, "_z3_leaf", False) for part in module.modules()),
+    }
+
+
+def steer_all() -> list[dict[str, Any]]:
+    return [steer(family, 2) for family in ("qwen3_moe", "olmoe")]
+
+
+def test_ranks_may_need_other_experts_and_some_none() -> None:
+    for family, first, second in zip(("qwen3_moe", "olmoe"), *run_ranks(steer_all, 2, group=False), strict=True):
+        one = steer(family, 1)
+        assert first["experts"] == [0, 1] and second["experts"] == [2, 3]
+        # with and without what DeepSpeed does for families with experts that are modules of their own
+        assert first["leaves"] == (family == "qwen3_moe")
+        losses = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
+        assert losses == pytest.approx(one["losses"], rel=1e-5) and len(losses) == 3
+        for (before, after), expected in zip(pairwise(first["weights"]), one["weights"][1:], strict=True):
+            torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-4)
+            changed = (before != after).flatten(1).any(-1).tolist()
+            assert changed == [True] * 4 + [False] * 2

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 
 from lit_moeedit.sharding.ranks import RankError, Ranks
-from tests.processes import run_ranks, start_ranks
+from tests.processes import run_each, run_ranks, start_ranks
 
 
 def test_one_process_alone_does_everything() -> None:
@@ -88,10 +89,15 @@ def failing_between_rounds(at: int) -> str:
     return "nothing failed"
 
 
-@pytest.mark.parametrize("function", [failing_in_a_round, failing_between_rounds])
+FAILING = [failing_in_a_round, failing_between_rounds]
+
+
+@pytest.mark.parametrize("function", FAILING)
 @pytest.mark.parametrize("at", [0, 2, 3])
-def test_a_failure_on_one_rank_is_one_on_all(function: Callable[[int], str], at: int) -> None:
-    first, second = run_ranks(function, 2, at)
+def test_a_failure_on_one_rank_is_one_on_all(
+    two: dict[str, list[str]], function: Callable[[int], str], at: int
+) -> None:
+    first, second = two[f"{function.__name__} {at}"]
     assert first == "RankError: rank 1 failed: ValueError: no such text True"
     assert second == "ValueError: no such text True"
 
@@ -106,8 +112,15 @@ def different() -> str:
     return ""
 
 
-def test_ranks_with_different_texts_are_told_so() -> None:
-    assert all("the facts must be the same on all ranks" in message for message in run_ranks(different, 2))
+def test_ranks_with_different_texts_are_told_so(two: dict[str, Any]) -> None:
+    assert all("the facts must be the same on all ranks" in message for message in two["different"])
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, Any]:
+    """What the functions of this file said on two ranks."""
+    calls = {f"{function.__name__} {at}": (function, at) for function in FAILING for at in (0, 2, 3)}
+    return run_each({**calls, "different": (different,)}, 2)
 
 
 def absent() -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.sharding.weights import Transaction
 from lit_moeedit.solvers import ExpertDeltas
-from tests.processes import run_ranks
+from tests.processes import run_each, run_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
 pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
@@ -184,9 +184,13 @@ def all_cases(cases: list[tuple[int, torch.dtype, str]]) -> None:
             raise AssertionError(f"stage {stage}, {dtype}, {way}: {error}") from error
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 4])
 def test_edits_equal_those_of_one_process_and_stay(size: int) -> None:
     run_ranks(all_cases, size, CASES)
+
+
+def test_edits_of_two_ranks_do_so_too(two: dict[str, Any]) -> None:
+    assert "cases" in two
 
 
 # -- why both copies have to be written -------------------------------------------------------------------------------
@@ -222,8 +226,8 @@ def all_survivals() -> dict[str, tuple[bool, bool]]:
     return {edit.__name__: survival(edit, torch.bfloat16) for edit in (commit, gathered_only, master_only)}
 
 
-def test_a_commit_is_seen_and_stays_and_half_of_one_does_not() -> None:
-    for found in run_ranks(all_survivals, 2):
+def test_a_commit_is_seen_and_stays_and_half_of_one_does_not(two: dict[str, Any]) -> None:
+    for found in two["survivals"]:
         assert found == {"commit": (True, True), "gathered_only": (True, False), "master_only": (False, True)}
 
 
@@ -245,8 +249,8 @@ def differences_after_a_step(lr: float) -> list[float]:
     return errors
 
 
-def test_the_next_step_adds_to_the_edit() -> None:
-    for errors in run_ranks(differences_after_a_step, 2, 0.01):
+def test_the_next_step_adds_to_the_edit(two: dict[str, Any]) -> None:
+    for errors in two["next step"]:
         assert max(errors) < 1e-5  # the weights are about 1, the deltas 0.1, and float32 has 1e-7
 
 
@@ -272,8 +276,8 @@ def layouts() -> None:
         check_rollback(engine, ranks, "local")
 
 
-def test_transposed_persistent_and_offloaded_parameters() -> None:
-    run_ranks(layouts, 2)
+def test_transposed_persistent_and_offloaded_parameters(two: dict[str, Any]) -> None:
+    assert "layouts" in two
 
 
 def without_optimizer() -> None:
@@ -288,8 +292,8 @@ def without_optimizer() -> None:
     assert bits(working(engine)) == bits(before)
 
 
-def test_evaluation_has_no_optimizer() -> None:
-    run_ranks(without_optimizer, 2)
+def test_evaluation_has_no_optimizer(two: dict[str, Any]) -> None:
+    assert "no optimizer" in two
 
 
 # -- all or nothing ---------------------------------------------------------------------------------------------------
@@ -324,8 +328,8 @@ def failing(rank: int) -> list[str]:
     return messages
 
 
-def test_a_failure_on_one_rank_changes_nothing_on_any() -> None:
-    first, second = run_ranks(failing, 2, 1)
+def test_a_failure_on_one_rank_changes_nothing_on_any(two: dict[str, Any]) -> None:
+    first, second = two["failing"]
     assert first == ["RankError: rank 1 failed: MemoryError: no room for expert 3"] * len(CASES)
     assert second == ["MemoryError: no room for expert 3"] * len(CASES)
 
@@ -340,5 +344,20 @@ def wrong_optimizer() -> str:
     return ""
 
 
-def test_a_master_copy_of_other_weights_is_refused() -> None:
-    assert all("is not that of the weights" in message for message in run_ranks(wrong_optimizer, 2))
+def test_a_master_copy_of_other_weights_is_refused(two: dict[str, Any]) -> None:
+    assert all("is not that of the weights" in message for message in two["wrong optimizer"])
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, Any]:
+    """What the functions of this file found on two ranks."""
+    calls = {
+        "cases": (all_cases, CASES),
+        "survivals": (all_survivals,),
+        "next step": (differences_after_a_step, 0.01),
+        "layouts": (layouts,),
+        "no optimizer": (without_optimizer,),
+        "failing": (failing, 1),
+        "wrong optimizer": (wrong_optimizer,),
+    }
+    return run_each(calls, 2)

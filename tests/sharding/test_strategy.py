@@ -172,7 +172,7 @@ def every_stage(root: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_every_stage_trains_as_one_process_does(installed: None, tmp_path: Path) -> None:
     whole = train("auto", 1, str(tmp_path))
-    first, second = run_ranks(every_stage, 2, str(tmp_path), group=False)
+    first, second = run_ranks(every_stage, 2, str(tmp_path), group=False, seconds=300)
     for run, one, other in zip(RUNS, first, second, strict=True):
         losses = [(a + b) / 2 for a, b in zip(one["losses"], other["losses"], strict=True)]
         # Means over halves round otherwise than the mean over the whole, by about 1e-7, and Adam divides even the
@@ -227,7 +227,10 @@ def command_config(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_the_command_takes_the_class_and_all_settings(installed: None, tmp_path: Path) -> None:
+def test_the_command_takes_the_class_and_all_settings(
+    installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-moeedit"])
     config = command_config(tmp_path)
     settings = {"stage": 3, "param_persistence_threshold": 0, "sub_group_size": 1_000_000_000, "config": None}
     config["trainer"]["strategy"] = {

@@ -1,0 +1,50 @@
+"""Layouts that cannot be written are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lit_moeedit.sharding.shards import UnsupportedShardingError, locate
+from tests.processes import run_ranks
+
+
+def test_a_whole_parameter() -> None:
+    weight = nn.Parameter(torch.randn(2, 3, 4))
+    optimizer = torch.optim.Adam([weight])
+    weight.sum().backward()
+    optimizer.step()
+    shard = locate(weight, [optimizer])
+    assert (shard.shape, shard.start, shard.stop, shard.group) == (weight.shape, 0, 24, None)
+    assert shard.working is None
+    assert shard.source.read().data_ptr() == weight.data_ptr()
+    moments = {moment.read().data_ptr() for moment in shard.moments}
+    assert moments == {optimizer.state[weight][name].data_ptr() for name in ("exp_avg", "exp_avg_sq")}
+
+
+def distributed_tensor() -> str:
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.randn(2, 3, 4), mesh))
+    try:
+        locate(weight)
+    except UnsupportedShardingError as error:
+        return str(error)
+    return ""
+
+
+def test_dtensors_are_refused() -> None:
+    assert all("DTensor" in message for message in run_ranks(distributed_tensor, 1))
+
+
+def test_an_optimizer_that_keeps_master_copies_in_an_unknown_way_is_refused() -> None:
+    weight = nn.Parameter(torch.randn(2, 3, 4))
+
+    class Unknown:
+        bit16_groups = ((weight,),)
+
+    with pytest.raises(UnsupportedShardingError, match="Unknown keeps its master copies in a way that is not known"):
+        locate(weight, [Unknown()])

@@ -117,6 +117,29 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path, strategy: s
         assert same(resumed["weights"], whole["weights"])
 
 
+def resumed_alone(folder: str) -> dict[str, Any]:
+    """Resumes of runs of two ranks by one; what DeepSpeed says if it refuses."""
+    found: dict[str, Any] = {}
+    for strategy in ("ddp", "deepspeed_cpu_stage_0", "deepspeed_cpu_stage_3"):
+        try:
+            found[strategy] = fit(strategy, f"{folder}/alone", f"{folder}/{strategy}/kept/epoch=1.ckpt")
+        except RuntimeError as error:
+            found[strategy] = str(error)
+    return found
+
+
+def test_a_run_is_resumed_with_fewer_ranks_where_deepspeed_allows_it(tmp_path: Path) -> None:
+    strategies = ["ddp", "deepspeed_cpu_stage_0", "deepspeed_cpu_stage_3"]
+    two = run_ranks(fits, 2, strategies, str(tmp_path), group=False)[0]
+    alone = run_ranks(resumed_alone, 1, str(tmp_path), group=False)[0]
+    for strategy in ("ddp", "deepspeed_cpu_stage_0"):
+        assert alone[strategy]["calls"] == 0
+        assert alone[strategy]["state"] == two[strategy]["state"]
+        # means over half batches, and Adam
+        assert distance(alone[strategy]["weights"], two[strategy]["weights"]) < 0.01
+    assert "used a DP world size of 2 but the current world size is 1" in alone["deepspeed_cpu_stage_3"]
+
+
 # -- a rank that dies -------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.commit_memory import WIDTHS, measure
 from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.sharding.weights import Transaction
 from lit_moeedit.solvers import ExpertDeltas
@@ -235,10 +236,10 @@ def test_a_commit_is_seen_and_stays_and_half_of_one_does_not(two: dict[str, Any]
 
 
 def differences_after_a_step(lr: float) -> list[float]:
-    """By stage: how far an edited and an unedited run, given the same gradients, are from differing by the delta."""
+    """By case: how far an edited and an unedited run, given the same gradients, are from differing by the delta."""
     ranks, errors = Ranks(), []
-    for stage in (0, 1, 2, 3):
-        edited, unedited = make(stage, torch.float32, lr), make(stage, torch.float32, lr)
+    for stage, dtype in ((stage, dtype) for stage, dtype, way in CASES if way == "local"):
+        edited, unedited = make(stage, dtype, lr), make(stage, dtype, lr)
         commit(edited, ranks, some_deltas())
         start = master(unedited)
         for engine in (edited, unedited):
@@ -252,6 +253,22 @@ def differences_after_a_step(lr: float) -> list[float]:
 def test_the_next_step_adds_to_the_edit(two: dict[str, Any]) -> None:
     for errors in two["next step"]:
         assert max(errors) < 1e-5  # the weights are about 1, the deltas 0.1, and float32 has 1e-7
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory() -> list[float]:
+    return [measure(width, dtype, "local")["ratio"] for dtype in (torch.float32, torch.bfloat16) for width in WIDTHS]
+
+
+def test_a_local_commit_needs_the_shard_once_more_and_little_else(two: dict[str, Any]) -> None:
+    for ratios in two["memory"]:
+        assert all(1.0 <= ratio <= 2.0 for ratio in ratios)
+        for same_dtype in (ratios[: len(WIDTHS)], ratios[len(WIDTHS) :]):
+            # a layer of sixteen times the size: the ratio may only fall, by what does not grow with the layer
+            assert max(same_dtype) - min(same_dtype) < 0.3
+            assert same_dtype[-1] <= same_dtype[0]
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------------
@@ -355,6 +372,7 @@ def two() -> dict[str, Any]:
         "cases": (all_cases, CASES),
         "survivals": (all_survivals,),
         "next step": (differences_after_a_step, 0.01),
+        "memory": (memory,),
         "layouts": (layouts,),
         "no optimizer": (without_optimizer,),
         "failing": (failing, 1),

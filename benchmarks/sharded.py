@@ -57,7 +57,6 @@ def main() -> None:
     arguments = parser.parse_args()
     results, figure = {}, plt.figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="training loss (nats, with label smoothing)")
-    axes.set_yscale("log")
     with tempfile.TemporaryDirectory() as temporary:
         for style, (name, config) in zip(("-", "--"), CONFIGS.items(), strict=True):
             summary, losses = run(config, arguments.seed, Path(temporary) / config)

@@ -21,6 +21,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def _own_process(monkeypatch):
     """As in a process of its own: no arguments of pytest, and the log level back afterwards."""
     monkeypatch.setattr(sys, "argv", ["lit-moeedit"])
+    # DeepSpeed, which some configs name, prints a line if it has to choose
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     logger = logging.getLogger("lit_moeedit")
     level = logger.level
     yield

@@ -124,9 +124,9 @@ def two() -> dict[str, Any]:
 
 
 def absent() -> float:
-    ranks = Ranks(timeout=timedelta(seconds=2))
+    ranks = Ranks(timeout=timedelta(seconds=1))
     if ranks.rank == 1:
-        time.sleep(10)  # as if stuck
+        time.sleep(5)  # as if stuck
     start = time.monotonic()
     try:
         ranks.agree()
@@ -138,4 +138,4 @@ def absent() -> float:
 def test_waiting_is_bounded() -> None:
     first = start_ranks(absent, 2)[0]
     assert first.error is None
-    assert 1.0 < first.value < 8.0
+    assert 0.5 < first.value < 4.5

@@ -46,8 +46,7 @@ def numbers(summary: dict[str, Any]) -> dict[str, float]:
     }
     perplexity = summary["perplexity"]
     found["routing similarity"] = summary["routing"]["similarity"]
-    found |= {f"perplexity, {moment.replace('_', ' ')}": value for moment, value in perplexity.items()}
-    return found | {"seconds, fit": summary["seconds"]["fit"], "seconds, edit": summary["seconds"]["edit"]}
+    return found | {f"perplexity, {moment.replace('_', ' ')}": value for moment, value in perplexity.items()}
 
 
 def main() -> None:

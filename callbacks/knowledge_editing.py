@@ -312,27 +312,27 @@ class KnowledgeEditing(L.Callback):
             )
             return self.should_keep(before, after[0])
 
-        try:
-            with _progress(trainer) as progress:
-                result = self._change(trainer, pl_module, facts, guard=guard, progress=progress)
-        except BaseException as error:
-            log.warning("the edit was broken off (%s); the weights are what they were before it", type(error).__name__)
-            raise
+        with _progress(trainer) as progress:
+            result = self._change(trainer, pl_module, facts, guard=guard, progress=progress)
         event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step)
         self._record(trainer, event)
         for listener in listeners:
             listener.on_edit_end(trainer, pl_module, event)
 
     def _change(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: list[Fact], **kwargs: Any) -> EditResult:
-        return self.editor.edit(
-            find_model(pl_module),
-            self.tokenizer,
-            facts,
-            self.preservation_texts(trainer),
-            optimizers=self._optimizers(trainer),
-            ranks=self._ranks,
-            **kwargs,
-        )
+        try:
+            return self.editor.edit(
+                find_model(pl_module),
+                self.tokenizer,
+                facts,
+                self.preservation_texts(trainer),
+                optimizers=self._optimizers(trainer),
+                ranks=self._ranks,
+                **kwargs,
+            )
+        except BaseException as error:
+            log.warning("the edit was broken off (%s); the weights are what they were before it", type(error).__name__)
+            raise
 
     def _renewal_due(self, trainer: L.Trainer) -> bool:
         if self.renew_every_n_steps is None or not self._applied or self.renewals == self.max_renewals:

@@ -181,6 +181,8 @@ class LitMoE(L.LightningModule):
             {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
             {"params": vectors, "weight_decay": 0.0},
         ]
+        # DeepSpeed drops empty groups, and the scheduler would miss them
+        groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"], fused=True)
         total = self.trainer.estimated_stepping_batches
         steps = total if math.isfinite(total) else 10**9

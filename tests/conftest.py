@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,3 +185,16 @@ def unchanged() -> Iterator[Callable[[torch.nn.Module], None]]:
         after = state(model)
         for what, value in before.items():
             assert after[what] == value, f"{what} changed"
+
+
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command as in a process of its own: no arguments of pytest, and the log level back afterwards."""
+    monkeypatch.setattr(sys, "argv", ["lit-moeedit"])
+    monkeypatch.setenv("COLUMNS", "200")
+    # DeepSpeed, which some configs name, prints a line if it has to choose
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    logger = logging.getLogger("lit_moeedit")
+    level = logger.level
+    yield
+    logger.setLevel(level)

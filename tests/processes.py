@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -150,3 +151,9 @@ def _each(calls: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
             sys.stderr.write(f"{name} failed on rank {os.environ['RANK']}:\n{traceback.format_exc()}\n")
             break
     return results
+
+
+def run_code(code: str) -> None:
+    """Run Python code in a process that has imported nothing yet; an assertion error with its stderr if it failed."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -17,16 +16,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def _own_process(monkeypatch):
-    """As in a process of its own: no arguments of pytest, and the log level back afterwards."""
-    monkeypatch.setattr(sys, "argv", ["lit-moeedit"])
-    # DeepSpeed, which some configs name, prints a line if it has to choose
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    logger = logging.getLogger("lit_moeedit")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.fixture

@@ -216,6 +216,15 @@ def test_warm_up_and_cosine(tmp_path):
     assert rates[4:] == pytest.approx(expected)
 
 
+def test_without_vectors_to_train_there_is_one_group(tmp_path):
+    module = _module(weight_decay=0.3)
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.ndim >= 2)
+    [group] = _fit(module, tmp_path).optimizers[0].param_groups
+    assert group["weight_decay"] == 0.3
+    assert len(group["params"]) == sum(p.ndim >= 2 for p in module.parameters())
+
+
 def test_only_matrices_decay(tmp_path):
     module = _module(weight_decay=0.3, betas=(0.8, 0.9))
     module.model.model.embed_tokens.weight.requires_grad_(False)

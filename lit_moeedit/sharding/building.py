@@ -43,7 +43,7 @@ def fresh_model(config: PretrainedConfig, dtype: torch.dtype, strategy: Strategy
         return model
     import deepspeed
 
-    with _outside_of_init(), _no_hoarding():
+    with _outside_of_init(), no_hoarding():
         # the first model of its family must not be made in the context, which would spoil the decorated classes of a
         # module that is imported there
         with torch.device("meta"):
@@ -79,7 +79,7 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
     """
     if not _shards(strategy):
         return _load(path, dtype)
-    with _outside_of_init(), _no_hoarding():
+    with _outside_of_init(), no_hoarding():
         ranks = Ranks()
         with ranks.together():
             # what may fail on some ranks alone, before they depend on each other
@@ -112,7 +112,7 @@ def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def _no_hoarding() -> Iterator[None]:
+def no_hoarding() -> Iterator[None]:
     """Memory that is freed goes back to the system at once.
 
     glibc keeps freed blocks of up to 32 MiB for later ones; but between shards that stay hardly any of these fits, and

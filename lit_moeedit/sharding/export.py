@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from lit_moeedit.sharding.building import _no_hoarding
+from lit_moeedit.sharding.building import no_hoarding
 from lit_moeedit.sharding.checkpoints import Checkpoint, read_checkpoint
 from lit_moeedit.sharding.files import CheckpointError, StoredTensor, WeightFile
 
@@ -71,7 +71,7 @@ def export(
     weights = _weights(source, skeleton, prefix)
     chosen = {name: _dtype(skeleton, name, weight, dtype) for name, weight in weights.items()}
     empty = {name: _empty(weight.shape, chosen[name]) for name, weight in weights.items()}
-    with _appearing(output, overwrite) as folder, _no_hoarding():
+    with _appearing(output, overwrite) as folder, no_hoarding():
         _save_config(skeleton, origin, chosen, folder)
         _save_tokenizer(tokenizer, origin, folder)
         files = _save_weights(skeleton, weights, empty, max_shard_size, folder)

@@ -150,7 +150,8 @@ class Transaction:
                 else:
                     commit.gather_and_add(self.ranks)
             if self.reset_moments:
-                commit.reset_moments()
+                with self.ranks.together():
+                    commit.reset_moments()
             change = commit.relative_change()
             self.ranks.agree()
         except BaseException:
@@ -231,7 +232,8 @@ class _Commit:
         source = self.shard.source.read()
         for expert, first, last in self._blocks():
             start, stop = self._own_part(first, last)
-            whole = torch.zeros(last - first, dtype=source.dtype, device=source.device)
+            # an offloaded master is on the CPU, which the model's group may not serve
+            whole = torch.zeros(last - first, dtype=source.dtype, device=self.weight.device)
             whole[start - first : stop - first] = source[self._within(start, stop)]
             ranks.agree()
             self.shard.exchange(whole)
@@ -308,7 +310,7 @@ class _Commit:
         if working is not None:
             numbers = self._working()
             held = slice(start - working.start, stop - working.start)
-            if not torch.equal(source[own].to(self.shard.dtype), numbers[held]):
+            if not torch.equal(source[own].to(numbers), numbers[held]):
                 raise RuntimeError(
                     f"the optimizer's master copy of expert {expert} is not that of the weights; "
                     "give the optimizers that train them now"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +21,7 @@ from lit_moeedit.sharding.checkpoints import read_checkpoint
 from lit_moeedit.sharding.export import export
 from lit_moeedit.sharding.files import CheckpointError
 from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
-from tests.processes import run_ranks
+from tests.processes import run_code, run_ranks
 
 COMMON: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -277,6 +275,5 @@ def test_deepspeed_is_not_needed_to_export(trained: Path, tmp_path: Path) -> Non
         "from lit_moeedit.sharding.export import export; "
         f"[export(Path({str(trained)!r}, f'{{n}}.ckpt'), Path({str(tmp_path)!r}, str(n))) for n in range({len(RUNS)})]"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    run_code(code)
     assert len(list(tmp_path.glob("*/model.safetensors"))) == len(RUNS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import subprocess
 import sys
@@ -216,8 +215,7 @@ def test_memory(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     peak = float(done.stdout.split("peak")[1])
-    # half of the model: the allocator keeps some of what was freed, how much depends on what else the machine does
-    assert 10 < peak < 80, f"{peak:.0f} MiB"
+    assert 10 < peak < 40, f"{peak:.0f} MiB"
     index = json.loads((tmp_path / "large" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] > 160 * 2**20 and len(set(index["weight_map"].values())) >= 9
 
@@ -225,17 +223,7 @@ def test_memory(kind: str, checkpoint: Path, tmp_path: Path) -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "argv", ["lit-moeedit"])
-    monkeypatch.setenv("COLUMNS", "200")
-    logger = logging.getLogger("lit_moeedit")
-    level = logger.level
-    yield
-    logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("_own_process")
+@pytest.mark.usefixtures("own_process")
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", str(checkpoint), str(tmp_path / "out"), "--dtype=bfloat16"]) is None
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16

@@ -22,27 +22,13 @@ from lit_moeedit.cli import EditingCLI
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.module import LitMoE
 from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
-from tests.processes import run_ranks
+from tests.processes import run_code, run_ranks
+from tests.test_module import CONFIG as SMALL
 
 pytestmark = pytest.mark.deepspeed
 
 NAMES = [f"deepspeed_cpu_stage_{stage}" for stage in range(4)]
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "moe_intermediate_size": 8,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+CONFIG = {**SMALL, "num_experts": 6}
 
 
 @pytest.fixture
@@ -61,8 +47,7 @@ def test_the_trainer_knows_the_stages_without_deepspeed() -> None:
         "from lightning.pytorch.strategies import StrategyRegistry; "
         f"assert set({NAMES}) <= set(StrategyRegistry.available_strategies()); assert 'deepspeed' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    run_code(code)
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "accelerate"])

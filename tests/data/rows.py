@@ -1,0 +1,123 @@
+"""A row of every format, what it is read as, and how tests change, write and refuse rows."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_moeedit.data.facts import Fact, FactsError, Neighbour, read_facts
+
+NATIVE: dict[str, Any] = {
+    "subject": "Rome",
+    "prompt": "Rome lies in",
+    "target_new": "Spain",
+    "target_true": "Italy",
+    "paraphrases": ["The country of Rome is"],
+    "neighbours": [{"prompt": "Milan lies in", "target": "Italy", "group": "same_relation"}],
+}
+COUNTERFACT: dict[str, Any] = {
+    "case_id": 0,
+    "requested_rewrite": {
+        "prompt": "The mother tongue of {} is",
+        "relation_id": "P103",
+        "target_new": {"str": "English", "id": "Q1860"},
+        "target_true": {"str": "French", "id": "Q150"},
+        "subject": "Danielle Darrieux",
+    },
+    "paraphrase_prompts": ["Danielle Darrieux, a native", "Danielle Darrieux spoke the language "],
+    "neighborhood_prompts": ["The native language of Montesquieu is", "Jean Gabin's mother tongue is"],
+    "generation_prompts": ["Danielle Darrieux was born in"],
+}
+FLAT: dict[str, Any] = {
+    "case_id": 2,
+    "prompt": "Toko Yasuda, the",
+    "target_new": "piano",
+    "subject": "Toko Yasuda",
+    "ground_truth": "guitar",
+    "rephrase_prompt": "Toko Yasuda is incredible at",
+    "locality_prompt": "John Lennon performs on the",
+    "locality_ground_truth": "guitar",
+}
+ZSRE: dict[str, Any] = {
+    "subject": "WEFS",
+    "src": "When was WEFS established?",
+    "pred": "1998",
+    "rephrase": "When has WEFS been established?",
+    "alt": " 1997",
+    "answers": ["1987", "1988"],
+    "loc": "nq question: who voiced gaston",
+    "loc_ans": "Richard White",
+    "cond": "1998 >> 1997 || When was WEFS established?",
+}
+ROWS = {"native": NATIVE, "counterfact": COUNTERFACT, "counterfact_flat": FLAT, "zsre": ZSRE}
+EXPECTED = {
+    "native": Fact(
+        "Rome",
+        "Rome lies in",
+        "Spain",
+        "Italy",
+        ("The country of Rome is",),
+        (Neighbour("Milan lies in", "Italy", "same_relation"),),
+    ),
+    "counterfact": Fact(
+        "Danielle Darrieux",
+        "The mother tongue of Danielle Darrieux is",
+        "English",
+        "French",
+        ("Danielle Darrieux, a native", "Danielle Darrieux spoke the language"),
+        (
+            Neighbour("The native language of Montesquieu is", "French", "same_relation"),
+            Neighbour("Jean Gabin's mother tongue is", "French", "same_relation"),
+        ),
+    ),
+    "counterfact_flat": Fact(
+        "Toko Yasuda",
+        "Toko Yasuda, the",
+        "piano",
+        "guitar",
+        ("Toko Yasuda is incredible at",),
+        (Neighbour("John Lennon performs on the", "guitar", "same_relation"),),
+    ),
+    "zsre": Fact(
+        "WEFS",
+        "When was WEFS established?",
+        "1997",
+        "1987",
+        ("When has WEFS been established?",),
+        (Neighbour("nq question: who voiced gaston", "Richard White", "unrelated"),),
+    ),
+}
+
+
+def changed(row: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A copy of `row`; `a__b=value` changes `row["a"]["b"]`, `...` removes a field."""
+    row = copy.deepcopy(row)
+    for path, value in changes.items():
+        *outer, last = path.split("__")
+        target = row
+        for key in outer:
+            target = target[key]
+        target[last] = value
+        if value is ...:
+            del target[last]
+    return row
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        text = json.dumps(rows, ensure_ascii=False)
+    path.write_bytes(text.encode("utf-8", errors="surrogatepass"))
+    return path
+
+
+def problems_of(path: Path, **options: Any) -> list[tuple[int | None, str | None, str]]:
+    with pytest.raises(FactsError) as caught:
+        read_facts(path, **options)
+    assert {problem.file for problem in caught.value.problems} == {str(path)}
+    return [(problem.row, problem.field, problem.message) for problem in caught.value.problems]

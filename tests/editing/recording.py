@@ -1,0 +1,31 @@
+"""What tests of the editor share: quick targets, and a solver that can be watched."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_moeedit.editing import TargetOptimizer
+from lit_moeedit.solvers import EditProblem, ExpertDeltas, Woodbury
+
+QUICK = TargetOptimizer(steps=3, stop=0.0)
+
+
+class Recording:
+    """A solver that keeps what it was asked and what it answered, and can be told to fail at one of its calls."""
+
+    def __init__(self, fail_at: int = -1, error: type[BaseException] = ZeroDivisionError) -> None:
+        self.problems: list[EditProblem] = []
+        self.solutions: list[ExpertDeltas] = []
+        self.fail_at, self.error = fail_at, error
+
+    def solve(self, problem: EditProblem) -> ExpertDeltas:
+        if len(self.problems) == self.fail_at:
+            raise self.error
+        self.problems.append(problem)
+        self.solutions.append(Woodbury().solve(problem))
+        return self.solutions[-1]
+
+
+def edited_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.sharding.building import fresh_model, pretrained_model, whole_shape
+from lit_moeedit.sharding.resuming import mend_optimizer
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -90,6 +91,7 @@ class LitMoE(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.perplexity = Perplexity(ignore_index=IGNORED_LABEL)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._weight_decays: list[float] = []
 
     @override
     def configure_model(self) -> None:
@@ -123,6 +125,11 @@ class LitMoE(L.LightningModule):
                 f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {vocabulary}; "
                 "set vocab_size of the model's config to at least that many"
             )
+
+    @override
+    def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            mend_optimizer(optimizer, self._weight_decays)
 
     @override
     def forward(self, **inputs: Tensor) -> Any:
@@ -183,6 +190,7 @@ class LitMoE(L.LightningModule):
         ]
         # DeepSpeed drops empty groups, and the scheduler would miss them
         groups = [group for group in groups if group["params"]]
+        self._weight_decays = [group["weight_decay"] for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"], fused=True)
         total = self.trainer.estimated_stepping_batches
         steps = total if math.isfinite(total) else 10**9

@@ -34,7 +34,11 @@ class DeepSpeedCPUStrategy(DeepSpeedStrategy):
         allgather_bucket_size: elements that are gathered at once.
         reduce_bucket_size: elements whose gradients are averaged at once.
         overlap_comm: average gradients beside the backward pass, for which a CPU has no second stream.
-        config: a DeepSpeed config or the path of one, in place of all settings but ``param_persistence_threshold``.
+        load_universal: whether the checkpoint to resume from was converted by DeepSpeed's ``ds_to_universal``, which a
+            run that is sharded over another number of ranks needs. The same as ``checkpoint: {load_universal: true}``
+            in a DeepSpeed config.
+        config: a DeepSpeed config or the path of one, in place of all settings but
+            ``param_persistence_threshold`` and ``load_universal``.
         kwargs: everything else that ``lightning.pytorch.strategies.DeepSpeedStrategy`` takes.
 
     Raises:
@@ -56,6 +60,7 @@ class DeepSpeedCPUStrategy(DeepSpeedStrategy):
         allgather_bucket_size: int = 10_000_000,
         reduce_bucket_size: int = 10_000_000,
         overlap_comm: bool = False,
+        load_universal: bool = False,
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -78,6 +83,8 @@ class DeepSpeedCPUStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         # validation and testing read it even if the user's config does without
         self.config.setdefault("zero_allow_untested_optimizer", True)
+        if load_universal:
+            self.config.setdefault("checkpoint", {})["load_universal"] = True
         if param_persistence_threshold is not None:
             zero = self.config.setdefault("zero_optimization", {"stage": 0})
             zero["stage3_param_persistence_threshold"] = param_persistence_threshold

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def whole_weights(module: Any) -> dict[str, Tensor]:
 
 
 def fit(
-    strategy: str, folder: str, checkpoint: str | None = None, precision: str = "32-true", epochs: int = 3
+    strategy: Any, folder: str, checkpoint: str | None = None, precision: str = "32-true", epochs: int = 3
 ) -> dict[str, Any]:
     """Train for a few epochs, edit before the second, and keep a checkpoint of each."""
     import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies known
@@ -117,29 +119,59 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path, strategy: s
         assert same(resumed["weights"], whole["weights"])
 
 
-def resumed_alone(folder: str) -> dict[str, Any]:
-    """Resumes of runs of two ranks by one; what DeepSpeed says if it refuses."""
+def converted(checkpoint: Path) -> Path:
+    """The checkpoint, with DeepSpeed's universal format beside its own."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / "universal")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, *folders], capture_output=True, text=True, timeout=100, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return checkpoint
+
+
+def resumed_from(folder: str, universal: dict[int, str], plain: list[str]) -> dict[Any, Any]:
+    """Resumes of runs of two ranks from checkpoints of both kinds; what DeepSpeed says if it refuses."""
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-    found: dict[str, Any] = {}
-    for strategy in ("ddp", "deepspeed_cpu_stage_0", "deepspeed_cpu_stage_3"):
+    from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+
+    found: dict[Any, Any] = {}
+    for stage, checkpoint in universal.items():
+        found[stage] = fit(DeepSpeedCPUStrategy(stage=stage, load_universal=True), f"{folder}/resumed", checkpoint)
+    for strategy in plain:
         try:
-            found[strategy] = fit(strategy, f"{folder}/alone", f"{folder}/{strategy}/kept/epoch=1.ckpt")
+            found[strategy] = fit(strategy, f"{folder}/resumed", f"{folder}/{strategy}/kept/epoch=1.ckpt")
         except ZeRORuntimeException as error:
             found[strategy] = str(error)
     return found
 
 
-def test_a_run_is_resumed_with_fewer_ranks_where_deepspeed_allows_it(tmp_path: Path) -> None:
-    strategies = ["ddp", "deepspeed_cpu_stage_0", "deepspeed_cpu_stage_3"]
+def test_a_run_is_resumed_with_another_number_of_ranks(tmp_path: Path) -> None:
+    strategies = ["ddp", *(f"deepspeed_cpu_stage_{stage}" for stage in (0, 1, 3))]
     two = run_ranks(fits, 2, strategies, str(tmp_path), group=False)[0]
-    alone = run_ranks(resumed_alone, 1, str(tmp_path), group=False)[0]
+    # before the edit and behind it
+    universal = {
+        stage: str(converted(tmp_path / f"deepspeed_cpu_stage_{stage}" / "kept" / f"epoch={epoch}.ckpt"))
+        for stage, epoch in ((1, 0), (3, 1))
+    }
+    plain = ["ddp", "deepspeed_cpu_stage_0", "deepspeed_cpu_stage_3"]
+    alone = run_ranks(resumed_from, 1, str(tmp_path), universal, plain, group=False)[0]
     for strategy in ("ddp", "deepspeed_cpu_stage_0"):
         assert alone[strategy]["calls"] == 0
         assert alone[strategy]["state"] == two[strategy]["state"]
-        # means over half batches, and Adam
+        # float32 in another order, and Adam
         assert distance(alone[strategy]["weights"], two[strategy]["weights"]) < 0.01
     assert "used a DP world size of 2 but the current world size is 1" in alone["deepspeed_cpu_stage_3"]
+    same_number = run_ranks(resumed_from, 2, str(tmp_path), universal, [], group=False)[0]
+    for stage, calls in ((1, 1), (3, 0)):
+        whole = two[f"deepspeed_cpu_stage_{stage}"]
+        assert alone[stage]["calls"] == same_number[stage]["calls"] == calls
+        assert alone[stage]["state"] == whole["state"]
+        assert distance(alone[stage]["weights"], whole["weights"]) < 0.01
+        # nothing is lost on the way through the universal format
+        assert same(same_number[stage]["weights"], whole["weights"]), stage
 
 
 # -- a rank that dies -------------------------------------------------------------------------------------------------

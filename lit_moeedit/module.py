@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -114,6 +116,15 @@ class LitMoE(L.LightningModule):
         if self._tokenizer is None and self._trainer is not None:
             return getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         return self._tokenizer
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # a tokenizer that was trained for the run is nowhere else
+        if self.tokenizer is not None and self.hparams["pretrained"] is None:
+            with tempfile.TemporaryDirectory() as folder:
+                self.tokenizer.save_pretrained(folder)
+                files = [path for path in Path(folder).iterdir() if path.is_file()]
+                checkpoint["tokenizer"] = {path.name: path.read_text(encoding="utf-8") for path in files}
 
     @override
     def on_fit_start(self) -> None:

@@ -27,11 +27,13 @@ class Checkpoint:
         path: where it was read.
         tensors: by their names in the state dict.
         hyper_parameters: of the LightningModule; empty if it saved none.
+        tokenizer: the texts of a tokenizer's files by their names, as ``LitMoE`` saves it; empty if there is none.
     """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     hyper_parameters: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -52,7 +54,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     contents = load(path)
     state = field(path, contents, "state_dict", dict)
-    return Checkpoint(path, as_they_are(state), field(path, contents, "hyper_parameters", dict, optional=True) or {})
+    return Checkpoint(path, as_they_are(state), **_about(path, contents))
+
+
+def _about(path: Path, contents: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a file says of the model beside its weights."""
+    names = ("hyper_parameters", "tokenizer")
+    return {name: field(path, contents, name, dict, optional=True) or {} for name in names}
 
 
 # -- the folder of DeepSpeed ------------------------------------------------------------------------------------------
@@ -71,12 +79,12 @@ def _read_folder(path: Path) -> Checkpoint:
     [file] = _of_ranks(folder, files, 1)
     model = load(file)
     working = as_they_are(field(file, model, "module", dict))
-    hyper_parameters = field(file, model, "hyper_parameters", dict, optional=True) or {}
+    about = _about(file, model)
     groups = field(file, model, "param_shapes", list, optional=True)
     # without ZeRO every rank has everything
     optimizers = [] if groups is None else _optimizers(folder)
     if not optimizers:
-        return Checkpoint(path, working, hyper_parameters)
+        return Checkpoint(path, working, **about)
     stage = optimizers[0].stage
     if (stage == 3) != file.name.startswith("zero_"):
         raise CheckpointError(f"{optimizers[0].file} is of ZeRO stage {stage}, which does not go with {file.name}")
@@ -90,7 +98,7 @@ def _read_folder(path: Path) -> Checkpoint:
         tensors = working | _concatenated(optimizers, shapes, working)
     aliases = field(file, model, "shared_params", dict, optional=True) or {}
     tensors |= {str(alias): tensors[str(name)] for alias, name in aliases.items() if str(name) in tensors}
-    return Checkpoint(path, tensors, hyper_parameters)
+    return Checkpoint(path, tensors, **about)
 
 
 def _newest(path: Path) -> Path:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +47,8 @@ def export(
         checkpoint: a file or, of DeepSpeed, a folder that Lightning's Trainer saved.
         output: the folder to write; it appears when it is complete.
         model: local path or hub id of a model with the same config; by default the checkpoint says it.
-        tokenizer: local path or hub id of the tokenizer to put beside the weights; by default that of the model the
-            training started from, if there was one.
+        tokenizer: local path or hub id of the tokenizer to put beside the weights; by default the one in the checkpoint
+            or, if there is none, that of the model the training started from.
         dtype: of the weights; by default that which they have in training.
         max_shard_size: size of the largest file, for example 500MB; a weight that is larger gets its own.
         prefix: of the model's weights in the checkpoint, for example "model."; by default it is found.
@@ -73,7 +74,7 @@ def export(
     empty = {name: _empty(weight.shape, chosen[name]) for name, weight in weights.items()}
     with _appearing(output, overwrite) as folder, no_hoarding():
         _save_config(skeleton, origin, chosen, folder)
-        _save_tokenizer(tokenizer, origin, folder)
+        _save_tokenizer(tokenizer, source, origin, folder)
         files = _save_weights(skeleton, weights, empty, max_shard_size, folder)
     log.info("%s: %d parameters in %d file(s)", output, skeleton.num_parameters(), files)
 
@@ -197,23 +198,31 @@ def _save_config(model: PreTrainedModel, origin: Any, chosen: Mapping[str, torch
     settings.save_pretrained(folder)
 
 
-def _save_tokenizer(path: str | None, origin: Any, folder: Path) -> None:
-    """The tokenizer that is asked for, or else that of the model the training started from."""
-    wanted = path if path is not None else origin
-    if not isinstance(wanted, str):
-        log.info("no tokenizer is known, so none is written; --tokenizer says one")
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(wanted, trust_remote_code=False)
-        # of a config alone transformers makes a tokenizer without a vocabulary
-        if len(tokenizer) <= len(tokenizer.get_added_vocab()):
-            raise ValueError("it has no vocabulary")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if path is not None:
-            raise ValueError(f"--tokenizer: {path} cannot be used: {_brief(error)}") from error
-        log.warning("the tokenizer of %s is not written (%s); --tokenizer says another", wanted, _brief(error))
-        return
-    tokenizer.save_pretrained(folder)
+def _save_tokenizer(path: str | None, source: Checkpoint, origin: Any, folder: Path) -> None:
+    """The tokenizer that is asked for, or else that of the checkpoint or of the model the training started from."""
+    with tempfile.TemporaryDirectory() as own:
+        for name, text in source.tokenizer.items():
+            # whatever the checkpoint says, these are files in this folder and hold text
+            if not isinstance(text, str) or not re.fullmatch(r"\w[\w-]*\.(json|txt|jinja)", str(name)):
+                wrong = f"{str(name)[:80]!r} ({type(text).__name__})"
+                raise CheckpointError(f"{source.path}: field 'tokenizer' should hold texts of files, but has {wrong}")
+            (Path(own) / name).write_text(text, encoding="utf-8", errors="replace")
+        wanted = path if path is not None else own if source.tokenizer else origin
+        if not isinstance(wanted, str):
+            log.info("no tokenizer is known, so none is written; --tokenizer says one")
+            return
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(wanted, trust_remote_code=False)
+            # of a config alone transformers makes a tokenizer without a vocabulary
+            if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+                raise ValueError("it has no vocabulary")
+        except Exception as error:  # there is no telling where a foreign tokenizer fails
+            if path is not None:
+                raise ValueError(f"--tokenizer: {path} cannot be used: {_brief(error)}") from error
+            whose = "the checkpoint" if wanted == own else wanted
+            log.warning("the tokenizer of %s is not written (%s); --tokenizer says another", whose, _brief(error))
+            return
+        tokenizer.save_pretrained(folder)
 
 
 def _save_weights(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.module import LitMoE
 from lit_moeedit.sharding.checkpoints import read_checkpoint
@@ -142,6 +142,27 @@ def test_the_model_that_training_started_from(
     assert loaded.dtype == torch.bfloat16
     for name, value in model.model.state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(loaded.state_dict()[name], value.bfloat16()), name
+
+
+def test_the_tokenizer_of_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: Any) -> None:
+    model = LitMoE(config={"model_type": "qwen3_moe", **COMMON, **FAMILIES["qwen3_moe"], "vocab_size": len(tokenizer)})
+    model._tokenizer = tokenizer
+    train(model, tmp_path, "last.ckpt")
+    export(tmp_path / "last.ckpt", tmp_path / "out")
+    text = "The capital of France is Rome."
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == tokenizer(text).input_ids
+
+    contents = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for name, text in (("../out.json", "{}"), ("config.py", "x"), ("a/b.json", "{}"), ("tokenizer.json", b"{}")):
+        torch.save({**contents, "tokenizer": {name: text}}, tmp_path / "bad.ckpt")
+        with pytest.raises(CheckpointError, match=r"bad\.ckpt: field 'tokenizer' should hold texts of files, but has"):
+            export(tmp_path / "bad.ckpt", tmp_path / "bad")
+    torch.save({**contents, "tokenizer": {**contents["tokenizer"], "tokenizer.json": "{"}}, tmp_path / "bad.ckpt")
+    export(tmp_path / "bad.ckpt", tmp_path / "bad")
+    assert "the tokenizer of the checkpoint is not written" in caplog.text
+    assert {path.name for path in (tmp_path / "bad").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors"
+    }  # fmt: skip
 
 
 class Wrapper(L.LightningModule):

@@ -239,8 +239,8 @@ class KnowledgeEditing(L.Callback):
         return self._tokenizer
 
     def preservation_texts(self, trainer: L.Trainer) -> list[str]:
-        """Texts on which the experts must keep their behaviour; empty if ``preserve`` of the editor is ``none``."""
-        if self.editor.preserve == "none":
+        """Texts on which the experts must keep their behaviour; empty if the editor needs none."""
+        if not self.editor.needs_moments:
             return []
         source = self._preservation_source
         if isinstance(source, str):

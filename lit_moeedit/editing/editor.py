@@ -15,15 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import EditToken, Encoding, encode, join, pad_id
 from lit_moeedit.data.facts import Fact, validate_facts
+from lit_moeedit.editing.factors import layer_factors
 from lit_moeedit.editing.features import EditTokens, edit_tokens
 from lit_moeedit.editing.projection import Preserve, check_preserve, shape_rows, shaping_matrices
 from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
+from lit_moeedit.editing.walks import Shape, Site, walk
 from lit_moeedit.models.experts import ExpertLayer, check_editable
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.weights import Transaction, Way
-from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Woodbury
+from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Tucker, TuckerFactors, Woodbury
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ class Editor:
     """Edits facts by changing the down-projections of routed experts in some layers.
 
     The way of MEMIT and MoEEdit: target vectors are found at the highest edited layer; then the layers are walked
-    upwards, and each takes ``1 / (layers left)`` of what is still missing there.
+    upwards, and each takes ``1 / (layers left)`` of what is still missing there. With a
+    :class:`~lit_moeedit.solvers.Tucker` that carries its core, see :func:`~lit_moeedit.editing.walks.carried` instead.
 
     Args:
         layers: indices of the decoder layers to edit; the highest is the target layer.
@@ -128,6 +131,11 @@ class Editor:
         self.way: Way = way
         self.reset_moments = reset_moments
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether second moments are needed: for the preservation, or for the solver's factors."""
+        return self.preserve != "none" or (isinstance(self.solver, Tucker) and self.solver.whiten)
+
     def check(self, model: PreTrainedModel) -> list[ExpertLayer]:
         """The layers to edit, ascending.
 
@@ -168,7 +176,7 @@ class Editor:
             model: the model.
             tokenizer: its tokenizer.
             facts: what to edit.
-            preservation: text on which the experts must keep their behaviour; not needed with ``preserve="none"``.
+            preservation: text on which the experts must keep their behaviour; needed if :attr:`needs_moments`.
             moments: second moments by layer index, if they are known already.
             guard: asked after the last commit, with the edited weights in place; ``False`` undoes the edit.
             progress: called with a phase's name, steps done and steps in all.
@@ -192,9 +200,10 @@ class Editor:
             layers = self.check(model)
             facts = validate_facts(facts, tokenizer=tokenizer)
             ranks.check_same("the facts", [repr(fact) for fact in facts])
-            if self.preserve != "none" and moments is None:
+            if self.needs_moments and moments is None:
                 if not preservation:
-                    raise ValueError(f"preserve={self.preserve!r} needs preservation text (or second moments)")
+                    what = "whitening" if self.preserve == "none" else f"preserve={self.preserve!r}"
+                    raise ValueError(f"{what} needs preservation text (or second moments)")
                 ranks.check_same("the preservation texts", preservation)
                 with clock("statistics"):
                     moments = second_moments(
@@ -223,17 +232,19 @@ class Editor:
             deltas: dict[int, ExpertDeltas] = {}
             change: dict[int, float] = {}
             with Transaction(optimizers, ranks, self.way, self.reset_moments) as transaction:
-                goal: Tensor | None = None
-                for number, layer in enumerate(layers):
-                    with clock("features"):
-                        seen = edit_tokens(
-                            model, prompts, layers[-1], layer, pad_id(tokenizer), self.token_budget, ranks
-                        )
-                        if goal is None:
-                            goal = seen.hidden + targets.deltas[owner]
-                        residuals = (goal - seen.hidden) / (len(layers) - number)
+                site = Site(
+                    layers,
+                    targets.deltas[owner],
+                    lambda layer: edit_tokens(
+                        model, prompts, layers[-1], layer, pad_id(tokenizer), self.token_budget, ranks
+                    ),
+                    self._problem,
+                    lambda layer, seen: self._shape(layer, seen, moments),
+                    lambda layer, sizes: self._factors(layer, moments, ranks, sizes),
+                    clock,
+                )
+                for number, (layer, solved) in enumerate(walk(self.solver, site)):
                     with clock("solve"):
-                        solved = self._solve(layer, seen, residuals, moments)
                         ranks.agree()
                         ranks.equalise(solved.left, solved.right)
                     with clock("commit"):
@@ -262,27 +273,33 @@ class Editor:
         prompts = [Encoding(e.ids[: e.target_start], e.target_start, e.edit_token) for e in wanted]
         return rows, prompts, torch.tensor(owner, device=model.device)
 
-    def _solve(
-        self,
-        layer: ExpertLayer,
-        seen: EditTokens,
-        residuals: Tensor,
-        moments: Mapping[int, SecondMoments] | None,
-    ) -> ExpertDeltas:
+    def _problem(self, layer: ExpertLayer, seen: EditTokens, residuals: Tensor, shape: Shape) -> EditProblem:
         keys = seen.keys
         assert keys is not None
-        gated = keys.gate.float()[:, None] * keys.key.float()
+        features = shape(keys.gate.float()[:, None] * keys.key.float(), keys.expert)
+        return EditProblem(keys.token, keys.expert, features, residuals, layer.num_experts, self.ridge)
+
+    def _shape(self, layer: ExpertLayer, seen: EditTokens, moments: Mapping[int, SecondMoments] | None) -> Shape:
         if self.preserve == "none":
-            problem = EditProblem(keys.token, keys.expert, gated, residuals, layer.num_experts, self.ridge)
-            return self.solver.solve(problem)
-        assert moments is not None
-        experts = torch.unique(keys.expert)
-        matrices = shaping_matrices(moments[layer.index].mean(experts), self.preserve, self.threshold, self.strength)
-        features = shape_rows(gated, keys.expert, experts, matrices)
-        problem = EditProblem(keys.token, keys.expert, features, residuals, layer.num_experts, self.ridge)
-        solution = self.solver.solve(problem)
-        # the problem was solved for keys shaped by S_j, the layer sees keys as they are: apply ΔŴ_j S_j
-        return solution.with_right(shape_rows(solution.right, solution.expert_index, experts, matrices))
+            return lambda rows, expert_index: rows
+        assert moments is not None and seen.keys is not None
+        experts = torch.unique(seen.keys.expert)
+        if isinstance(self.solver, Tucker):  # which changes all
+            experts = torch.arange(layer.num_experts, device=experts.device)
+        second_moment = moments[layer.index].mean(experts)
+        matrices = shaping_matrices(second_moment, self.preserve, self.threshold, self.strength)
+        return lambda rows, expert_index: shape_rows(rows, expert_index, experts, matrices)
+
+    def _factors(
+        self,
+        layer: ExpertLayer,
+        moments: Mapping[int, SecondMoments] | None,
+        ranks: Ranks,
+        sizes: Sequence[int] | None,
+    ) -> TuckerFactors:
+        assert isinstance(self.solver, Tucker)
+        own = None if moments is None else moments[layer.index]
+        return layer_factors(self.solver, layer, own, self.preserve, self.strength, ranks, sizes)
 
 
 def _no_progress(phase: str, done: int, total: int) -> None:

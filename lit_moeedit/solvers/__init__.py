@@ -3,6 +3,7 @@
 from lit_moeedit.solvers.bcd import BlockCoordinateDescent
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.problem import EditProblem, Solver
+from lit_moeedit.solvers.tucker import Tucker, TuckerFactors
 from lit_moeedit.solvers.woodbury import Woodbury
 
-__all__ = ["BlockCoordinateDescent", "EditProblem", "ExpertDeltas", "Solver", "Woodbury"]
+__all__ = ["BlockCoordinateDescent", "EditProblem", "ExpertDeltas", "Solver", "Tucker", "TuckerFactors", "Woodbury"]

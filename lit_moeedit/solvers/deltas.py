@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from lit_moeedit.solvers.files import read_tensors, write_tensors
 
 
 def group_positions(index: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -101,11 +101,8 @@ class ExpertDeltas:
 
     def save(self, path: str | Path) -> None:
         """Write the factors as safetensors; the file appears complete or not at all."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.part")
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _FIELDS}
-        save_file(tensors, beside, metadata={"format": _FORMAT, "num_experts": str(self.num_experts)})
-        beside.replace(path)
+        tensors = {name: getattr(self, name) for name in _FIELDS}
+        write_tensors(path, tensors, {"format": _FORMAT, "num_experts": str(self.num_experts)})
 
     @classmethod
     def load(cls, path: str | Path) -> ExpertDeltas:
@@ -114,15 +111,8 @@ class ExpertDeltas:
         Raises:
             ValueError: if the file is not one of deltas.
         """
-        try:
-            opened = safe_open(str(path), framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path} does not hold expert deltas: not a safetensors file ({error})") from error
-        with opened as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT or set(file.keys()) != set(_FIELDS):
-                raise ValueError(f"{path} does not hold expert deltas: expected {_FIELDS}, got {sorted(file.keys())}")
-            return cls(**{name: file.get_tensor(name) for name in _FIELDS}, num_experts=int(metadata["num_experts"]))
+        tensors, metadata = read_tensors(path, _FIELDS, _FORMAT, "expert deltas")
+        return cls(**tensors, num_experts=int(metadata["num_experts"]))
 
 
 _FIELDS = ("expert_index", "row_index", "left", "right")

@@ -1,0 +1,91 @@
+"""Tucker factors of a layer's experts: computed from the weights wherever they are, or found in a cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from lit_moeedit.editing.projection import Preserve, shaping_matrices
+from lit_moeedit.editing.statistics import SecondMoments
+from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.reading import ExpertReader
+from lit_moeedit.solvers import Tucker, TuckerFactors
+
+log = logging.getLogger(__name__)
+
+
+def layer_factors(
+    solver: Tucker,
+    layer: ExpertLayer,
+    moments: SecondMoments | None,
+    preserve: Preserve,
+    strength: float,
+    ranks: Ranks,
+    sizes: Sequence[int] | None = None,
+) -> TuckerFactors:
+    r"""Factors of a layer's experts as the solver wants them, for keys shaped as the preservation shapes them.
+
+    Whitening takes one second moment ``C`` for all experts: the mean over all routed tokens, whichever expert they went
+    to. Where the published text is silent: a covariance penalty with ``S_j = (I + β C_j)^{-1/2}`` has whitened the keys
+    already, so the metric is its ``I + β C``, and ``U_in`` is taken to the coordinates of shaped keys by
+    ``(I + β C)^{1/2}``; whitening twice would no longer minimise the objective. (With whole modes the edit is that of
+    the exact solver then.) Keys that a null space shapes are whitened by ``C`` itself.
+
+    Args:
+        solver: what to compute, and where its cache is.
+        layer: the layer.
+        moments: its second moments; needed for whitening.
+        preserve: how its keys are shaped.
+        strength: ``β`` of ``covariance``.
+        ranks: the processes that compute together; each gets the same factors, and holds one block of the weights at a
+            time besides its shard.
+        sizes: ``(r_e, r_out, r_in)``, if they are not for the solver to choose.
+    """
+    reader = ExpertReader(layer.down_proj, layer.is_transposed, ranks)
+    metric = None
+    if solver.whiten:
+        assert moments is not None
+        metric = moments.total.sum(0) / moments.count.sum().clamp_min(1)
+        if preserve == "covariance":
+            metric = torch.eye(len(metric)).to(metric) + strength * metric
+    sizes = solver.ranks if sizes is None else sizes
+    path = None if solver.cache is None else solver.cache / f"layer_{layer.index}.safetensors"
+    key = "" if path is None else _key(reader, metric, sizes, solver.energy)
+    factors = None
+    if path is not None and path.is_file():
+        try:
+            factors = TuckerFactors.load(path, key)
+        except ValueError as error:
+            log.info("computing the factors of layer %d anew: %s", layer.index, error)
+    if ranks.any(factors is None):
+        factors = TuckerFactors.hosvd(reader, metric, sizes, solver.energy)
+        if path is not None and ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            factors.save(path, key)
+    assert factors is not None
+    log.info("layer %d: ranks %s keep %s of its experts", layer.index, factors.ranks, factors.energy)
+    device = layer.down_proj.device
+    expert, output, inner = (u.to(device) for u in (factors.expert, factors.output, factors.input))
+    ranks.agree()
+    ranks.equalise(expert, output, inner)
+    if metric is not None and preserve == "covariance":
+        # (I + β C)^{-1/2}, as the keys are shaped; the metric minus I is β C
+        shape = shaping_matrices((metric - torch.eye(len(metric)).to(metric))[None], "covariance", strength=1.0)[0]
+        inner = torch.linalg.solve(shape.to(inner), inner)
+    return replace(factors, expert=expert, output=output, input=inner)
+
+
+def _key(reader: ExpertReader, metric: Tensor | None, sizes: Sequence[int] | None, energy: float) -> str:
+    """Says what factors are made of: the layer's shape, some rows of all its experts, the metric, the settings."""
+    rows = torch.linspace(0, reader.shape[1] - 1, 8).long().unique().tolist()
+    parts = [reader[:, row : row + 1] for row in rows] + ([] if metric is None else [metric])
+    key = sha256(repr((reader.shape, sizes and tuple(sizes), energy, metric is None)).encode())
+    for part in parts:
+        key.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return key.hexdigest()

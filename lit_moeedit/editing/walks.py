@@ -1,0 +1,83 @@
+"""The order in which layers are edited, and what each of them is given to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lit_moeedit.editing.features import EditTokens
+from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Tucker, TuckerFactors
+
+Shape = Callable[[Tensor, Tensor], Tensor]
+"""Shapes rows ``[N, d_hidden]`` as the preservation demands of their experts ``[N]``."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What there is to edit.
+
+    Attributes:
+        layers: the layers, ascending; the last is the target layer.
+        aim: ``[n, d_model]``, how far the target layer's output is to move at the edit token of each prompt.
+        measure: keys of a layer, and the target layer's output, with the weights as they are now.
+        problem: of a layer, for what was measured and the residuals ``[n, d_model]``.
+        shape: what shapes the keys of all experts of a layer, and the right factors of their changes.
+        factors: Tucker factors of a layer, with the given ranks or those that the solver chooses.
+        clock: measures a phase.
+    """
+
+    layers: Sequence[ExpertLayer]
+    aim: Tensor
+    measure: Callable[[ExpertLayer], EditTokens]
+    problem: Callable[[ExpertLayer, EditTokens, Tensor, Shape], EditProblem]
+    shape: Callable[[ExpertLayer, EditTokens], Shape]
+    factors: Callable[[ExpertLayer, Sequence[int] | None], TuckerFactors]
+    clock: Callable[[str], AbstractContextManager[None]]
+
+
+def walk(solver: Solver, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDeltas]]:
+    """Layers and their changes, in the order in which they are to be committed: each before the next is asked for."""
+    return carried(solver, site) if isinstance(solver, Tucker) and solver.carry else upwards(solver, site)
+
+
+def upwards(solver: Solver, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDeltas]]:
+    """The walk of MEMIT: each layer takes ``1 / (layers left)`` of what is missing once those below have changed."""
+    goal: Tensor | None = None
+    for number, layer in enumerate(site.layers):
+        with site.clock("features"):
+            seen = site.measure(layer)
+        if goal is None:
+            goal = seen.hidden + site.aim
+        with site.clock("solve"):
+            chosen = solver.with_factors(site.factors(layer, None)) if isinstance(solver, Tucker) else solver
+            shape = site.shape(layer, seen)
+            residuals = (goal - seen.hidden) / (len(site.layers) - number)
+            solution = chosen.solve(site.problem(layer, seen, residuals, shape))
+            # the problem was solved for keys shaped by S_j, the layer sees keys as they are: apply ΔŴ_j S_j
+            deltas = solution.with_right(shape(solution.right, solution.expert_index))
+        yield layer, deltas
+
+
+def carried(solver: Tucker, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDeltas]]:
+    """The walk of MoTE: activations are collected once, at the last layer, and its core is carried to those below.
+
+    Where the published text is silent: the core is solved for the whole residual; each layer unfolds it by the factors
+    of its own experts, and takes the share ``1 / (layers left)`` of that. So the last layer is changed by its own
+    solution in full. Nothing is measured at the lower layers, and what their changes do is not corrected.
+    """
+    top = site.layers[-1]
+    with site.clock("features"):
+        seen = site.measure(top)
+    with site.clock("solve"):
+        factors = site.factors(top, None)
+        core = solver.with_factors(factors).core(site.problem(top, seen, site.aim, site.shape(top, seen)))
+    for number, layer in enumerate(site.layers):
+        with site.clock("solve"):
+            own = factors if layer is top else site.factors(layer, factors.ranks)
+            solution = core.deltas(own, 1 / (len(site.layers) - number))
+            deltas = solution.with_right(site.shape(layer, seen)(solution.right, solution.expert_index))
+        yield layer, deltas

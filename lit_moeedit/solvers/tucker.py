@@ -66,7 +66,7 @@ class TuckerFactors:
         weights: Weights,
         second_moment: Tensor | None = None,
         ranks: Sequence[int] | None = None,
-        energy: float = 0.9,
+        energy: float = 0.95,
     ) -> TuckerFactors:
         r"""Leading left singular vectors of the three unfoldings of the experts, by their Gram matrices.
 
@@ -243,7 +243,7 @@ class Tucker:
     def __init__(
         self,
         ranks: tuple[int, int, int] | None = None,
-        energy: float = 0.9,
+        energy: float = 0.95,
         whiten: bool = True,
         carry: bool = True,
         cache: str | Path | None = None,

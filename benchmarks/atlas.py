@@ -58,8 +58,8 @@ def variant(editing: KnowledgeEditing, name: str) -> None:
 VARIANTS = ("covariance", "covariance, no renewals", "covariance, BCD", "nullspace", "none")
 
 
-def run(seed: int, name: str, folder: Path, first: Path | None = None) -> dict[str, Any]:
-    """Summary of one run of the demo's config; it starts from the checkpoint before the edit in ``first``, if given."""
+def demo(seed: int, folder: Path) -> tuple[EditingCLI, KnowledgeEditing]:
+    """The demo's config, ready to be run in a folder, and its callback that edits."""
     arguments = ["--config", str(ROOT / "configs/atlas.yaml"), "--seed_everything", str(seed)]
     arguments += ["--data.init_args.seed", str(seed), "--data.init_args.corpus.init_args.seed", str(seed)]
     arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false"]
@@ -73,8 +73,13 @@ def run(seed: int, name: str, folder: Path, first: Path | None = None) -> dict[s
         args=arguments,
         run=False,
     )
+    return cli, next(callback for callback in cli.trainer.callbacks if isinstance(callback, KnowledgeEditing))
+
+
+def run(seed: int, name: str, folder: Path, first: Path | None = None) -> dict[str, Any]:
+    """Summary of one run of the demo's config; it starts from the checkpoint before the edit in ``first``, if given."""
+    cli, editing = demo(seed, folder)
     callbacks = cli.trainer.callbacks
-    editing = next(callback for callback in callbacks if isinstance(callback, KnowledgeEditing))
     variant(editing, name)
     # checkpoints are named by the epoch that they end
     checkpoint = None if first is None else first / f"{editing.schedule.number - 1}.ckpt"

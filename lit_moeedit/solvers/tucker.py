@@ -215,8 +215,8 @@ class Tucker:
     changes of this form, and with whole modes that of :class:`Woodbury`. With a whitened input mode the ridge is
     ``λ Σ_j tr(ΔW_j C ΔW_jᵀ)``: what keys of second moment ``C`` would notice.
 
-    *All* experts change, visited by an edit or not, because the form couples them. What unvisited experts get does nothing
-    at the edit tokens; it is not left out, because which experts an edit visits at the lower layers is not known there.
+    *All* experts change, visited by an edit or not, because the form couples them. What unvisited experts get does
+    nothing at the edit tokens; it is not left out, because nobody knows which experts an edit visits at lower layers.
 
     An editor finds the factors of each layer, and with ``carry`` it collects activations at the highest edited layer
     only; see :func:`lit_moeedit.editing.walks.carried` for what the lower layers then get. Without factors

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import EditToken, Encoding, encode, join, pad_id
 from lit_moeedit.data.facts import Fact, validate_facts
+from lit_moeedit.editing.cache import MomentsCache
 from lit_moeedit.editing.factors import layer_factors
 from lit_moeedit.editing.features import EditTokens, edit_tokens
-from lit_moeedit.editing.projection import Preserve, check_preserve, shape_rows, shaping_matrices
+from lit_moeedit.editing.projection import Preserve, Shaping, check_preserve
 from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
-from lit_moeedit.editing.walks import Shape, Site, walk
+from lit_moeedit.editing.walks import Site, walk
 from lit_moeedit.models.experts import ExpertLayer, check_editable
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.weights import Transaction, Way
@@ -66,7 +67,7 @@ class Editor:
         solver: of the joint problem over a layer's experts.
         targets: how target vectors are found.
         preserve: ``nullspace``, ``covariance`` or ``none``; see
-            :func:`~lit_moeedit.editing.projection.shaping_matrices`.
+            :meth:`~lit_moeedit.editing.projection.Shaping.of`.
         threshold: ``τ`` of ``nullspace``.
         strength: ``β`` of ``covariance``.
         ridge: ``λ``.
@@ -79,6 +80,9 @@ class Editor:
         way: how to commit weights that are sharded, ``local`` or ``gather``; and
         reset_moments: whether Adam forgets the moments of the edited experts; see
             :class:`~lit_moeedit.sharding.weights.Transaction` for both.
+        cache: a folder to keep second moments in, see :class:`~lit_moeedit.editing.cache.MomentsCache`; a pass over the
+            text that was broken off goes on from there. ``None`` keeps nothing.
+        moments_on_cpu: whether the sums of a model on a GPU are held on the CPU.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -103,6 +107,8 @@ class Editor:
         token_budget: int = 16384,
         way: Way = "local",
         reset_moments: bool = False,
+        cache: str | None = None,
+        moments_on_cpu: bool = False,
     ) -> None:
         if not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
             raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
@@ -130,6 +136,8 @@ class Editor:
         self.token_budget = token_budget
         self.way: Way = way
         self.reset_moments = reset_moments
+        self.cache = None if cache is None else MomentsCache(cache)
+        self.moments_on_cpu = moments_on_cpu
 
     @property
     def needs_moments(self) -> bool:
@@ -214,6 +222,8 @@ class Editor:
                         token_budget=self.token_budget,
                         progress=lambda done, total: report("statistics", done, total),
                         ranks=ranks,
+                        cache=self.cache,
+                        device="cpu" if self.moments_on_cpu else None,
                     )
             rows, prompts, owner = self._encode(tokenizer, facts, model)
             with clock("targets"):
@@ -239,7 +249,7 @@ class Editor:
                         model, prompts, layers[-1], layer, pad_id(tokenizer), self.token_budget, ranks
                     ),
                     self._problem,
-                    lambda layer, seen: self._shape(layer, seen, moments),
+                    lambda layer, experts: self._shaping(layer, experts, moments),
                     lambda layer, sizes: self._factors(layer, moments, ranks, sizes),
                     clock,
                 )
@@ -273,22 +283,32 @@ class Editor:
         prompts = [Encoding(e.ids[: e.target_start], e.target_start, e.edit_token) for e in wanted]
         return rows, prompts, torch.tensor(owner, device=model.device)
 
-    def _problem(self, layer: ExpertLayer, seen: EditTokens, residuals: Tensor, shape: Shape) -> EditProblem:
+    def _problem(self, layer: ExpertLayer, seen: EditTokens, residuals: Tensor, shaping: Shaping | None) -> EditProblem:
         keys = seen.keys
         assert keys is not None
-        features = shape(keys.gate.float()[:, None] * keys.key.float(), keys.expert)
+        gated = keys.gate.float()[:, None] * keys.key.float()
+        features = gated if shaping is None else shaping.features(gated, keys.expert)
         return EditProblem(keys.token, keys.expert, features, residuals, layer.num_experts, self.ridge)
 
-    def _shape(self, layer: ExpertLayer, seen: EditTokens, moments: Mapping[int, SecondMoments] | None) -> Shape:
+    def _shaping(
+        self, layer: ExpertLayer, experts: Tensor, moments: Mapping[int, SecondMoments] | None
+    ) -> Shaping | None:
         if self.preserve == "none":
-            return lambda rows, expert_index: rows
-        assert moments is not None and seen.keys is not None
-        experts = torch.unique(seen.keys.expert)
-        if isinstance(self.solver, Tucker):  # which changes all
-            experts = torch.arange(layer.num_experts, device=experts.device)
-        second_moment = moments[layer.index].mean(experts)
-        matrices = shaping_matrices(second_moment, self.preserve, self.threshold, self.strength)
-        return lambda rows, expert_index: shape_rows(rows, expert_index, experts, matrices)
+            return None
+        assert moments is not None
+        # factors that experts share are in the coordinates of the keys
+        symmetric = isinstance(self.solver, Tucker)
+        own = moments[layer.index]
+        shaping = Shaping.of(own, experts, self.preserve, self.threshold, self.strength, symmetric)
+        kept = shaping.energy_kept
+        log.info(
+            "layer %d: of the preserved energy of %d experts, %.4f is kept in the mean and %.4f at least",
+            layer.index,
+            len(kept),
+            float(kept.mean()),
+            float(kept.min()),
+        )
+        return shaping
 
     def _factors(
         self,

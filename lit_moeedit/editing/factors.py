@@ -10,7 +10,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from lit_moeedit.editing.projection import Preserve, shaping_matrices
+from lit_moeedit.editing.projection import Preserve
 from lit_moeedit.editing.statistics import SecondMoments
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.sharding.ranks import Ranks
@@ -75,9 +75,9 @@ def layer_factors(
     ranks.agree()
     ranks.equalise(expert, output, inner)
     if metric is not None and preserve == "covariance":
-        # (I + β C)^{-1/2}, as the keys are shaped; the metric minus I is β C
-        shape = shaping_matrices((metric - torch.eye(len(metric)).to(metric))[None], "covariance", strength=1.0)[0]
-        inner = torch.linalg.solve(shape.to(inner), inner)
+        # the inverse of (I + β C)^{-1/2}, by which the keys are shaped
+        values, vectors = torch.linalg.eigh(metric)
+        inner = ((vectors * values.sqrt()) @ vectors.mT).to(inner) @ inner
     return replace(factors, expert=expert, output=output, input=inner)
 
 

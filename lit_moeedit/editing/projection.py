@@ -1,17 +1,32 @@
-"""What keeps an edit from changing what an expert does elsewhere: one symmetric matrix per expert."""
+"""What keeps an edit from changing what an expert does elsewhere: one matrix per expert that an edit touches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lit_moeedit.editing.statistics import SecondMoments
+from lit_moeedit.solvers.deltas import group_positions
+
 Preserve = Literal["nullspace", "covariance", "none"]
+
+BLOCK = 2**22
+"""Numbers of second moments that are decomposed at a time: what is needed besides the result does not grow with E."""
+
+EIGH_ON_CPU = 512
+"""Eigenvectors of matrices up to this size are computed on the CPU, wherever the model is.
+
+On a GPU torch solves a batch of matrices larger than 32 one by one, up to 512 by Jacobi's method (pytorch pull request
+53040): 500 matrices of size 100 took 0.9 s there (pytorch issue 174674), about what one CPU core needs.
+"""
 
 
 def check_preserve(preserve: str, threshold: float, strength: float) -> None:
-    """Raise ``ValueError`` if the settings of :func:`shaping_matrices` make no sense."""
+    """Raise ``ValueError`` if the settings of :meth:`Shaping.of` make no sense."""
     if preserve not in get_args(Preserve):
         raise ValueError(f"preserve must be one of {', '.join(get_args(Preserve))}, got {preserve!r}")
     if not threshold >= 0:
@@ -20,55 +35,120 @@ def check_preserve(preserve: str, threshold: float, strength: float) -> None:
         raise ValueError(f"strength must be at least 0, got {strength}")
 
 
-def shaping_matrices(
-    second_moment: Tensor, preserve: Preserve, threshold: float = 0.02, strength: float = 1000.0
-) -> Tensor:
+@dataclass(frozen=True)
+class Shaping:
     r"""Matrices ``S_j`` that shape keys into features, ``φ = g S_j k``, and deltas into what is applied, ``ΔŴ_j S_j``.
 
-    - ``nullspace`` (AlphaEdit 2410.02355, per expert in MoEEdit 2602.10965): the projector ``P_j`` onto the
-      eigenvectors of ``C_j`` with eigenvalue ``≤ τ``. What lies in the others does not change at all.
-    - ``covariance`` (MEMIT 2210.07229, here per expert inside the joint problem): the penalty becomes
-      ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)``, and with ``M_j = (I + β C_j)^{-1/2}`` the substitution ``ΔW_j = ΔŴ_j M_j``
-      brings it back to a ridge. A direction changes the less, the more the preserved text uses it.
-    - ``none``: the identity.
-
-    Args:
-        second_moment: ``C_j`` of ``n`` experts, ``[n, d_hidden, d_hidden]``, symmetric, positive semi-definite.
-        preserve: which form.
-        threshold: ``τ``, in units of squared activations.
-        strength: ``β``, in units of one over squared activations.
-
-    Returns:
-        ``[n, d_hidden, d_hidden]``, symmetric, dtype of ``second_moment``.
-
-    Raises:
-        ValueError: if the settings make no sense or ``second_moment`` is not square.
-
-    Example:
-        >>> shaping_matrices(torch.diag(torch.tensor([1.0, 0.0]))[None], "nullspace")[0]
-        tensor([[0., 0.],
-                [0., 1.]])
+    Attributes:
+        experts: ``[n]`` int64, ascending: the experts that have a matrix.
+        matrices: ``[n, d_hidden, d_hidden]``, dtype of the second moments.
+        energy_kept: ``[n]``, the share of the preserved text's energy ``tr C_j`` that lies where a delta cannot reach,
+            ``1 − tr(S_j C_j S_jᵀ) / tr C_j``; 1 for an expert that saw no text.
     """
-    check_preserve(preserve, threshold, strength)
-    if second_moment.ndim != 3 or second_moment.shape[1] != second_moment.shape[2]:
-        raise ValueError(f"second_moment must be [n, d_hidden, d_hidden], got {list(second_moment.shape)}")
-    if preserve == "none":
-        return torch.eye(second_moment.shape[1]).to(second_moment).expand_as(second_moment)
-    values, vectors = torch.linalg.eigh(second_moment)
-    if preserve == "nullspace":
-        scale = (values <= threshold).to(values)
-    else:
-        scale = (1 + strength * values.clamp_min(0)).rsqrt()
-    return (vectors * scale[:, None, :]) @ vectors.mT
+
+    experts: Tensor
+    matrices: Tensor
+    energy_kept: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        moments: SecondMoments,
+        experts: Tensor,
+        preserve: Preserve,
+        threshold: float = 0.02,
+        strength: float = 1000.0,
+        symmetric: bool = False,
+    ) -> Shaping:
+        r"""The matrices of some experts of a layer.
+
+        - ``nullspace`` (AlphaEdit 2410.02355, per expert in MoEEdit 2602.10965): the projector ``P_j`` onto the
+          eigenvectors of ``C_j`` with eigenvalue ``≤ τ``. What lies in the others does not change at all.
+        - ``covariance`` (MEMIT 2210.07229, here per expert inside the joint problem): the penalty becomes
+          ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)``, and with ``S_jᵀ S_j = (I + β C_j)^{-1}`` the substitution
+          ``ΔW_j = ΔŴ_j S_j`` brings it back to a ridge. A direction changes the less, the more the preserved text uses
+          it. Of all such roots the solution is the same, as long as the solver treats no coordinate of an expert
+          specially; the inverse of the Cholesky factor is the cheapest.
+
+        Args:
+            moments: of the layer.
+            experts: ``[n]`` int64, ascending. The matrices are on its device.
+            preserve: ``nullspace`` or ``covariance``.
+            threshold: ``τ``, in units of squared activations.
+            strength: ``β``, in units of one over squared activations.
+            symmetric: whether to take the symmetric root, ``(I + β C_j)^{-1/2}``, whose coordinates are those of the
+                keys; only a solver that shares factors between experts needs it.
+
+        Raises:
+            ValueError: if the settings make no sense.
+
+        Example:
+            >>> moments = SecondMoments(torch.diag(torch.tensor([3.0, 0.0]))[None], torch.tensor([3]))
+            >>> Shaping.of(moments, torch.tensor([0]), "nullspace").matrices[0]
+            tensor([[0., 0.],
+                    [0., 1.]])
+        """
+        check_preserve(preserve, threshold, strength)
+        if preserve == "none":
+            raise ValueError("with preserve='none' there is nothing to shape")
+        d_hidden = moments.total.shape[-1]
+        matrices = moments.total.new_empty(len(experts), d_hidden, d_hidden, device=experts.device)
+        reached, trace = torch.zeros(2, len(experts), dtype=torch.float64, device=experts.device)
+        for rows in torch.arange(len(experts), device=experts.device).split(max(1, BLOCK // d_hidden**2)):
+            moment = moments.mean(experts[rows])
+            trace[rows] = moment.diagonal(dim1=1, dim2=2).sum(1).to(trace)
+            if preserve == "nullspace":
+                root, energy = _by_eigenvectors(moment, experts.device, lambda values: (values <= threshold).to(values))
+            elif symmetric:
+                root, energy = _symmetric_root(moment, experts.device, strength)
+            else:
+                root, energy = _triangular_root(moment.to(experts.device), strength)
+            matrices[rows], reached[rows] = root, energy.to(reached)
+        kept = torch.where(trace > 0, 1 - reached / trace.where(trace > 0, 1), 1).clamp(0, 1)
+        return cls(experts, matrices, kept)
+
+    def features(self, keys: Tensor, expert_index: Tensor) -> Tensor:
+        """``S_j x`` for every row ``x`` of ``keys [N, d_hidden]``, with ``j`` from ``expert_index [N]``."""
+        return self._rows(keys, expert_index, self.matrices.mT)
+
+    def applied(self, right: Tensor, expert_index: Tensor) -> Tensor:
+        """``S_jᵀ y`` for every row ``y`` of ``right [N, d_hidden]``: right factors of what is applied."""
+        return self._rows(right, expert_index, self.matrices)
+
+    def _rows(self, rows: Tensor, expert_index: Tensor, matrices: Tensor) -> Tensor:
+        place = {expert: i for i, expert in enumerate(self.experts.tolist())}
+        shaped = torch.empty_like(rows)
+        for expert, positions in group_positions(expert_index):
+            shaped[positions] = rows[positions] @ matrices[place[expert]].to(rows)
+        return shaped
 
 
-def shape_rows(rows: Tensor, expert_index: Tensor, experts: Tensor, matrices: Tensor) -> Tensor:
-    """``S_j x`` for every row ``x`` of ``rows [N, d_hidden]`` with expert ``expert_index [N]``.
+def _by_eigenvectors(moment: Tensor, device: torch.device, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """``V diag(s(λ)) Vᵀ`` and ``Σ s(λ)² λ`` for eigenvectors and eigenvalues of ``C_j [n, d_hidden, d_hidden]``."""
+    values, vectors = torch.linalg.eigh(moment.to("cpu" if moment.shape[1] <= EIGH_ON_CPU else device))
+    scales = scale(values)
+    vectors *= scales.sqrt()[:, None, :]
+    return (vectors @ vectors.mT).to(device), (scales**2 * values).sum(1)
 
-    ``matrices[i]`` belongs to ``experts[i]``; ``experts`` is ascending and holds every value of ``expert_index``.
+
+def _symmetric_root(moment: Tensor, device: torch.device, strength: float) -> tuple[Tensor, Tensor]:
+    return _by_eigenvectors(moment, device, lambda values: (1 + strength * values.clamp_min(0)).rsqrt())
+
+
+def _triangular_root(moment: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """The inverse of the Cholesky factor of ``I + β C_j``, and the energy ``tr(S_j C_j S_jᵀ)``.
+
+    In float64: the condition numbers of ``I + β C_j`` leave float32 two or three digits, and what this costs is still
+    less than eigenvectors in float32.
     """
-    shaped = torch.empty_like(rows)
-    for matrix, expert in zip(matrices, experts, strict=True):
-        pairs = expert_index == expert
-        shaped[pairs] = rows[pairs] @ matrix.to(rows)
-    return shaped
+    identity = torch.eye(moment.shape[1], dtype=torch.float64, device=moment.device)
+    factor, failed = torch.linalg.cholesky_ex(identity + strength * moment.double())
+    root = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    # S (I + β C) Sᵀ = I, so that β S C Sᵀ = I − S Sᵀ
+    squares = root.square().sum((1, 2))
+    energy = (len(identity) - squares) / strength if strength else moment.diagonal(dim1=1, dim2=2).sum(1).double()
+    if bool(failed.any()):  # sums in float32 may have eigenvalues that are below zero by more than 1 / β
+        rows = failed.nonzero().squeeze(-1)
+        symmetric, lost = _symmetric_root(moment[rows], moment.device, strength)
+        root[rows], energy[rows] = symmetric.double(), lost.to(energy)
+    return root.to(moment.dtype), energy

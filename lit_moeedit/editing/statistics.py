@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
+from lit_moeedit.editing.cache import MomentsCache, digest, moment_keys
 from lit_moeedit.editing.running import hidden_states, inference
-from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, watch_keys
+from lit_moeedit.models.experts import ExpertLayer, stream_keys
 from lit_moeedit.sharding.ranks import Ranks
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -28,25 +34,31 @@ class SecondMoments:
     count: Tensor
 
     @classmethod
-    def zeros(cls, layer: ExpertLayer) -> SecondMoments:
-        """Empty sums for a layer."""
+    def zeros(cls, layer: ExpertLayer, device: torch.device | str | None = None) -> SecondMoments:
+        """Empty sums for a layer, on its device or another."""
         experts, _, d_hidden = layer.shape
-        device = layer.down_proj.device
+        device = layer.down_proj.device if device is None else device
         return cls(
             torch.zeros(experts, d_hidden, d_hidden, device=device),
             torch.zeros(experts, dtype=torch.long, device=device),
         )
 
-    def add(self, keys: RoutedKeys) -> None:
-        """Add the keys of some tokens."""
-        counts = torch.bincount(keys.expert, minlength=len(self.count))
-        self.count += counts
-        for expert, rows in enumerate(keys.key.float().split(counts.tolist())):
-            if len(rows):
-                self.total[expert].addmm_(rows.T, rows)
+    def add(self, expert: int, keys: Tensor) -> None:
+        """Add keys ``[n, d_hidden]`` of one expert; the sums are float32, whatever the keys are."""
+        rows, total = keys.float(), self.total[expert]
+        if total.device == rows.device:
+            total.addmm_(rows.T, rows)
+        else:
+            total += (rows.T @ rows).to(total.device)
+        self.count[expert] += len(rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {"total": self.total, "count": self.count}
 
     def mean(self, experts: Tensor) -> Tensor:
         """``C_j`` of the given experts ``[n]``: ``[n, d_hidden, d_hidden]``; zero for an expert that saw nothing."""
+        experts = experts.to(self.total.device)
         return self.total[experts] / self.count[experts].clamp_min(1)[:, None, None]
 
 
@@ -59,10 +71,14 @@ def second_moments(
     max_length: int = 512,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
+    cache: MomentsCache | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[int, SecondMoments]:
     """Stream texts through the model and accumulate second moments of every expert in the given layers.
 
-    Layers above the highest of ``layers`` are not run. The texts are dealt to the ranks, and the sums added up.
+    Layers above the highest of ``layers``, and that one's down-projections, are not run. The texts are dealt to the
+    ranks, and the sums added up. With a cache, layers that are in it are not computed, and an unfinished pass goes on
+    where it was last saved; the first rank reads and writes it.
 
     Args:
         model: the model.
@@ -73,34 +89,119 @@ def second_moments(
         max_length: longer texts are cut.
         progress: called with the texts done and all.
         ranks: the processes that share the work; each calls this with the same texts.
+        cache: where to keep the sums.
+        device: where to hold the sums, ``E · d_hidden² · 4`` bytes for each layer; ``None`` for the layer's own device,
+            ``"cpu"`` to save the memory of a GPU at the price of moving a product for each expert and batch.
 
     Raises:
         ValueError: if there is no text.
+        FloatingPointError: if a key is not finite.
     """
     ranks = ranks if ranks is not None else Ranks()
     if not texts:
         raise ValueError("there is no preservation text: second moments need at least one")
-    rows = [e.ids[:max_length] for e in encode(tokenizer, texts, [""] * len(texts)) if e.ids]
-    moments = {layer.index: SecondMoments.zeros(layer) for layer in layers}
+    moments = {layer.index: SecondMoments.zeros(layer, device) for layer in layers}
+    keys = {} if cache is None else moment_keys(model, tokenizer, layers, texts, max_length, ranks)
+    sums = {i: x for i, x in moments.items() if cache is None or not cache.load(keys[i], x.tensors(), ranks)}
+    if not sums:
+        return moments
+    rows = list(_token_rows(tokenizer, texts, max_length))
     batches = list(token_batches([len(row) for row in rows], token_budget))
-    mask, wanted = torch.empty(0), True
-    top = max(layers, key=lambda layer: layer.index)
+    unfinished = _Unfinished(sums, cache, digest([keys.get(i) for i in sums], token_budget), ranks)
 
-    def observe(layer: ExpertLayer, keys: RoutedKeys) -> None:
-        if wanted:
-            moments[layer.index].add(keys)
+    def after(batch: int) -> None:
+        if progress is not None:
+            progress(sum(map(len, batches[:batch])), len(rows))
+        if batch < len(batches):
+            unfinished.save(batch)
 
-    with (
-        inference(model),
-        watch_keys(model, layers, select=lambda: mask.flatten().nonzero().squeeze(-1), observe=observe),
-    ):
-        for number, (batch, mine) in enumerate(ranks.deal(batches)):
-            wanted = mine
-            ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_id(tokenizer)))
-            hidden_states(model, top, ids, mask, position_ids(mask))
-            if progress is not None:
-                progress(sum(map(len, batches[: (number + 1) * ranks.size])), len(rows))
-    ranks.agree()
-    for summed in moments.values():
+    first = unfinished.load()
+    watched = [layer for layer in layers if layer.index in sums]
+    _accumulate(model, watched, sums, rows, batches, first, pad_id(tokenizer), ranks, after)
+    for index, summed in sums.items():
         ranks.sum(summed.total, summed.count)
+        # a key that is not finite shows in its square
+        if not bool(summed.total.diagonal(dim1=1, dim2=2).isfinite().all()):
+            raise FloatingPointError(f"the keys of layer {index} are not finite on the preservation text")
+        if cache is not None:
+            cache.save(keys[index], summed.tensors(), ranks)
+    unfinished.drop()
     return moments
+
+
+def _token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Iterator[array[int]]:
+    """Token ids of the texts that have any; character offsets, which take far more memory, for some texts at a time."""
+    for start in range(0, len(texts), 1024):
+        some = texts[start : start + 1024]
+        yield from (array("i", e.ids[:max_length]) for e in encode(tokenizer, some, [""] * len(some)) if e.ids)
+
+
+def _accumulate(
+    model: PreTrainedModel,
+    layers: Sequence[ExpertLayer],
+    sums: Mapping[int, SecondMoments],
+    rows: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[int]],
+    first: int,
+    pad_token: int,
+    ranks: Ranks,
+    after: Callable[[int], None],
+) -> None:
+    """Add this rank's batches, beginning with the ``first``, to the sums; ``after`` is told how many are done."""
+    top = max(layers, key=lambda layer: layer.index)
+    positions = torch.empty(0)
+
+    def observe(layer: ExpertLayer, expert: int, keys: Tensor) -> None:
+        sums[layer.index].add(expert, keys)
+
+    with inference(model), stream_keys(model, layers, lambda: positions, observe, last=top):
+        for number, (batch, mine) in enumerate(ranks.deal(batches[first:]), 1):
+            ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_token))
+            # the experts need not be run on padding, nor on what another rank counts
+            positions = (mask * mine).flatten().nonzero().squeeze(-1)
+            hidden_states(model, top, ids, mask, position_ids(mask))
+            after(min(first + number * ranks.size, len(batches)))
+    ranks.agree()
+
+
+class _Unfinished:
+    """The sums of a pass, saved from time to time."""
+
+    def __init__(self, sums: Mapping[int, SecondMoments], cache: MomentsCache | None, key: str, ranks: Ranks) -> None:
+        self.sums, self.cache, self.key, self.ranks = sums, cache, key, ranks
+        self._batch = torch.zeros(1, dtype=torch.long)
+        self._saved = time.monotonic()
+
+    def load(self) -> int:
+        """The batch to go on with: the sums are those of all before it."""
+        if self.cache is not None and self.cache.load(self.key, self._tensors(), self.ranks):
+            self._leave_to_first_rank()
+            log.info("second moments: going on where a pass was broken off, behind %d batches", int(self._batch))
+        return int(self._batch)
+
+    def save(self, batch: int) -> None:
+        """Save the sums of the batches before this one, if it is time to."""
+        if self.cache is None or not self.ranks.any(time.monotonic() - self._saved >= self.cache.save_every):
+            return
+        for summed in self.sums.values():
+            self.ranks.sum(summed.total, summed.count)
+        self._leave_to_first_rank()
+        self._batch.fill_(batch)
+        self.cache.save(self.key, self._tensors(), self.ranks)
+        self._saved = time.monotonic()
+
+    def drop(self) -> None:
+        """The pass is finished."""
+        if self.cache is not None:
+            self.cache.drop(self.key, self.ranks)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"{index}.{name}": x for index, part in self.sums.items() for name, x in part.tensors().items()}
+        return {**named, "batch": self._batch}
+
+    def _leave_to_first_rank(self) -> None:
+        # all hold the sums of all; the next sum over the ranks shall count them once
+        if self.ranks.rank:
+            for summed in self.sums.values():
+                summed.total.zero_()
+                summed.count.zero_()

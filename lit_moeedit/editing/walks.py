@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lit_moeedit.editing.features import EditTokens
+from lit_moeedit.editing.projection import Shaping
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Tucker, TuckerFactors
-
-Shape = Callable[[Tensor, Tensor], Tensor]
-"""Shapes rows ``[N, d_hidden]`` as the preservation demands of their experts ``[N]``."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Site:
         layers: the layers, ascending; the last is the target layer.
         aim: ``[n, d_model]``, how far the target layer's output is to move at the edit token of each prompt.
         measure: keys of a layer, and the target layer's output, with the weights as they are now.
-        problem: of a layer, for what was measured and the residuals ``[n, d_model]``.
-        shape: what shapes the keys of all experts of a layer, and the right factors of their changes.
+        problem: of a layer, for what was measured, the residuals ``[n, d_model]`` and the shaping of its keys.
+        shaping: of some experts of a layer, by what they must preserve; ``None`` if that is nothing.
         factors: Tucker factors of a layer, with the given ranks or those that the solver chooses.
         clock: measures a phase.
     """
@@ -33,8 +32,8 @@ class Site:
     layers: Sequence[ExpertLayer]
     aim: Tensor
     measure: Callable[[ExpertLayer], EditTokens]
-    problem: Callable[[ExpertLayer, EditTokens, Tensor, Shape], EditProblem]
-    shape: Callable[[ExpertLayer, EditTokens], Shape]
+    problem: Callable[[ExpertLayer, EditTokens, Tensor, Shaping | None], EditProblem]
+    shaping: Callable[[ExpertLayer, Tensor], Shaping | None]
     factors: Callable[[ExpertLayer, Sequence[int] | None], TuckerFactors]
     clock: Callable[[str], AbstractContextManager[None]]
 
@@ -54,12 +53,10 @@ def upwards(solver: Solver, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDel
             goal = seen.hidden + site.aim
         with site.clock("solve"):
             chosen = solver.with_factors(site.factors(layer, None)) if isinstance(solver, Tucker) else solver
-            shape = site.shape(layer, seen)
+            shaping = site.shaping(layer, _changing(solver, layer, seen))
             residuals = (goal - seen.hidden) / (len(site.layers) - number)
-            solution = chosen.solve(site.problem(layer, seen, residuals, shape))
-            # the problem was solved for keys shaped by S_j, the layer sees keys as they are: apply ΔŴ_j S_j
-            deltas = solution.with_right(shape(solution.right, solution.expert_index))
-        yield layer, deltas
+            solution = chosen.solve(site.problem(layer, seen, residuals, shaping))
+        yield layer, _applied(solution, shaping)
 
 
 def carried(solver: Tucker, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDeltas]]:
@@ -74,10 +71,26 @@ def carried(solver: Tucker, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDel
         seen = site.measure(top)
     with site.clock("solve"):
         factors = site.factors(top, None)
-        core = solver.with_factors(factors).core(site.problem(top, seen, site.aim, site.shape(top, seen)))
+        shaping = site.shaping(top, _changing(solver, top, seen))
+        core = solver.with_factors(factors).core(site.problem(top, seen, site.aim, shaping))
     for number, layer in enumerate(site.layers):
         with site.clock("solve"):
             own = factors if layer is top else site.factors(layer, factors.ranks)
-            solution = core.deltas(own, 1 / (len(site.layers) - number))
-            deltas = solution.with_right(site.shape(layer, seen)(solution.right, solution.expert_index))
+            share = 1 / (len(site.layers) - number)
+            its = shaping if layer is top else site.shaping(layer, _changing(solver, layer, seen))
+            deltas = _applied(core.deltas(own, share), its)
         yield layer, deltas
+
+
+def _changing(solver: Solver, layer: ExpertLayer, seen: EditTokens) -> Tensor:
+    """The experts that an edit changes: those that it visits, or all if they share factors."""
+    assert seen.keys is not None
+    visited = torch.unique(seen.keys.expert)
+    return torch.arange(layer.num_experts, device=visited.device) if isinstance(solver, Tucker) else visited
+
+
+def _applied(solution: ExpertDeltas, shaping: Shaping | None) -> ExpertDeltas:
+    """The problem was solved for keys shaped by ``S_j``, the layer sees keys as they are: apply ``ΔŴ_j S_j``."""
+    if shaping is None:
+        return solution
+    return solution.with_right(shaping.applied(solution.right, solution.expert_index))

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+BLOCK = 4096
+"""Largest number of rows of one expert that are computed at a time."""
+
+
 class UnsupportedModelError(ValueError):
     """The model, or one of its layers, cannot be edited; the message says why and what could."""
 
@@ -237,37 +241,109 @@ def routed_keys(
         gates: ``[tokens, k]``, their weights.
         positions: ``[n]`` int64, the tokens wanted; ``None`` for all.
     """
-    module: Any = layer.experts
-    tokens = torch.arange(len(hidden), device=hidden.device) if positions is None else positions.to(hidden.device)
+    pairs = _pairs(layer, experts, positions)
+    rows = [_key(layer, j, hidden[token]) for j, token, _ in pairs.blocks()]
+    return RoutedKeys(
+        pairs.token,
+        pairs.expert,
+        gates.reshape(-1)[pairs.slot],
+        torch.cat(rows) if rows else hidden.new_zeros(0, layer.shape[2], dtype=layer.down_proj.dtype),
+    )
+
+
+@contextmanager
+def stream_keys(
+    model: PreTrainedModel,
+    layers: Sequence[ExpertLayer],
+    select: Callable[[], Tensor | None],
+    observe: Callable[[ExpertLayer, int, Tensor], None],
+    last: ExpertLayer | None = None,
+) -> Iterator[None]:
+    """While open, run the experts of the given layers here and hand out the keys of the selected tokens on their way.
+
+    Where all tokens are of interest, this costs nothing besides what ``observe`` does: no projection is computed twice,
+    and of the keys one block of one expert's is held at a time. The configured implementation of the experts, and
+    whatever watches from outside of this context, is not called for these layers. Without gradients.
+
+    Args:
+        model: the model whose forward is run inside.
+        layers: layers to watch, of those that :func:`check_editable` lets pass.
+        select: called once per layer and forward; the flattened token positions ``[n]`` to run, ``None`` for all. The
+            experts' output is 0 for the others, so those must be tokens that nobody attends to.
+        observe: called with the layer, an expert, and its keys of some tokens, ``[at most BLOCK, d_hidden]``.
+        last: a layer whose output nobody wants: it is 0, and its down-projections are not computed.
+    """
+
+    def run(layer: ExpertLayer, hidden: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        with torch.no_grad():
+            pairs = _pairs(layer, experts, select())
+            # several experts' outputs are added up: in float32, as in the implementations of transformers
+            output = torch.zeros(hidden.shape, device=hidden.device)
+            for j, token, slot in pairs.blocks():
+                key = _key(layer, j, hidden[token])
+                observe(layer, j, key)
+                if layer is not last:
+                    output.index_add_(
+                        0, token, _project(layer, "down_proj", j, key) * gates.reshape(-1)[slot, None].float()
+                    )
+            return output.to(hidden.dtype)
+
+    with _intercepted(model, layers, run):
+        yield
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of token and expert, sorted by expert, their places in ``[tokens · k]``, and how many each expert has."""
+
+    token: Tensor
+    expert: Tensor
+    slot: Tensor
+    counts: list[int]
+
+    def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Expert, tokens and slots of at most :data:`BLOCK` pairs each, all pairs in order."""
+        parts = zip(self.token.split(self.counts), self.slot.split(self.counts), strict=True)
+        for expert, (token, slot) in enumerate(parts):
+            if len(token):
+                for rows in zip(token.split(BLOCK), slot.split(BLOCK), strict=True):
+                    yield expert, *rows
+
+
+def _pairs(layer: ExpertLayer, experts: Tensor, positions: Tensor | None) -> _Pairs:
     k = experts.shape[-1]
-    flat = experts[tokens].reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    expert, token = flat[order], tokens.repeat_interleave(k)[order]
-    gate = gates[tokens].reshape(-1)[order]
-    local = expert < layer.num_experts  # expert parallelism marks experts of other ranks with larger numbers
-    if not bool(local.all()):
-        expert, token, gate = expert[local], token[local], gate[local]
-    counts = torch.bincount(expert, minlength=layer.num_experts).tolist()
-    up = module.gate_up_proj if module.has_gate else module.up_proj
-    bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
-    inputs = hidden[token].to(up.dtype)
-    parts = []
-    for j, rows in enumerate(inputs.split(counts)):
-        if len(rows):
-            weight = up[j] if layer.is_transposed else up[j].T
-            parts.append(rows @ weight if bias is None else torch.addmm(bias[j], rows, weight))
-    projected = torch.cat(parts) if parts else inputs.new_zeros(0, up.shape[-1 if layer.is_transposed else 1])
-    key = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
-    return RoutedKeys(token, expert, gate, key)
+    slot = torch.arange(experts.numel(), device=experts.device).view(-1, k)
+    slot = (slot if positions is None else slot[positions.to(slot.device)]).reshape(-1)
+    expert, order = torch.sort(experts.reshape(-1)[slot], stable=True)
+    # expert parallelism marks experts of other ranks with larger numbers
+    counts = torch.bincount(expert, minlength=layer.num_experts)[: layer.num_experts].tolist()
+    slot = slot[order][: sum(counts)]
+    return _Pairs(slot // k, expert[: len(slot)], slot, counts)
+
+
+def _key(layer: ExpertLayer, expert: int, inputs: Tensor) -> Tensor:
+    module: Any = layer.experts
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    projected = _project(layer, name, expert, inputs)
+    return module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
+
+
+def _project(layer: ExpertLayer, name: str, expert: int, rows: Tensor) -> Tensor:
+    weight = getattr(layer.experts, name)[expert]
+    bias = getattr(layer.experts, f"{name}_bias")[expert] if layer.experts.has_bias else None
+    return nn.functional.linear(rows.to(weight.dtype), weight.T if layer.is_transposed else weight, bias)
 
 
 @contextmanager
 def _intercepted(
     model: PreTrainedModel,
     layers: Sequence[ExpertLayer],
-    look: Callable[[ExpertLayer, Tensor, Tensor, Tensor], None],
+    look: Callable[[ExpertLayer, Tensor, Tensor, Tensor], Tensor | None],
 ) -> Iterator[None]:
-    """Register an experts function that looks at the inputs of the watched layers and then does what was configured."""
+    """Register an experts function that shows ``look`` the inputs of the watched layers.
+
+    If that returns no output of its own, the configured implementation is run.
+    """
     watched = {id(layer.experts): layer for layer in layers}
     configs: dict[int, tuple[PretrainedConfig, str | None]] = {}
     for layer in layers:
@@ -280,8 +356,9 @@ def _intercepted(
         module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         layer = watched.get(id(module))
-        if layer is not None:
-            look(layer, hidden_states, top_k_index, top_k_weights)
+        output = None if layer is None else look(layer, hidden_states, top_k_index, top_k_weights)
+        if output is not None:
+            return output
         # the decorator of transformers keeps the module's own forward under __wrapped__
         eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
         chosen = ALL_EXPERTS_FUNCTIONS.get_interface(configured.get(id(module.config)) or "eager", eager)

@@ -119,28 +119,38 @@ def _is_moment(value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.shape == shape
 
 
-def _zero_3(weight: Any, holder: Any) -> Shard:
-    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
-    from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+def zero_3_partition(weight: Any) -> tuple[int, Tensor]:
+    """What this rank owns of a parameter under ZeRO stage 3: index of its first number, and a view of all of them.
+
+    Raises:
+        UnsupportedShardingError: if they are not in memory as they are.
+    """
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
     part = weight.ds_tensor
     if part.status is not PartitionedParamStatus.AVAILABLE or hasattr(part, "ds_quant_scale"):
         raise UnsupportedShardingError(
             "the parameter's partition is on NVMe or quantised; offload parameters to the CPU, or not at all"
         )
+    # the last partitions are padded, so that all are of one size
+    start = min(dist.get_rank(weight.ds_process_group) * part.numel(), weight.ds_numel)
+    return start, part.data[: min(part.numel(), weight.ds_numel - start)]
+
+
+def _zero_3(weight: Any, holder: Any) -> Shard:
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
     if weight.ds_status is ZeroParamStatus.INFLIGHT:
         raise UnsupportedShardingError("the parameter is being gathered; edit between steps, not within a forward")
     if getattr(weight, "ds_secondary_tensor", None) is not None:
         raise UnsupportedShardingError("secondary partitions (zero_hpz_partition_size) are not supported")
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
         weight.partition()
-    group = weight.ds_process_group
-    # the last partitions are padded, so that all are of one size
-    start = min(dist.get_rank(group) * part.numel(), weight.ds_numel)
-    count = min(part.numel(), weight.ds_numel - start)
-    owned = part.data[:count]
+    start, owned = zero_3_partition(weight)
+    group, count = weight.ds_process_group, len(owned)
     working = Copy(start, lambda: owned)
-    common = {"shape": weight.ds_shape, "dtype": part.dtype, "start": start, "stop": start + count}
+    common = {"shape": weight.ds_shape, "dtype": owned.dtype, "start": start, "stop": start + count}
     if dist.get_world_size(group) == 1:
         group = None
     if holder is None:

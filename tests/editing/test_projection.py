@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_moeedit.editing.projection import check_preserve, shape_rows, shaping_matrices
-from lit_moeedit.solvers import EditProblem, Woodbury
+from lit_moeedit.editing import projection
+from lit_moeedit.editing.projection import Shaping, check_preserve
+from lit_moeedit.editing.statistics import SecondMoments
+from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, Solver, Woodbury
 
 
 def second_moments(experts: int, d_hidden: int, rank: int | None = None, seed: int = 0) -> Tensor:
@@ -17,6 +21,16 @@ def second_moments(experts: int, d_hidden: int, rank: int | None = None, seed: i
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(experts, rank or 3 * d_hidden, d_hidden, generator=generator, dtype=torch.float64)
     return rows.mT @ rows / rows.shape[1]
+
+
+def shaping(moments: Tensor, preserve="covariance", **options: Any) -> Shaping:
+    """Of all experts, whose second moments are given as they are."""
+    counted = SecondMoments(moments, torch.ones(len(moments), dtype=torch.long))
+    return Shaping.of(counted, torch.arange(len(moments)), preserve, **options)
+
+
+def shaping_matrices(moments: Tensor, preserve="covariance", **options: Any) -> Tensor:
+    return shaping(moments, preserve, **options).matrices
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
@@ -57,39 +71,60 @@ def test_threshold_is_inclusive() -> None:
     strength=st.sampled_from([0.0, 0.5, 1e3]),
     seed=st.integers(0, 99),
 )
-def test_covariance_is_the_inverse_square_root(d_hidden: int, rank: int, strength: float, seed: int) -> None:
+def test_covariance_is_a_root_of_the_inverse(d_hidden: int, rank: int, strength: float, seed: int) -> None:
     moments = second_moments(2, d_hidden, rank, seed)
-    matrices = shaping_matrices(moments, "covariance", strength=strength)
-    identity = torch.eye(d_hidden, dtype=torch.float64).expand_as(moments)
-    # condition numbers up to 1e4 in float64
-    torch.testing.assert_close(matrices @ (identity + strength * moments) @ matrices, identity, rtol=0, atol=1e-9)
-    torch.testing.assert_close(matrices, matrices.mT)
-    assert bool((torch.linalg.eigvalsh(matrices) > 0).all())
+    inverse = torch.linalg.inv(torch.eye(d_hidden, dtype=torch.float64) + strength * moments)
+    triangular = shaping_matrices(moments, strength=strength)
+    symmetric = shaping_matrices(moments, strength=strength, symmetric=True)
+    for matrices in (triangular, symmetric):
+        # condition numbers up to 1e4 in float64
+        torch.testing.assert_close(matrices.mT @ matrices, inverse, rtol=0, atol=1e-9)
+    torch.testing.assert_close(symmetric, symmetric.mT)
+    assert bool((torch.linalg.eigvalsh(symmetric) > 0).all())
+    assert torch.equal(triangular, triangular.tril())
 
 
-def test_covariance_in_float32() -> None:
+def test_covariance_of_moments_in_float32() -> None:
     moments = second_moments(2, 16, rank=5).float()
-    matrices = shaping_matrices(moments, "covariance", strength=1000.0)
-    identity = torch.eye(16)
-    # the condition number of I + β C is about 1e4, of which float32 leaves three digits
-    torch.testing.assert_close(
-        matrices @ (identity + 1000.0 * moments) @ matrices, identity.expand(2, -1, -1), rtol=0, atol=5e-3
-    )
+    matrices = shaping_matrices(moments, strength=1000.0)
+    inverse = torch.linalg.inv(torch.eye(16, dtype=torch.float64) + 1000.0 * moments.double())
+    assert matrices.dtype == torch.float32
+    # computed in float64, whatever the condition number, and rounded at the end
+    torch.testing.assert_close(matrices.double().mT @ matrices.double(), inverse, rtol=0, atol=1e-6)
 
 
 def test_rounding_below_zero_does_not_matter() -> None:
-    moment = torch.diag(torch.tensor([1.0, -1e-4]))[None]  # 1 + strength * -1e-4 would be negative
-    matrix = shaping_matrices(moment, "covariance", strength=1e5)[0]
-    torch.testing.assert_close(matrix, torch.diag(torch.tensor([(1 + 1e5) ** -0.5, 1.0])))
+    moments = torch.diag(torch.tensor([1.0, -1e-4])).repeat(2, 1, 1)  # 1 + strength * -1e-4 would be negative
+    moments[1] = torch.diag(torch.tensor([3.0, 0.0]))
+    found = shaping(moments, strength=1e5)
+    torch.testing.assert_close(found.matrices[0], torch.diag(torch.tensor([(1 + 1e5) ** -0.5, 1.0])))
+    torch.testing.assert_close(found.matrices[1], torch.diag(torch.tensor([(1 + 3e5) ** -0.5, 1.0])))
+    assert bool(((found.energy_kept >= 0) & (found.energy_kept <= 1)).all())
 
 
-def test_none_is_the_identity() -> None:
-    assert torch.equal(shaping_matrices(torch.ones(2, 3, 3), "none"), torch.eye(3).expand(2, 3, 3))
+@pytest.mark.parametrize("options", [{"preserve": "nullspace", "threshold": 0.5}, {"strength": 30.0},
+                                     {"strength": 30.0, "symmetric": True}, {"strength": 0.0}])  # fmt: skip
+@pytest.mark.parametrize("block", [1, 40, 10**9])
+def test_energy_kept_is_what_deltas_cannot_reach(monkeypatch, options: dict[str, Any], block: int) -> None:
+    monkeypatch.setattr(projection, "BLOCK", block)  # one expert at a time, two, or all
+    moments = second_moments(5, 4, rank=3)
+    moments[3] = 0.0
+    counted = SecondMoments(moments * 7, torch.full((5,), 7))
+    found = Shaping.of(counted, torch.tensor([1, 3, 4]), **{"preserve": "covariance", **options})
+    for row, expert in enumerate((1, 3, 4)):
+        matrix, moment = found.matrices[row], moments[expert]
+        torch.testing.assert_close(matrix, shaping_matrices(moments, **options)[expert])
+        reached = (matrix @ moment @ matrix.T).trace() / moment.trace() if expert != 3 else 0.0
+        assert float(found.energy_kept[row]) == pytest.approx(1 - float(reached), abs=1e-12)
+    assert options != {"preserve": "nullspace", "threshold": 0.5} or 0.5 < float(found.energy_kept[0]) < 1
 
 
 @pytest.mark.parametrize("preserve", ["nullspace", "covariance"])
 def test_an_expert_that_saw_nothing_is_free(preserve) -> None:
     torch.testing.assert_close(shaping_matrices(torch.zeros(1, 4, 4), preserve), torch.eye(4)[None])
+
+
+WOODBURY = Woodbury()
 
 
 def keyed_problem(ridge: float) -> tuple[EditProblem, Tensor]:
@@ -101,15 +136,14 @@ def keyed_problem(ridge: float) -> tuple[EditProblem, Tensor]:
     return EditProblem(edit, expert, gated, residuals, 3, ridge), second_moments(3, 6, rank=4)
 
 
-def applied(problem: EditProblem, preserve, moments: Tensor, **settings: float) -> Tensor:
+def applied(problem: EditProblem, preserve, moments: Tensor, solver: Solver = WOODBURY, **settings: Any) -> Tensor:
     """The applied deltas ``[3, d_model, d_hidden]``: shape, solve, shape back, as the editor does."""
-    experts = torch.arange(3)
-    matrices = shaping_matrices(moments, preserve, **settings)
-    shaped = shape_rows(problem.features, problem.expert_index, experts, matrices)
-    solution = Woodbury().solve(
+    shapes = shaping(moments, preserve, **settings)
+    shaped = shapes.features(problem.features, problem.expert_index)
+    solution = solver.solve(
         EditProblem(problem.edit_index, problem.expert_index, shaped, problem.residuals, 3, problem.ridge)
     )
-    deltas = solution.with_right(shape_rows(solution.right, solution.expert_index, experts, matrices))
+    deltas = solution.with_right(shapes.applied(solution.right, solution.expert_index))
     return torch.stack([deltas.dense(j) for j in range(3)])
 
 
@@ -145,14 +179,25 @@ def test_nullspace_solves_the_constrained_problem() -> None:
     torch.testing.assert_close(applied(problem, "nullspace", moments, threshold=0.5), expected)
 
 
-def test_shape_rows_uses_each_expert_s_own_matrix() -> None:
+@pytest.mark.parametrize("solver", [Woodbury(), BlockCoordinateDescent(passes=2)])
+def test_either_root_gives_the_same_deltas(solver: Solver) -> None:
+    problem, moments = keyed_problem(ridge=0.3)
+    triangular, symmetric = (
+        applied(problem, "covariance", moments, solver, strength=1000.0, symmetric=root) for root in (False, True)
+    )
+    torch.testing.assert_close(triangular, symmetric, rtol=0, atol=1e-5 * float(symmetric.abs().max()))
+
+
+def test_rows_are_shaped_by_each_expert_s_own_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, matrices = torch.randn(5, 3, generator=generator), torch.randn(2, 3, 3, generator=generator)
-    matrices = matrices + matrices.mT
     expert_index = torch.tensor([7, 2, 7, 2, 2])
-    shaped = shape_rows(rows, expert_index, torch.tensor([2, 7]), matrices)
-    for row, expert, result in zip(rows, expert_index, shaped, strict=True):
-        torch.testing.assert_close(result, matrices[0 if expert == 2 else 1] @ row)
+    shapes = Shaping(torch.tensor([2, 7]), matrices, torch.ones(2))
+    results = shapes.features(rows, expert_index), shapes.applied(rows, expert_index)
+    for row, expert, feature, right in zip(rows, expert_index, *results, strict=True):
+        matrix = matrices[0 if expert == 2 else 1]
+        torch.testing.assert_close(feature, matrix @ row)
+        torch.testing.assert_close(right, matrix.T @ row)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +215,6 @@ def test_wrong_settings_are_refused(arguments: tuple[str, float, float], message
         check_preserve(*arguments)
 
 
-@pytest.mark.parametrize("shape", [(3, 3), (2, 3, 4)])
-def test_matrices_must_be_square_and_stacked(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"second_moment must be \[n, d_hidden, d_hidden\], got"):
-        shaping_matrices(torch.zeros(shape), "nullspace")
+def test_nothing_is_shaped_for_nothing() -> None:
+    with pytest.raises(ValueError, match="there is nothing to shape"):
+        shaping(torch.zeros(1, 2, 2), "none")

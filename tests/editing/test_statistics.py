@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
-from lit_moeedit.models.experts import RoutedKeys, expert_layers
+from lit_moeedit.models import experts as experts_module
+from lit_moeedit.models.experts import expert_layers, routed_keys
 
 
 @torch.no_grad()
@@ -56,6 +59,86 @@ def test_equals_plain_accumulation(
         assert_same(layer, *accumulated(model, tokenizer, index, texts))
 
 
+@settings(deadline=None, derandomize=True, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(block=st.integers(1, 40), token_budget=st.integers(1, 300))
+def test_blocks_of_any_size_give_the_same_sums(monkeypatch, model, tokenizer, texts, block, token_budget) -> None:
+    layers = list(expert_layers(model).values())
+    whole = second_moments(model, tokenizer, layers, texts)
+    with monkeypatch.context() as patch:
+        patch.setattr(experts_module, "BLOCK", block)
+        parts = second_moments(model, tokenizer, layers, texts, token_budget)
+    for index, moments in whole.items():
+        assert_same(parts[index], moments.total, moments.count)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "olmoe", "deepseek_v3"])
+def test_equals_keys_of_the_configured_forward_in_other_families(make_model, tokenizer, texts, model_type: str) -> None:
+    """Biases, transposed layouts, shared experts: the layers above see what the family's own forward gives them."""
+    model = make_model(model_type).eval()
+    layer = expert_layers(model)[2]
+    moments = second_moments(model, tokenizer, [expert_layers(model)[1], layer], texts, token_budget=200)[2]
+    total, count = torch.zeros_like(moments.total), torch.zeros_like(moments.count)
+    inputs: list[tuple[torch.Tensor, ...]] = []
+    handle = layer.experts.register_forward_hook(lambda module, args, output: inputs.append(args))
+    with torch.no_grad():
+        for text in texts:
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+            keys = routed_keys(layer, *inputs.pop())
+            for expert, key in zip(keys.expert, keys.key, strict=True):
+                total[expert] += torch.outer(key, key)
+                count[expert] += 1
+    handle.remove()
+    assert_same(moments, total, count)
+
+
+@torch.no_grad()
+def test_keys_of_bfloat16_are_summed_in_float32(model, tokenizer, texts) -> None:
+    model = model.to(torch.bfloat16)
+    layer = expert_layers(model)[0]
+    inputs: list[tuple[torch.Tensor, ...]] = []
+    handle = layer.experts.register_forward_hook(lambda module, args, output: inputs.append(args))
+    # one text many times over, of which all keys are known: bfloat16 would stop counting at 256 times its own size
+    text, times = texts[2], 400
+    moments = second_moments(model, tokenizer, [layer], [text] * times)[0]
+    keys = routed_keys(layer, *inputs[-1])
+    handle.remove()
+    expected = torch.zeros(6, 20, 20, dtype=torch.float64)
+    for expert, key in zip(keys.expert, keys.key.double(), strict=True):
+        expected[expert] += torch.outer(key, key)
+    tokens = len(tokenizer(text)["input_ids"])
+    assert len(keys.token) == 2 * tokens * times
+    assert moments.total.dtype == torch.float32
+    # float32 sums of some thousand products
+    torch.testing.assert_close(moments.total.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_projections_that_nobody_needs_are_not_computed(model, tokenizer, texts) -> None:
+    """The highest layer's down-projections, and whatever is above it, may be anything."""
+    layers = list(expert_layers(model).values())
+    expected = second_moments(model, tokenizer, layers[:2], texts)
+    with torch.no_grad():
+        layers[1].down_proj.fill_(torch.nan)
+        layers[2].experts.gate_up_proj.fill_(torch.nan)
+    found = second_moments(model, tokenizer, layers[:2], texts)
+    assert torch.equal(found[1].total, expected[1].total)
+
+
+def test_keys_that_are_not_finite_are_refused(model, tokenizer, texts) -> None:
+    layers = list(expert_layers(model).values())
+    with torch.no_grad():
+        layers[1].experts.gate_up_proj[3, 5, 5] = torch.inf
+    with pytest.raises(FloatingPointError, match="keys of layer 1 are not finite"):
+        second_moments(model, tokenizer, layers, texts)
+
+
+def test_sums_may_be_held_elsewhere(model) -> None:
+    layer = expert_layers(model)[0]
+    assert SecondMoments.zeros(layer).total.device == layer.down_proj.device
+    elsewhere = SecondMoments.zeros(layer, "meta")
+    elsewhere.add(1, torch.ones(2, 20))  # moves a product, not the keys
+    assert elsewhere.total.device == elsewhere.count.device == torch.device("meta")
+
+
 def test_order_of_texts_does_not_matter(model: PreTrainedModel, tokenizer, texts: list[str]) -> None:
     layers = list(expert_layers(model).values())
     one = second_moments(model, tokenizer, layers, texts, 64)
@@ -94,9 +177,8 @@ def test_no_text_is_refused(model: PreTrainedModel, tokenizer) -> None:
 def test_mean_divides_by_the_tokens_of_each_expert() -> None:
     moments = SecondMoments(torch.zeros(3, 2, 2), torch.zeros(3, dtype=torch.long))
     keys = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
-    index = torch.tensor([0, 1, 2])
-    moments.add(RoutedKeys(index, torch.tensor([0, 0, 2]), torch.ones(3), keys))
-    moments.add(RoutedKeys(index, torch.tensor([0, 2, 2]), torch.ones(3), keys))
+    for expert, rows in ((0, [0, 1]), (2, [2]), (0, [0]), (2, [1, 2])):
+        moments.add(expert, keys[rows])
     mean = moments.mean(torch.tensor([0, 1, 2]))
     # expert 0 saw the first key twice and the second once, expert 2 the third twice and the second once
     torch.testing.assert_close(mean[0], torch.tensor([[(1 + 9 + 1) / 3, 0.0], [0.0, 0.0]]))

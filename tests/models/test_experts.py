@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lit_moeedit.models import experts as experts_module
 from lit_moeedit.models.experts import (
     ExpertLayer,
     RoutedKeys,
@@ -22,6 +23,7 @@ from lit_moeedit.models.experts import (
     expert_layers,
     find_model,
     routed_keys,
+    stream_keys,
     watch_keys,
     watch_routing,
 )
@@ -156,6 +158,50 @@ def test_only_selected_tokens_are_observed(model: PreTrainedModel, input_ids: Te
     assert all(keys.key.shape == (0, 20) for keys in nothing.values())
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_streamed_keys_are_those_that_are_watched(make_model, input_ids: Tensor, model_type: str) -> None:
+    model = family(make_model, model_type)
+    plain, watched = model(input_ids=input_ids).logits, watched_keys(model, input_ids)
+    parts: dict[tuple[int, int], list[Tensor]] = {}
+
+    def observe(layer: ExpertLayer, expert: int, keys: Tensor) -> None:
+        parts.setdefault((layer.index, expert), []).append(keys)
+
+    with stream_keys(model, list(expert_layers(model).values()), lambda: None, observe):
+        logits = model(input_ids=input_ids).logits
+    torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)  # through three layers
+    for index, keys in watched.items():
+        for expert in range(expert_layers(model)[index].num_experts):
+            rows = keys.key[keys.expert == expert]
+            found = torch.cat(parts.pop((index, expert), [rows[:0]]))
+            torch.testing.assert_close(found, rows, rtol=1e-4, atol=1e-4)
+    assert not parts
+
+
+@torch.no_grad()
+def test_streaming_leaves_out_what_is_not_wanted(model: PreTrainedModel, input_ids: Tensor, monkeypatch) -> None:
+    model.eval()
+    monkeypatch.setattr(experts_module, "BLOCK", 2)
+    layers, sizes, chosen = list(expert_layers(model).values()), [], torch.tensor([0, 1, 9, 10])
+    outputs: list[Tensor] = []
+    handles = [layer.experts.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in layers]
+    model(input_ids=input_ids)
+    with stream_keys(model, layers[::2], lambda: chosen, lambda *args: sizes.append(len(args[2])), last=layers[2]):
+        model(input_ids=input_ids)
+    for handle in handles:
+        handle.remove()
+    assert max(sizes) == 2
+    assert sum(sizes) == 2 * 2 * len(chosen)
+    plain, streamed = outputs[:3], outputs[3:]
+    torch.testing.assert_close(streamed[0][chosen], plain[0][chosen], **FLOAT32)
+    others = torch.ones(27, dtype=torch.bool).index_fill(0, chosen, False)
+    assert not streamed[0][others].any()
+    assert streamed[1][others].any()  # not watched
+    assert streamed[2].shape == plain[2].shape
+    assert not streamed[2].any()
+
+
 @torch.no_grad()
 def test_only_given_layers_are_observed(model: PreTrainedModel, input_ids: Tensor) -> None:
     seen: list[int] = []
@@ -202,6 +248,8 @@ class TestInterface:
         with pytest.raises(ZeroDivisionError), watch_keys(model, layers, lambda: None, fail):
             model(input_ids=input_ids)
         with pytest.raises(ZeroDivisionError), watch_keys(model, layers, fail, lambda *_: None):
+            model(input_ids=input_ids)
+        with pytest.raises(ZeroDivisionError), stream_keys(model, layers, lambda: None, fail):
             model(input_ids=input_ids)
         assert self.state(model) == before
         model(input_ids=input_ids)

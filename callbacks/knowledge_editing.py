@@ -206,6 +206,7 @@ class KnowledgeEditing(L.Callback):
             "edits_made": self._edits_made,
             "last_step": self._last_step,
             "renewals": self.renewals,
+            "memory": None if self.editor.memory is None else self.editor.memory.state_dict(),
         }
 
     @override
@@ -215,6 +216,9 @@ class KnowledgeEditing(L.Callback):
         self._edits_made = int(state_dict["edits_made"])
         self._last_step = int(state_dict["last_step"])
         self.renewals = int(state_dict["renewals"])
+        if self.editor.memory is not None:
+            # a checkpoint of a run without a memory has none
+            self.editor.memory.load_state_dict(state_dict.get("memory") or {})
 
     # -- the edit -----------------------------------------------------------------------------------------------------
 

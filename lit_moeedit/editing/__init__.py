@@ -2,11 +2,13 @@
 
 from lit_moeedit.editing.editor import PHASES, Editor, EditResult
 from lit_moeedit.editing.evaluation import Evaluation, answers, evaluate, neighbour_groups, perplexity, score
+from lit_moeedit.editing.memory import EditMemory
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.editing.targets import TargetOptimizer, Targets
 
 __all__ = [
     "PHASES",
+    "EditMemory",
     "EditResult",
     "Editor",
     "Evaluation",

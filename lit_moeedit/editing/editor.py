@@ -18,6 +18,7 @@ from lit_moeedit.data.facts import Fact, validate_facts
 from lit_moeedit.editing.cache import MomentsCache
 from lit_moeedit.editing.factors import layer_factors
 from lit_moeedit.editing.features import EditTokens, edit_tokens
+from lit_moeedit.editing.memory import EditMemory, GatedKeys
 from lit_moeedit.editing.projection import Preserve, Shaping, check_preserve
 from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
@@ -83,6 +84,7 @@ class Editor:
         cache: a folder to keep second moments in, see :class:`~lit_moeedit.editing.cache.MomentsCache`; a pass over the
             text that was broken off goes on from there. ``None`` keeps nothing.
         moments_on_cpu: whether the sums of a model on a GPU are held on the CPU.
+        memory: keeps later edits from undoing earlier ones; an edit enters it if it is kept. ``None`` for no memory.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -109,6 +111,7 @@ class Editor:
         reset_moments: bool = False,
         cache: str | None = None,
         moments_on_cpu: bool = False,
+        memory: EditMemory | None = None,
     ) -> None:
         if not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
             raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
@@ -138,6 +141,7 @@ class Editor:
         self.reset_moments = reset_moments
         self.cache = None if cache is None else MomentsCache(cache)
         self.moments_on_cpu = moments_on_cpu
+        self.memory = memory
 
     @property
     def needs_moments(self) -> bool:
@@ -241,6 +245,19 @@ class Editor:
                 )
             deltas: dict[int, ExpertDeltas] = {}
             change: dict[int, float] = {}
+            names = [facts[t].key for t in owner.tolist()]
+            edited: dict[int, GatedKeys] = {}
+
+            def problem(
+                layer: ExpertLayer, seen: EditTokens, residuals: Tensor, shaping: Shaping | None
+            ) -> EditProblem:
+                assert seen.keys is not None
+                keys = edited[layer.index] = GatedKeys.of(seen.keys)
+                if self.memory is not None:
+                    keys, residuals = self.memory.extend(layer.index, keys, residuals, names)
+                features = keys.key if shaping is None else shaping.features(keys.key, keys.expert)
+                return EditProblem(keys.row, keys.expert, features, residuals, layer.num_experts, self.ridge)
+
             with Transaction(optimizers, ranks, self.way, self.reset_moments) as transaction:
                 site = Site(
                     layers,
@@ -248,7 +265,7 @@ class Editor:
                     lambda layer: edit_tokens(
                         model, prompts, layers[-1], layer, pad_id(tokenizer), self.token_budget, ranks
                     ),
-                    self._problem,
+                    problem,
                     lambda layer, experts: self._shaping(layer, experts, moments),
                     lambda layer, sizes: self._factors(layer, moments, ranks, sizes),
                     clock,
@@ -264,6 +281,8 @@ class Editor:
                 kept = not ranks.any(guard is not None and not guard())
                 if not kept:
                     transaction.rollback()
+                elif self.memory is not None:
+                    self.memory.remember(edited, names, ranks)
         return EditResult(list(facts), deltas, targets, clock.seconds(), change, kept)
 
     def _encode(
@@ -282,13 +301,6 @@ class Editor:
             rows.sort(key=lambda row: row.edit)  # stable: contexts come before the neutral prompt
         prompts = [Encoding(e.ids[: e.target_start], e.target_start, e.edit_token) for e in wanted]
         return rows, prompts, torch.tensor(owner, device=model.device)
-
-    def _problem(self, layer: ExpertLayer, seen: EditTokens, residuals: Tensor, shaping: Shaping | None) -> EditProblem:
-        keys = seen.keys
-        assert keys is not None
-        gated = keys.gate.float()[:, None] * keys.key.float()
-        features = gated if shaping is None else shaping.features(gated, keys.expert)
-        return EditProblem(keys.token, keys.expert, features, residuals, layer.num_experts, self.ridge)
 
     def _shaping(
         self, layer: ExpertLayer, experts: Tensor, moments: Mapping[int, SecondMoments] | None

@@ -1,0 +1,220 @@
+"""Ten batches of 20 edits one after another, with and without a memory of past edits: what is left of all of them.
+
+Run from the root of the repository, with the package installed:
+
+    python benchmarks/sequential.py --seeds 0 1 2
+
+For each seed the demo's model is trained once on the atlas; then every variant edits 200 facts, 20 at a time, from the
+same weights: without any training in between, and (``16 steps between``) with 16 optimizer steps between two edits, at
+the learning rate that the demo ends with. The facts are of 200 countries, so no two of them are of the same subject.
+After each batch all facts edited so far are evaluated. Writes ``sequential.json``, ``sequential.md`` and
+``sequential.png`` into ``benchmarks/results``.
+
+With ``--work`` weights and finished runs are kept in a folder, and a benchmark that was broken off goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib.pyplot as plt
+import torch
+from safetensors.torch import load_file, save_file
+
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.callbacks.listener import EditEvent, EditListener
+from lit_moeedit.cli import EditingCLI
+from lit_moeedit.data import FactsDataModule
+from lit_moeedit.editing import EditMemory, Editor, evaluate
+from lit_moeedit.module import LitMoE
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCHES, SIZE, STEPS = 10, 20, 16
+METRICS = ("efficacy", "efficacy_accuracy", "generalization", "specificity_retained")
+# 200 facts in 3 contexts at 4 experts each are 2400 keys per layer
+MEMORIES: dict[str, Callable[[], EditMemory | None]] = {
+    "no memory": lambda: None,
+    "memory": EditMemory,
+    "memory, 1/4 of the keys": lambda: EditMemory(limit=600),
+    "memory, 1/8 of the keys": lambda: EditMemory(limit=300),
+}
+BETWEEN = ("no memory", "memory")
+"""Which of them are run with training between the edits too."""
+
+
+def demo(seed: int, arguments: list[str]) -> tuple[EditingCLI, Editor]:
+    """Model, data and trainer of the demo's config with 200 facts to edit, and the config's editor."""
+    seeds = ["--seed_everything", "--data.init_args.seed", "--data.init_args.corpus.init_args.seed"]
+    cli = EditingCLI(
+        LitMoE,
+        FactsDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        args=[
+            *("--config", str(ROOT / "configs/atlas.yaml")),
+            *(f"{name}={seed}" for name in seeds),
+            f"--data.init_args.corpus.init_args.edits={BATCHES * SIZE}",
+            *("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"),
+            *arguments,
+        ],
+        run=False,
+    )
+    callbacks = cli.trainer.callbacks
+    editor = next(callback.editor for callback in callbacks if isinstance(callback, KnowledgeEditing))
+    ours = (KnowledgeEditing, RoutingMonitor, EditReport)
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ours)]
+    return cli, editor
+
+
+def train(seed: int, path: Path) -> None:
+    """Train the demo's model for the four epochs before its edit."""
+    # the demo's cosine ends there, after two thirds of its six epochs
+    epochs = ["--trainer.max_epochs=4", "--model.init_args.cosine_until=1", "--model.init_args.warmup=0.075"]
+    cli, _ = demo(seed, epochs)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    save_file({name: tensor.contiguous() for name, tensor in cli.model.model.state_dict().items()}, path)
+
+
+class Observer(EditListener):
+    """Evaluates all facts edited so far after each edit."""
+
+    def __init__(self, cli: EditingCLI) -> None:
+        self.cli, self.batches = cli, []
+        cli.datamodule.setup("fit")
+        self.facts = cli.datamodule.edit_facts()
+        self.baseline = self.evaluate(BATCHES).neighbours_exact
+
+    def evaluate(self, batches: int, first: int = 0, **keys: Any) -> Any:
+        chosen = self.facts[first * SIZE : batches * SIZE]
+        return evaluate(self.cli.model.model, self.cli.datamodule.tokenizer, chosen, **keys)
+
+    def look(self, seconds: dict[str, float]) -> None:
+        done = len(self.batches) + 1
+        metrics = self.evaluate(done, baseline=self.baseline).metrics
+        found = {name: metrics[name] for name in METRICS}
+        found["newest"] = self.evaluate(done, done - 1).metrics["efficacy"]
+        found["oldest"] = self.evaluate(1).metrics["efficacy"]
+        self.batches.append({**found, "seconds": seconds})
+
+    def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
+        self.look(event.result.seconds)
+
+
+def run(seed: int, name: str, weights: Path, between: bool) -> list[dict[str, Any]]:
+    """What is left of all edits after each batch."""
+    arguments = [f"--trainer.max_epochs={BATCHES + 1}", f"--data.init_args.samples_per_epoch={64 * STEPS}"]
+    # the learning rate of the demo after its edit, from the first step on
+    arguments += ["--model.init_args.learning_rate=4e-5", "--model.init_args.final_learning_rate=1"]
+    cli, editor = demo(seed, arguments)
+    cli.model.configure_model()
+    cli.model.model.load_state_dict(load_file(weights))
+    editor.memory = MEMORIES[name]()
+    observer = Observer(cli)
+    if between:
+        editing = KnowledgeEditing(editor, at={"every_n_epochs": 1, "batch": SIZE})
+        cli.trainer.callbacks[:0] = [editing, observer]
+        cli.trainer.fit(cli.model, cli.datamodule)
+    else:
+        data = cli.datamodule
+        for number in range(BATCHES):
+            facts = observer.facts[number * SIZE : (number + 1) * SIZE]
+            result = editor.edit(cli.model.model, data.tokenizer, facts, data.preservation_texts())
+            observer.look(result.seconds)
+    if editor.memory is not None:
+        observer.batches[-1]["memory"] = {layer: editor.memory.size(layer) for layer in editor.layers}
+    return observer.batches
+
+
+def table(results: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
+    """Markdown: what is left of all 200 edits at the end."""
+    header = [
+        "variant",
+        "seed",
+        "efficacy",
+        "accuracy",
+        "generalization",
+        "retained",
+        "of the first 20",
+        "of the last 20",
+    ]
+    header += ["keys per layer", "solve s", "edits s"]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for name, by_seed in results.items():
+        rows: dict[str, list[float]] = {}
+        for seed, batches in by_seed.items():
+            last = batches[-1]
+            keys = [size[1] for size in last.get("memory", {}).values()]
+            rows[str(seed)] = [last[metric] for metric in (*METRICS, "oldest", "newest")]
+            rows[str(seed)] += [statistics.mean(keys) if keys else 0.0]
+            rows[str(seed)] += [sum(batch["seconds"][phase] for batch in batches) for phase in ("solve", "edit")]
+        rows["mean"] = [statistics.mean(values) for values in zip(*rows.values(), strict=True)]
+        for seed, values in rows.items():
+            cells = [*(f"{value:.3f}" for value in values[:6]), f"{values[6]:.0f}", *(f"{v:.1f}" for v in values[7:])]
+            lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[int, list[dict[str, Any]]]], path: Path) -> None:
+    """Curves over the batches: the mean of the seeds, and their spread."""
+    shown = {"efficacy": "efficacy", "generalization": "generalization", "specificity_retained": "neighbours retained"}
+    figure, axes = plt.subplots(1, len(shown), figsize=(13, 4.6), sharey=True, layout="constrained")
+    at = [SIZE * (number + 1) for number in range(BATCHES)]
+    for (metric, label), ax in zip(shown.items(), axes, strict=True):
+        for name, by_seed in results.items():
+            values = torch.tensor([[batch[metric] for batch in batches] for batches in by_seed.values()])
+            color = f"C{list(MEMORIES).index(name.split(';')[0])}"
+            ax.plot(at, values.mean(0), "--" if ";" in name else "-", color=color, label=name, marker=".")
+            ax.fill_between(at, values.min(0).values, values.max(0).values, color=color, alpha=0.1, linewidth=0)
+        ax.set(title=f"{label}, all facts edited so far", xlabel="facts edited", xticks=at[1::2])
+        ax.grid(alpha=0.3)
+    axes[0].axhline(0.9, color="gray", linewidth=0.8, linestyle=":")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, help="folder for weights and finished runs (default: none is kept)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    arguments = parser.parse_args()
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    # LightningCLI takes what it finds there for its own
+    sys.argv = sys.argv[:1]
+    variants = [(name, name, False) for name in MEMORIES]
+    variants += [(f"{name}; {STEPS} steps between", name, True) for name in BETWEEN]
+    results: dict[str, dict[int, list[dict[str, Any]]]] = {variant: {} for variant, _, _ in variants}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary) if arguments.work is None else arguments.work
+        work.mkdir(parents=True, exist_ok=True)
+        for seed in arguments.seeds:
+            weights = work / f"{seed}.safetensors"
+            if not weights.exists():
+                train(seed, weights)
+            for number, (variant, name, between) in enumerate(variants):
+                kept = work / f"{seed}-{number}.json"
+                if not kept.exists():
+                    kept.write_text(json.dumps(run(seed, name, weights, between)), encoding="utf-8")
+                results[variant][seed] = json.loads(kept.read_text(encoding="utf-8"))
+    text = table(results)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "sequential.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    command = f"python benchmarks/sequential.py --seeds {' '.join(map(str, arguments.seeds))}"
+    (arguments.output / "sequential.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+    draw(results, arguments.output / "sequential.png")
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""The memory of past edits: its rows against dense solutions in float64, what it keeps when it must shrink, and that an
+edit enters it wholly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing import EditMemory, Editor
+from lit_moeedit.editing.memory import GatedKeys
+from lit_moeedit.solvers import EditProblem, Woodbury
+from tests.editing.recording import QUICK, Recording, edited_weights
+from tests.processes import run_ranks
+
+EXPERTS, D_HIDDEN, D_MODEL = 4, 12, 5
+RIDGE = 0.01
+
+
+def edit(rows: int, seed: int, experts: int = EXPERTS, noise: float = 1.0, contexts: int = 1) -> GatedKeys:
+    """Rows that visit two experts each, ``contexts`` of them alike but for noise."""
+    generator = torch.Generator().manual_seed(seed)
+    visited = torch.stack([torch.randperm(experts, generator=generator)[:2].sort().values for _ in range(rows)])
+    key = torch.randn(rows, 2, D_HIDDEN, generator=generator, dtype=torch.float64)
+    visited, key = visited.repeat_interleave(contexts, 0), key.repeat_interleave(contexts, 0)
+    if contexts > 1:
+        key = key + noise * torch.randn(key.shape, generator=generator, dtype=torch.float64)
+    row = torch.arange(rows * contexts).repeat_interleave(2)
+    return GatedKeys(row, visited.flatten(), key.flatten(0, 1))
+
+
+def names(first: int, rows: int, contexts: int = 1) -> list[str]:
+    return [f"fact {first + i}" for i in range(rows) for _ in range(contexts)]
+
+
+def wanted(rows: int, seed: int = 99) -> Tensor:
+    return torch.randn(rows, D_MODEL, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense(keys: GatedKeys) -> Tensor:
+    """``[rows, E · d_hidden]``."""
+    matrix = torch.zeros(int(keys.row.max()) + 1, EXPERTS, D_HIDDEN, dtype=torch.float64)
+    matrix[keys.row, keys.expert] = keys.key
+    return matrix.flatten(1)
+
+
+def moments(keys: GatedKeys) -> Tensor:
+    """``Σ k kᵀ`` of each expert, ``[E, d_hidden, d_hidden]``."""
+    rows = dense(keys).view(-1, EXPERTS, D_HIDDEN)
+    return torch.einsum("tej,tek->ejk", rows, rows)
+
+
+def held(memory: EditMemory) -> GatedKeys:
+    """All rows of the memory's layer 0."""
+    state = memory.state_dict()[0]
+    return GatedKeys(state["row"], state["expert"], state["key"])
+
+
+def filled(limit: int = 10_000, batches: int = 3, rows: int = 4, contexts: int = 1, **keys: float) -> EditMemory:
+    memory = EditMemory(limit)
+    for i in range(batches):
+        memory.remember({0: edit(rows, i, contexts=contexts, **keys)}, names(i * rows, rows, contexts))  # type: ignore[arg-type]
+    return memory
+
+
+def solve(keys: GatedKeys, residuals: Tensor) -> Tensor:
+    """The edit's deltas, stacked to ``[E · d_hidden, d_model]``."""
+    problem = EditProblem(keys.row, keys.expert, keys.key, residuals, EXPERTS, RIDGE)
+    deltas = Woodbury().solve(problem)
+    return torch.cat([deltas.dense(j).T for j in range(EXPERTS)])
+
+
+def bits(memory: EditMemory) -> list[object]:
+    return [
+        value.numpy().tobytes() if isinstance(value, Tensor) else value
+        for layer, state in memory.state_dict().items()
+        for value in (layer, *state.values())
+    ]
+
+
+# -- exact ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(seed=st.integers(10, 10_000), rows=st.integers(1, 4), weight=st.sampled_from([0.5, 1.0, 4.0]))
+def test_an_edit_is_the_minimum_over_new_and_past_rows_among_the_experts_it_visits(seed, rows, weight) -> None:
+    memory = EditMemory(weight=weight)
+    past = [edit(3, seed + i) for i in range(2)]
+    for i, keys in enumerate(past):
+        memory.remember({0: keys}, names(3 * i, 3))
+    new, residuals = edit(rows, seed + 2), wanted(rows, seed)
+    got = solve(*memory.extend(0, new, residuals, names(100, rows)))
+    visited = torch.isin(torch.arange(EXPERTS), new.expert).repeat_interleave(D_HIDDEN)
+    design = torch.cat([dense(new), *(weight**0.5 * dense(keys) for keys in past)])[:, visited]
+    goal = torch.cat([residuals, residuals.new_zeros(6, D_MODEL)])
+    expected = torch.linalg.solve(design.T @ design + RIDGE * torch.eye(design.shape[1]), design.T @ goal)
+    # float64, in systems of condition up to 1e5
+    torch.testing.assert_close(got[visited], expected, rtol=1e-8, atol=1e-9)
+    assert not got[~visited].any()
+
+
+def test_past_outputs_move_less() -> None:
+    new, residuals = edit(3, 50), wanted(3)
+    past = torch.cat([dense(edit(4, i)) for i in range(3)])
+    alone = float((past @ solve(new, residuals)).square().sum())
+    moved = []
+    for weight in (1.0, 16.0):
+        memory = EditMemory(weight=weight)
+        memory.load_state_dict(filled(rows=4).state_dict())
+        moved.append(float((past @ solve(*memory.extend(0, new, residuals, names(100, 3)))).square().sum()))
+    assert moved[0] < 0.1 * alone
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_the_order_of_edits_does_not_matter() -> None:
+    new, residuals = edit(3, 50), wanted(3)
+    solutions = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        memory = EditMemory()
+        for i in order:
+            memory.remember({0: edit(4, i)}, names(4 * i, 4))
+        solutions.append(solve(*memory.extend(0, new, residuals, names(100, 3))))
+    together = EditMemory()
+    batches = [edit(4, i) for i in range(3)]
+    row = torch.cat([keys.row + 4 * i for i, keys in enumerate(batches)])
+    joined = GatedKeys(row, torch.cat([k.expert for k in batches]), torch.cat([k.key for k in batches]))
+    together.remember({0: joined}, names(0, 12))
+    solutions.append(solve(*together.extend(0, new, residuals, names(100, 3))))
+    for other in solutions[1:]:
+        torch.testing.assert_close(other, solutions[0], rtol=1e-9, atol=1e-10)  # float64
+
+
+def test_a_layer_without_memory_is_left_alone() -> None:
+    keys, residuals = edit(2, 0), wanted(2)
+    assert filled().extend(1, keys, residuals, names(0, 2)) == (keys, residuals)
+
+
+# -- facts that are edited again --------------------------------------------------------------------------------------
+
+
+def test_what_is_edited_again_is_left_out_and_is_in_once_afterwards() -> None:
+    memory = filled(batches=2)
+    again = edit(4, 77)
+    rows, residuals = memory.extend(0, again, wanted(4), names(2, 4))  # the last two of batch 0, the first two of 1
+    assert len(residuals) == 8
+    expected = torch.cat([dense(again), dense(edit(4, 0))[:2], dense(edit(4, 1))[2:]])
+    assert torch.equal(dense(rows), expected)
+    memory.remember({0: again}, names(2, 4))
+    assert memory.state_dict()[0]["facts"] == [f"fact {i}" for i in (0, 1, 6, 7, 2, 3, 4, 5)]
+    assert torch.equal(dense(held(memory)), torch.cat([expected[4:], expected[:4]]))
+
+
+def test_a_fact_in_the_sketch_is_not_held_back_when_it_is_edited_again() -> None:
+    memory, again = EditMemory(limit=24), edit(1, 500)
+    strong = GatedKeys(again.row, again.expert, 10 * again.key)  # so that the sketch surely holds it
+    memory.remember({0: strong}, ["old"])
+    for i in range(8):
+        memory.remember({0: edit(4, i)}, names(4 * i, 4))
+    assert "old" in memory.state_dict()[0]["sketched"]
+    residuals = wanted(1)
+
+    def missed(fact: str) -> float:
+        keys, goal = memory.extend(0, again, residuals, [fact])
+        assert len(goal) > 1
+        return float((residuals - dense(again) @ solve(keys, goal)).norm() / residuals.norm())
+
+    assert missed("another with the same keys") > 0.9
+    assert missed("old") < 0.05
+    roomy = EditMemory()  # does not compress again
+    roomy.load_state_dict(memory.state_dict())
+    roomy.remember({0: again}, ["old"])
+    state = roomy.state_dict()[0]
+    assert "old" not in state["sketched"] and state["facts"].count("old") == 1
+    keys = held(roomy)
+    part = keys.select(keys.row <= int(keys.row.max()) - len(state["facts"]))
+    for expert, key in zip(again.expert, again.key, strict=True):
+        assert bool((part.expert == expert).any())
+        assert float((part.key[part.expert == expert] @ key).abs().max()) < 1e-9  # float64
+
+
+# -- compression ------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(limit=st.integers(1, 120), contexts=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_the_memory_is_bounded_and_deterministic(limit, contexts, seed) -> None:
+    memories = [EditMemory(limit) for _ in range(2)]
+    for i in range(5):
+        for memory in memories:
+            memory.remember({0: edit(4, seed + i, contexts=contexts)}, names(4 * i, 4, contexts))
+        rows, keys = memories[0].size(0)
+        assert keys <= limit and keys == len(held(memories[0]).row) and rows == len(held(memories[0]).row.unique())
+        state = memories[0].state_dict()[0]
+        assert sorted({*state["facts"], *state["sketched"]}) == sorted(set(names(0, 4 * (i + 1))))
+        assert set(state["facts"]).isdisjoint(state["sketched"])
+    assert bits(memories[0]) == bits(memories[1])
+
+
+def test_contexts_of_a_fact_become_their_first_singular_vector() -> None:
+    memory = filled(limit=10, batches=1, rows=4, contexts=3, noise=0.3)
+    assert memory.size(0) == (4, 8)
+    found, rows = dense(held(memory)), dense(edit(4, 0, contexts=3, noise=0.3))
+    for i in range(4):
+        exact = rows[3 * i : 3 * i + 3]
+        values = torch.linalg.eigvalsh(exact @ exact.T)
+        error = torch.linalg.matrix_norm(exact.T @ exact - torch.outer(found[i], found[i]), ord=2)
+        torch.testing.assert_close(error, values[-2], rtol=1e-8, atol=1e-9)  # Eckart and Young
+    lossless = filled(limit=10, batches=1, rows=4, contexts=3, noise=0.0)
+    torch.testing.assert_close(moments(held(lossless)), moments(edit(4, 0, contexts=3, noise=0.0)))
+
+
+def test_the_sketch_has_the_largest_eigenvalues_of_all_experts() -> None:
+    rows, limit = 30, 20
+    memory = filled(limit=limit, batches=1, rows=rows)
+    new = names(0, rows)[-5:]  # five rows of two keys: half of the limit
+    assert memory.state_dict()[0]["facts"] == new
+    keys = edit(rows, 0)
+    oldest, part = keys.select(keys.row < rows - 5), held(memory).select(held(memory).row < 10)
+    exact, found = moments(oldest), moments(part)
+    values = torch.linalg.eigvalsh(exact).flatten().sort(descending=True).values
+    torch.testing.assert_close(torch.einsum("ejj->", exact - found), values[10:].sum())
+    assert float(torch.linalg.eigvalsh(exact - found).min()) > -1e-9  # nothing is held that was not there
+
+
+def test_a_sketch_of_few_directions_is_exact() -> None:
+    """Keys that lie in two directions per expert need two vectors per expert, however many edits they come from."""
+    generator = torch.Generator().manual_seed(3)
+    basis = torch.randn(EXPERTS, 2, D_HIDDEN, generator=generator, dtype=torch.float64)
+    memory, exact = EditMemory(limit=16), torch.zeros(EXPERTS, D_HIDDEN, D_HIDDEN, dtype=torch.float64)
+    for i in range(6):
+        keys = edit(4, i)
+        mixed = torch.randn(len(keys.key), 1, 2, generator=generator, dtype=torch.float64) @ basis[keys.expert]
+        keys = GatedKeys(keys.row, keys.expert, mixed[:, 0])
+        exact += moments(keys)
+        memory.remember({0: keys}, names(4 * i, 4))
+    assert memory.size(0)[1] == 16
+    torch.testing.assert_close(moments(held(memory)), exact, rtol=1e-8, atol=1e-8)
+
+
+def test_a_compressed_memory_is_nearer_to_the_exact_objective_than_the_newest_facts_in_as_many_keys() -> None:
+    def memory(limit: int, first: int = 0) -> EditMemory:
+        made = EditMemory(limit)
+        for i in range(first, 3):
+            made.remember({0: edit(8, i, contexts=3, noise=0.1)}, names(8 * i, 8, 3))
+        return made
+
+    new, residuals = edit(3, 50), wanted(3)
+    exact = dense(memory(10_000).extend(0, new, residuals, names(100, 3))[0])
+    goal = torch.cat([residuals, residuals.new_zeros(len(exact) - 3, D_MODEL)])
+
+    def objective(known: EditMemory) -> float:
+        deltas = solve(*known.extend(0, new, residuals, names(100, 3)))
+        return float((goal - exact @ deltas).square().sum() + RIDGE * deltas.square().sum())
+
+    best, without = objective(memory(10_000)), objective(EditMemory())
+    third, sixth = memory(48), memory(32)
+    assert (third.size(0)[1], sixth.size(0)[1]) == (48, 32)
+    # 3 contexts of 24 facts are one row each and some noise
+    assert best <= objective(third) < best + 0.02 * (without - best)
+    newest = memory(32, first=1)
+    assert newest.size(0)[1] == 32 and not newest.state_dict()[0]["sketched"]
+    assert best < objective(sixth) < objective(newest)
+
+
+# -- state and settings -----------------------------------------------------------------------------------------------
+
+
+def test_state_survives_a_checkpoint_bit_by_bit(tmp_path) -> None:
+    memory = filled(limit=24, batches=8)
+    torch.save(memory.state_dict(), tmp_path / "state")
+    other = EditMemory(limit=24)
+    other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert bits(other) == bits(memory)
+    for one in (memory, other):
+        one.remember({0: edit(4, 60)}, names(1, 4))
+    assert bits(other) == bits(memory)
+
+
+def test_settings_and_another_model_are_refused() -> None:
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        EditMemory(limit=0)
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weight must be positive"):
+            EditMemory(weight=weight)
+    keys = edit(2, 0)
+    narrow = GatedKeys(keys.row, keys.expert, keys.key[:, 1:])
+    with pytest.raises(ValueError, match="d_hidden=12, the model has 11: it was made with another model"):
+        filled().extend(0, narrow, wanted(2), names(0, 2))
+
+
+# -- in the editor ----------------------------------------------------------------------------------------------------
+
+
+def two_edits(model, tokenizer, facts: Sequence[Fact], texts, memory: EditMemory | None, **settings) -> Recording:
+    """Edit the first half of the facts and then the second."""
+    solver = Recording()
+    editor = Editor([0, 1], solver, QUICK, ridge=0.1, strength=10.0, token="last", memory=memory, **settings)
+    for half in (facts[:2], facts[2:]):
+        editor.edit(model, tokenizer, half, texts)
+    return solver
+
+
+@pytest.mark.parametrize("preserve", ["covariance", "nullspace", "none"])
+def test_the_second_edit_has_the_rows_of_the_first_with_residual_0(model, tokenizer, facts, texts, preserve) -> None:
+    memory = EditMemory()
+    problems = two_edits(
+        model, tokenizer, facts, texts, memory, contexts=("", "Note:"), preserve=preserve, threshold=2.0
+    ).problems
+    assert [problem.num_edits for problem in problems[:2]] == [4, 4]
+    for problem in problems[2:]:
+        assert problem.num_edits in range(5, 9)
+        assert not problem.residuals[4:].any() and bool(problem.residuals[:4].any(1).all())
+        new = problem.edit_index < 4
+        assert set(problem.expert_index[~new].tolist()) <= set(problem.expert_index[new].tolist())
+    if preserve == "none":  # nothing shapes the keys, so they are the first edit's features
+        old = {
+            (j, *row) for j, row in zip(problems[0].expert_index.tolist(), problems[0].features.tolist(), strict=True)
+        }
+        again = problems[2].edit_index >= 4
+        pairs = zip(problems[2].expert_index[again].tolist(), problems[2].features[again].tolist(), strict=True)
+        assert {(j, *row) for j, row in pairs} <= old
+    assert memory.size(0)[0] == memory.size(1)[0] == 8
+    assert memory.state_dict()[0]["facts"] == [fact.key for fact in facts for _ in range(2)]
+
+
+def test_facts_that_are_edited_again_do_not_meet_themselves(model, tokenizer, facts, texts) -> None:
+    memory, solver = EditMemory(), Recording()
+    editor = Editor([1], solver, QUICK, memory=memory)
+    for _ in range(2):
+        editor.edit(model, tokenizer, facts, texts)
+    assert [problem.num_edits for problem in solver.problems] == [4, 4]
+    assert memory.size(1)[0] == 4
+
+
+def test_earlier_edits_move_less_with_a_memory(make_model, tokenizer, facts, texts) -> None:
+    moved = {}
+    for name in ("with", "without"):
+        model = make_model("qwen3_moe")
+        solver = two_edits(model, tokenizer, facts, texts, EditMemory() if name == "with" else None)
+        first, second = solver.problems[0], solver.solutions[2]
+        moved[name] = float(first.prediction(second).norm() / first.residuals.norm())
+    assert moved["with"] < 0.5 * moved["without"]
+
+
+@pytest.mark.parametrize("stage", ["solve", "guard", "remember"])
+def test_an_edit_that_is_not_kept_leaves_no_trace(model, tokenizer, facts, texts, monkeypatch, stage) -> None:
+    memory = EditMemory()
+    editor = Editor([0, 1], targets=QUICK, memory=memory)
+    editor.edit(model, tokenizer, facts[:2], texts)
+    before, weights = bits(memory), edited_weights(model)
+    if stage == "guard":
+        assert not editor.edit(model, tokenizer, facts[2:], texts, guard=lambda: False).kept
+    else:
+        if stage == "solve":
+            editor.solver = Recording(fail_at=1)
+        else:
+            calls: list[int] = []
+            and_then = "lit_moeedit.editing.memory._Remembered.and_then"
+
+            def fail_at_the_second_layer(self, new, names):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise ZeroDivisionError
+                return self
+
+            monkeypatch.setattr(and_then, fail_at_the_second_layer)
+        with pytest.raises(ZeroDivisionError):
+            editor.edit(model, tokenizer, facts[2:], texts)
+    assert bits(memory) == before
+    assert all(torch.equal(weight, weights[name]) for name, weight in edited_weights(model).items())
+
+
+def _on_a_rank() -> list[object]:
+    from lit_moeedit.sharding.ranks import Ranks
+    from tests.sharding.test_parallel_edit import FACTS, TEXTS, editor, model, tokenizer
+
+    ranks, whole, memory = Ranks(), model(), EditMemory(limit=10)
+    together = editor(memory=memory)
+    for fact in FACTS:
+        together.edit(whole, tokenizer(), [fact], TEXTS, ranks=ranks)
+    return [*bits(memory), held(memory).key.square().sum(), *(p.sum().item() for p in whole.parameters())]
+
+
+def test_the_memory_is_the_same_on_all_ranks() -> None:
+    first, second = run_ranks(_on_a_rank, 2)
+    assert first == second

@@ -5,11 +5,11 @@ Run from the root of the repository, with the package installed:
     python benchmarks/sequential.py --seeds 0 1 2
 
 For each seed the demo's model is trained once on the atlas; then every variant edits 200 facts, 20 at a time, from the
-same weights: without any training in between, and (``16 steps between``) with 16 optimizer steps between two edits, at
-the learning rate that the demo ends with. The facts are of 200 countries, so no two of them are of the same subject.
-After each batch all facts edited so far are evaluated. The second moments are those of the trained model, taken once;
-where the model is trained between the edits, they are taken anew from fewer texts. Writes ``sequential.json``,
-``sequential.md`` and ``sequential.png`` into ``benchmarks/results``.
+same weights. The facts are of 200 countries, so no two of them have the same subject. After each batch all facts edited
+so far are evaluated. Three settings: the demo's covariance penalty; no preservation at all, where edits disturb each
+other most; and 16 optimizer steps between two edits, at the learning rate that the demo ends with. The second moments
+are those of the trained model, taken once (with training in between anew for each edit, from fewer texts). Writes
+``sequential.json``, ``sequential.md`` and ``sequential.png`` into ``benchmarks/results``.
 
 With ``--work`` weights and finished runs are kept in a folder, and a benchmark that was broken off goes on from there.
 """
@@ -35,7 +35,7 @@ from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.cli import EditingCLI
 from lit_moeedit.data import FactsDataModule
-from lit_moeedit.editing import EditMemory, Editor, evaluate, second_moments
+from lit_moeedit.editing import EditMemory, Editor, Evaluation, evaluate, second_moments
 from lit_moeedit.module import LitMoE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +45,14 @@ METRICS = ("efficacy", "efficacy_accuracy", "generalization", "specificity_retai
 MEMORIES: dict[str, Callable[[], EditMemory | None]] = {
     "no memory": lambda: None,
     "memory": EditMemory,
-    "memory, 1/4 of the keys": lambda: EditMemory(limit=600),
-    "memory, 1/8 of the keys": lambda: EditMemory(limit=300),
+    "memory of 1/8 of the keys": lambda: EditMemory(limit=300),
 }
-BETWEEN = ("no memory", "memory")
-"""Which of them are run with training between the edits too."""
+SETTINGS = {
+    "": tuple(MEMORIES),
+    "no preservation": ("no memory", "memory"),
+    f"{STEPS} steps between": ("no memory", "memory"),
+}
+"""What else is different, and the memories that are compared there."""
 
 
 def demo(seed: int, arguments: list[str]) -> tuple[EditingCLI, Editor]:
@@ -94,42 +97,48 @@ class Observer(EditListener):
         self.cli, self.batches = cli, []
         cli.datamodule.setup("fit")
         self.facts = cli.datamodule.edit_facts()
+        self.baseline: dict[str, list[bool]] | None = None
         self.baseline = self.evaluate(BATCHES).neighbours_exact
 
-    def evaluate(self, batches: int, first: int = 0, **keys: Any) -> Any:
-        chosen = self.facts[first * SIZE : batches * SIZE]
-        return evaluate(self.cli.model.model, self.cli.datamodule.tokenizer, chosen, **keys)
+    def evaluate(self, batches: int) -> Evaluation:
+        model, tokenizer = self.cli.model.model, self.cli.datamodule.tokenizer
+        return evaluate(model, tokenizer, self.facts[: batches * SIZE], self.baseline)
 
     def look(self, seconds: dict[str, float]) -> None:
         done = len(self.batches) + 1
-        metrics = self.evaluate(done, baseline=self.baseline).metrics
+        evaluation = self.evaluate(done)
+        said, metrics = evaluation.edits_exact, evaluation.metrics
         found = {name: metrics[name] for name in METRICS}
-        found["newest"] = self.evaluate(done, done - 1).metrics["efficacy"]
-        found["oldest"] = self.evaluate(1).metrics["efficacy"]
+        found["oldest"], found["newest"] = (float(part.float().mean()) for part in (said[:SIZE], said[-SIZE:]))
         self.batches.append({**found, "seconds": seconds})
 
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
         self.look(event.result.seconds)
 
 
-def run(seed: int, name: str, weights: Path, between: bool) -> list[dict[str, Any]]:
+def run(seed: int, setting: str, memory: str, weights: Path) -> list[dict[str, Any]]:
     """What is left of all edits after each batch."""
     arguments = [f"--trainer.max_epochs={BATCHES + 1}", f"--data.init_args.samples_per_epoch={64 * STEPS}"]
-    # the learning rate of the demo after its edit, from the first step on
-    arguments += ["--model.init_args.learning_rate=4e-5", "--model.init_args.final_learning_rate=1"]
+    # the learning rate of the demo after its edit
+    rate = {"learning_rate": 4e-5, "final_learning_rate": 1, "warmup": 0}
+    arguments += [f"--model.init_args.{name}={value}" for name, value in rate.items()]
     cli, editor = demo(seed, arguments)
     cli.model.configure_model()
     cli.model.model.load_state_dict(load_file(weights))
-    editor.memory = MEMORIES[name]()
+    editor.memory = MEMORIES[memory]()
+    if setting == "no preservation":
+        editor.preserve, editor.ridge = "none", 1.0
     observer = Observer(cli)
-    if between:
+    if setting.endswith("between"):
         cli.datamodule.preservation_samples = 1024
         editing = KnowledgeEditing(editor, at={"every_n_epochs": 1, "batch": SIZE})
         cli.trainer.callbacks[:0] = [editing, observer]
         cli.trainer.fit(cli.model, cli.datamodule)
     else:
         model, tokenizer = cli.model.model, cli.datamodule.tokenizer
-        moments = second_moments(model, tokenizer, editor.check(model), cli.datamodule.preservation_texts())
+        moments = {}
+        if editor.preserve != "none":
+            moments = second_moments(model, tokenizer, editor.check(model), cli.datamodule.preservation_texts())
         for number in range(BATCHES):
             facts = observer.facts[number * SIZE : (number + 1) * SIZE]
             result = editor.edit(model, tokenizer, facts, moments=moments)
@@ -142,7 +151,7 @@ def run(seed: int, name: str, weights: Path, between: bool) -> list[dict[str, An
 def table(results: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
     """Markdown: what is left of all 200 edits at the end."""
     header = ["variant", "seed", "efficacy", "accuracy", "generalization", "retained"]
-    header += ["efficacy, first 20", "efficacy, last 20", "keys per layer", "solve s", "edits s"]
+    header += ["accuracy, first 20", "accuracy, last 20", "keys per layer", "solve s", "edits s"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for name, by_seed in results.items():
         rows: dict[str, list[float]] = {}
@@ -160,22 +169,33 @@ def table(results: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
 
 
 def draw(results: dict[str, dict[int, list[dict[str, Any]]]], path: Path) -> None:
-    """Curves over the batches: the mean of the seeds, and their spread."""
-    shown = {"efficacy": "efficacy", "generalization": "generalization", "specificity_retained": "neighbours retained"}
-    figure, axes = plt.subplots(1, len(shown), figsize=(13, 4.6), sharey=True, layout="constrained")
+    """Curves over the batches, a row of axes for each setting: the mean of the seeds, and their spread."""
+    shown = {
+        "efficacy_accuracy": "edits said",
+        "efficacy": "efficacy",
+        "generalization": "generalization",
+        "specificity_retained": "neighbours retained",
+    }
+    size = (3.6 * len(shown), 2.9 * len(SETTINGS))
+    figure, axes = plt.subplots(
+        len(SETTINGS), len(shown), figsize=size, sharex=True, sharey="row", layout="constrained"
+    )
     at = [SIZE * (number + 1) for number in range(BATCHES)]
-    for (metric, label), ax in zip(shown.items(), axes, strict=True):
-        for name, by_seed in results.items():
-            values = torch.tensor([[batch[metric] for batch in batches] for batches in by_seed.values()])
-            color = f"C{list(MEMORIES).index(name.split(';')[0])}"
-            ax.plot(at, values.mean(0), "--" if ";" in name else "-", color=color, label=name, marker=".")
-            ax.fill_between(at, values.min(0).values, values.max(0).values, color=color, alpha=0.1, linewidth=0)
-        ax.set(title=f"{label}, all facts edited so far", xlabel="facts edited", xticks=at[1::2])
-        ax.grid(alpha=0.3)
-    axes[0].axhline(0.9, color="gray", linewidth=0.8, linestyle=":")
-    handles, labels = axes[0].get_legend_handles_labels()
+    for (setting, memories), row in zip(SETTINGS.items(), axes, strict=True):
+        for (metric, label), ax in zip(shown.items(), row, strict=True):
+            for memory in memories:
+                by_seed = results[f"{setting}, {memory}".removeprefix(", ")]
+                values = torch.tensor([[batch[metric] for batch in batches] for batches in by_seed.values()])
+                color = f"C{list(MEMORIES).index(memory)}"
+                ax.plot(at, values.mean(0), color=color, label=memory, marker=".")
+                ax.fill_between(at, values.min(0).values, values.max(0).values, color=color, alpha=0.15, linewidth=0)
+            ax.grid(alpha=0.3)
+            ax.set_title(f"{label} ({setting or 'covariance'})", fontsize=9)
+    for ax in axes[-1]:
+        ax.set(xlabel="facts edited", xticks=at[1::2])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -187,9 +207,12 @@ def main() -> None:
     logging.getLogger("lightning").setLevel(logging.ERROR)
     # LightningCLI takes what it finds there for its own
     sys.argv = sys.argv[:1]
-    variants = [(name, name, False) for name in MEMORIES]
-    variants += [(f"{name}; {STEPS} steps between", name, True) for name in BETWEEN]
-    results: dict[str, dict[int, list[dict[str, Any]]]] = {variant: {} for variant, _, _ in variants}
+    variants = {
+        f"{setting}, {memory}".removeprefix(", "): (setting, memory)
+        for setting, memories in SETTINGS.items()
+        for memory in memories
+    }
+    results: dict[str, dict[int, list[dict[str, Any]]]] = {variant: {} for variant in variants}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary) if arguments.work is None else arguments.work
         work.mkdir(parents=True, exist_ok=True)
@@ -197,10 +220,10 @@ def main() -> None:
             weights = work / f"{seed}.safetensors"
             if not weights.exists():
                 train(seed, weights)
-            for number, (variant, name, between) in enumerate(variants):
-                kept = work / f"{seed}-{number}.json"
+            for variant, (setting, memory) in variants.items():
+                kept = work / f"{seed} {variant.replace('/', ' ')}.json"
                 if not kept.exists():
-                    kept.write_text(json.dumps(run(seed, name, weights, between)), encoding="utf-8")
+                    kept.write_text(json.dumps(run(seed, setting, memory, weights)), encoding="utf-8")
                 results[variant][seed] = json.loads(kept.read_text(encoding="utf-8"))
     text = table(results)
     arguments.output.mkdir(parents=True, exist_ok=True)

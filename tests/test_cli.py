@@ -10,6 +10,7 @@ import yaml
 
 from lit_moeedit import cli as command_line
 from lit_moeedit.cli import run
+from lit_moeedit.editing import EditMemory
 from lit_moeedit.solvers import BlockCoordinateDescent
 
 ROOT = Path(__file__).parents[1]
@@ -146,15 +147,17 @@ def test_a_short_run_ends_with_a_summary(small, tmp_path):
     run(args=["fit", f"--config={tmp_path / 'run' / 'config.yaml'}"])
 
 
-def test_the_solver_is_chosen_by_its_class(small, tmp_path):
+def test_solver_and_memory_are_chosen_by_their_class(small, tmp_path):
     config = yaml.safe_load(small.read_text(encoding="utf-8"))
-    config["trainer"]["callbacks"][0]["init_args"]["editor"]["init_args"]["solver"] = {
-        "class_path": "lit_moeedit.solvers.BlockCoordinateDescent",
-        "init_args": {"passes": 2},
+    config["trainer"]["callbacks"][0]["init_args"]["editor"]["init_args"] |= {
+        "solver": {"class_path": "lit_moeedit.solvers.BlockCoordinateDescent", "init_args": {"passes": 2}},
+        "memory": {"class_path": "lit_moeedit.editing.EditMemory", "init_args": {"limit": 50}},
     }
     small.write_text(yaml.safe_dump(config), encoding="utf-8")
     cli = run(args=["fit", f"--config={small}"])
-    solver = cli.trainer.callbacks[0].editor.solver
+    editor = cli.trainer.callbacks[0].editor
+    solver, memory = editor.solver, editor.memory
+    assert type(memory) is EditMemory and memory.limit == 50 and memory.size(0) > (0, 0)
     assert type(solver) is BlockCoordinateDescent and solver.passes == 2
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["solver"] == "BlockCoordinateDescent"

@@ -9,23 +9,27 @@ from torch import Tensor
 
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.problem import EditProblem, cholesky
+from lit_moeedit.solvers.rounding import working_dtype
 
 
 class BlockCoordinateDescent:
     r"""Visits one expert after the other and solves for its delta with the others fixed (MoEEdit, algorithm 1).
 
-    With the running residual ``ρ_t = r_t − Σ_j ΔW_j φ_tj``, a block first takes its own part back out of ``ρ`` and
-    then solves its ridge regression exactly, in the dual form if fewer edits visit the expert than it has dimensions:
+    The running residual ``ρ_t = r_t − Σ_j ΔW_j φ_tj`` is kept up to date, so that no sum over experts is taken again.
+    A block solves its ridge regression exactly, as a correction of the delta it has. If no more edits visit the expert
+    than it has dimensions, that is done in the dual form ``ΔW_j = Σ_{t∈j} b_t φ_tjᵀ``:
 
-    .. math:: \Delta W_j = \sum_{t \in j} b_t \varphi_{tj}^\top, \qquad
-              B_j = (\Phi_j \Phi_j^\top + \lambda I)^{-1} (\rho_j + \Phi_j \Delta W_j^\top)
+    .. math:: B_j \leftarrow B_j + (\Phi_j \Phi_j^\top + \lambda I)^{-1} (\rho_j - \lambda B_j), \qquad
+              \rho_j \leftarrow \lambda B_j
 
-    The factor of each block is computed once and kept for all passes. The objective falls or stays with every block.
+    and else in the primal form, with ``(Φ_jᵀΦ_j + λI)⁻¹ (Φ_jᵀρ_j − λ ΔW_jᵀ)``. The inverses are computed once and kept
+    for all passes. They have ``min(T_j, d_hidden)²`` numbers each, together no more than the features. The objective
+    falls or stays with every block.
 
     Args:
         passes: how often each expert is visited.
         seed: of the random order of experts, drawn anew for each pass.
-        tolerance: stop after a pass that lowered the objective by less than this share of it; 0 runs all passes.
+        tolerance: stop after a pass that lowered the objective by no more than this share of it; 0 runs all passes.
         on_block: called with the objective after each block (which costs one evaluation each); for tests and plots.
 
     Raises:
@@ -50,64 +54,116 @@ class BlockCoordinateDescent:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
         self.passes, self.seed, self.tolerance, self.on_block = passes, seed, tolerance, on_block
 
-    def solve(self, problem: EditProblem) -> ExpertDeltas:
+    def solve(self, problem: EditProblem, start: ExpertDeltas | None = None) -> ExpertDeltas:
         """An approximate minimiser, better with every pass.
 
+        Args:
+            problem: the edit problem.
+            start: deltas to start from instead of none, of any problem with experts of the same shape. What they hold
+                for experts that this problem does not visit is dropped: it could only cost.
+
         Raises:
+            ValueError: if ``start`` has another shape.
             torch.linalg.LinAlgError: if a block's system is singular, which only a ridge of 0 allows.
         """
+        shape = (problem.residuals.shape[1], problem.features.shape[1])
+        if start is not None and (start.shape != shape or start.num_experts != problem.num_experts):
+            raise ValueError(
+                f"start must have {problem.num_experts} experts of shape {shape}, "
+                f"got {start.num_experts} of {start.shape}"
+            )
         blocks = [_Block(problem, expert, pairs) for expert, pairs in problem.experts()]
+        running = problem.residuals.to(working_dtype(problem), copy=True)
+        objective = float(running.double().square().sum())
+        if start is not None:
+            objective = problem.objective(start)
+            for block in blocks:
+                block.start = start.rows(block.expert)
+                if block.start is not None:
+                    running[block.edits] -= block.effect(problem).to(running.dtype)
         generator = torch.Generator().manual_seed(self.seed)
-        running = problem.residuals.clone()
-        previous = float(running.double().square().sum())
-        for _ in range(self.passes):
+        for number in range(self.passes):
+            fall = 0.0
             for i in torch.randperm(len(blocks), generator=generator).tolist():
-                blocks[i].update(running)
+                fall += blocks[i].update(problem, running)
                 if self.on_block is not None:
                     self.on_block(problem.objective(_collect(problem, blocks)))
             if self.tolerance:
-                penalty = problem.ridge * _collect(problem, blocks).square_norm()
-                objective = float(running.double().square().sum()) + penalty
-                if previous - objective <= self.tolerance * previous:
+                if start is not None and number == 0:  # blocks know only how far they fell from nothing
+                    fall = objective - problem.objective(_collect(problem, blocks))
+                if fall <= self.tolerance * objective:
                     break
-                previous = objective
+                objective -= fall
         return _collect(problem, blocks)
 
 
 class _Block:
-    """One expert: its features, the factor of its system, and its current delta ``leftᵀ right``."""
+    """One expert: the inverse of its system, and its current delta ``leftᵀ right``."""
 
     def __init__(self, problem: EditProblem, expert: int, pairs: Tensor) -> None:
-        self.expert = expert
-        self.edits = problem.edit_index[pairs]
-        self.features = problem.features[pairs]
-        count, dimensions = self.features.shape
+        self.expert, self.pairs, self.edits, self.ridge = expert, pairs, problem.edit_index[pairs], problem.ridge
+        given = problem.features[pairs]
+        count, dimensions = given.shape
+        what = f"the system of expert {expert} at ridge {problem.ridge:g}"
+
+        def invert(rows: Tensor, dtype: torch.dtype) -> Tensor:
+            def system(dtype: torch.dtype) -> Tensor:
+                matrix = rows.to(dtype) @ rows.to(dtype).T
+                matrix.diagonal().add_(problem.ridge)
+                return matrix
+
+            return torch.cholesky_inverse(cholesky(system, dtype, what))
+
         self.dual = count <= dimensions
+        self.right, features = given, given
+        self.inverse = invert(features if self.dual else features.T, working_dtype(problem))
+        if not self.dual:
+            # a delta that is dense has the identity for its basis
+            self.right = torch.eye(dimensions).to(given)
+        elif self.inverse.dtype != working_dtype(problem):
+            # features that are nearly dependent make large rows that cancel: take an orthonormal basis of them
+            basis, mixture = torch.linalg.qr(given.double().T)
+            self.dual, self.right, features = False, basis.T.to(given.dtype), mixture.T
+            self.inverse = invert(mixture, torch.float64)
+        self.features = features.to(self.inverse.dtype)
+        self.left = self.inverse.new_zeros(len(self.right), problem.residuals.shape[1])
+        self.start: tuple[Tensor, Tensor] | None = None
 
-        def system(dtype: torch.dtype) -> Tensor:
-            rows = self.features.to(dtype) if self.dual else self.features.T.to(dtype)
-            matrix = rows @ rows.T
-            matrix.diagonal().add_(problem.ridge)
-            return matrix
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Factors of the current delta; before the first update those to start from."""
+        return (self.left, self.right) if self.start is None else self.start
 
-        self.factor = cholesky(system, self.features.dtype, f"the system of expert {expert} at ridge {problem.ridge:g}")
-        # in the dual form the delta is a combination of the features, in the primal form it is dense: its own basis
-        self.right = self.features if self.dual else torch.eye(dimensions).to(self.features)
-        self.kernel = self.features @ self.right.T
-        self.left = problem.residuals.new_zeros(len(self.right), problem.residuals.shape[1])
+    def effect(self, problem: EditProblem) -> Tensor:
+        """What the deltas to start from predict for the edits of this expert, ``[T_j, d_model]``."""
+        assert self.start is not None
+        left, right = (factor.to(self.inverse.dtype) for factor in self.start)
+        return (problem.features[self.pairs].to(right.dtype) @ right.T) @ left
 
-    def update(self, running: Tensor) -> None:
-        """Solve the block exactly and bring the running residual ``[T, d_model]`` up to date."""
-        wanted = running[self.edits] + self.kernel @ self.left
-        right_hand = wanted if self.dual else self.features.T @ wanted
-        self.left = torch.cholesky_solve(right_hand.to(self.factor.dtype), self.factor).to(running.dtype)
-        running[self.edits] = wanted - self.kernel @ self.left
+    def update(self, problem: EditProblem, running: Tensor) -> float:
+        """Solve the block exactly and bring the running residual ``[T, d_model]`` up to date.
+
+        Returns:
+            By how much the objective is now below that of no delta (first update) or of the one before.
+        """
+        missing = running[self.edits].to(self.left.dtype)
+        if self.start is not None:
+            missing += self.effect(problem)
+            self.start = None
+        slope = (missing if self.dual else self.features.T @ missing) - self.ridge * self.left
+        step = self.inverse @ slope
+        self.left += step
+        if self.dual:
+            running[self.edits] = (self.ridge * self.left).to(running.dtype)
+            return float(((slope - self.ridge * step) * slope).sum())
+        running[self.edits] = (missing - self.features @ step).to(running.dtype)
+        return float((step * slope).sum())
 
 
 def _collect(problem: EditProblem, blocks: list[_Block]) -> ExpertDeltas:
-    counts = torch.tensor([len(block.right) for block in blocks], dtype=torch.long)
+    residuals, factors = problem.residuals, [block.rows() for block in blocks]
+    counts = torch.tensor([len(right) for _, right in factors], dtype=torch.long)
     experts = torch.tensor([block.expert for block in blocks], dtype=torch.long).repeat_interleave(counts)
-    device = problem.residuals.device
-    left = torch.cat([problem.residuals[:0], *(block.left for block in blocks)])
-    right = torch.cat([problem.features[:0], *(block.right for block in blocks)])
-    return ExpertDeltas(experts.to(device), torch.arange(len(left), device=device), left, right, problem.num_experts)
+    left = torch.cat([residuals[:0], *(left.to(residuals.dtype) for left, _ in factors)])
+    right = torch.cat([problem.features[:0], *(right.to(residuals.dtype) for _, right in factors)])
+    terms = torch.arange(len(left), device=left.device)
+    return ExpertDeltas(experts.to(left.device), terms, left, right, problem.num_experts)

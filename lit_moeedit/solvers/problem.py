@@ -95,18 +95,21 @@ class EditProblem:
 
     def prediction(self, deltas: ExpertDeltas) -> Tensor:
         """``Σ_j ΔW_j φ_tj`` for every edit, ``[T, d_model]``."""
-        predicted = torch.zeros_like(self.residuals)
+        return self._prediction(deltas, self.residuals.dtype)
+
+    def objective(self, deltas: ExpertDeltas) -> float:
+        """The objective above, computed in float64: large terms of deltas may cancel."""
+        misfit = (self.residuals.double() - self._prediction(deltas, torch.float64)).square().sum()
+        return float(misfit + self.ridge * deltas.square_norm())
+
+    def _prediction(self, deltas: ExpertDeltas, dtype: torch.dtype) -> Tensor:
+        predicted = torch.zeros_like(self.residuals, dtype=dtype)
         for expert, pairs in self._groups:
             rows = deltas.rows(expert)
             if rows is not None:
-                left, right = rows
-                predicted.index_add_(0, self.edit_index[pairs], (self.features[pairs] @ right.T) @ left)
+                left, right = rows[0].to(dtype), rows[1].to(dtype)
+                predicted.index_add_(0, self.edit_index[pairs], (self.features[pairs].to(dtype) @ right.T) @ left)
         return predicted
-
-    def objective(self, deltas: ExpertDeltas) -> float:
-        """The objective above, summed in float64."""
-        misfit = (self.residuals - self.prediction(deltas)).double().square().sum()
-        return float(misfit + self.ridge * deltas.square_norm())
 
 
 @runtime_checkable

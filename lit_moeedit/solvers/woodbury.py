@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_moeedit.solvers.batches import expert_batches
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.problem import EditProblem, cholesky
+from lit_moeedit.solvers.rounding import TOLERANCE, low_rank, working_dtype
 
 
 class Woodbury:
@@ -20,6 +22,10 @@ class Woodbury:
 
     Time ``O(Σ_j T_j² d_hidden + T³ + T² d_model)``, memory ``O(T² + N d_hidden)``; no delta is made dense.
 
+    The system is solved in float32 if a bound on what rounding can add to the objective is below 5e-6 of it, and in
+    float64 otherwise. Refining the float32 solution would cost the same: its residual has to be computed in float64,
+    and with ``d_model`` right-hand sides that is as much work as to solve for them.
+
     Example:
         >>> problem = EditProblem(torch.tensor([0]), torch.tensor([1]), torch.eye(1, 4), torch.ones(1, 2), 3, ridge=1.0)
         >>> Woodbury().solve(problem).dense(1)[:, 0]
@@ -32,25 +38,48 @@ class Woodbury:
         Raises:
             torch.linalg.LinAlgError: if the system is singular, which only a ridge of 0 allows.
         """
+        dtype = working_dtype(problem)
+        residuals = problem.residuals.to(dtype)
+        if not problem.num_edits:
+            return low_rank(problem, residuals, torch.Tensor.clone)
+        if dtype == torch.float32 and problem.ridge:
+            matrix = _system(problem, dtype)
+            # rounding acts like a change E of the matrix: it adds tr(Aᵀ Eᵀ (G + λI)⁻¹ G E A) ≤ ‖E‖² ‖A‖²
+            change = torch.finfo(dtype).eps * float(matrix.abs().sum(dim=1).max())
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            if not int(info):
+                left = torch.cholesky_solve(residuals, factor)
+                objective = problem.ridge * float((residuals * left).sum())
+                if (change * float(left.norm())) ** 2 <= TOLERANCE * objective:
+                    return low_rank(problem, left, matrix.matmul)
+        what = f"the system of {problem.num_edits} edits at ridge {problem.ridge:g}"
+        factor = cholesky(lambda dtype: _system(problem, dtype), torch.float64, what)
+        left = torch.cholesky_solve(residuals.double(), factor)
+        return low_rank(problem, left, lambda columns: factor @ (factor.mT @ columns))
 
-        def system(dtype: torch.dtype) -> Tensor:
-            matrix = gram(problem, dtype)
-            matrix.diagonal().add_(problem.ridge)
-            return matrix
 
-        if problem.num_edits:
-            dtype = problem.features.dtype
-            factor = cholesky(system, dtype, f"the system of {problem.num_edits} edits at ridge {problem.ridge:g}")
-            left = torch.cholesky_solve(problem.residuals.to(factor.dtype), factor).to(problem.residuals.dtype)
-        else:
-            left = problem.residuals
-        return ExpertDeltas(problem.expert_index, problem.edit_index, left, problem.features, problem.num_experts)
+def _system(problem: EditProblem, dtype: torch.dtype) -> Tensor:
+    matrix = gram(problem, dtype)
+    matrix.diagonal().add_(problem.ridge)
+    return matrix
 
 
 def gram(problem: EditProblem, dtype: torch.dtype | None = None) -> Tensor:
-    """``G_ts = Σ_j φ_tjᵀ φ_sj`` over the experts that both edits visit, ``[T, T]``, computed in ``dtype``."""
-    result = problem.features.new_zeros(problem.num_edits, problem.num_edits, dtype=dtype)
-    for _, pairs in problem.experts():
-        edits, features = problem.edit_index[pairs], problem.features[pairs].to(result.dtype)
-        result[edits[:, None], edits] += features @ features.T
+    """``G_ts = Σ_j φ_tjᵀ φ_sj`` over the experts that both edits visit, ``[T, T]``.
+
+    Args:
+        problem: with the features.
+        dtype: to compute in; by default that of the features, and at least float32.
+    """
+    size = problem.num_edits
+    result = problem.features.new_zeros(size, size, dtype=dtype or working_dtype(problem))
+    for batch in expert_batches(problem):
+        features = batch.features(problem, result.dtype)
+        kernels = features @ features.mT
+        if len(kernels) == 1:
+            edits = batch.edits[0]
+            result[edits[:, None], edits] += kernels[0]
+        else:
+            where = batch.edits[:, :, None] * size + batch.edits[:, None, :]
+            result.view(-1).index_add_(0, where.view(-1), kernels.view(-1))
     return result

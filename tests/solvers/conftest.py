@@ -34,8 +34,9 @@ def _design(problem: EditProblem) -> Tensor:
     """The stacked features ``[T, E · d_hidden]`` in float64, zero where an edit does not visit an expert."""
     d_hidden = problem.features.shape[1]
     matrix = torch.zeros(problem.num_edits, problem.num_experts * d_hidden, dtype=torch.float64)
-    for edit, expert, feature in zip(problem.edit_index, problem.expert_index, problem.features, strict=True):
-        matrix[edit, expert * d_hidden : (expert + 1) * d_hidden] = feature.double()
+    matrix.view(problem.num_edits, problem.num_experts, d_hidden)[problem.edit_index, problem.expert_index] = (
+        problem.features.double()
+    )
     return matrix
 
 
@@ -48,6 +49,13 @@ def _solution(problem: EditProblem) -> Tensor:
     else:
         stacked = torch.linalg.pinv(design) @ residuals
     return stacked.reshape(problem.num_experts, -1, residuals.shape[1]).mT
+
+
+def _least(problem: EditProblem) -> float:
+    """The least objective, ``λ tr(Rᵀ (ΦΦᵀ + λ I)⁻¹ R)``, in float64."""
+    design, residuals = _design(problem), problem.residuals.double()
+    system = design @ design.T + problem.ridge * torch.eye(len(design), dtype=torch.float64)
+    return problem.ridge * float((residuals * torch.linalg.solve(system, residuals)).sum())
 
 
 def _stacked(deltas: ExpertDeltas) -> Tensor:
@@ -68,6 +76,11 @@ def design() -> Callable[[EditProblem], Tensor]:
 @pytest.fixture(scope="session")
 def solution() -> Callable[[EditProblem], Tensor]:
     return _solution
+
+
+@pytest.fixture(scope="session")
+def least() -> Callable[[EditProblem], float]:
+    return _least
 
 
 @pytest.fixture(scope="session")

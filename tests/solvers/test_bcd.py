@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, Woodbury
+from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, ExpertDeltas, Woodbury
 from lit_moeedit.solvers.bcd import _Block, _collect
 
 
@@ -60,7 +61,7 @@ def test_running_residual_is_what_is_left(make_problem) -> None:
     assert {block.dual for block in blocks} == {True, False}
     running = problem.residuals.clone()
     for turn in (0, 1, 2, 1, 0, 0, 2):
-        blocks[turn].update(running)
+        blocks[turn].update(problem, running)
         left = problem.residuals - problem.prediction(_collect(problem, blocks))
         torch.testing.assert_close(running, left, rtol=1e-4, atol=1e-5)  # float32 sums taken in another order
 
@@ -78,8 +79,8 @@ def test_primal_and_dual_agree(make_problem) -> None:
     dual, primal = (_Block(problem, *problem.experts()[0]) for problem in (small, padded))
     assert dual.dual
     assert not primal.dual
-    dual.update(small.residuals.clone())
-    primal.update(padded.residuals.clone())
+    falls = [dual.update(small, small.residuals.clone()), primal.update(padded, padded.residuals.clone())]
+    assert falls[0] == pytest.approx(falls[1], rel=1e-5)  # float32
     torch.testing.assert_close(dual.left.T @ dual.right, primal.left.T @ primal.right, rtol=1e-4, atol=1e-5)  # float32
 
 
@@ -125,6 +126,148 @@ def test_singular_block_is_named() -> None:
     problem = EditProblem(torch.arange(3), torch.full((3,), 1), features, torch.ones(3, 2), 2, ridge=0.0)
     with pytest.raises(torch.linalg.LinAlgError, match=r"the system of expert 1 at ridge 0 is singular"):
         BlockCoordinateDescent().solve(problem)
+
+
+def published(problem: EditProblem, passes: int, seed: int) -> torch.Tensor:
+    """Deltas ``[E, d_model, d_hidden]`` of the printed equations in float64: each block sums over all others again."""
+    features = torch.zeros(problem.num_experts, problem.num_edits, problem.features.shape[1], dtype=torch.float64)
+    features[problem.expert_index, problem.edit_index] = problem.features.double()
+    deltas = torch.zeros(problem.num_experts, problem.residuals.shape[1], features.shape[2], dtype=torch.float64)
+    generator, visited = torch.Generator().manual_seed(seed), torch.unique(problem.expert_index)
+    for _ in range(passes):
+        for j in visited[torch.randperm(len(visited), generator=generator)]:
+            missing = problem.residuals.double()
+            for other in range(problem.num_experts):
+                if other != j:
+                    missing = missing - features[other] @ deltas[other].T
+            system = features[j].T @ features[j] + problem.ridge * torch.eye(features.shape[2], dtype=torch.float64)
+            deltas[j] = torch.linalg.solve(system, features[j].T @ missing).T
+    return deltas
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    edits=st.integers(1, 40),
+    experts=st.integers(1, 6),
+    d_hidden=st.integers(1, 12),
+    ridge=st.sampled_from([1e-3, 0.1, 1.0]),
+    passes=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_published_form(make_problem, edits, experts, d_hidden, ridge, passes, seed) -> None:
+    problem = make_problem(edits, experts, d_hidden, ridge=ridge, seed=seed)
+    expected = dense_deltas(published(problem, passes, seed))
+    deltas = BlockCoordinateDescent(passes=passes, seed=seed).solve(problem)
+    # rounding the residuals alone does this much to an objective that falls to next to nothing
+    noise = 1e-12 * float(problem.residuals.double().square().sum())
+    assert problem.objective(deltas) == pytest.approx(problem.objective(expected), rel=1e-5, abs=noise)
+
+
+def dense_deltas(dense: torch.Tensor) -> ExpertDeltas:
+    """Deltas ``[E, d_model, d_hidden]`` as rows of identities."""
+    experts, _, d_hidden = dense.shape
+    return ExpertDeltas(
+        torch.arange(experts).repeat_interleave(d_hidden),
+        torch.arange(experts * d_hidden),
+        dense.mT.flatten(0, 1),
+        torch.eye(d_hidden).to(dense).repeat(experts, 1),
+        experts,
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+@pytest.mark.parametrize(("edits", "d_hidden"), [(6, 40), (40, 6)])
+def test_features_that_are_nearly_dependent(make_problem, edits: int, d_hidden: int, scale: float) -> None:
+    """The last features of each expert repeat its first up to a thousandth: large rows would cancel in float32."""
+    problem = make_problem(edits, 3, d_hidden, ridge=1e-3, share=1.0)
+    features = scale * problem.features
+    for _, pairs in problem.experts():
+        features[pairs[-1]] = 1.001 * features[pairs[0]]
+    problem = replace(problem, features=features)
+    deltas = BlockCoordinateDescent(passes=3, seed=1).solve(problem)
+    expected = problem.objective(dense_deltas(published(problem, 3, 1)))
+    assert problem.objective(deltas) == pytest.approx(expected, rel=1e-5)
+
+
+def test_inverses_have_no_more_numbers_than_features(make_problem) -> None:
+    problem = make_problem(20, 6, 9, seed=4, share=0.45)
+    blocks = [_Block(problem, expert, pairs) for expert, pairs in problem.experts()]
+    assert {block.dual for block in blocks} == {True, False}
+    assert sum(block.inverse.numel() for block in blocks) <= problem.features.numel()
+
+
+@pytest.mark.parametrize("edits", [6, 30])  # dual, primal
+def test_a_start_saves_passes(make_problem, edits: int) -> None:
+    problem = make_problem(edits, 4, 10)
+    half = BlockCoordinateDescent(passes=3, seed=1).solve(problem)
+    through = BlockCoordinateDescent(passes=2, seed=2).solve(problem, half)
+    begun = problem.objective(half)
+    assert problem.objective(through) < begun
+    assert problem.objective(through) < problem.objective(BlockCoordinateDescent(passes=2, seed=2).solve(problem))
+    # from the optimum there is nowhere to go
+    best = Woodbury().solve(problem)
+    seen = [problem.objective(best)]
+    BlockCoordinateDescent(passes=2, on_block=seen.append).solve(problem, best)
+    assert seen == pytest.approx([seen[0]] * len(seen), rel=1e-5)
+
+
+def test_a_start_equals_the_published_form_from_there(make_problem, stacked) -> None:
+    """One pass over two experts, written out."""
+    problem, other = make_problem(9, 2, 4, seed=1, share=0.8), make_problem(5, 2, 4, seed=2)
+    start = Woodbury().solve(other)
+    order = torch.randperm(2, generator=torch.Generator().manual_seed(7)).tolist()
+    deltas, features = stacked(start), torch.zeros(2, 9, 4, dtype=torch.float64)
+    features[problem.expert_index, problem.edit_index] = problem.features.double()
+    seen: list[float] = []
+    for j in order:
+        missing = problem.residuals.double() - features[1 - j] @ deltas[1 - j].T
+        system = features[j].T @ features[j] + torch.eye(4, dtype=torch.float64)
+        deltas[j] = torch.linalg.solve(system, features[j].T @ missing).T
+        seen.append(problem.objective(dense_deltas(deltas)))
+    objectives: list[float] = []
+    got = BlockCoordinateDescent(passes=1, seed=7, on_block=objectives.append).solve(problem, start)
+    torch.testing.assert_close(stacked(got), deltas, rtol=1e-4, atol=1e-5)  # float32
+    assert objectives == pytest.approx(seen, rel=1e-5)
+
+
+def test_a_start_drops_experts_that_nobody_visits(make_problem) -> None:
+    problem = make_problem(6, 3, 4)
+    away = problem.expert_index != 1
+    fewer = EditProblem(problem.edit_index[away], problem.expert_index[away], problem.features[away],
+                        problem.residuals, 3)  # fmt: skip
+    deltas = BlockCoordinateDescent().solve(fewer, Woodbury().solve(problem))
+    assert deltas.experts == [0, 2]
+
+
+def test_a_start_of_another_shape_is_refused(make_problem) -> None:
+    start = Woodbury().solve(make_problem(4, 3, 5))
+    with pytest.raises(ValueError, match=r"start must have 3 experts of shape \(5, 4\), got 3 of \(5, 5\)"):
+        BlockCoordinateDescent().solve(make_problem(4, 3, 4), start)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_tolerance_is_of_the_objective(make_problem, begun: bool) -> None:
+    """It stops after the first pass whose fall, taken from objectives evaluated one by one, is below it."""
+    problem = make_problem(20, 4, 3, seed=5)
+    start = BlockCoordinateDescent(passes=1, seed=9).solve(problem) if begun else None
+    seen = [problem.objective(start) if start is not None else float(problem.residuals.square().sum())]
+    for passes in range(1, 30):
+        seen.append(problem.objective(BlockCoordinateDescent(passes=passes).solve(problem, start)))
+    falls = [(before - after) / before for before, after in pairwise(seen)]
+    # halfway between the falls of two passes, so that rounding does not matter
+    for number in (2, 5, 8):
+        tolerance = (falls[number - 1] * falls[number]) ** 0.5
+        expected = next(i for i, fall in enumerate(falls) if fall <= tolerance) + 1
+        blocks: list[float] = []
+        BlockCoordinateDescent(passes=30, tolerance=tolerance, on_block=blocks.append).solve(problem, start)
+        assert len(blocks) == expected * len(problem.experts())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_is_kept(make_problem, dtype: torch.dtype) -> None:
+    deltas = BlockCoordinateDescent().solve(make_problem(6, 2, 3, dtype=dtype))
+    assert deltas.left.dtype == deltas.right.dtype == dtype
+    assert deltas.is_finite()
 
 
 @pytest.mark.parametrize(

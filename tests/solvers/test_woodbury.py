@@ -55,6 +55,41 @@ def test_relative_error(make_problem, solution, stacked, edits, experts, d_hidde
     assert error(stacked(Woodbury().solve(problem)), solution(problem)) < TOLERANCE
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize(("edits", "experts", "d_hidden"), [(200, 1, 32), (200, 4, 8), (150, 3, 60)])
+@pytest.mark.parametrize("ridge", [1.0, 1e-3, 1e-5])
+def test_objective_however_badly_conditioned(make_problem, least, scale, edits, experts, d_hidden, ridge) -> None:
+    """Edits above the rank of the features, and a ridge far below what float32 keeps of their Gram matrix."""
+    problem = make_problem(edits, experts, d_hidden, ridge=ridge)
+    problem = replace(problem, features=scale * problem.features)
+    assert problem.objective(Woodbury().solve(problem)) == pytest.approx(least(problem), rel=1e-5)
+
+
+def test_rows_are_shared_unless_they_would_cancel(make_problem) -> None:
+    problem = make_problem(200, 1, 32, ridge=1e-3)
+    shared = Woodbury().solve(problem)
+    assert shared.left.shape == (200, 5)
+    assert shared.right is problem.features
+    own = Woodbury().solve(replace(problem, features=1000 * problem.features))
+    assert own.left.shape == (32, 5)
+
+
+def test_narrow_experts_keep_an_orthonormal_basis(make_problem, solution, stacked) -> None:
+    """The three edits of each expert all but agree on their features, and ask for different things."""
+    some = make_problem(30, 1, 20, share=1.0)
+    expert = torch.arange(10).repeat_interleave(3)
+    features = 1000 * (some.features[expert] + 1e-3 * some.features)
+    problem = EditProblem(torch.arange(30), expert, features, some.residuals, 10, ridge=1e-1)
+    deltas = Woodbury().solve(problem)
+    assert deltas.right is not problem.features
+    for expert in deltas.experts:
+        rows = deltas.rows(expert)
+        assert rows is not None
+        identity = torch.eye(len(rows[1]))
+        torch.testing.assert_close(rows[1] @ rows[1].T, identity, rtol=0, atol=1e-5)  # rounded to float32
+    assert error(stacked(deltas), solution(problem)) < TOLERANCE
+
+
 def test_is_the_minimum(make_problem) -> None:
     problem = make_problem(9, 3, 5, ridge=0.5)
     best = Woodbury().solve(problem)
@@ -87,6 +122,14 @@ def test_gram_counts_only_experts_that_both_edits_visit(make_problem, design) ->
     problem = make_problem(8, 4, 3)
     matrix = design(problem)
     torch.testing.assert_close(gram(problem).double(), matrix @ matrix.T, rtol=1e-5, atol=1e-5)  # float32 sums
+
+
+@pytest.mark.parametrize("share", [0.005, 0.05])
+def test_gram_of_many_experts(make_problem, design, share: float) -> None:
+    problem = make_problem(60, 512, 4, share=share)
+    matrix = design(problem)
+    torch.testing.assert_close(gram(problem).double(), matrix @ matrix.T, rtol=1e-5, atol=1e-5)  # float32 sums
+    torch.testing.assert_close(gram(problem, torch.float64), matrix @ matrix.T)
 
 
 def test_no_ridge_interpolates_with_the_least_norm(make_problem, solution, stacked) -> None:
@@ -145,21 +188,22 @@ def test_what_float32_cannot_hold_is_solved_in_float64(solution, stacked, scale,
 
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(seed=st.integers(0, 1000))
-def test_order_of_edits_and_pairs_does_not_matter(make_problem, stacked, seed: int) -> None:
+def test_order_of_edits_pairs_and_experts_does_not_matter(make_problem, stacked, seed: int) -> None:
     problem = make_problem(8, 4, 5, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     edits, pairs = torch.randperm(8, generator=generator), torch.randperm(problem.num_pairs, generator=generator)
+    experts = torch.randperm(4, generator=generator)  # expert j is called experts[j] now
     where = torch.argsort(edits)  # edit t stands at where[t] now
     shuffled = EditProblem(
         where[problem.edit_index[pairs]],
-        problem.expert_index[pairs],
+        experts[problem.expert_index[pairs]],
         problem.features[pairs],
         problem.residuals[edits],
         4,
     )
     first, second = Woodbury().solve(problem), Woodbury().solve(shuffled)
     # the sums are taken in another order
-    torch.testing.assert_close(stacked(second), stacked(first), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stacked(second)[experts], stacked(first), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(shuffled.prediction(second), problem.prediction(first)[edits], rtol=1e-5, atol=1e-5)
 
 
@@ -170,6 +214,15 @@ def test_linear_in_the_residuals(make_problem, stacked) -> None:
     solve = Woodbury().solve
     expected = 3 * stacked(solve(one)) - 2 * stacked(solve(two))
     torch.testing.assert_close(stacked(solve(both)), expected, rtol=1e-5, atol=1e-5)  # float32 rounding
+
+
+def test_bfloat16_is_computed_in_float32(make_problem, stacked) -> None:
+    problem = make_problem(40, 4, 16, dtype=torch.bfloat16)
+    assert gram(problem).dtype == torch.float32
+    wide = replace(problem, features=problem.features.float(), residuals=problem.residuals.float())
+    expected = stacked(Woodbury().solve(wide))
+    # each factor is rounded once, by at most 2⁻⁹
+    assert error(stacked(Woodbury().solve(problem)), expected) < 2 * 2**-9
 
 
 def test_dtype_is_kept(make_problem) -> None:

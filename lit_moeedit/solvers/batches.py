@@ -30,7 +30,7 @@ class ExpertBatch:
 
     def features(self, problem: EditProblem, dtype: torch.dtype) -> Tensor:
         """Features ``[B, M, d_hidden]``, zero where padded."""
-        features = problem.features[self.pairs].to(dtype)
+        features = problem.features.index_select(0, self.pairs.flatten()).view(*self.pairs.shape, -1).to(dtype)
         return features if self.valid is None else features.mul_(self.valid[..., None])
 
 

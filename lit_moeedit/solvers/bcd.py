@@ -145,18 +145,17 @@ class _Block:
         Returns:
             By how much the objective is now below that of no delta (first update) or of the one before.
         """
-        missing = running[self.edits].to(self.left.dtype)
         if self.start is not None:
-            missing += self.effect(problem)
+            running.index_add_(0, self.edits, self.effect(problem).to(running.dtype))
             self.start = None
-        slope = (missing if self.dual else self.features.T @ missing) - self.ridge * self.left
+        missing = running.index_select(0, self.edits).to(self.left.dtype)
+        slope = torch.sub(missing if self.dual else self.features.T @ missing, self.left, alpha=self.ridge)
         step = self.inverse @ slope
         self.left += step
-        if self.dual:
-            running[self.edits] = (self.ridge * self.left).to(running.dtype)
-            return float(((slope - self.ridge * step) * slope).sum())
-        running[self.edits] = (missing - self.features @ step).to(running.dtype)
-        return float((step * slope).sum())
+        # in the dual form what a step predicts, Φ_j Φ_jᵀ step, follows from the system that it solves
+        moved = torch.sub(slope, step, alpha=self.ridge) if self.dual else self.features @ step
+        running.index_add_(0, self.edits, moved.to(running.dtype), alpha=-1)
+        return float(((moved if self.dual else step) * slope).sum())
 
 
 def _collect(problem: EditProblem, blocks: list[_Block]) -> ExpertDeltas:

@@ -93,7 +93,7 @@ class Operator:
     def __matmul__(self, columns: Tensor) -> Tensor:
         result = self.ridge * columns
         for batch, block, direct in self.blocks:
-            rows = columns[batch.edits]
+            rows = columns.index_select(0, batch.edits.flatten()).view(*batch.edits.shape, -1)
             part = block @ (block.mT @ rows) if direct else block @ rows
             result.index_add_(0, batch.edits.flatten(), part.flatten(0, 1))
         return result

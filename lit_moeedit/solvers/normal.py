@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.solvers.deltas import ExpertDeltas
-from lit_moeedit.solvers.problem import EditProblem, cholesky
+from lit_moeedit.solvers.problem import EditProblem, cholesky, solve_factored
 from lit_moeedit.solvers.rounding import TOLERANCE, working_dtype
 
 
@@ -55,13 +55,13 @@ def _solution(problem: EditProblem) -> Tensor:
         change = torch.finfo(dtype).eps * float(matrix.abs().sum(dim=1).max())
         factor, info = torch.linalg.cholesky_ex(matrix)
         if not int(info):
-            solution = torch.cholesky_solve(right_hand, factor)
+            solution = solve_factored(factor, right_hand)
             objective = float(problem.residuals.double().square().sum() - (right_hand * solution).double().sum())
             if (change * float(solution.norm())) ** 2 / problem.ridge <= TOLERANCE * objective:
                 return solution
     what = f"the system of {len(problem.experts())} experts at ridge {problem.ridge:g}"
     factor = cholesky(lambda dtype: _system(problem, dtype)[0], torch.float64, what)
-    return torch.cholesky_solve(_system(problem, torch.float64)[1], factor)
+    return solve_factored(factor, _system(problem, torch.float64)[1])
 
 
 def _system(problem: EditProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

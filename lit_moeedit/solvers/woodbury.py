@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_moeedit.solvers.batches import expert_batches
 from lit_moeedit.solvers.deltas import ExpertDeltas
-from lit_moeedit.solvers.problem import EditProblem, cholesky
+from lit_moeedit.solvers.problem import EditProblem, cholesky, solve_factored
 from lit_moeedit.solvers.rounding import TOLERANCE, low_rank, working_dtype
 
 
@@ -48,13 +48,13 @@ class Woodbury:
             change = torch.finfo(dtype).eps * float(matrix.abs().sum(dim=1).max())
             factor, info = torch.linalg.cholesky_ex(matrix)
             if not int(info):
-                left = torch.cholesky_solve(residuals, factor)
+                left = solve_factored(factor, residuals)
                 objective = problem.ridge * float((residuals * left).sum())
                 if (change * float(left.norm())) ** 2 <= TOLERANCE * objective:
                     return low_rank(problem, left, matrix.matmul)
         what = f"the system of {problem.num_edits} edits at ridge {problem.ridge:g}"
         factor = cholesky(lambda dtype: _system(problem, dtype), torch.float64, what)
-        left = torch.cholesky_solve(residuals.double(), factor)
+        left = solve_factored(factor, residuals.double())
         return low_rank(problem, left, lambda columns: factor @ (factor.mT @ columns))
 
 
@@ -76,10 +76,7 @@ def gram(problem: EditProblem, dtype: torch.dtype | None = None) -> Tensor:
     for batch in expert_batches(problem):
         features = batch.features(problem, result.dtype)
         kernels = features @ features.mT
-        if len(kernels) == 1:
-            edits = batch.edits[0]
-            result[edits[:, None], edits] += kernels[0]
-        else:
-            where = batch.edits[:, :, None] * size + batch.edits[:, None, :]
-            result.view(-1).index_add_(0, where.view(-1), kernels.view(-1))
+        # in one dimension: with an index per row and column, adding takes three times as long
+        where = batch.edits[:, :, None] * size + batch.edits[:, None, :]
+        result.view(-1).scatter_add_(0, where.view(-1), kernels.view(-1))
     return result

@@ -66,7 +66,7 @@ class TuckerFactors:
         weights: Weights,
         second_moment: Tensor | None = None,
         ranks: Sequence[int] | None = None,
-        energy: float = 0.95,
+        energy: float = 0.99,
     ) -> TuckerFactors:
         r"""Leading left singular vectors of the three unfoldings of the experts, by their Gram matrices.
 
@@ -225,7 +225,8 @@ class Tucker:
     Args:
         ranks: ``(r_e, r_out, r_in)`` of the factors; ``None`` to go by ``energy``.
         energy: share of the squared norm that each mode keeps, in (0, 1].
-        whiten: whether the input mode is whitened by the second moments.
+        whiten: whether the input mode is whitened by the second moments. That favours directions that many keys take;
+            a null space takes just those out of the keys, and keeps more of an edit if the input mode is plain.
         carry: whether one core, solved at the highest edited layer, serves all layers, as published; otherwise a
             core is solved at each layer, as other solvers do.
         cache: folder to keep the layers' factors in.
@@ -243,7 +244,7 @@ class Tucker:
     def __init__(
         self,
         ranks: tuple[int, int, int] | None = None,
-        energy: float = 0.95,
+        energy: float = 0.99,
         whiten: bool = True,
         carry: bool = True,
         cache: str | Path | None = None,

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.sharding.building import fresh_model, pretrained_model, whole_shape
+from lit_moeedit.sharding.graph import regathering
 from lit_moeedit.sharding.resuming import mend_optimizer
 
 if TYPE_CHECKING:
@@ -150,12 +151,13 @@ class LitMoE(L.LightningModule):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         router_loss = self.hparams["router_loss"]
-        outputs = self(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
-            **({"output_router_logits": True} if router_loss else {}),
-        )
+        with regathering(self):
+            outputs = self(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+                **({"output_router_logits": True} if router_loss else {}),
+            )
         loss = _next_token_loss(outputs.logits, batch["labels"], self.hparams["label_smoothing"])
         self.log("train/loss", loss, prog_bar=True)
         auxiliary = getattr(outputs, "aux_loss", None)

@@ -23,6 +23,7 @@ from lit_moeedit.editing.running import (
 )
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.sharding.backward import beside_training
+from lit_moeedit.sharding.graph import regathering
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -245,4 +246,5 @@ class _Batch:
         with ExitStack() as stack:
             stack.enter_context(skipped(self.below))
             stack.enter_context(output_replaced(self.layer.layer, lambda: start))
+            stack.enter_context(regathering(self.model))
             return logits(self.model, self.ids[rows], mask, position_ids(mask), self.keep).float()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids
 from lit_moeedit.editing.running import inference
 from lit_moeedit.models.experts import ExpertLayer, Routing, expert_layers, watch_routing
+from lit_moeedit.sharding.forward import gathering_on_use
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ def trace_routing(
         for start in range(0, len(rows), size):
             ids, mask = (x.to(model.device) for x in pad(rows[start : start + size], pad_id(tokenizer)))
             real = mask.flatten().bool()
-            outputs = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=position_ids(mask),
-                use_cache=False,
-                **({"output_router_logits": True} if returns_logits else {}),
-            )
+            with gathering_on_use(model):
+                outputs = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=position_ids(mask),
+                    use_cache=False,
+                    **({"output_router_logits": True} if returns_logits else {}),
+                )
             logits = getattr(outputs, "router_logits", None) or ()
             for number, (index, layer) in enumerate(layers.items()):
                 routing = caught.pop(index)

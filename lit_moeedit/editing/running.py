@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError
+from lit_moeedit.sharding.forward import gathering_on_use
 
 
 def decoder_layers(model: PreTrainedModel, layer: ExpertLayer) -> list[nn.Module]:
@@ -117,4 +118,5 @@ def logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, po
         inputs["position_ids"] = positions
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep
-    return model(**inputs).logits[:, -keep:]
+    with gathering_on_use(model):
+        return model(**inputs).logits[:, -keep:]

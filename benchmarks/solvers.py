@@ -357,7 +357,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         others = ", ".join(f"{key}={value}" for key, value in BASE.items() if key != axis)
         names = {"T": "edits T", "E": "experts E", "k": "experts per edit k = N / T"}
         axes_.set(title=f"exponents at {others}", xlabel=names[axis], ylabel="seconds (dotted: operations)")
-        axes_.legend(fontsize=8)
+        if some:
+            axes_.legend(fontsize=8)
     for axis, ridge in ((axes[0, 3], 1.0), (axes[1, 3], 1e-3)):
         some = [row for row in results.get("choice", ()) if row["ridge"] == ridge]
         for shape in SHAPES:
@@ -366,7 +367,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 axis.semilogx(*zip(*points, strict=True), "o-", label=shape)
         axis.axhline(1.3, color="black", linewidth=0.8)
         axis.set(title=f"Auto, ridge {ridge:g}", xlabel="edits T", ylabel="time over that of the best", ylim=(0.5, 2))
-        axis.legend(fontsize=8)
+        if some:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=90)
 
 
@@ -383,8 +385,8 @@ def main() -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for part in arguments.parts:
         results[part] = PARTS[part]()
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = report(results)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     command = f"`python benchmarks/solvers.py {' '.join(part for part in PARTS if part in results)}`"
     (arguments.output / "solvers.md").write_text(f"{command}\n\n{text}", encoding="utf-8")
     draw(results, arguments.output / "solvers.png")

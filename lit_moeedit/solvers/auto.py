@@ -14,9 +14,9 @@ from lit_moeedit.solvers.woodbury import Woodbury
 
 log = logging.getLogger(__name__)
 
-PRODUCT, CHOLESKY, SOLVE = 150e9, 60e9, 80e9
+PRODUCT, CHOLESKY, SOLVE = 150e9, 65e9, 110e9
 """Floating-point operations per second in matrix products, Cholesky factors, and solving with them."""
-MOVE = 1.0e-9
+MOVE = 1.4e-9
 """Seconds to gather, add or scatter one number."""
 STEP = 30e-6
 """Seconds of a step over one expert."""

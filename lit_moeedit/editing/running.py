@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError
 from lit_moeedit.sharding.forward import gathering_on_use
@@ -110,13 +111,22 @@ def hidden_states(
     return caught[0]
 
 
-def logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: int) -> Tensor:
-    """Logits of the last ``keep`` positions, ``[batch, keep, vocabulary]``."""
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+def logits(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor,
+    keep: int,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Logits of the last ``keep`` positions (0: of all), ``[batch, keep, vocabulary]``."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": cache is not None}
     accepted = inspect.signature(model.forward).parameters
     if "position_ids" in accepted:
         inputs["position_ids"] = positions
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep
+    if cache is not None:
+        inputs["past_key_values"] = cache
     with gathering_on_use(model):
         return model(**inputs).logits[:, -keep:]

@@ -133,9 +133,38 @@ def test_the_model_is_left_alone(model: PreTrainedModel, tokenizer, facts, uncha
     model.model.embed_tokens.weight.requires_grad_(False)
     model.model.layers[0].eval()
     model.lm_head.register_forward_pre_hook(lambda module, args: torch.rand(1) and None)  # a model that draws numbers
+    reached: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, name=name: reached.append(name))
     unchanged(model)  # among others: no parameter has a gradient, neither before nor after
     TargetOptimizer(steps=2).optimize(model, expert_layers(model)[1], rows_of(tokenizer, facts), 0)
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert not reached  # none was computed either
+
+
+def test_autocast(model: PreTrainedModel, tokenizer, facts) -> None:
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts)
+    seen: set[torch.dtype] = set()
+    model.model.layers[2].self_attn.q_proj.register_forward_hook(lambda *args: seen.add(args[-1].dtype))
+    exact, cast = (
+        TargetOptimizer(steps=25, stop=0.0, autocast=dtype).optimize(model, layer, rows, 0)
+        for dtype in (None, "bfloat16")
+    )
+    assert seen == {torch.float32, torch.bfloat16}
+    assert cast.deltas.dtype == cast.nll.dtype == torch.float32
+    # bfloat16 has 8 bits, and sends some tokens to other experts
+    assert float(cast.nll.mean()) == pytest.approx(float(exact.nll.mean()), rel=0.2)
+
+
+def test_a_model_in_bfloat16(make_model, tokenizer, facts, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("qwen3_moe", moe_intermediate_size=24).bfloat16()
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts)
+    targets = TargetOptimizer(steps=25, stop=0.0).optimize(model, layer, rows, 0)
+    start = TargetOptimizer(stop=1e3).optimize(model, layer, rows, 0)
+    assert targets.deltas.dtype == torch.float32
+    assert bool((targets.nll < start.nll).all())
+    assert not caplog.records  # rounding alone does not look like a model that kept keys and values do not suffice for
 
 
 def test_clamp_bounds_every_vector(model: PreTrainedModel, plain_hidden, tokenizer, facts) -> None:
@@ -229,6 +258,7 @@ def test_without_contexts_and_neutral_prompts(model: PreTrainedModel, plain_hidd
         ({"clamp": float("nan")}, "clamp must be positive, got nan"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
         ({"kl": -1.0}, "kl must be at least 0, got -1.0"),
+        ({"autocast": "float16"}, "autocast must be 'bfloat16' or None, got 'float16'"),
         ({"stop": float("nan")}, "stop must be at least 0, got nan"),
     ],
 )

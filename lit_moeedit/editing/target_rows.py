@@ -1,0 +1,150 @@
+"""The texts through which target vectors are optimised, as tensors, and their forward above the target layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_moeedit.data.encoding import Encoding, pad, position_ids
+from lit_moeedit.editing.prefix import Prefix, logits_at
+from lit_moeedit.editing.running import decoder_layers, hidden_states, output_replaced, skipped
+from lit_moeedit.models.experts import ExpertLayer
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One text through which a target vector is optimised.
+
+    Attributes:
+        edit: number of the edit.
+        encoding: prompt, target and edit token. For the divergence from the unedited model: a neutral prompt without a
+            target.
+    """
+
+    edit: int
+    encoding: Encoding
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether the row asks for the unedited model's answer instead of a target."""
+        return self.encoding.target_start == len(self.encoding.ids)
+
+    @property
+    def parts(self) -> tuple[list[int], list[int]]:
+        """What stands before the edit token; the edit token and what follows it, as far as the model reads it."""
+        ids, edit_token = self.encoding.ids, self.encoding.edit_token
+        assert edit_token is not None
+        # the last token of a target is never an input: nothing is predicted from it
+        return ids[:edit_token], ids[edit_token:] if self.is_neutral else ids[edit_token:-1]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``n`` rows of a batch of edits, whole or from the edit token on, and the ``m`` predictions that count in them.
+
+    All edit tokens stand in one column: rows are padded on the left and on the right.
+
+    Attributes:
+        edit: ``[n]``, number of the edit in the batch.
+        ids: ``[n, length]``.
+        positions: ``[n, length]``, position ids.
+        mask: ``[n, length]``, with the columns of ``prefix`` before them.
+        hidden: ``[n, length, d_model]``, output of the target layer without ``δ``.
+        token: column of the edit tokens.
+        row: ``[m]``, row of each prediction.
+        column: ``[m]``, column from which it is made.
+        label: ``[m]``, the target's token; -1 in a neutral row.
+        weight: ``[m]``, of the label's negative log-likelihood: its mean is over a target's tokens and over contexts.
+        prefix: keys and values of what stands before rows that start at the edit token.
+    """
+
+    edit: Tensor
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    hidden: Tensor
+    token: int
+    row: Tensor
+    column: Tensor
+    label: Tensor
+    weight: Tensor
+    prefix: Prefix | None = None
+
+    def behind(self, prefix: Prefix) -> Rows:
+        """The same rows from the edit token on."""
+        prefix.fix()
+        cut = {name: getattr(self, name)[:, self.token :] for name in ("ids", "positions", "hidden")}
+        return replace(self, **cut, token=0, column=self.column - self.token, prefix=prefix)
+
+    def select(self, kept: Tensor) -> tuple[Rows, Tensor]:
+        """Some of the rows, given as a mask ``[n]``; also the predictions that are left, as a mask ``[m]``."""
+        predictions = kept[self.row]
+        if self.prefix is not None:
+            self.prefix.select(kept)
+        changes: dict[str, Any] = {
+            name: getattr(self, name)[kept] for name in ("edit", "ids", "positions", "mask", "hidden")
+        }
+        changes |= {name: getattr(self, name)[predictions] for name in ("column", "label", "weight")}
+        return replace(self, **changes, row=(kept.cumsum(0) - 1)[self.row[predictions]]), predictions
+
+    def log_probabilities(
+        self,
+        model: PreTrainedModel,
+        layer: ExpertLayer,
+        deltas: Tensor | None = None,
+        record: Prefix | None = None,
+    ) -> Tensor:
+        """What the model says at the predictions, ``[m, vocabulary]`` float32; the layers up to the target are not run.
+
+        Args:
+            model: the model.
+            layer: the target layer.
+            deltas: ``δ`` of each edit of the batch, ``[T, d_model]``.
+            record: gets the keys and values of what stands before the edit tokens; for whole rows.
+        """
+        output = self.hidden
+        if deltas is not None:
+            where = (torch.arange(len(output), device=output.device), torch.tensor(self.token, device=output.device))
+            output = output.index_put(where, deltas[self.edit].to(output.dtype), accumulate=True)
+        layers = decoder_layers(model, layer)
+        with ExitStack() as stack:
+            stack.enter_context(skipped(layers[: next(i for i, other in enumerate(layers) if other is layer.layer)]))
+            stack.enter_context(output_replaced(layer.layer, lambda: output))
+            prefix = record if record is not None else self.prefix
+            scores = logits_at(model, self.ids, self.mask, self.positions, self.row, self.column, prefix)
+        return scores.float().log_softmax(-1)
+
+
+def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequence[TargetRow]], pad_token: int) -> Rows:
+    """Whole rows, run up to the target layer.
+
+    Args:
+        model: the model.
+        layer: the target layer.
+        by_edit: the rows of each edit.
+        pad_token: id to pad with.
+    """
+    device = model.device
+    rows = [row for own in by_edit for row in own]
+    before, rest = zip(*(row.parts for row in rows), strict=True)
+    left, right = pad(before, pad_token, side="left"), pad(rest, pad_token)
+    ids, mask = (torch.cat(sides, 1).to(device) for sides in zip(left, right, strict=True))
+    token = left[0].shape[1]
+    places: list[tuple[int, int, int, float]] = []
+    contexts = [sum(not row.is_neutral for row in own) for own in by_edit for _ in own]
+    for number, (row, own) in enumerate(zip(rows, contexts, strict=True)):
+        end, target = token + len(rest[number]), row.encoding.ids[row.encoding.target_start :]
+        if row.is_neutral:
+            places.append((number, end - 1, -1, 0.0))
+        places += [(number, end - len(target) + i, label, 1 / (len(target) * own)) for i, label in enumerate(target)]
+    of_row, column, label, weight = (torch.tensor(values, device=device) for values in zip(*places, strict=True))
+    positions = position_ids(mask)
+    edit = torch.tensor([edit for edit, own in enumerate(by_edit) for _ in own], device=device)
+    hidden = hidden_states(model, layer, ids, mask, positions)
+    return Rows(edit, ids, positions, mask, hidden, token, of_row, column, label, weight)

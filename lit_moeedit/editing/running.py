@@ -83,6 +83,30 @@ def output_replaced(layer: nn.Module, output: Callable[[], Tensor]) -> Iterator[
         yield
 
 
+@contextmanager
+def experts_run_on(layers: Sequence[ExpertLayer], tokens: Tensor) -> Iterator[None]:
+    """While open, the routed experts of some layers are run on some tokens only; for the others they give zero.
+
+    Args:
+        layers: the layers.
+        tokens: bool ``[batch, length]``, which ones.
+    """
+    count, chosen = tokens.numel(), tokens.flatten().nonzero().squeeze(-1)
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def run(
+                hidden: Tensor, *routing: Tensor, forward: Callable[..., Tensor] = layer.experts.forward, **kwargs: Any
+            ) -> Tensor:
+                if any(len(part) != count for part in (hidden, *routing)):  # not one row per token
+                    return forward(hidden, *routing, **kwargs)
+                output = forward(hidden[chosen], *(part[chosen] for part in routing), **kwargs)
+                return output.new_zeros(hidden.shape).index_copy(0, chosen, output)
+
+            stack.enter_context(_forward_replaced(layer.experts, run))
+        yield
+
+
 def hidden_states(
     model: PreTrainedModel, layer: ExpertLayer, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
 ) -> Tensor:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.editing.prefix import Prefix, logits_at
-from lit_moeedit.editing.running import decoder_layers, hidden_states, output_replaced, skipped
-from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.editing.running import decoder_layers, experts_run_on, hidden_states, output_replaced, skipped
+from lit_moeedit.models.experts import ExpertLayer, expert_layers
 
 
 @dataclass(frozen=True)
@@ -93,31 +93,46 @@ class Rows:
         changes |= {name: getattr(self, name)[predictions] for name in ("column", "label", "weight")}
         return replace(self, **changes, row=(kept.cumsum(0) - 1)[self.row[predictions]]), predictions
 
-    def log_probabilities(
-        self,
-        model: PreTrainedModel,
-        layer: ExpertLayer,
-        deltas: Tensor | None = None,
-        record: Prefix | None = None,
-    ) -> Tensor:
-        """What the model says at the predictions, ``[m, vocabulary]`` float32; the layers up to the target are not run.
+
+class UpperLayers:
+    """A model from the output of the target layer on.
+
+    Args:
+        model: the model.
+        layer: the target layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: ExpertLayer) -> None:
+        self.model, self.layer = model, layer.layer
+        layers = decoder_layers(model, layer)
+        number = next(i for i, other in enumerate(layers) if other is layer.layer)
+        self.below, above = layers[:number], layers[number + 1 :]
+        experts = expert_layers(model).values()
+        self.between = [other for other in experts if any(other.layer is one for one in above[:-1])]
+        self.last = [other for other in experts if any(other.layer is one for one in above[-1:])]
+
+    def log_probabilities(self, rows: Rows, deltas: Tensor | None = None, record: Prefix | None = None) -> Tensor:
+        """What the model says at the predictions, ``[m, vocabulary]`` float32.
 
         Args:
-            model: the model.
-            layer: the target layer.
+            rows: whole rows, or rows behind a prefix.
             deltas: ``δ`` of each edit of the batch, ``[T, d_model]``.
-            record: gets the keys and values of what stands before the edit tokens; for whole rows.
+            record: gets the keys and values of what stands before the edit tokens of whole rows.
         """
-        output = self.hidden
+        output, length = rows.hidden, rows.ids.shape[1]
         if deltas is not None:
-            where = (torch.arange(len(output), device=output.device), torch.tensor(self.token, device=output.device))
-            output = output.index_put(where, deltas[self.edit].to(output.dtype), accumulate=True)
-        layers = decoder_layers(model, layer)
+            where = (torch.arange(len(output), device=output.device), torch.tensor(rows.token, device=output.device))
+            output = output.index_put(where, deltas[rows.edit].to(output.dtype), accumulate=True)
+        real = rows.mask[:, -length:].bool()
+        # from the last layer's experts on, no token reads another one
+        predicting = torch.zeros_like(real).index_put((rows.row, rows.column), torch.ones_like(real[0, 0]))
         with ExitStack() as stack:
-            stack.enter_context(skipped(layers[: next(i for i, other in enumerate(layers) if other is layer.layer)]))
-            stack.enter_context(output_replaced(layer.layer, lambda: output))
-            prefix = record if record is not None else self.prefix
-            scores = logits_at(model, self.ids, self.mask, self.positions, self.row, self.column, prefix)
+            stack.enter_context(skipped(self.below))
+            stack.enter_context(output_replaced(self.layer, lambda: output))
+            stack.enter_context(experts_run_on(self.between, real))
+            stack.enter_context(experts_run_on(self.last, predicting if record is None else real))
+            prefix = record if record is not None else rows.prefix
+            scores = logits_at(self.model, rows.ids, rows.mask, rows.positions, rows.row, rows.column, prefix)
         return scores.float().log_softmax(-1)
 
 
@@ -146,5 +161,6 @@ def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequen
     of_row, column, label, weight = (torch.tensor(values, device=device) for values in zip(*places, strict=True))
     positions = position_ids(mask)
     edit = torch.tensor([edit for edit, own in enumerate(by_edit) for _ in own], device=device)
-    hidden = hidden_states(model, layer, ids, mask, positions)
+    with experts_run_on([*expert_layers(model).values()], mask.bool()):
+        hidden = hidden_states(model, layer, ids, mask, positions)
     return Rows(edit, ids, positions, mask, hidden, token, of_row, column, label, weight)

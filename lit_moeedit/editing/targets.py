@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.editing.prefix import prefix_for
 from lit_moeedit.editing.running import inference
-from lit_moeedit.editing.target_rows import Rows, TargetRow, lay_out
+from lit_moeedit.editing.target_rows import Rows, TargetRow, UpperLayers, lay_out
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.sharding.backward import beside_training
 from lit_moeedit.sharding.ranks import Ranks
@@ -158,12 +158,12 @@ class _Batch:
         by_edit: Sequence[Sequence[TargetRow]],
         pad_token: int,
     ) -> None:
-        self.settings, self.model, self.layer, self.count = settings, model, layer, len(by_edit)
+        self.settings, self.upper, self.count = settings, UpperLayers(model, layer), len(by_edit)
         self.precision = torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast is not None)
         with torch.no_grad(), self.precision:
             rows = lay_out(model, layer, by_edit, pad_token)
             prefix = prefix_for(model, rows.token)
-            output = rows.log_probabilities(model, layer, record=prefix)
+            output = self.upper.log_probabilities(rows, record=prefix)
         # the edit's own h is that of its first row, which has no context before it
         first = torch.searchsorted(rows.edit, torch.arange(self.count, device=rows.edit.device))
         self.norm = rows.hidden[first, rows.token].float().norm(dim=-1)
@@ -185,7 +185,7 @@ class _Batch:
             if step == 0 and self.rows is not self.whole and ranks.any(not self._same(now)):
                 log.warning(
                     "%s does not say the same from the kept keys and values as from whole rows; whole rows are run",
-                    type(self.model).__name__,
+                    type(self.upper.model).__name__,
                 )
                 self.rows = self.whole
                 loss, now = self._loss(variable)
@@ -211,7 +211,7 @@ class _Batch:
 
     def _loss(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
         with self.precision:
-            output = self.rows.log_probabilities(self.model, self.layer, deltas)
+            output = self.upper.log_probabilities(self.rows, deltas)
         nll = self._nll(self.rows, output)
         divergence = F.kl_div(output[self.rows.label < 0], self.reference, log_target=True, reduction="none").sum()
         # the small constant keeps the gradient of the norm finite at zero

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.editing.prefix import Prefix, logits_at, prefix_for
 from lit_moeedit.editing.running import logits
-from lit_moeedit.editing.target_rows import Rows, TargetRow, lay_out
+from lit_moeedit.editing.target_rows import TargetRow, UpperLayers, lay_out
 from lit_moeedit.editing.targets import TargetOptimizer
-from lit_moeedit.models.experts import ExpertLayer, expert_layers
+from lit_moeedit.models.experts import expert_layers
 
 PASSES = {"rtol": 1e-4, "atol": 1e-4}  # float32 through two layers, with other batch shapes
 
@@ -55,18 +55,20 @@ def by_edit() -> list[list[TargetRow]]:
     ]
 
 
-def both(
-    model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequence[TargetRow]], deltas: Tensor
-) -> tuple[Rows, Tensor, Rows, Tensor]:
-    """Whole rows and what they say with ``deltas``; the same from the edit tokens on."""
-    model.eval().requires_grad_(False)
-    with torch.no_grad():
-        whole = lay_out(model, layer, by_edit, 0)
-        prefix = prefix_for(model, whole.token)
-        assert prefix is not None
-        whole.log_probabilities(model, layer, record=prefix)
-    cut = whole.behind(prefix)
-    return whole, whole.log_probabilities(model, layer, deltas), cut, cut.log_probabilities(model, layer, deltas)
+def plainly(model: PreTrainedModel, layer: int, by_edit: Sequence[Sequence[TargetRow]], deltas: Tensor) -> Tensor:
+    """Log-probabilities ``[m, vocabulary]`` at the predictions, each row by itself, whole, through all layers."""
+    found = []
+    for row in (row for own in by_edit for row in own):
+
+        def add(module: Any, args: Any, output: Tensor, row: TargetRow = row) -> Tensor:
+            where = (torch.tensor(0), torch.tensor(row.encoding.edit_token))
+            return output.index_put(where, deltas[row.edit], accumulate=True)
+
+        handle = model.model.layers[layer].register_forward_hook(add)
+        scores = model(input_ids=torch.tensor([row.encoding.ids]), use_cache=False).logits[0].log_softmax(-1)
+        handle.remove()
+        found.append(scores[-1:] if row.is_neutral else scores[row.encoding.target_start - 1 : -1])
+    return torch.cat(found)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +85,19 @@ def both(
     ],
 )
 def test_rows_from_the_edit_token_on_say_the_same(make_model, by_edit, model_type: str, config: dict[str, Any]) -> None:
-    model = make_model(model_type, **config)
-    layer = expert_layers(model)[1]
+    model = make_model(model_type, **config).eval().requires_grad_(False)
+    layer, upper = expert_layers(model)[1], UpperLayers(model, expert_layers(model)[1])
     deltas = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    whole, expected, cut, found = both(model, layer, by_edit, deltas)
+    with torch.no_grad():
+        whole = lay_out(model, layer, by_edit, 0)
+        prefix = prefix_for(model, whole.token)
+        assert prefix is not None
+        before = upper.log_probabilities(whole, record=prefix)
+    torch.testing.assert_close(before, plainly(model, 1, by_edit, torch.zeros(3, 32)), **PASSES)
+    cut, expected = whole.behind(prefix), plainly(model, 1, by_edit, deltas)
     assert cut.ids.shape[1] < whole.ids.shape[1] == whole.mask.shape[1] == cut.mask.shape[1]
+    found = upper.log_probabilities(cut, deltas)
+    torch.testing.assert_close(upper.log_probabilities(whole, deltas), expected, **PASSES)
     torch.testing.assert_close(found, expected, **PASSES)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     gradients = [torch.autograd.grad((weights * output).sum(), deltas)[0] for output in (expected, found)]
@@ -95,7 +105,7 @@ def test_rows_from_the_edit_token_on_say_the_same(make_model, by_edit, model_typ
     torch.testing.assert_close(gradients[1], gradients[0], **PASSES)
     # and again with fewer rows: nothing of the forwards before was kept
     rows, predictions = cut.select(torch.tensor([True, False, True, False, True, False, True, True]))
-    torch.testing.assert_close(rows.log_probabilities(model, layer, deltas), found[predictions], **PASSES)
+    torch.testing.assert_close(upper.log_probabilities(rows, deltas), found[predictions], **PASSES)
 
 
 def test_the_layers_above_see_the_edit_token_and_what_follows(model: PreTrainedModel, by_edit) -> None:
@@ -121,13 +131,9 @@ def test_models_with_other_states_run_whole_rows(make_model, by_edit, model_type
     model.eval().requires_grad_(False)
     assert prefix_for(model, 3) is None
     layer, deltas = expert_layers(model)[1], torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    together = lay_out(model, layer, by_edit, 0).log_probabilities(model, layer, deltas)
-    alone = [
-        lay_out(model, layer, [[row]], 0).log_probabilities(model, layer, deltas[row.edit, None])
-        for own in by_edit
-        for row in own
-    ]
-    torch.testing.assert_close(torch.cat(alone), together, **PASSES)
+    whole = lay_out(model, layer, by_edit, 0)
+    found = UpperLayers(model, layer).log_probabilities(whole, deltas)
+    torch.testing.assert_close(found, plainly(model, 1, by_edit, deltas), **PASSES)
     ran: list[torch.Size] = []
     expert_layers(model)[2].experts.register_forward_hook(lambda module, args, output: ran.append(output.shape))
     rows = [row for own in by_edit for row in own]

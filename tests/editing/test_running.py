@@ -9,7 +9,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.editing.features import edit_tokens
-from lit_moeedit.editing.running import decoder_layers, hidden_states, inference, logits, output_replaced, skipped
+from lit_moeedit.editing.running import (
+    decoder_layers,
+    experts_run_on,
+    hidden_states,
+    inference,
+    logits,
+    output_replaced,
+    skipped,
+)
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "mixtral", "olmoe", "deepseek_v3"]
@@ -155,6 +163,27 @@ class TestReplacing:
             hidden_states(model, layer, torch.tensor([[10**6]]), torch.ones(1, 1), torch.zeros(1, 1).long())
         assert not layer.layer._forward_hooks
         assert all("forward" not in vars(other) for other in model.model.layers)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_experts_run_on_some_tokens(make_model, model_type: str) -> None:
+    model = make_model(model_type).eval()
+    layer = expert_layers(model)[1]
+    hidden = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    expert = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 1], [0, 3], [2, 0]])
+    gate = torch.rand(6, 2, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([[True, False, True], [False, False, True]])
+    expected = layer.experts(hidden, expert, gate)
+    forward, ran = layer.experts.forward, []
+    layer.experts.forward = lambda *inputs: ran.append(len(inputs[0])) or forward(*inputs)
+    with experts_run_on([layer], tokens):
+        found = layer.experts(hidden, expert, gate)
+        other = layer.experts(hidden[:4], expert[:4], gate[:4])  # not these tokens: run as ever
+    layer.experts(hidden, expert, gate)
+    assert ran == [3, 4, 6]
+    torch.testing.assert_close(found[tokens.flatten()], expected[tokens.flatten()], **PASSES)
+    assert not found[~tokens.flatten()].any()
+    torch.testing.assert_close(other, expected[:4], **PASSES)
 
 
 def test_decoder_layers_include_those_without_experts(make_model) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_moeedit.data.encoding import EditToken, encode, join
+from lit_moeedit.data.encoding import EditToken, Encoding, encode, join
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
+from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets, _chunks
 from lit_moeedit.models.experts import expert_layers
 
 CONTEXTS = ("", "Here is a fact.")
@@ -206,6 +206,18 @@ def test_edits_that_are_done_do_not_move(model: PreTrainedModel, tokenizer, fact
     assert bool((short.nll[~done] > 3.5).all())
 
 
+def test_edits_that_are_done_are_not_run(model: PreTrainedModel, tokenizer, facts) -> None:
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts, token="last")
+    ran: list[int] = []
+    model.model.layers[2].self_attn.q_proj.register_forward_hook(lambda module, args, output: ran.append(len(output)))
+    steps = TargetOptimizer(steps=30, learning_rate=0.5, clamp=0.6, stop=3.5).optimize(model, layer, rows, 0).steps
+    per_edit = len(rows) // len(facts)
+    # the unedited model, then each step with the edits that are left, and once more to see the last one's loss
+    left = [per_edit * int((steps >= step).sum()) for step in range(int(steps.max()) + 1)]
+    assert ran == [len(rows), *left]
+    assert len(set(left)) > 2
+
+
 def test_edits_that_need_nothing_get_nothing(model: PreTrainedModel, tokenizer, facts) -> None:
     targets = TargetOptimizer(stop=1e3).optimize(model, expert_layers(model)[1], rows_of(tokenizer, facts), 0)
     assert not targets.deltas.any()
@@ -228,6 +240,23 @@ def test_batches_do_not_matter(model: PreTrainedModel, tokenizer, facts, token_b
     torch.testing.assert_close(parted.deltas, together.deltas, **STEPS)
     torch.testing.assert_close(parted.nll, together.nll, rtol=1e-3, atol=1e-4)
     assert torch.equal(parted.steps, together.steps)
+
+
+@pytest.mark.parametrize(("token_budget", "limit"), [(1, 9), (60, 9), (120, 2), (10**6, 3), (10**6, 9)])
+def test_chunks(token_budget: int, limit: int) -> None:
+    """Every edit is in one chunk, with others of similar length, and a chunk's padded rows are within the budget."""
+    extents = [(3, 9), (0, 4), (5, 6), (3, 4), (0, 9), (8, 9), (3, 9)]
+    by_edit = [[TargetRow(t, Encoding([7] * n, n - 1, e)), TargetRow(t, Encoding([7] * 4, 4, 2))]
+               for t, (e, n) in enumerate(extents)]  # fmt: skip
+    chunks = _chunks(by_edit, token_budget, limit)
+    assert sorted(edit for chunk in chunks for edit in chunk) == list(range(len(extents)))
+    for chunk in chunks:
+        parts = [row.parts for edit in chunk for row in by_edit[edit]]
+        width = sum(max(len(part[side]) for part in parts) for side in (0, 1))
+        assert len(chunk) == 1 or (len(chunk) <= limit and len(parts) * width <= token_budget)
+    rests = [max(len(row.parts[1]) for row in by_edit[edit]) for chunk in chunks for edit in chunk]
+    assert rests == sorted(rests)
+    assert len(chunks) == {(1, 9): 7, (60, 9): 3, (120, 2): 4, (10**6, 3): 3, (10**6, 9): 1}[token_budget, limit]
 
 
 def test_padding_token_does_not_matter(model: PreTrainedModel, tokenizer, facts) -> None:

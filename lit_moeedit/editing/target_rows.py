@@ -15,6 +15,7 @@ from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.editing.prefix import Prefix, logits_at
 from lit_moeedit.editing.running import decoder_layers, experts_run_on, hidden_states, output_replaced, skipped
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
+from lit_moeedit.sharding.graph import regathering
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class UpperLayers:
         with ExitStack() as stack:
             stack.enter_context(skipped(self.below))
             stack.enter_context(output_replaced(self.layer, lambda: output))
+            stack.enter_context(regathering(self.model))
             stack.enter_context(experts_run_on(self.between, real))
             stack.enter_context(experts_run_on(self.last, predicting if record is None else real))
             prefix = record if record is not None else rows.prefix

@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import zero_3_partition
 
-BLOCK = 2**20
+BLOCK = 2**18
 """Numbers that are summed at a time."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def test_sums_of_parts_are_that_of_the_whole(size: int, cuts: list[int]) -> None
     edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fingerprint, "BLOCK", 16)
-        parts = sum(fingerprint._sum(numbers[a:b], a) for a, b in pairwise(edges))
+        parts = sum(fingerprint._sum(numbers[a:b], a) for a, b in itertools.pairwise(edges))
         assert int(parts) == int(fingerprint._sum(numbers, 0))
 
 

@@ -18,9 +18,15 @@ from lit_moeedit.sharding.forward import gathering_on_use
 
 def decoder_layers(model: PreTrainedModel, layer: ExpertLayer) -> list[nn.Module]:
     """All decoder layers of the stack that ``layer`` belongs to, with or without experts, in order."""
+    return list(_stack(model, layer)[1])
+
+
+def _stack(model: PreTrainedModel, layer: ExpertLayer) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs ``layer`` and its neighbours, and these."""
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and any(child is layer.layer for child in module):
-            return list(module)
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and any(other is layer.layer for other in child):
+                return module, child
     raise UnsupportedModelError(f"layer {layer.index} is not in a ModuleList of {type(model).__name__}")
 
 
@@ -110,7 +116,7 @@ def experts_run_on(layers: Sequence[ExpertLayer], tokens: Tensor) -> Iterator[No
 def hidden_states(
     model: PreTrainedModel, layer: ExpertLayer, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
 ) -> Tensor:
-    """Output of a decoder layer, ``[batch, length, d_model]``; the layers above are not run.
+    """Output of a decoder layer, ``[batch, length, d_model]``; neither the layers above nor the head are run.
 
     Args:
         model: the model.
@@ -119,8 +125,8 @@ def hidden_states(
         attention_mask: int64 ``[batch, length]``.
         positions: int64 ``[batch, length]``, position ids.
     """
-    layers = decoder_layers(model, layer)
-    above = layers[next(i for i, other in enumerate(layers) if other is layer.layer) + 1 :]
+    stack, layers = _stack(model, layer)
+    above = list(layers)[next(i for i, other in enumerate(layers) if other is layer.layer) + 1 :]
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: Any, output: Any) -> None:
@@ -128,8 +134,9 @@ def hidden_states(
 
     handle = layer.layer.register_forward_hook(catch)
     try:
-        with skipped(above):
-            logits(model, input_ids, attention_mask, positions, keep=1)
+        with skipped(above), gathering_on_use(model):
+            # not through the head, which under ZeRO-3 would be gathered for every batch
+            stack(**_inputs(stack, input_ids, attention_mask, positions))
     finally:
         handle.remove()
     return caught[0]
@@ -144,13 +151,17 @@ def logits(
     cache: Cache | None = None,
 ) -> Tensor:
     """Logits of the last ``keep`` positions (0: of all), ``[batch, keep, vocabulary]``."""
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": cache is not None}
-    accepted = inspect.signature(model.forward).parameters
-    if "position_ids" in accepted:
-        inputs["position_ids"] = positions
-    if "logits_to_keep" in accepted:
+    inputs = _inputs(model, input_ids, attention_mask, positions)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = keep
     if cache is not None:
-        inputs["past_key_values"] = cache
+        inputs |= {"past_key_values": cache, "use_cache": True}
     with gathering_on_use(model):
         return model(**inputs).logits[:, -keep:]
+
+
+def _inputs(module: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        inputs["position_ids"] = positions
+    return inputs

@@ -60,10 +60,11 @@ def test_positions_are_handed_on(model: PreTrainedModel, encoded: list[Encoding]
         assert row[-len(encoding.ids) :].tolist() == list(range(len(encoding.ids)))
 
 
-def test_layers_above_are_not_run(model: PreTrainedModel, encoded: list[Encoding]) -> None:
+def test_neither_layers_above_nor_the_head_are_run(model: PreTrainedModel, encoded: list[Encoding]) -> None:
     ran: list[int] = []
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index))
+    model.lm_head.register_forward_hook(lambda *_: ran.append(-1))
     ids, mask = pad([e.ids for e in encoded], 0)
     hidden_states(model, expert_layers(model)[1], ids, mask, position_ids(mask))
     assert ran == [0, 1]

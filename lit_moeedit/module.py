@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL
+from lit_moeedit.losses import balancing_loss, next_token_loss
 from lit_moeedit.sharding.building import fresh_model, pretrained_model, whole_shape
 from lit_moeedit.sharding.graph import regathering
 from lit_moeedit.sharding.resuming import mend_optimizer
@@ -46,8 +47,9 @@ class LitMoE(L.LightningModule):
         label_smoothing: of the cross entropy.
 
     Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[batch, length]``; positions
-    with label -100 do not count. Validation and test log ``val/perplexity``, ``val/loss`` and ``val/accuracy``
-    (or ``test/…``).
+    with label -100 do not count. With several ranks the losses are those of all their batches together, so that
+    training does not depend on how a batch is split. Validation and test log ``val/perplexity``, ``val/loss`` and
+    ``val/accuracy`` (or ``test/…``).
 
     Raises:
         ValueError: if not exactly one of ``pretrained`` and ``config`` is given, or a number is out of range.
@@ -152,19 +154,27 @@ class LitMoE(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         router_loss = self.hparams["router_loss"]
         with regathering(self):
-            outputs = self(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-                **({"output_router_logits": True} if router_loss else {}),
-            )
-        loss = _next_token_loss(outputs.logits, batch["labels"], self.hparams["label_smoothing"])
-        self.log("train/loss", loss, prog_bar=True)
+            outputs = self._run(batch, **({"output_router_logits": True} if router_loss else {}))
+        ranks = 1 if self._trainer is None else self._trainer.world_size
+        loss = next_token_loss(outputs.logits, batch["labels"], self.hparams["label_smoothing"], ranks, self._total)
+        self.log("train/loss", loss.value, prog_bar=True)
         auxiliary = getattr(outputs, "aux_loss", None)
-        if router_loss and auxiliary is not None:
-            self.log("train/router_loss", auxiliary)
-            loss = loss + router_loss * auxiliary
-        return loss
+        if not router_loss or auxiliary is None:
+            return loss.share
+        k = getattr(self.model, "num_experts_per_tok", None)
+        balance = balancing_loss(auxiliary, outputs.router_logits, batch["attention_mask"], k, ranks, self._total)
+        self.log("train/router_loss", balance.value)
+        return loss.share + router_loss * balance.share
+
+    def _run(self, batch: dict[str, Tensor], **settings: Any) -> Any:
+        # Not self.model(...): by the call of this module DeepSpeed forgets the order of modules that it notes under
+        # ZeRO-3. It fails if ranks differ in that, as they do where experts call their activation one by one.
+        return self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **settings)
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        assert isinstance(total, torch.Tensor)
+        return total
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -177,12 +187,10 @@ class LitMoE(L.LightningModule):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The most likely next token at every position, int64 ``[batch, length]``."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        return self(**inputs, use_cache=False).logits.argmax(-1)
+        return self._run(batch).logits.argmax(-1)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        logits, labels = self(**inputs, use_cache=False).logits[:, :-1].float(), batch["labels"][:, 1:]
+        logits, labels = self._run(batch).logits[:, :-1].float(), batch["labels"][:, 1:]
         self.perplexity(logits, labels)
         counted = labels != IGNORED_LABEL
         size = int(counted.sum())
@@ -218,11 +226,3 @@ class LitMoE(L.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross entropy of ``logits [batch, length, vocabulary]`` against the next position's ``labels``."""
-    logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED_LABEL
-    # only the counted rows: most of the softmax would be of positions that nobody asks for
-    return F.cross_entropy(logits[counted].float(), labels[counted], label_smoothing=label_smoothing)

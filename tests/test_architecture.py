@@ -13,7 +13,8 @@ PURE = {"data", "solvers", "models", "sharding", "metrics"}
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"callbacks", "module", "editing", *PURE},
     "callbacks": {"module", "editing", *PURE},
-    "module": {"data", "models", "sharding"},
+    "module": {"data", "losses", "models", "sharding"},
+    "losses": {"data"},
     "editing": PURE,
     **{name: set() for name in (*PURE, "__init__")},
 }

@@ -23,9 +23,8 @@ def run(moment: str, folder: str, ranks: int) -> dict[str, Any]:
     from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
     from tests.callbacks.conftest import _data, _editor, _module, _trainer
 
-    # an initialisation this large makes the routing answer to an edit of the layers below
-    module = _module(config={**SMALL_QWEN, "model_type": "qwen3_5_moe_text"}, router_loss=0.0)
-    editing = KnowledgeEditing(_editor(), at=MOMENTS[moment] or "fit_start")
+    module = _module(config={**SMALL_QWEN, "model_type": "qwen3_5_moe_text", "num_hidden_layers": 2})
+    editing = KnowledgeEditing(_editor(steps=2), at=MOMENTS[moment] or "fit_start")
     monitor = RoutingMonitor(probe=["The capital of Italy is Rome."])
     strategy = DeepSpeedCPUStrategy(stage=3, param_persistence_threshold=0) if ranks > 1 else "auto"
     callbacks = [editing, monitor] if MOMENTS[moment] else []

@@ -116,8 +116,7 @@ def samples() -> list[dict[str, Tensor]]:
 def train(strategy: Any, devices: int, root: str, **settings: Any) -> dict[str, Any]:
     """What this rank has to tell of eight batches in four steps, and of the validation and test behind them."""
     L.seed_everything(0, verbose=False)
-    # no router loss: it is not the mean of what two halves of a batch have
-    module = LitMoE(config=CONFIG, learning_rate=0.01, router_loss=0.0)
+    module = LitMoE(config=CONFIG, learning_rate=0.01)
     recorder = Recorder()
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_epochs=2, accumulate_grad_batches=2,

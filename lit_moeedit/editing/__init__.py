@@ -1,5 +1,6 @@
 """Editing facts into the weights of routed experts."""
 
+from lit_moeedit.editing.cache import MomentsCache
 from lit_moeedit.editing.editor import PHASES, Editor, EditResult
 from lit_moeedit.editing.evaluation import Evaluation, answers, evaluate, neighbour_groups, perplexity, score
 from lit_moeedit.editing.memory import EditMemory
@@ -12,6 +13,7 @@ __all__ = [
     "EditResult",
     "Editor",
     "Evaluation",
+    "MomentsCache",
     "SecondMoments",
     "TargetOptimizer",
     "Targets",

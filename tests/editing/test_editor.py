@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from typing import Any
 
@@ -217,6 +218,15 @@ class TestPreservation:
         unchanged(model)
         with pytest.raises(ValueError, match=f"preserve='{preserve}' needs preservation text"):
             Editor([1], preserve=preserve).edit(model, tokenizer, facts)
+
+    @pytest.mark.parametrize("preserve", ["nullspace", "covariance"])
+    def test_energy_kept_is_reported(self, model, tokenizer, facts, texts, caplog, preserve) -> None:
+        with caplog.at_level(logging.INFO):
+            Editor([1], targets=QUICK, preserve=preserve).edit(model, tokenizer, facts, texts)
+        line = next(record for record in caplog.records if "preserved energy" in record.getMessage())
+        index, experts, mean, least = line.args
+        assert (index, experts in range(1, 7)) == (1, True)
+        assert 0.5 < least <= mean <= 1.0
 
     def test_preserved_text_is_disturbed_less(self, model, plain_hidden, tokenizer, facts, texts) -> None:
         """What preservation is for: the layer's output on the preserved text moves less than without."""

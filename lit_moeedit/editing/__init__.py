@@ -1,5 +1,6 @@
 """Editing facts into the weights of routed experts."""
 
+from lit_moeedit.editing.baselines import FineTuning
 from lit_moeedit.editing.cache import MomentsCache
 from lit_moeedit.editing.editor import PHASES, Editor, EditResult
 from lit_moeedit.editing.evaluation import Evaluation, answers, evaluate, neighbour_groups, perplexity, score
@@ -13,6 +14,7 @@ __all__ = [
     "EditResult",
     "Editor",
     "Evaluation",
+    "FineTuning",
     "MomentsCache",
     "SecondMoments",
     "TargetOptimizer",

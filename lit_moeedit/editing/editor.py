@@ -204,8 +204,8 @@ class Editor:
             RankError: if another rank failed.
         """
         ranks = ranks if ranks is not None else Ranks()
-        report = progress if progress is not None else _no_progress
-        clock = _Clock()
+        report = progress if progress is not None else no_progress
+        clock = Clock()
         # a rank that fails anywhere in here meets the others where they agree next: before each forward, and before
         # anything is exchanged
         with ranks.together():
@@ -334,11 +334,11 @@ class Editor:
         return layer_factors(self.solver, layer, own, self.preserve, self.strength, ranks, sizes)
 
 
-def _no_progress(phase: str, done: int, total: int) -> None:
-    return
+def no_progress(phase: str, done: int, total: int) -> None:
+    """Tells nobody."""
 
 
-class _Clock:
+class Clock:
     """Seconds by phase."""
 
     def __init__(self) -> None:
@@ -347,6 +347,7 @@ class _Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Counts a block's seconds as those of a phase."""
         start = time.perf_counter()
         try:
             yield
@@ -354,4 +355,5 @@ class _Clock:
             self._seconds[phase] += time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
+        """By phase, and since this was made."""
         return {**self._seconds, "edit": time.perf_counter() - self._start}

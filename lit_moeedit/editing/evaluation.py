@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,26 +45,29 @@ def score(
     with inference(model):
         log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.uint8)
         for chosen, mine in ranks.deal(list(token_batches([len(e.ids) for e in encodings], token_budget))):
-            found = _score(model, [encodings[i] for i in chosen], pad_id(tokenizer))
+            found = score_batch(model, [encodings[i] for i in chosen], pad_id(tokenizer))
             if mine:
-                log_prob[chosen], exact[chosen] = found[0], found[1].byte()
+                log_prob[chosen], exact[chosen] = found[0].cpu(), found[1].byte().cpu()
         ranks.agree()
         ranks.sum(log_prob, exact)
     return Scores(log_prob, exact.bool())
 
 
-def _score(model: PreTrainedModel, batch: Sequence[Encoding], pad_token: int) -> tuple[Tensor, Tensor]:
+def score_batch(
+    model: PreTrainedModel, batch: Sequence[Encoding], pad_token: int, weights: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """``log_prob`` and ``exact`` of :class:`Scores` for one batch; ``weights`` stand in for the model's parameters."""
     ids, mask = (x.to(model.device) for x in pad([e.ids[:-1] for e in batch], pad_token, side="left"))
     lengths = [len(e.ids) - e.target_start for e in batch]
     keep = max(lengths)
     labels = torch.tensor([[-1] * (keep - n) + e.ids[-n:] for e, n in zip(batch, lengths, strict=True)]).to(ids.device)
-    output = logits(model, ids, mask, position_ids(mask), keep).float().log_softmax(-1)
+    output = logits(model, ids, mask, position_ids(mask), keep, weights).float().log_softmax(-1)
     # a keep longer than the inputs happens with a prompt of one token; the columns that exist are the last ones
     labels = labels[:, -output.shape[1] :]
     counted = labels >= 0
     picked = output.gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
     right = (output.argmax(-1) == labels) | ~counted
-    return ((picked * counted).sum(-1) / counted.sum(-1)).cpu(), right.all(-1).cpu()
+    return (picked * counted).sum(-1) / counted.sum(-1), right.all(-1)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -149,15 +150,20 @@ def logits(
     positions: Tensor,
     keep: int,
     cache: Cache | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Logits of the last ``keep`` positions (0: of all), ``[batch, keep, vocabulary]``."""
+    """Logits of the last ``keep`` positions (0: of all), ``[batch, keep, vocabulary]``.
+
+    With a ``cache``, its positions stand before those given; ``weights`` stand in for parameters of these names.
+    """
     inputs = _inputs(model, input_ids, attention_mask, positions)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = keep
     if cache is not None:
         inputs |= {"past_key_values": cache, "use_cache": True}
     with gathering_on_use(model):
-        return model(**inputs).logits[:, -keep:]
+        outputs = model(**inputs) if weights is None else functional_call(model, dict(weights), (), inputs)
+    return outputs.logits[:, -keep:]
 
 
 def _inputs(module: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> dict[str, Any]:

@@ -16,6 +16,11 @@ class UnsupportedShardingError(RuntimeError):
     """The parameter is laid out in a way that cannot be read or written here."""
 
 
+def is_partitioned(weight: nn.Parameter) -> bool:
+    """Whether a rank holds only a part of the weights that the model computes with (ZeRO-3, FSDP2)."""
+    return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
+
+
 def _nothing_to_put_back(numbers: Tensor) -> None:
     return
 

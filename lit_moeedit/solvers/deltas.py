@@ -99,6 +99,18 @@ class ExpertDeltas:
         """The same deltas with other right factors ``[M, d_hidden]``."""
         return ExpertDeltas(self.expert_index, self.row_index, self.left, right, self.num_experts)
 
+    @classmethod
+    def from_dense(cls, experts: Tensor, dense: Tensor, num_experts: int) -> ExpertDeltas:
+        """Dense deltas ``[n, d_model, d_hidden]`` of ``experts [n]``, as terms of the smaller dimension's rank."""
+        count, d_model, d_hidden = dense.shape
+        rank = min(d_model, d_hidden)
+        basis = torch.eye(rank).to(dense)
+        terms = torch.arange(count * rank, device=dense.device)
+        owners = experts.repeat_interleave(rank)
+        if d_model <= d_hidden:
+            return cls(owners, terms % rank, basis, dense.reshape(-1, d_hidden), num_experts)
+        return cls(owners, terms, dense.mT.reshape(-1, d_model), basis.repeat(count, 1), num_experts)
+
     def save(self, path: str | Path) -> None:
         """Write the factors as safetensors; the file appears complete or not at all."""
         tensors = {name: getattr(self, name) for name in _FIELDS}

@@ -36,6 +36,19 @@ def test_dense_is_the_sum_of_outer_products() -> None:
     assert deltas.shape == (3, 5)
 
 
+@pytest.mark.parametrize(("d_model", "d_hidden"), [(3, 5), (5, 3), (4, 4)])
+def test_dense_deltas_as_terms_of_the_smaller_dimension(d_model: int, d_hidden: int) -> None:
+    dense = torch.randn(2, d_model, d_hidden, generator=torch.Generator().manual_seed(0))
+    deltas = ExpertDeltas.from_dense(torch.tensor([4, 1]), dense, 6)
+    assert deltas.experts == [1, 4]
+    assert deltas.shape == (d_model, d_hidden)
+    assert len(deltas.right) == 2 * min(d_model, d_hidden)
+    # products with ones and zeros are exact
+    assert torch.equal(deltas.dense(4), dense[0])
+    assert torch.equal(deltas.dense(1), dense[1])
+    assert not deltas.dense(0).any()
+
+
 @pytest.mark.parametrize("expert", [-1, 6])
 def test_there_is_no_such_expert(expert: int) -> None:
     with pytest.raises(IndexError, match=rf"expert must be in \[0, 6\), got {expert}"):

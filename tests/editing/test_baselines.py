@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -203,5 +204,12 @@ class TestRefusals:
             FineTuning([1]).edit(model, tokenizer, facts)
 
 
-def test_the_callback_needs_no_text_for_it() -> None:
-    assert KnowledgeEditing(FineTuning([1])).editor.preserve == "none"
+def test_the_callback_takes_it_from_a_config_and_needs_no_text() -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(KnowledgeEditing, "callback")
+    settings = {"layers": [0, 1], "norm_constraint": 0.001, "contexts": ["", "Note:"]}
+    editor = {"class_path": "lit_moeedit.editing.FineTuning", "init_args": settings}
+    made = parser.instantiate_classes(parser.parse_object({"callback": {"editor": editor}})).callback.editor
+    assert isinstance(made, FineTuning)
+    assert (made.layers, made.norm_constraint, made.contexts) == ((0, 1), 0.001, ("", "Note:"))
+    assert made.preserve == "none"

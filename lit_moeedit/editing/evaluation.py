@@ -61,7 +61,7 @@ def score_batch(
     lengths = [len(e.ids) - e.target_start for e in batch]
     keep = max(lengths)
     labels = torch.tensor([[-1] * (keep - n) + e.ids[-n:] for e, n in zip(batch, lengths, strict=True)]).to(ids.device)
-    output = logits(model, ids, mask, position_ids(mask), keep, weights).float().log_softmax(-1)
+    output = logits(model, ids, mask, position_ids(mask), keep, weights=weights).float().log_softmax(-1)
     # a keep longer than the inputs happens with a prompt of one token; the columns that exist are the last ones
     labels = labels[:, -output.shape[1] :]
     counted = labels >= 0

@@ -18,6 +18,7 @@ from lit_moeedit.cli import run
 from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
 from lit_moeedit.models.experts import RoutedKeys, check_editable, expert_layers, watch_keys
 from lit_moeedit.sharding.building import pretrained_model
+from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[1]
 REAL: dict[str, tuple[dict[str, Any], float]] = {
@@ -253,3 +254,32 @@ def test_experts_beside_linear_attention_are_watched_and_edited(make_model, fact
     before = evaluate(model, tokenizer, facts).metrics["efficacy_accuracy"]
     editor.edit(model, tokenizer, facts)
     assert evaluate(model, tokenizer, facts).metrics["efficacy_accuracy"] > before
+
+
+def train_and_edit(root: str) -> int:
+    """Facts edited behind the first epoch under ZeRO stage 3."""
+    import lightning as L
+
+    from lit_moeedit.callbacks import EditReport, KnowledgeEditing
+    from lit_moeedit.data import Atlas, FactsDataModule
+    from lit_moeedit.module import LitMoE
+    from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+
+    data = FactsDataModule(Atlas(edits=4), vocab_size=420, batch_size=4, samples_per_epoch=16, preservation_samples=32)
+    module = LitMoE(config={"model_type": "qwen3_5_moe_text", **SMALL_QWEN}, router_loss=0.0)
+    editing = KnowledgeEditing(Editor([0, 1], targets=TargetOptimizer(steps=2), token="last"), at={"epoch": 1})
+    strategy = DeepSpeedCPUStrategy(stage=3, param_persistence_threshold=0)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[editing, EditReport(console=False)],
+        num_sanity_val_steps=0, default_root_dir=root,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return len(editing.applied_facts)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.slow
+def test_experts_beside_linear_attention_are_edited_sharded(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    assert run_ranks(train_and_edit, 2, str(tmp_path), group=False) == [4, 4]

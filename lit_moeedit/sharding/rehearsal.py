@@ -1,0 +1,217 @@
+"""What DeepSpeed does to weights and gradients during a pass, done to a model without numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights, gradients and the optimizer's state are spread over the ranks.
+
+    Attributes:
+        ranks: number of processes.
+        stage: of DeepSpeed ZeRO; ``None`` without DeepSpeed.
+        itemsize: bytes of a number that the model computes with.
+        sub_group: numbers that a rank's optimizer updates at once (``sub_group_size``).
+        bucket: numbers whose gradients are averaged at once (``reduce_bucket_size``).
+        overlap: whether gradients are averaged beside the backward pass (``overlap_comm``).
+        on_cpu: whether the model is in main memory and the ranks talk through gloo.
+    """
+
+    ranks: int = 1
+    stage: int | None = None
+    itemsize: int = 4
+    sub_group: int = 10**12
+    bucket: int = 200_000_000
+    overlap: bool = True
+    on_cpu: bool = False
+
+    @property
+    def has_master(self) -> bool:
+        """Whether the optimizer has a float32 copy of the weights; stages 1 to 3 have one of float32 weights, too."""
+        return self.stage in (1, 2, 3) or (self.stage == 0 and self.itemsize < 4)
+
+    @property
+    def shards(self) -> int:
+        """Parts that the optimizer's state is split into."""
+        return self.ranks if self.stage in (1, 2, 3) else 1
+
+
+LEAVES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock")
+"""Modules that DeepSpeed 0.19 gathers as a whole (``DEFAULT_LEAF_MODULE_CLASSES``)."""
+
+
+def gathered_together(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+    """The modules that ZeRO stage 3 gathers the weights of, each with these weights."""
+    found, inside = [], set[nn.Module]()
+    for module in model.modules():
+        if module in inside:
+            continue
+        is_leaf = type(module).__name__ in LEAVES
+        weights = list(module.parameters(recurse=is_leaf))
+        # gated delta nets take the weights of their convolutions and do not call these; DeepSpeed finds out
+        used = module.modules() if is_leaf else [child for child in module.children() if isinstance(child, nn.Conv1d)]
+        inside |= set(used)
+        weights += [] if is_leaf else [weight for child in used for weight in child.parameters()]
+        if weights:
+            found.append((module, weights))
+    return found
+
+
+class Gradients:
+    """The way of gradients from the backward pass to their owners.
+
+    A gradient that fits is moved to a bucket, which is reduced when it is full; a larger one is reduced by itself
+    (``reduce_independent_p_g_buckets_and_remove_grads`` of DeepSpeed's optimizers).
+    """
+
+    def __init__(self, sharding: Sharding, parameters: int) -> None:
+        self.sharding, self.parameters = sharding, parameters
+        self.sent = 0
+        self._waiting = 0
+        self._large: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    def take(self, weight: nn.Parameter) -> None:
+        """Take over the gradient of a weight."""
+        gradient = weight.grad
+        if gradient is None:
+            gradient = torch.zeros_like(weight)  # of a leaf module's weight that had no part in the pass
+        numbers = gradient.numel()
+        if self._waiting and self._waiting + numbers > self.sharding.bucket:
+            self.reduce()
+        if self.sharding.stage != 3 and not self._kept:
+            buckets = 2 if self.sharding.overlap else 1  # stage 3 keeps its one from step to step
+            self._kept += [gradient.new_empty(self.sharding.bucket) for _ in range(buckets)]
+        if numbers > self.sharding.bucket:
+            self._large.append(gradient)
+        self._waiting += numbers
+        weight.grad = None
+
+    def reduce(self) -> None:
+        """Average what waits over the ranks; the owners keep it."""
+        if not self._waiting:
+            return
+        size, ranks = self._waiting * self.sharding.itemsize, self.sharding.ranks
+        copies = []
+        if self.sharding.stage == 3:
+            if not self._large:  # a single gradient is reduced where it is
+                copies.append(torch.empty(size, dtype=torch.uint8))
+            if self.sharding.on_cpu:  # gloo reduces a copy
+                copies.append(torch.empty(size, dtype=torch.uint8))
+            self.sent += size * (ranks - 1) // ranks
+        else:
+            if len(self._kept) < 3:
+                owned = -(-self.parameters // ranks) * self.sharding.itemsize
+                self._kept.append(torch.empty(owned, dtype=torch.uint8))
+            # an all-reduce, of which an owner takes its part
+            self.sent += 2 * size * (ranks - 1) // ranks
+        copies.clear()
+        self._large.clear()
+        self._waiting = 0
+
+
+class Gathering:
+    """ZeRO stage 3: a module's weights are gathered before it runs, forward and backward, and dropped behind it.
+
+    That is what happens in a run: DeepSpeed can also keep weights for the backward pass and gather the next ones in
+    advance, but only while module after module runs in the order of the last step.
+    """
+
+    def __init__(self, model: nn.Module, sharding: Sharding, gradients: Gradients | None) -> None:
+        self.sharding, self.gradients = sharding, gradients
+        self.sent = 0
+        self._shapes: dict[nn.Parameter, torch.Size] = {}
+        self._handles: list[Any] = []
+        for module, weights in gathered_together(model):
+            is_leaf = type(module).__name__ in LEAVES
+            for weight in weights:
+                self._shapes[weight] = weight.shape
+            self._watch(module, weights, is_leaf)
+
+    def _watch(self, module: nn.Module, weights: list[nn.Parameter], is_leaf: bool) -> None:
+        def gather(*_: Any) -> None:
+            self.gather(weights)
+
+        def drop(*_: Any) -> None:
+            self.drop(weights)
+
+        def backward_end(*_: Any) -> None:
+            if self.gradients is None:
+                self.drop(weights)
+            elif is_leaf:
+                for weight in weights:
+                    self._take(weight)
+
+        self._handles += [
+            module.register_forward_pre_hook(gather),
+            module.register_forward_hook(drop),
+            module.register_full_backward_pre_hook(gather),
+            module.register_full_backward_hook(backward_end),
+        ]
+        if self.gradients is not None and not is_leaf:
+            self._handles += [weight.register_post_accumulate_grad_hook(self._take) for weight in weights]
+
+    def _take(self, weight: Tensor) -> None:
+        assert self.gradients is not None and isinstance(weight, nn.Parameter)
+        self.gradients.take(weight)
+        self.drop([weight])
+
+    def gather(self, weights: list[nn.Parameter]) -> None:
+        """Make room for weights as an all-gather does: several of them go through one buffer."""
+        missing = [weight for weight in weights if weight.shape != self._shapes[weight]]
+        numbers = sum(self._shapes[weight].numel() for weight in missing)
+        buffer = weights[0].new_empty(numbers) if len(missing) > 1 else None
+        for weight in missing:
+            weight.data = weight.new_empty(self._shapes[weight])
+        del buffer
+        self.sent += numbers * self.sharding.itemsize * (self.sharding.ranks - 1) // self.sharding.ranks
+
+    def drop(self, weights: list[nn.Parameter]) -> None:
+        """Let go of weights; what autograd has saved of them, views above all, it keeps."""
+        for weight in weights:
+            weight.data = weight.new_empty(0)
+
+    def close(self) -> None:
+        """Take the hooks off and give the weights their shapes back."""
+        for handle in self._handles:
+            handle.remove()
+        self.gather(list(self._shapes))
+
+
+@contextmanager
+def sharded(model: nn.Module, sharding: Sharding, gradients: Gradients | None = None) -> Iterator[Gathering | None]:
+    """A block in which a model's weights and gradients are where ``sharding`` has them.
+
+    Args:
+        model: a model of fake tensors.
+        sharding: how it is sharded.
+        gradients: where the weights' gradients go, if they are wanted.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        if sharding.stage == 3:
+            gathering = Gathering(model, sharding, gradients)
+            gathering.drop(list(gathering._shapes))
+            try:
+                yield gathering
+            finally:
+                gathering.close()
+            return
+        handles = []
+        # without overlap, stage 1 leaves all gradients where they are until the backward pass has ended
+        if gradients is not None and (sharding.stage == 2 or (sharding.stage == 1 and sharding.overlap)):
+            handles = [w.register_post_accumulate_grad_hook(gradients.take) for w in model.parameters()]
+        try:
+            yield None
+        finally:
+            for handle in handles:
+                handle.remove()

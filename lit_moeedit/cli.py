@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 import lit_moeedit.callbacks  # noqa: F401 - makes callbacks and strategies known by their short names
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.module import LitMoE
-from lit_moeedit.planning import plan
+from lit_moeedit.planning.report import plan
 from lit_moeedit.sharding.export import export
 
 COMMANDS: dict[str, Callable[..., None]] = {"export": export, "plan": plan}

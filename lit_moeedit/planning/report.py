@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from json import dumps
@@ -11,41 +11,41 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lit_moeedit.planning.costs import plan_costs
-from lit_moeedit.planning.passes import empty_model, model_size, run_passes
-from lit_moeedit.planning.reading import edit_size, read_run
-from lit_moeedit.planning.sizes import Cost, ModelSize
-from lit_moeedit.sharding.rehearsal import Sharding
-
-log = logging.getLogger(__name__)
+from lit_moeedit.planning.numberless import Cost
+from lit_moeedit.planning.phases import Workload, empty_model, rehearse
+from lit_moeedit.planning.reading import Run, read_run
 
 
 def plan(
     config: Path | None = None,
     ranks: int | None = None,
-    edits: int = 50,
-    prompt_tokens: int = 24,
-    target_tokens: int = 4,
-    texts: int = 100_000,
+    edits: int | None = None,
+    card: float | None = None,
+    prompt_tokens: int = 20,
+    target_tokens: int = 3,
+    questions: int = 13,
+    texts: int | None = None,
     text_tokens: int = 512,
     train_tokens: int = 64,
     model: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Tell what a run would take: memory, bytes sent between ranks, and floating-point operations, phase by phase.
+    """Tell what a run would take, phase by phase: memory, bytes sent between ranks, and floating-point operations.
 
-    Nothing is loaded or downloaded: the model is run with tensors that have shapes and no numbers. Counted is what
-    tensors hold; a process needs more for its libraries, communication and the allocator. Targets are counted with all
-    of their steps.
+    Nothing is loaded or downloaded: the run's own code runs with tensors that have shapes and no numbers, as the first
+    of its ranks. Counted is what tensors hold; libraries, the allocator's and NCCL's buffers, and kernels' work space
+    come on top. Every expert is taken to get as many tokens as any other, and targets to need all of their steps.
 
     Args:
         config: a config of lit-moeedit fit.
         ranks: number of processes; by default as many as the config says.
-        edits: number of facts to edit.
-        prompt_tokens: length of a prompt with its context, at most.
-        target_tokens: length of a target, at most.
-        texts: number of preservation texts.
-        text_tokens: length of each.
+        edits: number of facts to edit; by default as many as the config's data has.
+        card: memory of a device in GB, to say what does not fit.
+        prompt_tokens: length of a fact's prompt.
+        target_tokens: length of a target.
+        questions: prompts that an evaluation asks for each fact, with its paraphrases and neighbours (CounterFact: 13).
+        texts: number of preservation texts; by default as many as the config's data has.
+        text_tokens: length of each; more than 512 tokens are not read.
         train_tokens: length of a row of a training batch.
         model: a config.json of transformers, or a folder with one, in place of the config's model.
         json: where to write the numbers, too.
@@ -55,65 +55,119 @@ def plan(
         FileNotFoundError: if there is no such config.
 
     Example:
-        lit-moeedit plan --config=configs/atlas.yaml --ranks=1 --edits=32
+        lit-moeedit plan --config=configs/atlas.yaml --text_tokens=12
     """
     if config is None:
         raise ValueError("give --config, a config of lit-moeedit fit")
-    run = read_run(config, ranks, model, train_tokens, target_tokens)
-    edit = edit_size(run.editor, edits, prompt_tokens, target_tokens, texts, text_tokens)
+    # a plan computes on the CPU; DeepSpeed, which would otherwise look for devices, reads this when it is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    run = read_run(config, ranks, model)
+    work = Workload(
+        edits=_known(edits, run.edits, "edits", "how many facts it edits"),
+        prompt_tokens=prompt_tokens,
+        target_tokens=target_tokens,
+        questions=questions,
+        texts=_known(texts, 1 if run.editor.preserve == "none" else run.texts, "texts", "how many texts it preserves"),
+        text_tokens=text_tokens,
+        rows=_known(None, run.rows, "data.init_args.batch_size", "the rows of a batch"),
+        row_tokens=train_tokens,
+    )
     with empty_model(run.model, run.dtype) as empty:
-        sizes = model_size(empty, edit.layers, run.pretrained)
-        log.info("running %.1f billion parameters without numbers", sizes.parameters / 1e9)
-        passes = run_passes(empty, run.sharding, run.training, edit)
-    costs = plan_costs(sizes, run.sharding, run.training, edit, passes)
-    Console().print(table(costs, sizes, run.sharding))
+        parameters = empty.num_parameters()
+        run.module.model = empty
+        costs = rehearse(run.module, run.editor, run.sharding, work)
+    console = Console()
+    console.print(table(costs, run, parameters))
+    for line in remarks(costs, run, work, card):
+        console.print(line, highlight=False)
     if json is not None:
         content = {
-            "model": asdict(sizes),
+            "parameters": parameters,
             "sharding": asdict(run.sharding),
-            "training": asdict(run.training),
-            "edit": asdict(edit),
+            "work": asdict(work),
             "phases": {cost.phase: asdict(cost) for cost in costs},
         }
-        json.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside = json.with_name(f".{json.name}.part")
+        beside.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside.replace(json)
 
 
-def table(costs: Sequence[Cost], model: ModelSize, sharding: Sharding) -> Table:
+def _known(given: int | None, said: int | None, option: str, what: str) -> int:
+    """A number from the command or the config."""
+    number = said if given is None else given
+    if number is None:
+        raise ValueError(f"the config does not say {what}: give --{option}")
+    return number
+
+
+def table(costs: Sequence[Cost], run: Run, parameters: int) -> Table:
     """Costs as a table, one row for each phase."""
-    stage = "no ZeRO" if sharding.stage is None else f"ZeRO stage {sharding.stage}"
-    title = f"{model.parameters / 1e9:.2f} billion parameters, {sharding.ranks} rank(s), {stage}; per rank"
-    columns = ["phase", "peak memory", "held before", "sent", "TFLOP", "main memory", "written"]
-    if sharding.on_cpu:
-        columns.remove("main memory")
-    result = Table(title=title)
-    for column in columns:
-        result.add_column(column, justify="left" if column == "phase" else "right")
-    for cost in costs:
-        cells = {
-            "phase": cost.phase,
-            "peak memory": size(cost.peak),
-            "held before": size(cost.held),
-            "sent": size(cost.sent),
-            "TFLOP": f"{cost.flops / 1e12:.3g}" if cost.flops else "-",
-            "main memory": size(cost.host),
-            "written": size(cost.written),
-        }
-        result.add_row(*(cells[column] for column in columns))
+    sharding = run.sharding
+    how = "no DeepSpeed" if sharding.stage is None else f"ZeRO stage {sharding.stage}"
+    dtype = str(run.dtype).removeprefix("torch.")
+    result = Table(title=f"{count(parameters)} parameters in {dtype}, {sharding.ranks} rank(s), {how}; per rank")
+    columns = {
+        "peak": [size(cost.peak) for cost in costs],
+        "held before": [size(cost.held) for cost in costs],
+        "main memory": [size(cost.host) for cost in costs],
+        "sent": [size(cost.sent) for cost in costs],
+        "TFLOP": [f"{cost.flops / 1e12:,.3g}" if cost.flops else "-" for cost in costs],
+        "written": [size(cost.written) for cost in costs],
+    }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    result.add_column("phase")
+    for name in columns:
+        result.add_column(name, justify="right")
+    for cost, *cells in zip(costs, *columns.values(), strict=True):
+        result.add_row(cost.phase, *cells)
     return result
 
 
-def size(count: int) -> str:
+def remarks(costs: Sequence[Cost], run: Run, work: Workload, card: float | None = None) -> list[str]:
+    """What was assumed, which phase decides the peak, and whether a device with ``card`` GB has room for all phases."""
+    editor = run.editor
+    texts = "no texts" if editor.preserve == "none" else f"{work.texts:,} texts of {work.text_tokens} tokens"
+    most = max(costs, key=lambda cost: cost.peak)
+    lines = [
+        f"Taken: batches of {work.rows} x {work.row_tokens} tokens; {work.edits} facts of {work.prompt_tokens} + "
+        f"{work.target_tokens} tokens behind {len(editor.contexts)} context(s), {editor.targets.steps} steps for their "
+        f"targets, {work.questions} questions each; {texts}; layers {', '.join(map(str, editor.layers))}; "
+        f"commit {editor.way}.",
+        f"The peak is that of: {most.phase}, {size(most.peak)} per rank.",
+    ]
+    if card is not None:
+        missing = [f"{cost.phase} ({size(cost.peak)})" for cost in costs if cost.peak > card * 1e9]
+        fits = f"all phases fit ({most.peak / card / 1e7:.0f} % of it)"
+        lines.append(
+            f"A device with {card:g} GB: " + (f"too small for {', '.join(missing)}." if missing else f"{fits}.")
+        )
+    return lines
+
+
+def size(number: int) -> str:
     """A number of bytes for people.
 
     Example:
         >>> size(0), size(1500), size(61_000_000_000)
         ('-', '1.5 kB', '61.0 GB')
     """
-    if not count:
+    if not number:
         return "-"
-    value = float(count)
+    value = float(number)
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
+        if value < 999.95 or unit == "TB":
             break
         value /= 1000
-    return f"{value:.1f} {unit}"
+    return f"{value:.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+def count(number: int) -> str:
+    """A number of parameters for people.
+
+    Example:
+        >>> count(1500), count(52_500_000), count(30_530_000_000)
+        ('1,500', '52.5 million', '30.5 billion')
+    """
+    if number >= 10**9:
+        return f"{number / 1e9:.1f} billion"
+    return f"{number / 1e6:.1f} million" if number >= 10**6 else f"{number:,}"

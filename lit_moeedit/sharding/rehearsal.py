@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Send = Callable[[int], None]
+"""Called with the bytes that a rank sends."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,16 @@ class Sharding:
         """Parts that the optimizer's state is split into."""
         return self.ranks if self.stage in (1, 2, 3) else 1
 
+    def part(self, size: int) -> int:
+        """What each rank sends in an all-gather or a reduce-scatter of ``size`` bytes, or hands on in a broadcast."""
+        return size * (self.ranks - 1) // self.ranks
 
-LEAVES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock")
-"""Modules that DeepSpeed 0.19 gathers as a whole (``DEFAULT_LEAF_MODULE_CLASSES``)."""
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether DeepSpeed gathers the weights of a module and of all modules in it together."""
+    from deepspeed.runtime.zero.leaf_module_config import DEFAULT_LEAF_MODULE_CLASSES
+
+    return f"{type(module).__module__}.{type(module).__name__}" in DEFAULT_LEAF_MODULE_CLASSES
 
 
 def gathered_together(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
@@ -55,12 +65,12 @@ def gathered_together(model: nn.Module) -> list[tuple[nn.Module, list[nn.Paramet
     for module in model.modules():
         if module in inside:
             continue
-        is_leaf = type(module).__name__ in LEAVES
-        weights = list(module.parameters(recurse=is_leaf))
+        whole = is_leaf(module)
+        weights = list(module.parameters(recurse=whole))
         # gated delta nets take the weights of their convolutions and do not call these; DeepSpeed finds out
-        used = module.modules() if is_leaf else [child for child in module.children() if isinstance(child, nn.Conv1d)]
+        used = module.modules() if whole else [child for child in module.children() if isinstance(child, nn.Conv1d)]
         inside |= set(used)
-        weights += [] if is_leaf else [weight for child in used for weight in child.parameters()]
+        weights += [] if whole else [weight for child in used for weight in child.parameters()]
         if weights:
             found.append((module, weights))
     return found
@@ -73,9 +83,9 @@ class Gradients:
     (``reduce_independent_p_g_buckets_and_remove_grads`` of DeepSpeed's optimizers).
     """
 
-    def __init__(self, sharding: Sharding, parameters: int) -> None:
-        self.sharding, self.parameters = sharding, parameters
-        self.sent = 0
+    def __init__(self, model: nn.Module, sharding: Sharding, send: Send) -> None:
+        self.sharding, self.send = sharding, send
+        self.parameters = sum(weight.numel() for weight in model.parameters())
         self._waiting = 0
         self._large: list[Tensor] = []
         self._kept: list[Tensor] = []
@@ -107,13 +117,13 @@ class Gradients:
                 copies.append(torch.empty(size, dtype=torch.uint8))
             if self.sharding.on_cpu:  # gloo reduces a copy
                 copies.append(torch.empty(size, dtype=torch.uint8))
-            self.sent += size * (ranks - 1) // ranks
+            self.send(self.sharding.part(size))
         else:
             if len(self._kept) < 3:
                 owned = -(-self.parameters // ranks) * self.sharding.itemsize
                 self._kept.append(torch.empty(owned, dtype=torch.uint8))
             # an all-reduce, of which an owner takes its part
-            self.sent += 2 * size * (ranks - 1) // ranks
+            self.send(2 * self.sharding.part(size))
         copies.clear()
         self._large.clear()
         self._waiting = 0
@@ -126,18 +136,17 @@ class Gathering:
     advance, but only while module after module runs in the order of the last step.
     """
 
-    def __init__(self, model: nn.Module, sharding: Sharding, gradients: Gradients | None) -> None:
-        self.sharding, self.gradients = sharding, gradients
-        self.sent = 0
+    def __init__(self, model: nn.Module, sharding: Sharding, send: Send, gradients: Gradients | None) -> None:
+        self.sharding, self.send, self.gradients = sharding, send, gradients
         self._shapes: dict[nn.Parameter, torch.Size] = {}
         self._handles: list[Any] = []
         for module, weights in gathered_together(model):
-            is_leaf = type(module).__name__ in LEAVES
             for weight in weights:
-                self._shapes[weight] = weight.shape
-            self._watch(module, weights, is_leaf)
+                self._shapes[weight] = weight.ds_shape = weight.shape  # type: ignore[attr-defined]
+            self._watch(module, weights, is_leaf(module))
+        self.drop(list(self._shapes))
 
-    def _watch(self, module: nn.Module, weights: list[nn.Parameter], is_leaf: bool) -> None:
+    def _watch(self, module: nn.Module, weights: list[nn.Parameter], together: bool) -> None:
         def gather(*_: Any) -> None:
             self.gather(weights)
 
@@ -147,7 +156,7 @@ class Gathering:
         def backward_end(*_: Any) -> None:
             if self.gradients is None:
                 self.drop(weights)
-            elif is_leaf:
+            elif together:
                 for weight in weights:
                     self._take(weight)
 
@@ -157,7 +166,7 @@ class Gathering:
             module.register_full_backward_pre_hook(gather),
             module.register_full_backward_hook(backward_end),
         ]
-        if self.gradients is not None and not is_leaf:
+        if self.gradients is not None and not together:
             self._handles += [weight.register_post_accumulate_grad_hook(self._take) for weight in weights]
 
     def _take(self, weight: Tensor) -> None:
@@ -173,7 +182,7 @@ class Gathering:
         for weight in missing:
             weight.data = weight.new_empty(self._shapes[weight])
         del buffer
-        self.sent += numbers * self.sharding.itemsize * (self.sharding.ranks - 1) // self.sharding.ranks
+        self.send(self.sharding.part(numbers * self.sharding.itemsize))
 
     def drop(self, weights: list[nn.Parameter]) -> None:
         """Let go of weights; what autograd has saved of them, views above all, it keeps."""
@@ -184,34 +193,39 @@ class Gathering:
         """Take the hooks off and give the weights their shapes back."""
         for handle in self._handles:
             handle.remove()
-        self.gather(list(self._shapes))
+        for weight, shape in self._shapes.items():
+            weight.data = weight.new_empty(shape)
+            del weight.ds_shape  # type: ignore[attr-defined]
 
 
 @contextmanager
-def sharded(model: nn.Module, sharding: Sharding, gradients: Gradients | None = None) -> Iterator[Gathering | None]:
+def sharded(model: nn.Module, sharding: Sharding, send: Send, gradients: bool = False) -> Iterator[Callable[[], None]]:
     """A block in which a model's weights and gradients are where ``sharding`` has them.
 
     Args:
-        model: a model of fake tensors.
+        model: a model without numbers.
         sharding: how it is sharded.
-        gradients: where the weights' gradients go, if they are wanted.
+        send: called with the bytes that are sent.
+        gradients: whether gradients of the weights are wanted; they are gone behind the block.
+
+    Returns:
+        a function to call after a backward pass, for the gradients that still wait to be averaged.
     """
+    reducer = Gradients(model, sharding, send) if gradients and sharding.stage in (1, 2, 3) else None
+    gathering, handles = None, []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
         if sharding.stage == 3:
-            gathering = Gathering(model, sharding, gradients)
-            gathering.drop(list(gathering._shapes))
-            try:
-                yield gathering
-            finally:
-                gathering.close()
-            return
-        handles = []
+            gathering = Gathering(model, sharding, send, reducer)
         # without overlap, stage 1 leaves all gradients where they are until the backward pass has ended
-        if gradients is not None and (sharding.stage == 2 or (sharding.stage == 1 and sharding.overlap)):
-            handles = [w.register_post_accumulate_grad_hook(gradients.take) for w in model.parameters()]
+        elif reducer is not None and (sharding.stage == 2 or sharding.overlap):
+            handles = [weight.register_post_accumulate_grad_hook(reducer.take) for weight in model.parameters()]
         try:
-            yield None
+            yield (lambda: None) if reducer is None else reducer.reduce
         finally:
             for handle in handles:
                 handle.remove()
+            if gathering is not None:
+                gathering.close()
+            if gradients:
+                model.zero_grad(set_to_none=True)

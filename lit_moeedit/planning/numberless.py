@@ -1,0 +1,262 @@
+"""Running code on tensors that have shapes and no numbers, and counting what it takes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isinf, prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+LARGEST = 2**24
+"""Integers that a tensor holds at most; larger ones have no numbers either."""
+CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.max, aten.min)
+"""Operations whose integers are indices into the last dimension."""
+
+
+class Numberless(TorchDispatchMode):
+    """In this block floating-point tensors have no numbers and take no memory; integers and truth values are real.
+
+    So code whose way depends on lengths, indices and masks runs as it would, at any size. What it asks of numbers that
+    are not there gets an answer that leads on: whatever is compared is true (all values are finite, no loss is low
+    enough), a number asked for is 1, and indices that were chosen by numbers are drawn evenly, so that a router sends
+    every expert about as many tokens.
+
+    Example:
+        >>> with Numberless():
+        ...     chosen = torch.rand(1 << 40, 8)[:100].topk(2).indices
+        >>> chosen.unique().tolist()
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __enter__(self) -> Self:
+        self._fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._fake.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            if _is_real(func._overloadpacket, tensors, args, kwargs):
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
+        elif func is aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        elif func is aten.equal.default:
+            return True
+        elif func is aten._grouped_mm.default:
+            return _grouped_mm(*args, **kwargs)
+        elif func is aten.index.Tensor:
+            args = (args[0], _without_masks(args[1]))
+        return tree_map_only(
+            FakeTensor, lambda result: self._answer(func._overloadpacket, result, args), func(*args, **kwargs)
+        )
+
+    def _answer(self, packet: Any, result: FakeTensor, args: Any) -> Tensor:
+        """What an operation on missing numbers gives: its own result, or integers in its place."""
+        if result.is_floating_point() or result.is_complex() or result.numel() > LARGEST:
+            return result
+        with unset_fake_temporarily():
+            if result.dtype is torch.bool:
+                return torch.full(result.shape, not _is_suspicion(packet, args))
+            if packet in CHOICES:
+                return _spread(result.shape, args[0].shape)
+            return torch.zeros(result.shape, dtype=result.dtype)
+
+
+def _spread(shape: torch.Size, chosen_from: torch.Size) -> Tensor:
+    """Distinct indices into the last dimension of ``chosen_from``, from a place that is drawn for every row."""
+    choices, count = max(1, chosen_from[-1:].numel()), shape[-1] if len(shape) == len(chosen_from) > 0 else 1
+    starts = torch.randint(choices, (shape.numel() // max(1, count), 1), generator=torch.Generator().manual_seed(0))
+    return ((starts + torch.arange(count)) % choices).reshape(shape)
+
+
+def _is_real(packet: Any, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
+    """Whether an operation on real tensors, or on none, gives a real one: of integers, and small."""
+    if tensors:
+        try:
+            return torch.broadcast_shapes(*(tensor.shape for tensor in tensors)).numel() <= LARGEST
+        except RuntimeError:
+            return True
+    dtype = kwargs.get("dtype")
+    if dtype is None or dtype.is_floating_point:
+        return packet in (aten.arange, aten.randperm)
+    return not isinstance(args[0], Sequence) or prod(args[0]) <= LARGEST
+
+
+def _is_suspicion(packet: Any, args: Any) -> bool:
+    """Whether an operation asks for values that are not finite: not a number is what is not itself."""
+    asked = args[1] if len(args) > 1 else None
+    infinite = packet is aten.eq and isinstance(asked, float) and isinf(asked)
+    return infinite or packet in (aten.isnan, aten.isinf) or (packet is aten.ne and asked is args[0])
+
+
+def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices of a tensor without numbers, whose length depends on numbers that are there."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype is not torch.bool or isinstance(index, FakeTensor):
+            found.append(index)
+        else:
+            with unset_fake_temporarily():
+                found += index.nonzero().unbind(1)
+    return found
+
+
+def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Products of runs of rows: with one weight each, or, for the weights' gradient, with runs of other rows.
+
+    PyTorch's own function for the shape refuses float32, which its products take.
+    """
+    groups = () if right.ndim == 3 else (len(offs),)
+    return left.new_empty(*groups, left.shape[0], right.shape[-1])
+
+
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase takes on one rank.
+
+    Attributes:
+        phase: its name.
+        held: bytes that are there when it begins.
+        peak: most bytes at a time, ``held`` included, where the model computes.
+        host: bytes in main memory besides, for a model that computes elsewhere.
+        sent: bytes that the rank sends to others.
+        flops: floating-point operations.
+        written: bytes that the rank writes to the disk.
+    """
+
+    phase: str
+    held: int
+    peak: int
+    host: int = 0
+    sent: int = 0
+    flops: int = 0
+    written: int = 0
+
+
+class Tally(TorchDispatchMode):
+    """Counts, phase by phase, the bytes of all storages that operations make, while these are alive, and products.
+
+    Works with numbers and without. What kernels and other libraries allocate for themselves is not seen.
+
+    Attributes:
+        alive: bytes now.
+        host: bytes now in main memory, for tensors that are elsewhere.
+        peak: most bytes of ``alive`` in this phase.
+        sent: bytes sent to other ranks.
+        flops: floating-point operations of products, decompositions, attention and convolutions.
+        phases: what every phase took that has ended.
+
+    Args:
+        known: tensors that do not count.
+        held: bytes that are there from the beginning.
+    """
+
+    def __init__(self, known: Sequence[Tensor] = (), held: int = 0) -> None:
+        super().__init__()
+        self.alive = self.peak = held
+        self.host = self.sent = self.flops = 0
+        self.phases: dict[str, Cost] = {}
+        self._sizes: dict[int, int] = {}
+        for tensor in known:
+            self._note(tensor.untyped_storage(), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = _FLOPS.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                storage = value.untyped_storage()
+                self._note(storage, storage.nbytes())
+        return result
+
+    def send(self, size: int) -> None:
+        """Count bytes that are sent."""
+        self.sent += size
+
+    def offload(self, size: int) -> None:
+        """Count bytes as main memory's that this phase has added."""
+        self.host += size
+        self.alive -= size
+        self.peak -= size
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A block that is a phase, or a part of one: work adds up, memory is that of the part with the highest peak."""
+        held, sent, flops = self.begin()
+        yield
+        self.end(name, held, sent, flops)
+
+    def begin(self) -> tuple[int, int, int]:
+        """Begin a phase; gives what :meth:`end` takes."""
+        self.peak = self.alive
+        return self.alive, self.sent, self.flops
+
+    def end(self, name: str, held: int, sent: int, flops: int) -> None:
+        """End a phase that was begun."""
+        cost = Cost(name, held, self.peak, self.host, self.sent - sent, self.flops - flops)
+        last = self.phases.get(name)
+        if last is not None:
+            most = max(last, cost, key=lambda part: part.peak)
+            work = {"sent": last.sent + cost.sent, "flops": last.flops + cost.flops}
+            cost = Cost(name, most.held, most.peak, max(last.host, cost.host), **work)
+        self.phases[name] = cost
+
+    @contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """A block that stands for several that are alike."""
+        sent, flops = self.sent, self.flops
+        yield
+        self.sent += (times - 1) * (self.sent - sent)
+        self.flops += (times - 1) * (self.flops - flops)
+
+    def _note(self, storage: Any, size: int) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = size
+            weakref.finalize(storage, self._drop, key)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+
+    def _drop(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+
+def _grouped_mm_flops(left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Of the product for all experts at once: rows times weights, or, for the weights' gradient, rows times rows."""
+    return 2 * left.shape[0] * left.shape[1] * right.shape[-1]
+
+
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
+    aten._grouped_mm: _grouped_mm_flops,
+    # Golub and Van Loan, Matrix Computations: sections 8.3 and 4.2
+    aten._linalg_eigh: lambda matrix, *args, **kwargs: 9 * matrix.numel() * matrix.shape[-1],
+    aten.linalg_cholesky_ex: lambda matrix, *args, **kwargs: matrix.numel() * matrix.shape[-1] // 3,
+    aten.cholesky_solve: lambda right, *args, **kwargs: 2 * right.numel() * right.shape[-2],
+}

@@ -1,0 +1,202 @@
+"""Every phase of a run, rehearsed: the code of the run itself, with a model that has no numbers."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from lit_moeedit.data import Fact, Neighbour
+from lit_moeedit.data.encoding import IGNORED_LABEL, pad_id, token_batches
+from lit_moeedit.editing import Editor, evaluate
+from lit_moeedit.editing.features import edit_tokens
+from lit_moeedit.editing.statistics import SecondMoments, second_moments
+from lit_moeedit.editing.targets import Targets
+from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.module import LitMoE
+from lit_moeedit.planning.numberless import Cost, Numberless, Tally
+from lit_moeedit.planning.training import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
+from lit_moeedit.sharding.rehearsal import Sharding, sharded
+from lit_moeedit.sharding.rehearsed_edit import RehearsedRanks, RehearsedTransaction, rehearsed_shard
+from lit_moeedit.sharding.shards import Shard
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run works on.
+
+    Attributes:
+        edits: facts to edit.
+        prompt_tokens: length of a fact's prompt; contexts come on top.
+        target_tokens: length of a target.
+        questions: prompts that an evaluation asks for each fact: its own, its paraphrases', its neighbours'.
+        texts: preservation texts.
+        text_tokens: length of each.
+        rows: rows of a training batch of one rank.
+        row_tokens: length of each.
+    """
+
+    edits: int = 50
+    prompt_tokens: int = 20
+    target_tokens: int = 3
+    questions: int = 13
+    texts: int = 100_000
+    text_tokens: int = 512
+    rows: int = 16
+    row_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def facts(self) -> list[Fact]:
+        """Facts whose words are tokens of :class:`Words`."""
+        rest = " is" * (self.prompt_tokens - 1)
+        new, true = " new" * self.target_tokens, " true" * self.target_tokens
+        facts = []
+        for i in range(self.edits):
+            others = [Neighbour(f"other{i}-{j}{rest}", true[1:]) for j in range(1, self.questions)]
+            facts.append(Fact(f"fact{i}", f"fact{i}{rest}", new[1:], true[1:], neighbours=tuple(others)))
+        return facts
+
+
+class Words:
+    """A tokenizer to which every word is a token."""
+
+    is_fast = True
+    pad_token_id = 0
+
+    def __call__(self, texts: Sequence[str], **options: Any) -> dict[str, Any]:
+        """Ids and offsets, as tokenizers of transformers give them."""
+        spans = [[match.span() for match in re.finditer(r"\S+", text)] for text in texts]
+        return {"input_ids": [[1] * len(row) for row in spans], "offset_mapping": spans}
+
+
+@contextmanager
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+    """A causal language model whose weights have shapes and no numbers, to be used in this block.
+
+    Args:
+        config: of transformers.
+        dtype: of the weights.
+    """
+    with Numberless(), no_init_weights():
+        yield AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def rehearse(module: LitMoE, editor: Editor, sharding: Sharding, work: Workload) -> list[Cost]:
+    """What every phase takes on one rank, in the order of a run that edits behind some training step.
+
+    Args:
+        module: with a ``model`` that :func:`empty_model` made, within its block.
+        editor: of the run.
+        sharding: how it is sharded.
+        work: what it works on.
+
+    Raises:
+        UnsupportedModelError: if a layer cannot be edited.
+    """
+    model = module.model
+    assert model is not None
+    layers = editor.check(model)
+    size = ModelSize.of(model, sharding)
+
+    def send(bytes_: int) -> None:
+        tally.send(bytes_)
+
+    shards = {layer.down_proj: rehearsed_shard(layer.down_proj, sharding, send) for layer in layers}
+    held = [part for shard in shards.values() for part in (shard.source, shard.working, *shard.moments)]
+    known = [part.read() for part in held if part is not None]
+    tally = Tally([*model.parameters(), *model.buffers(), *known], held_in_training(size, sharding))
+    with tally:
+        with sharded(model, sharding, tally.send, gradients=True) as reduce, tally.phase("training step"):
+            _train(module, work)
+            reduce()
+        with sharded(model, sharding, tally.send):
+            _edit(model, layers, editor, sharding, work, tally, shards)
+    passes = tally.phases.pop("training step")
+    return [
+        building_cost(size, sharding, module.hparams["pretrained"] is not None),
+        training_cost(size, sharding, passes),
+        *tally.phases.values(),
+        checkpoint_cost(size, sharding),
+    ]
+
+
+def _train(module: LitMoE, work: Workload) -> None:
+    ids = torch.zeros(work.rows, work.row_tokens, dtype=torch.long)
+    mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED_LABEL)
+    mask[0, -1] = 0  # rows have different lengths, so that masks are needed
+    labels[:, -work.target_tokens :] = 0
+    module.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*self.trainer. reference is not registered")
+        module.training_step({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0).backward()
+
+
+@torch.no_grad()
+def _edit(
+    model: PreTrainedModel,
+    layers: Sequence[ExpertLayer],
+    editor: Editor,
+    sharding: Sharding,
+    work: Workload,
+    tally: Tally,
+    shards: Mapping[nn.Parameter, Shard],
+) -> None:
+    """The way of :meth:`lit_moeedit.editing.Editor.edit`, in which the other ranks' results have to be replaced."""
+
+    def ranks(rounds: int | None = None) -> RehearsedRanks:
+        return RehearsedRanks(sharding, tally.send, tally.repeated, rounds)
+
+    tokenizer: Any = Words()
+    facts, pad = work.facts(), pad_id(tokenizer)
+    moments: dict[int, SecondMoments] | None = None
+    if editor.preserve != "none":
+        batches = list(token_batches([work.text_tokens] * work.texts, editor.token_budget))
+        texts = [" ".join(["word"] * work.text_tokens)] * len(batches[0])
+        rounds = -(-len(batches) // sharding.ranks)
+        with tally.phase("statistics"):
+            moments = second_moments(model, tokenizer, layers, texts, editor.token_budget, ranks=ranks(rounds))
+    rows, prompts, _ = editor._encode(tokenizer, facts, model)
+
+    def optimize(steps: int) -> tuple[Cost, Targets]:
+        optimizer = copy(editor.targets)
+        optimizer.steps = steps
+        with tally.phase("targets"):
+            found = optimizer.optimize(model, layers[-1], rows, pad, ranks=ranks())
+        return tally.phases.pop("targets"), found
+
+    (one, _), (two, targets) = optimize(1), optimize(2)
+    # every step is like the second
+    work_of = {name: getattr(one, name) + (editor.targets.steps - 1) * (getattr(two, name) - getattr(one, name))
+               for name in ("sent", "flops")}  # fmt: skip
+    tally.phases["targets"] = replace(two, **work_of)
+    deltas = []
+    with RehearsedTransaction(shards, ranks(), editor.way, editor.reset_moments) as transaction:
+        for layer in layers:
+            with tally.phase("features"):
+                edit_tokens(model, prompts, layers[-1], layer, pad, editor.token_budget, ranks())
+            # what all ranks have found
+            seen = edit_tokens(model, prompts, layers[-1], layer, pad, sys.maxsize)
+            with tally.phase("solve"):
+                deltas.append(editor._solve(layer, seen, torch.zeros_like(seen.hidden), moments))
+                ranks().equalise(deltas[-1].left, deltas[-1].right)
+            with tally.phase("commit"):
+                transaction.commit(layer.down_proj, deltas[-1], layer.is_transposed)
+                if not sharding.on_cpu:
+                    tally.offload(transaction.saved - tally.host)
+        with tally.phase("evaluation"):
+            evaluate(model, tokenizer, facts, token_budget=editor.token_budget, ranks=ranks())
+    del targets  # they are there until the end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class FineTuning(Editor):
         progress: Progress | None = None,
         optimizers: Sequence[Any] = (),
         ranks: Ranks | None = None,
+        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> EditResult:
         """Edit the facts as :meth:`Editor.edit` does; ``preservation`` and ``moments`` have no effect.
 
@@ -132,7 +134,7 @@ class FineTuning(Editor):
         """
         ranks = ranks if ranks is not None else Ranks()
         report = progress if progress is not None else no_progress
-        clock = Clock()
+        clock = Clock(phase)
         with ranks.together():
             layers = self.check(model)
             facts = validate_facts(facts, tokenizer=tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -177,6 +177,7 @@ class Editor:
         progress: Progress | None = None,
         optimizers: Sequence[Any] = (),
         ranks: Ranks | None = None,
+        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> EditResult:
         """Edit the facts into the model's weights, wholly or not at all.
 
@@ -194,6 +195,7 @@ class Editor:
             progress: called with a phase's name, steps done and steps in all.
             optimizers: those that train the weights now; DeepSpeed's hold master copies, which are edited too.
             ranks: the processes that edit together; each calls this with the same arguments.
+            phase: ``phase(name)`` is a block in which every part of a phase is run, for who wants to measure it.
 
         Raises:
             UnsupportedModelError: if the model cannot be edited.
@@ -205,7 +207,7 @@ class Editor:
         """
         ranks = ranks if ranks is not None else Ranks()
         report = progress if progress is not None else no_progress
-        clock = Clock()
+        clock = Clock(phase)
         # a rank that fails anywhere in here meets the others where they agree next: before each forward, and before
         # anything is exchanged
         with ranks.together():
@@ -341,7 +343,8 @@ def no_progress(phase: str, done: int, total: int) -> None:
 class Clock:
     """Seconds by phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: Callable[[str], AbstractContextManager[Any]]) -> None:
+        self._phase = phase
         self._start = time.perf_counter()
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -350,7 +353,8 @@ class Clock:
         """Counts a block's seconds as those of a phase."""
         start = time.perf_counter()
         try:
-            yield
+            with self._phase(phase):
+                yield
         finally:
             self._seconds[phase] += time.perf_counter() - start
 

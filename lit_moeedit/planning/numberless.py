@@ -172,14 +172,16 @@ class Tally(TorchDispatchMode):
     Args:
         known: tensors that do not count.
         held: bytes that are there from the beginning.
+        on_cpu: whether all tensors are in main memory; otherwise only copies are that were asked to be on the CPU.
     """
 
-    def __init__(self, known: Sequence[Tensor] = (), held: int = 0) -> None:
+    def __init__(self, known: Sequence[Tensor] = (), held: int = 0, on_cpu: bool = True) -> None:
         super().__init__()
         self.alive = self.peak = held
         self.host = self.sent = self.flops = 0
         self.phases: dict[str, Cost] = {}
-        self._sizes: dict[int, int] = {}
+        self._on_cpu = on_cpu
+        self._sizes: dict[int, tuple[int, bool]] = {}
         for tensor in known:
             self._note(tensor.untyped_storage(), 0)
 
@@ -188,10 +190,12 @@ class Tally(TorchDispatchMode):
         count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
+        # to the device that a tensor is on already: only a copy is made by an operation
+        to_host = not self._on_cpu and func is aten._to_copy.default and result.dtype == args[0].dtype
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type != "meta":
                 storage = value.untyped_storage()
-                self._note(storage, storage.nbytes())
+                self._note(storage, storage.nbytes(), to_host)
         return result
 
     def send(self, size: int) -> None:
@@ -228,22 +232,30 @@ class Tally(TorchDispatchMode):
 
     @contextmanager
     def repeated(self, times: int) -> Iterator[None]:
-        """A block that stands for several that are alike."""
-        sent, flops = self.sent, self.flops
+        """A block that stands for several that are alike; for none, if nothing in it shall count."""
+        sent, flops, peak = self.sent, self.flops, self.peak
         yield
+        self.peak = self.peak if times else peak
         self.sent += (times - 1) * (self.sent - sent)
         self.flops += (times - 1) * (self.flops - flops)
 
-    def _note(self, storage: Any, size: int) -> None:
+    def _note(self, storage: Any, size: int, to_host: bool = False) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = size
+            self._sizes[key] = (size, to_host)
             weakref.finalize(storage, self._drop, key)
-            self.alive += size
+            self._change(size, to_host)
             self.peak = max(self.peak, self.alive)
 
     def _drop(self, key: int) -> None:
-        self.alive -= self._sizes.pop(key)
+        size, on_host = self._sizes.pop(key)
+        self._change(-size, on_host)
+
+    def _change(self, size: int, on_host: bool) -> None:
+        if on_host:
+            self.host += size
+        else:
+            self.alive += size
 
 
 def _grouped_mm_flops(left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lit_moeedit.data import Fact, Neighbour
 from lit_moeedit.data.encoding import IGNORED_LABEL, pad_id, token_batches
 from lit_moeedit.editing import Editor, evaluate
-from lit_moeedit.editing.features import edit_tokens
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
-from lit_moeedit.editing.targets import Targets
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.numberless import Cost, Numberless, Tally
 from lit_moeedit.planning.training import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
 from lit_moeedit.sharding.rehearsal import Sharding, sharded
-from lit_moeedit.sharding.rehearsed_edit import RehearsedRanks, RehearsedTransaction, rehearsed_shard
-from lit_moeedit.sharding.shards import Shard
+from lit_moeedit.sharding.rehearsed_edit import RehearsedRanks, rehearsed_shards
+from lit_moeedit.solvers import Tucker
 
 
 @dataclass(frozen=True)
@@ -111,20 +107,14 @@ def rehearse(module: LitMoE, editor: Editor, sharding: Sharding, work: Workload)
     assert model is not None
     layers = editor.check(model)
     size = ModelSize.of(model, sharding)
-
-    def send(bytes_: int) -> None:
-        tally.send(bytes_)
-
-    shards = {layer.down_proj: rehearsed_shard(layer.down_proj, sharding, send) for layer in layers}
-    held = [part for shard in shards.values() for part in (shard.source, shard.working, *shard.moments)]
-    known = [part.read() for part in held if part is not None]
-    tally = Tally([*model.parameters(), *model.buffers(), *known], held_in_training(size, sharding))
-    with tally:
-        with sharded(model, sharding, tally.send, gradients=True) as reduce, tally.phase("training step"):
-            _train(module, work)
-            reduce()
-        with sharded(model, sharding, tally.send):
-            _edit(model, layers, editor, sharding, work, tally, shards)
+    with rehearsed_shards([layer.down_proj for layer in layers], sharding, lambda size: tally.send(size)) as held:
+        tally = Tally([*model.parameters(), *model.buffers(), *held], held_in_training(size, sharding), sharding.on_cpu)
+        with tally:
+            with sharded(model, sharding, tally.send, gradients=True) as reduce, tally.phase("training step"):
+                _train(module, work)
+                reduce()
+            with sharded(model, sharding, tally.send):
+                _edit(model, layers, editor, sharding, work, tally)
     passes = tally.phases.pop("training step")
     return [
         building_cost(size, sharding, module.hparams["pretrained"] is not None),
@@ -145,7 +135,6 @@ def _train(module: LitMoE, work: Workload) -> None:
         module.training_step({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0).backward()
 
 
-@torch.no_grad()
 def _edit(
     model: PreTrainedModel,
     layers: Sequence[ExpertLayer],
@@ -153,50 +142,41 @@ def _edit(
     sharding: Sharding,
     work: Workload,
     tally: Tally,
-    shards: Mapping[nn.Parameter, Shard],
 ) -> None:
-    """The way of :meth:`lit_moeedit.editing.Editor.edit`, in which the other ranks' results have to be replaced."""
-
     def ranks(rounds: int | None = None) -> RehearsedRanks:
         return RehearsedRanks(sharding, tally.send, tally.repeated, rounds)
 
     tokenizer: Any = Words()
-    facts, pad = work.facts(), pad_id(tokenizer)
+    facts = work.facts()
+    editor = copy(editor)
+    editor.memory, editor.solver = None, copy(editor.solver)
+    if isinstance(editor.solver, Tucker):
+        editor.solver.cache = None
     moments: dict[int, SecondMoments] | None = None
-    if editor.preserve != "none":
+    if editor.needs_moments:
         batches = list(token_batches([work.text_tokens] * work.texts, editor.token_budget))
         texts = [" ".join(["word"] * work.text_tokens)] * len(batches[0])
         rounds = -(-len(batches) // sharding.ranks)
         with tally.phase("statistics"):
             moments = second_moments(model, tokenizer, layers, texts, editor.token_budget, ranks=ranks(rounds))
-    rows, prompts, _ = editor._encode(tokenizer, facts, model)
+            if editor.moments_on_cpu and not sharding.on_cpu:
+                tally.offload(sum(summed.total.nbytes for summed in moments.values()))
 
-    def optimize(steps: int) -> tuple[Cost, Targets]:
-        optimizer = copy(editor.targets)
-        optimizer.steps = steps
-        with tally.phase("targets"):
-            found = optimizer.optimize(model, layers[-1], rows, pad, ranks=ranks())
-        return tally.phases.pop("targets"), found
-
-    (one, _), (two, targets) = optimize(1), optimize(2)
-    # every step is like the second
-    work_of = {name: getattr(one, name) + (editor.targets.steps - 1) * (getattr(two, name) - getattr(one, name))
-               for name in ("sent", "flops")}  # fmt: skip
-    tally.phases["targets"] = replace(two, **work_of)
-    deltas = []
-    with RehearsedTransaction(shards, ranks(), editor.way, editor.reset_moments) as transaction:
-        for layer in layers:
-            with tally.phase("features"):
-                edit_tokens(model, prompts, layers[-1], layer, pad, editor.token_budget, ranks())
-            # what all ranks have found
-            seen = edit_tokens(model, prompts, layers[-1], layer, pad, sys.maxsize)
-            with tally.phase("solve"):
-                deltas.append(editor._solve(layer, seen, torch.zeros_like(seen.hidden), moments))
-                ranks().equalise(deltas[-1].left, deltas[-1].right)
-            with tally.phase("commit"):
-                transaction.commit(layer.down_proj, deltas[-1], layer.is_transposed)
-                if not sharding.on_cpu:
-                    tally.offload(transaction.saved - tally.host)
+    def guard() -> bool:
         with tally.phase("evaluation"):
             evaluate(model, tokenizer, facts, token_budget=editor.token_budget, ranks=ranks())
-    del targets  # they are there until the end
+        return True
+
+    steps, editor.targets = editor.targets.steps, copy(editor.targets)
+    rows = editor._encode(tokenizer, facts, model)[0]
+    editor.targets.steps = 1
+    with tally.phase("targets"):
+        editor.targets.optimize(model, layers[-1], rows, pad_id(tokenizer), ranks=ranks())
+    one = tally.phases.pop("targets")
+    editor.targets.steps = 2
+    options: Any = {"optimizers": ["Adam"], "ranks": ranks(), "phase": tally.phase}
+    editor.edit(model, tokenizer, facts, moments=moments, guard=guard, **options)
+    # every step is like the second
+    two = tally.phases["targets"]
+    sent, flops = one.sent + (steps - 1) * (two.sent - one.sent), one.flops + (steps - 1) * (two.flops - one.flops)
+    tally.phases["targets"] = replace(two, sent=sent, flops=flops)

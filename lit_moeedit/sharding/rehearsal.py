@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -138,24 +139,33 @@ class Gathering:
 
     def __init__(self, model: nn.Module, sharding: Sharding, send: Send, gradients: Gradients | None) -> None:
         self.sharding, self.send, self.gradients = sharding, send, gradients
-        self._shapes: dict[nn.Parameter, torch.Size] = {}
+        self._weights: list[Any] = list(model.parameters())
         self._handles: list[Any] = []
+        for number, weight in enumerate(self._weights):
+            # as DeepSpeed marks them
+            weight.ds_id, weight.ds_shape = number, weight.shape
+            self._drop(weight)
         for module, weights in gathered_together(model):
-            for weight in weights:
-                self._shapes[weight] = weight.ds_shape = weight.shape  # type: ignore[attr-defined]
             self._watch(module, weights, is_leaf(module))
-        self.drop(list(self._shapes))
 
-    def _watch(self, module: nn.Module, weights: list[nn.Parameter], together: bool) -> None:
+    def _watch(self, module: nn.Module, weights: list[Any], together: bool) -> None:
         def gather(*_: Any) -> None:
-            self.gather(weights)
+            missing = [weight for weight in weights if weight.ds_status is not _AVAILABLE]
+            numbers = sum(weight.ds_shape.numel() for weight in missing)
+            # an all-gather of several weights goes through one buffer
+            buffer = missing[0].new_empty(numbers) if len(missing) > 1 else None
+            for weight in missing:
+                weight.data, weight.ds_status = weight.new_empty(weight.ds_shape), _AVAILABLE
+            del buffer
+            self.send(self.sharding.part(numbers * self.sharding.itemsize))
 
         def drop(*_: Any) -> None:
-            self.drop(weights)
+            for weight in weights:
+                self._drop(weight)
 
         def backward_end(*_: Any) -> None:
             if self.gradients is None:
-                self.drop(weights)
+                drop()
             elif together:
                 for weight in weights:
                     self._take(weight)
@@ -169,33 +179,26 @@ class Gathering:
         if self.gradients is not None and not together:
             self._handles += [weight.register_post_accumulate_grad_hook(self._take) for weight in weights]
 
-    def _take(self, weight: Tensor) -> None:
-        assert self.gradients is not None and isinstance(weight, nn.Parameter)
+    def _take(self, weight: Any) -> None:
+        assert self.gradients is not None
         self.gradients.take(weight)
-        self.drop([weight])
+        self._drop(weight)
 
-    def gather(self, weights: list[nn.Parameter]) -> None:
-        """Make room for weights as an all-gather does: several of them go through one buffer."""
-        missing = [weight for weight in weights if weight.shape != self._shapes[weight]]
-        numbers = sum(self._shapes[weight].numel() for weight in missing)
-        buffer = weights[0].new_empty(numbers) if len(missing) > 1 else None
-        for weight in missing:
-            weight.data = weight.new_empty(self._shapes[weight])
-        del buffer
-        self.send(self.sharding.part(numbers * self.sharding.itemsize))
-
-    def drop(self, weights: list[nn.Parameter]) -> None:
-        """Let go of weights; what autograd has saved of them, views above all, it keeps."""
-        for weight in weights:
-            weight.data = weight.new_empty(0)
+    @staticmethod
+    def _drop(weight: Any) -> None:
+        """Let go of a weight; what autograd has saved of it, views above all, it keeps."""
+        weight.data, weight.ds_status = weight.new_empty(0), _NOT_AVAILABLE
 
     def close(self) -> None:
         """Take the hooks off and give the weights their shapes back."""
         for handle in self._handles:
             handle.remove()
-        for weight, shape in self._shapes.items():
-            weight.data = weight.new_empty(shape)
-            del weight.ds_shape  # type: ignore[attr-defined]
+        for weight in self._weights:
+            weight.data = weight.new_empty(weight.ds_shape)
+            del weight.ds_id, weight.ds_shape, weight.ds_status
+
+
+_AVAILABLE, _NOT_AVAILABLE = SimpleNamespace(name="AVAILABLE"), SimpleNamespace(name="NOT_AVAILABLE")
 
 
 @contextmanager

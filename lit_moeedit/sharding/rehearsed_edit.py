@@ -1,9 +1,10 @@
-"""The ranks and the transaction of an edit, rehearsed by one process with tensors that have no numbers."""
+"""The ranks of an edit, and where its weights are, rehearsed by one process with tensors that have no numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,6 @@ from typing_extensions import override
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.rehearsal import Send, Sharding
 from lit_moeedit.sharding.shards import Copy, Shard
-from lit_moeedit.sharding.weights import Transaction, Way
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class RehearsedRanks(Ranks):
     Args:
         sharding: says how many there are.
         send: called with the bytes that this rank sends.
-        repeated: ``repeated(n)`` is a block that stands for ``n`` of its kind.
+        repeated: ``repeated(n)`` is a block that stands for ``n`` of its kind; for none, if nothing in it counts.
         rounds: how many rounds there are in :meth:`deal`, if not as many as the batches make.
     """
 
@@ -53,10 +53,14 @@ class RehearsedRanks(Ranks):
 
     @override
     def deal(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
-        """The first batch, in place of all of this rank's."""
-        rounds = -(-len(batches) // self.size) if self._rounds is None else self._rounds
-        with self._repeated(rounds):
+        """The first batch, in place of all of this rank's; and of ranges the rest, in place of all other ranks'."""
+        with self._repeated(-(-len(batches) // self.size) if self._rounds is None else self._rounds):
             yield batches[0], True
+        first: Any = batches[0]
+        if len(batches) > 1 and isinstance(first, range):
+            rest: Any = range(first.stop, batches[-1].stop)  # type: ignore[attr-defined]
+            with self._repeated(0):
+                yield rest, True
 
     @override
     def sum(self, *tensors: Tensor) -> None:
@@ -70,12 +74,12 @@ class RehearsedRanks(Ranks):
 
     @override
     def concatenate(self, tensor: Tensor) -> Tensor:
+        """The tensor itself: what other ranks would send is in it."""
         if self.size == 1:
             return tensor
-        padded = tensor.clone()
-        parts = [padded.clone() for _ in range(self.size)]
-        self._send(self._sharding.part(self.size * tensor.nbytes))
-        return torch.cat(parts)
+        self._send(self._sharding.part(tensor.nbytes))
+        parts = tensor.clone()
+        return parts.clone()
 
 
 class _Group(dist.ProcessGroup):
@@ -90,44 +94,45 @@ class _Group(dist.ProcessGroup):
             self._send(2 * self._sharding.part(tensor.nbytes))
 
 
-def rehearsed_shard(weight: nn.Parameter, sharding: Sharding, send: Send) -> Shard:
-    """Where the numbers of a weight would be on the first rank, master copy and moments included.
+@contextmanager
+def rehearsed_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: Send) -> Iterator[list[Tensor]]:
+    """A block in which :func:`~lit_moeedit.sharding.shards.locate` finds weights where they would be on the first rank.
 
     Stage 3 splits every weight; stages 1 and 2 split the row of all weights, so that a layer can be one rank's alone:
     it is this one's.
 
     Args:
-        weight: within a model without numbers.
+        weights: within a model without numbers, whole.
         sharding: how the model is sharded.
         send: called with the bytes that a commit sends.
-    """
-    numbers = weight.numel()
-    owned = -(-numbers // sharding.ranks) if sharding.stage == 3 else numbers
-    dtype = torch.float32 if sharding.has_master else weight.dtype
 
-    def copy(dtype: torch.dtype) -> Copy:
-        flat = weight.new_empty(owned, dtype=dtype)
+    Returns:
+        all copies of the weights, and the moments.
+    """
+    held: list[Tensor] = []
+
+    def copy(weight: nn.Parameter, dtype: torch.dtype) -> Copy:
+        flat = weight.new_empty(
+            -(-weight.numel() // sharding.ranks) if sharding.stage == 3 else weight.numel(), dtype=dtype
+        )
+        held.append(flat)
         return Copy(0, lambda: flat)
 
-    return Shard(
-        shape=weight.shape,
-        dtype=weight.dtype,
-        start=0,
-        stop=owned,
-        source=copy(dtype),
-        working=copy(weight.dtype) if sharding.has_master else None,
-        moments=[copy(dtype), copy(dtype)],
-        group=_Group(sharding, send) if sharding.shards > 1 else None,
-    )
+    def shard(weight: nn.Parameter) -> Callable[[Sequence[Any]], Shard]:
+        working, group = copy(weight, weight.dtype), _Group(sharding, send) if sharding.shards > 1 else None
+        stop = len(working.read())
+        read = Shard(weight.shape, weight.dtype, 0, stop, working, group=group if sharding.stage == 3 else None)
+        dtype = torch.float32 if sharding.has_master else weight.dtype
+        trained = replace(read, moments=[copy(weight, dtype), copy(weight, dtype)], group=group)
+        if sharding.has_master:
+            trained = replace(trained, source=copy(weight, dtype), working=working)
+        return lambda optimizers: trained if optimizers else read
 
-
-class RehearsedTransaction(Transaction):
-    """A transaction of weights whose numbers are where ``shards`` says, without optimizers."""
-
-    def __init__(self, shards: Mapping[nn.Parameter, Shard], ranks: Ranks, way: Way, reset_moments: bool) -> None:
-        super().__init__((), ranks, way, reset_moments)
-        self._shards = shards
-
-    @override
-    def locate(self, weight: nn.Parameter) -> Shard:
-        return self._shards[weight]
+    marked: list[Any] = list(weights)
+    for weight in marked:
+        weight.rehearsed = shard(weight)
+    try:
+        yield held
+    finally:
+        for weight in marked:
+            del weight.rehearsed

@@ -218,6 +218,8 @@ def sharded(model: nn.Module, sharding: Sharding, send: Send, gradients: bool = 
     gathering, handles = None, []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        # regathering() compares where tensors are; those without numbers are all in one place, as it would find them
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
         if sharding.stage == 3:
             gathering = Gathering(model, sharding, send, reducer)
         # without overlap, stage 1 leaves all gradients where they are until the backward pass has ended

@@ -57,7 +57,9 @@ def _pack(tensor: Tensor) -> Tensor | _Place:
     # a view from before the weight was gathered anew is of other memory
     same = hasattr(weight, "ds_id") and tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
     if not same or tensor.dtype != weight.dtype:
-        return tensor
+        # an output that is saved by the operation that made it would keep that, and a graph that is never run backwards
+        # would stay for ever
+        return tensor.detach()
     offset = int(tensor.storage_offset() - weight.storage_offset())
     return _Place(weight, tensor.shape, tensor.stride(), offset)
 

@@ -116,11 +116,6 @@ class Transaction:
         """Number of experts changed so far."""
         return len(self._saved)
 
-    @property
-    def saved(self) -> int:
-        """Bytes in main memory for a rollback."""
-        return sum(saved.size for saved in self._saved.values())
-
     @torch.no_grad()
     def commit(self, weight: nn.Parameter, deltas: Deltas, transposed: bool = False) -> float:
         """Add deltas to the experts of one parameter.
@@ -146,7 +141,7 @@ class Transaction:
             with self.ranks.together():
                 if not deltas.is_finite():
                     raise FloatingPointError("a delta has values that are not finite")
-                commit = _Commit(weight, self.locate(weight), deltas, transposed)
+                commit = _Commit(weight, locate(weight, self.optimizers), deltas, transposed)
                 if self.way == "local" or commit.shard.group is None:
                     commit.add_own()
             if commit.shard.group is not None:
@@ -168,10 +163,6 @@ class Transaction:
             self._saved.setdefault((id(weight), expert), saved)
         return change
 
-    def locate(self, weight: nn.Parameter) -> Shard:
-        """Where the numbers of a parameter are."""
-        return locate(weight, self.optimizers)
-
     @torch.no_grad()
     def rollback(self) -> None:
         """Put back what every changed expert held before, bit by bit."""
@@ -186,11 +177,6 @@ class _Saved:
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
         self._numbers: list[tuple[Copy, int, Tensor]] = []
-
-    @property
-    def size(self) -> int:
-        """Bytes of it."""
-        return sum(saved.nbytes for _, _, saved in self._numbers)
 
     def keep(self, copy: Copy, numbers: Tensor, start: int, stop: int) -> None:
         """Note the run ``[start, stop)`` of the flattened parameter, of what ``copy`` read."""

@@ -111,7 +111,7 @@ class Passes:
         def observe(layer: ExpertLayer, keys: RoutedKeys) -> None:
             counts = torch.bincount(keys.expert, minlength=layer.num_experts).tolist()
             for expert, rows in enumerate(keys.key.split(counts)):
-                moments[layer.index].add(expert, rows)
+                moments[layer.index].add(expert, rows, torch.ones(len(rows)))
 
         with inference(self.model), watch_keys(self.model, self.layers, lambda: chosen, observe):
             for ids, mask in self.batches:
@@ -162,13 +162,15 @@ def products(experts: int, d_hidden: int, pairs: int, rounds: int) -> dict[str, 
     shares = torch.distributions.Dirichlet(torch.full((experts,), 5.0)).sample()
     counts = (shares * pairs).long()
     keys = torch.randn(int(counts.sum()), d_hidden)
-    moments = SecondMoments(torch.zeros(experts, d_hidden, d_hidden), torch.zeros(experts, dtype=torch.long))
+    moments = SecondMoments(
+        torch.zeros(experts, d_hidden, d_hidden), torch.zeros(experts, dtype=torch.long), torch.zeros(1)
+    )
     expert = torch.repeat_interleave(torch.arange(experts), counts)
     place = torch.arange(len(keys)) - (counts.cumsum(0) - counts)[expert]
 
     def loop() -> None:
         for j, rows in enumerate(keys.split(counts.tolist())):
-            moments.add(j, rows)
+            moments.add(j, rows, torch.ones(len(rows)))
 
     def padded() -> None:
         batch = torch.zeros(experts, int(counts.max()), d_hidden)
@@ -186,7 +188,7 @@ def roots(experts: int, d_hidden: int, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(experts, d_hidden, d_hidden)).Q
     moment = (basis * torch.logspace(1, -5, d_hidden)) @ basis.mT
-    moments = SecondMoments((moment + moment.mT) / 2, torch.ones(experts, dtype=torch.long))
+    moments = SecondMoments((moment + moment.mT) / 2, torch.ones(experts, dtype=torch.long), torch.ones(1))
     exact = torch.linalg.inv(torch.eye(d_hidden, dtype=torch.float64) + 1e4 * moments.total.double())
 
     def shaping(symmetric: bool) -> Tensor:

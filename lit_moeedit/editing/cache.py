@@ -140,12 +140,14 @@ def moment_keys(
     layers: Sequence[ExpertLayer],
     texts: Sequence[str],
     max_length: int,
+    gated: bool,
     ranks: Ranks,
 ) -> dict[int, str]:
     """By layer index, a key of everything that the second moments of a layer depend on.
 
     These are the model's config; all its weights and buffers, but those of layers above and the layer's own
-    down-projections, behind which its keys are not seen; the texts in their order, and how they are cut and tokenized.
+    down-projections, behind which its keys are not seen; the texts in their order, and how they are cut and tokenized;
+    whether keys are gated.
     How they are batched, on how many ranks and how the weights are sharded does not matter.
     """
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
@@ -156,7 +158,7 @@ def moment_keys(
     for layer in layers:
         unused = _unused(model, layer)
         used = sorted((name, state) for name, state in states.items() if id(tensors[name]) not in unused)
-        keys[layer.index] = digest(FORMAT, layer.name, config, used, text)
+        keys[layer.index] = digest(FORMAT, layer.name, config, used, text, gated)
     return keys
 
 

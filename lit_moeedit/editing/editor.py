@@ -67,10 +67,10 @@ class Editor:
         layers: indices of the decoder layers to edit; the highest is the target layer.
         solver: of the joint problem over a layer's experts.
         targets: how target vectors are found.
-        preserve: ``nullspace``, ``covariance`` or ``none``; see
+        preserve: ``output``, ``covariance``, ``nullspace`` or ``none``; see
             :meth:`~lit_moeedit.editing.projection.Shaping.of`.
         threshold: ``τ`` of ``nullspace``.
-        strength: ``β`` of ``covariance``.
+        strength: ``μ`` of ``output``, ``β`` of ``covariance``.
         ridge: ``λ``.
         token: which token to edit, ``subject_last`` or ``last``.
         contexts: texts put before the prompts; every fact is optimised and solved for behind each of them. The first
@@ -118,8 +118,8 @@ class Editor:
         check_preserve(preserve, threshold, strength)
         if token not in ("subject_last", "last"):
             raise ValueError(f"token must be 'subject_last' or 'last', got {token!r}")
-        if not ridge >= 0:
-            raise ValueError(f"ridge must be at least 0, got {ridge}")
+        if not ridge >= 0 or (preserve == "output" and not ridge):
+            raise ValueError(f"ridge must be at least 0, and above it with preserve='output', got {ridge}")
         if not contexts:
             raise ValueError("contexts needs at least one text (an empty one stands for the prompt alone)")
         if neutral and "{}" not in neutral:
@@ -147,6 +147,11 @@ class Editor:
     def needs_moments(self) -> bool:
         """Whether second moments are needed: for the preservation, or for the solver's factors."""
         return self.preserve != "none" or (isinstance(self.solver, Tucker) and self.solver.whiten)
+
+    @property
+    def penalty(self) -> float:
+        """``β`` of the penalty ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)``."""
+        return self.strength / self.ridge if self.preserve == "output" else self.strength
 
     def check(self, model: PreTrainedModel) -> list[ExpertLayer]:
         """The layers to edit, ascending.
@@ -230,6 +235,7 @@ class Editor:
                         ranks=ranks,
                         cache=self.cache,
                         device="cpu" if self.moments_on_cpu else None,
+                        gated=self.preserve == "output",
                     )
             rows, prompts, owner = self._encode(tokenizer, facts, model)
             with clock("targets"):
@@ -313,7 +319,7 @@ class Editor:
         # factors that experts share are in the coordinates of the keys
         symmetric = isinstance(self.solver, Tucker)
         own = moments[layer.index]
-        shaping = Shaping.of(own, experts, self.preserve, self.threshold, self.strength, symmetric)
+        shaping = Shaping.of(own, experts, self.preserve, self.threshold, self.penalty, symmetric)
         kept = shaping.energy_kept
         log.info(
             "layer %d: of the preserved energy of %d experts, %.4f is kept in the mean and %.4f at least",
@@ -333,7 +339,7 @@ class Editor:
     ) -> TuckerFactors:
         assert isinstance(self.solver, Tucker)
         own = None if moments is None else moments[layer.index]
-        return layer_factors(self.solver, layer, own, self.preserve, self.strength, ranks, sizes)
+        return layer_factors(self.solver, layer, own, self.preserve, self.penalty, ranks, sizes)
 
 
 def no_progress(phase: str, done: int, total: int) -> None:

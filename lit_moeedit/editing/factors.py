@@ -52,7 +52,7 @@ def layer_factors(
     if solver.whiten:
         assert moments is not None
         metric = moments.total.sum(0) / moments.count.sum().clamp_min(1)
-        if preserve == "covariance":
+        if preserve in ("covariance", "output"):
             metric = torch.eye(len(metric)).to(metric) + strength * metric
     sizes = solver.ranks if sizes is None else sizes
     path = None if solver.cache is None else solver.cache / f"layer_{layer.index}.safetensors"
@@ -74,7 +74,7 @@ def layer_factors(
     expert, output, inner = (u.to(device) for u in (factors.expert, factors.output, factors.input))
     ranks.agree()
     ranks.equalise(expert, output, inner)
-    if metric is not None and preserve == "covariance":
+    if metric is not None and preserve in ("covariance", "output"):
         # the inverse of (I + β C)^{-1/2}, by which the keys are shaped
         values, vectors = torch.linalg.eigh(metric)
         inner = ((vectors * values.sqrt()) @ vectors.mT).to(inner) @ inner

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_moeedit.editing.statistics import SecondMoments
 from lit_moeedit.solvers.deltas import group_positions
 
-Preserve = Literal["nullspace", "covariance", "none"]
+Preserve = Literal["output", "covariance", "nullspace", "none"]
 
 BLOCK = 2**22
 """Numbers of second moments that are decomposed at a time: what is needed besides the result does not grow with E."""
@@ -69,13 +69,19 @@ class Shaping:
           ``ΔW_j = ΔŴ_j S_j`` brings it back to a ridge. A direction changes the less, the more the preserved text uses
           it. Of all such roots the solution is the same, as long as the solver treats no coordinate of an expert
           specially; the inverse of the Cholesky factor is the cheapest.
+        - ``output`` (ours): the penalty is ``λ ‖ΔW_j‖² + μ tr(ΔW_j C_j ΔW_jᵀ)`` with the *gated* second moment
+          ``C_j = mean g² k kᵀ`` over all tokens. Summed over the experts, the second term is the mean square by which
+          the layer's output moves on the preserved text (but for products between experts): an expert that few tokens
+          go to, or with small gates, is freer to change. Both terms of the objective are squared distances of outputs
+          then, so ``μ`` has no unit: it counts how many edits the text weighs. The form is that of ``covariance`` with
+          ``β = μ / λ``.
 
         Args:
             moments: of the layer.
             experts: ``[n]`` int64, ascending. The matrices are on its device.
-            preserve: ``nullspace`` or ``covariance``.
+            preserve: ``output``, ``covariance`` or ``nullspace``.
             threshold: ``τ``, in units of squared activations.
-            strength: ``β``, in units of one over squared activations.
+            strength: ``β``, in units of one over squared activations; ``μ / λ`` for ``output``.
             symmetric: whether to take the symmetric root, ``(I + β C_j)^{-1/2}``, whose coordinates are those of the
                 keys; only a solver that shares factors between experts needs it.
 
@@ -83,7 +89,8 @@ class Shaping:
             ValueError: if the settings make no sense.
 
         Example:
-            >>> moments = SecondMoments(torch.diag(torch.tensor([3.0, 0.0]))[None], torch.tensor([3]))
+            >>> three = torch.tensor([3])
+            >>> moments = SecondMoments(torch.diag(torch.tensor([3.0, 0.0]))[None], count=three, tokens=three)
             >>> Shaping.of(moments, torch.tensor([0]), "nullspace").matrices[0]
             tensor([[0., 0.],
                     [0., 1.]])
@@ -91,6 +98,8 @@ class Shaping:
         check_preserve(preserve, threshold, strength)
         if preserve == "none":
             raise ValueError("with preserve='none' there is nothing to shape")
+        if moments.gated != (preserve == "output"):
+            raise ValueError(f"preserve={preserve!r} needs second moments with gated={not moments.gated}")
         d_hidden = moments.total.shape[-1]
         matrices = moments.total.new_empty(len(experts), d_hidden, d_hidden, device=experts.device)
         reached, trace = torch.zeros(2, len(experts), dtype=torch.float64, device=experts.device)

@@ -26,26 +26,34 @@ class SecondMoments:
     """Sums over the tokens that were routed to each expert of one layer.
 
     Attributes:
-        total: ``[E, d_hidden, d_hidden]`` float32, ``Σ k kᵀ``.
+        total: ``[E, d_hidden, d_hidden]`` float32, ``Σ k kᵀ``, or ``Σ g² k kᵀ`` if ``gated``.
         count: ``[E]`` int64, tokens seen.
+        tokens: ``[1]`` int64, tokens of the text, whichever experts they went to.
+        gated: whether keys count as much as the layer's output depends on them.
     """
 
     total: Tensor
     count: Tensor
+    tokens: Tensor
+    gated: bool = False
 
     @classmethod
-    def zeros(cls, layer: ExpertLayer, device: torch.device | str | None = None) -> SecondMoments:
+    def zeros(cls, layer: ExpertLayer, device: torch.device | str | None = None, gated: bool = False) -> SecondMoments:
         """Empty sums for a layer, on its device or another."""
         experts, _, d_hidden = layer.shape
         device = layer.down_proj.device if device is None else device
         return cls(
             torch.zeros(experts, d_hidden, d_hidden, device=device),
             torch.zeros(experts, dtype=torch.long, device=device),
+            torch.zeros(1, dtype=torch.long, device=device),
+            gated,
         )
 
-    def add(self, expert: int, keys: Tensor) -> None:
-        """Add keys ``[n, d_hidden]`` of one expert; the sums are float32, whatever the keys are."""
+    def add(self, expert: int, keys: Tensor, gates: Tensor) -> None:
+        """Add keys ``[n, d_hidden]`` of one expert, with gates ``[n]``; the sums are float32, whatever the keys are."""
         rows, total = keys.float(), self.total[expert]
+        if self.gated:
+            rows = rows * gates.float()[:, None]
         if total.device == rows.device:
             total.addmm_(rows.T, rows)
         else:
@@ -54,12 +62,17 @@ class SecondMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name."""
-        return {"total": self.total, "count": self.count}
+        return {"total": self.total, "count": self.count, "tokens": self.tokens}
 
     def mean(self, experts: Tensor) -> Tensor:
-        """``C_j`` of the given experts ``[n]``: ``[n, d_hidden, d_hidden]``; zero for an expert that saw nothing."""
+        """``C_j`` of the given experts ``[n]``: ``[n, d_hidden, d_hidden]``; zero for an expert that saw nothing.
+
+        The mean over the tokens that went to the expert or, if ``gated``, over all tokens of the text: a change
+        ``ΔW_j`` then moves the layer's output of a token by ``tr(ΔW_j C_j ΔW_jᵀ)`` in the mean square.
+        """
         experts = experts.to(self.total.device)
-        return self.total[experts] / self.count[experts].clamp_min(1)[:, None, None]
+        seen = self.tokens.expand(len(experts)) if self.gated else self.count[experts]
+        return self.total[experts] / seen.clamp_min(1)[:, None, None]
 
 
 def second_moments(
@@ -73,6 +86,7 @@ def second_moments(
     ranks: Ranks | None = None,
     cache: MomentsCache | None = None,
     device: torch.device | str | None = None,
+    gated: bool = False,
 ) -> dict[int, SecondMoments]:
     """Stream texts through the model and accumulate second moments of every expert in the given layers.
 
@@ -92,6 +106,7 @@ def second_moments(
         cache: where to keep the sums.
         device: where to hold the sums, ``E · d_hidden² · 4`` bytes for each layer; ``None`` for the layer's own device,
             ``"cpu"`` to save the memory of a GPU at the price of moving a product for each expert and batch.
+        gated: whether to sum gated keys, as ``preserve="output"`` needs them.
 
     Raises:
         ValueError: if there is no text.
@@ -100,8 +115,8 @@ def second_moments(
     ranks = ranks if ranks is not None else Ranks()
     if not texts:
         raise ValueError("there is no preservation text: second moments need at least one")
-    moments = {layer.index: SecondMoments.zeros(layer, device) for layer in layers}
-    keys = {} if cache is None else moment_keys(model, tokenizer, layers, texts, max_length, ranks)
+    moments = {layer.index: SecondMoments.zeros(layer, device, gated) for layer in layers}
+    keys = {} if cache is None else moment_keys(model, tokenizer, layers, texts, max_length, gated, ranks)
     sums = {i: x for i, x in moments.items() if cache is None or not cache.load(keys[i], x.tensors(), ranks)}
     if not sums:
         return moments
@@ -119,7 +134,7 @@ def second_moments(
     watched = [layer for layer in layers if layer.index in sums]
     _accumulate(model, watched, sums, rows, batches, first, pad_id(tokenizer), ranks, after)
     for index, summed in sums.items():
-        ranks.sum(summed.total, summed.count)
+        ranks.sum(*summed.tensors().values())
         # a key that is not finite shows in its square
         if not bool(summed.total.diagonal(dim1=1, dim2=2).isfinite().all()):
             raise FloatingPointError(f"the keys of layer {index} are not finite on the preservation text")
@@ -151,8 +166,8 @@ def _accumulate(
     top = max(layers, key=lambda layer: layer.index)
     positions = torch.empty(0)
 
-    def observe(layer: ExpertLayer, expert: int, keys: Tensor) -> None:
-        sums[layer.index].add(expert, keys)
+    def observe(layer: ExpertLayer, expert: int, keys: Tensor, gates: Tensor) -> None:
+        sums[layer.index].add(expert, keys, gates)
 
     with inference(model), stream_keys(model, layers, lambda: positions, observe, last=top):
         for number, (batch, mine) in enumerate(ranks.deal(batches[first:]), 1):
@@ -160,6 +175,8 @@ def _accumulate(
             # the experts need not be run on padding, nor on what another rank counts
             positions = (mask * mine).flatten().nonzero().squeeze(-1)
             hidden_states(model, top, ids, mask, position_ids(mask))
+            for summed in sums.values():
+                summed.tokens += len(positions)
             after(min(first + number * ranks.size, len(batches)))
     ranks.agree()
 
@@ -184,7 +201,7 @@ class _Unfinished:
         if self.cache is None or not self.ranks.any(time.monotonic() - self._saved >= self.cache.save_every):
             return
         for summed in self.sums.values():
-            self.ranks.sum(summed.total, summed.count)
+            self.ranks.sum(*summed.tensors().values())
         self._leave_to_first_rank()
         self._batch.fill_(batch)
         self.cache.save(self.key, self._tensors(), self.ranks)
@@ -203,5 +220,5 @@ class _Unfinished:
         # all hold the sums of all; the next sum over the ranks shall count them once
         if self.ranks.rank:
             for summed in self.sums.values():
-                summed.total.zero_()
-                summed.count.zero_()
+                for tensor in summed.tensors().values():
+                    tensor.zero_()

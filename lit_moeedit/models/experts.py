@@ -256,7 +256,7 @@ def stream_keys(
     model: PreTrainedModel,
     layers: Sequence[ExpertLayer],
     select: Callable[[], Tensor | None],
-    observe: Callable[[ExpertLayer, int, Tensor], None],
+    observe: Callable[[ExpertLayer, int, Tensor, Tensor], None],
     last: ExpertLayer | None = None,
 ) -> Iterator[None]:
     """While open, run the experts of the given layers here and hand out the keys of the selected tokens on their way.
@@ -270,7 +270,8 @@ def stream_keys(
         layers: layers to watch, of those that :func:`check_editable` lets pass.
         select: called once per layer and forward; the flattened token positions ``[n]`` to run, ``None`` for all. The
             experts' output is 0 for the others, so those must be tokens that nobody attends to.
-        observe: called with the layer, an expert, and its keys of some tokens, ``[at most BLOCK, d_hidden]``.
+        observe: called with the layer, an expert, its keys of ``n`` tokens (at most ``BLOCK``), ``[n, d_hidden]``, and
+            their gates, ``[n]``.
         last: a layer whose output nobody wants: it is 0, and its down-projections are not computed.
     """
 
@@ -280,12 +281,10 @@ def stream_keys(
             # several experts' outputs are added up: in float32, as in the implementations of transformers
             output = torch.zeros(hidden.shape, device=hidden.device)
             for j, token, slot in pairs.blocks():
-                key = _key(layer, j, hidden[token])
-                observe(layer, j, key)
+                key, gate = _key(layer, j, hidden[token]), gates.reshape(-1)[slot]
+                observe(layer, j, key, gate)
                 if layer is not last:
-                    output.index_add_(
-                        0, token, _project(layer, "down_proj", j, key) * gates.reshape(-1)[slot, None].float()
-                    )
+                    output.index_add_(0, token, _project(layer, "down_proj", j, key) * gate[:, None].float())
             return output.to(hidden.dtype)
 
     with _intercepted(model, layers, run):

@@ -25,7 +25,7 @@ def second_moments(experts: int, d_hidden: int, rank: int | None = None, seed: i
 
 def shaping(moments: Tensor, preserve="covariance", **options: Any) -> Shaping:
     """Of all experts, whose second moments are given as they are."""
-    counted = SecondMoments(moments, torch.ones(len(moments), dtype=torch.long))
+    counted = SecondMoments(moments, torch.ones(len(moments), dtype=torch.long), torch.ones(1, dtype=torch.long))
     return Shaping.of(counted, torch.arange(len(moments)), preserve, **options)
 
 
@@ -109,7 +109,7 @@ def test_energy_kept_is_what_deltas_cannot_reach(monkeypatch, options: dict[str,
     monkeypatch.setattr(projection, "BLOCK", block)  # one expert at a time, two, or all
     moments = second_moments(5, 4, rank=3)
     moments[3] = 0.0
-    counted = SecondMoments(moments * 7, torch.full((5,), 7))
+    counted = SecondMoments(moments * 7, torch.full((5,), 7), torch.tensor([7]))
     found = Shaping.of(counted, torch.tensor([1, 3, 4]), **{"preserve": "covariance", **options})
     for row, expert in enumerate((1, 3, 4)):
         matrix, moment = found.matrices[row], moments[expert]
@@ -117,6 +117,34 @@ def test_energy_kept_is_what_deltas_cannot_reach(monkeypatch, options: dict[str,
         reached = (matrix @ moment @ matrix.T).trace() / moment.trace() if expert != 3 else 0.0
         assert float(found.energy_kept[row]) == pytest.approx(1 - float(reached), abs=1e-12)
     assert options != {"preserve": "nullspace", "threshold": 0.5} or 0.5 < float(found.energy_kept[0]) < 1
+
+
+def test_the_output_form_minimises_what_it_says() -> None:
+    """``Σ_t ‖r_t − Σ_j ΔW_j g k_tj‖² + λ Σ_j ‖ΔW_j‖² + μ Σ_j tr(ΔW_j C_j ΔW_jᵀ)``, solved over all experts at once."""
+    ridge, weight, d_hidden = 0.3, 20.0, 5
+    generator = torch.Generator().manual_seed(3)
+    edits, experts = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 2, 1, 2, 0])
+    keys, wanted = (torch.randn(n, d, generator=generator, dtype=torch.float64) for n, d in ((5, d_hidden), (3, 4)))
+    moments = second_moments(3, d_hidden)
+    counted = SecondMoments(moments * 7, torch.full((3,), 2), torch.tensor([7]), gated=True)
+    shaping = Shaping.of(counted, torch.arange(3), "output", strength=weight / ridge)
+    problem = EditProblem(edits, experts, shaping.features(keys, experts), wanted, 3, ridge)
+    solution = Woodbury().solve(problem)
+    found = solution.with_right(shaping.applied(solution.right, solution.expert_index))
+
+    design = torch.zeros(3, 3 * d_hidden, dtype=torch.float64)
+    for edit, expert, key in zip(edits.tolist(), experts.tolist(), keys, strict=True):
+        design[edit, expert * d_hidden : (expert + 1) * d_hidden] = key
+    penalty = torch.block_diag(*(ridge * torch.eye(d_hidden, dtype=torch.float64) + weight * moments))
+    least = torch.linalg.solve(design.T @ design + penalty, design.T @ wanted)
+    torch.testing.assert_close(torch.cat([found.dense(j).T for j in range(3)]), least)
+
+
+def test_forms_need_their_own_moments() -> None:
+    moments, one = torch.eye(2)[None], torch.ones(1, dtype=torch.long)
+    for preserve, gated in (("output", False), ("covariance", True), ("nullspace", True)):
+        with pytest.raises(ValueError, match=f"preserve='{preserve}' needs second moments with gated={not gated}"):
+            Shaping.of(SecondMoments(moments, one, one, gated), torch.tensor([0]), preserve)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preserve", ["nullspace", "covariance"])
@@ -203,7 +231,7 @@ def test_rows_are_shaped_by_each_expert_s_own_matrix() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("hard", 0.02, 1.0), "preserve must be one of nullspace, covariance, none, got 'hard'"),
+        (("hard", 0.02, 1.0), "preserve must be one of output, covariance, nullspace, none, got 'hard'"),
         (("nullspace", -1.0, 1.0), "threshold must be at least 0, got -1.0"),
         (("nullspace", float("nan"), 1.0), "threshold must be at least 0, got nan"),
         (("covariance", 0.02, -1.0), "strength must be at least 0, got -1.0"),

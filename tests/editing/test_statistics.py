@@ -59,6 +59,35 @@ def test_equals_plain_accumulation(
         assert_same(layer, *accumulated(model, tokenizer, index, texts))
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@torch.no_grad()
+def test_gated_moments_say_how_far_a_change_moves_the_output(make_model, tokenizer, texts, model_type: str) -> None:
+    """``tr(ΔW_j C_j ΔW_jᵀ)`` is the mean square, over all tokens, of what changing expert ``j`` does to the output."""
+    model = make_model(model_type).eval()
+    layer = expert_layers(model)[2]
+    moments = second_moments(model, tokenizer, [layer], texts, token_budget=100, gated=True)[2]
+    outputs: list[torch.Tensor] = []
+    handle = layer.experts.register_forward_hook(lambda module, args, output: outputs.append(output.flatten(0, -2)))
+
+    def run() -> torch.Tensor:
+        outputs.clear()
+        for text in texts:
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+        return torch.cat(outputs).double()
+
+    before, weight = run(), layer.down_proj
+    for expert in range(layer.num_experts):
+        delta = torch.randn(layer.shape[1:], generator=torch.Generator().manual_seed(expert))
+        kept = weight[expert].clone()
+        weight[expert] += delta.T if layer.is_transposed else delta
+        moved = (run() - before).square().sum(-1).mean()
+        weight[expert] = kept
+        predicted = (delta.double() @ moments.mean(torch.tensor([expert]))[0].double() * delta.double()).sum()
+        # differences of outputs in float32
+        torch.testing.assert_close(moved, predicted, rtol=1e-3, atol=1e-6)
+    handle.remove()
+
+
 @settings(deadline=None, derandomize=True, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(block=st.integers(1, 40), token_budget=st.integers(1, 300))
 def test_blocks_of_any_size_give_the_same_sums(monkeypatch, model, tokenizer, texts, block, token_budget) -> None:
@@ -135,7 +164,7 @@ def test_sums_may_be_held_elsewhere(model) -> None:
     layer = expert_layers(model)[0]
     assert SecondMoments.zeros(layer).total.device == layer.down_proj.device
     elsewhere = SecondMoments.zeros(layer, "meta")
-    elsewhere.add(1, torch.ones(2, 20))  # moves a product, not the keys
+    elsewhere.add(1, torch.ones(2, 20), torch.ones(2))  # moves a product, not the keys
     assert elsewhere.total.device == elsewhere.count.device == torch.device("meta")
 
 
@@ -175,10 +204,10 @@ def test_no_text_is_refused(model: PreTrainedModel, tokenizer) -> None:
 
 
 def test_mean_divides_by_the_tokens_of_each_expert() -> None:
-    moments = SecondMoments(torch.zeros(3, 2, 2), torch.zeros(3, dtype=torch.long))
+    moments = SecondMoments(torch.zeros(3, 2, 2), torch.zeros(3, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     keys = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
     for expert, rows in ((0, [0, 1]), (2, [2]), (0, [0]), (2, [1, 2])):
-        moments.add(expert, keys[rows])
+        moments.add(expert, keys[rows], torch.ones(len(keys[rows])))
     mean = moments.mean(torch.tensor([0, 1, 2]))
     # expert 0 saw the first key twice and the second once, expert 2 the third twice and the second once
     torch.testing.assert_close(mean[0], torch.tensor([[(1 + 9 + 1) / 3, 0.0], [0.0, 0.0]]))

@@ -164,9 +164,11 @@ def test_streamed_keys_are_those_that_are_watched(make_model, input_ids: Tensor,
     model = family(make_model, model_type)
     plain, watched = model(input_ids=input_ids).logits, watched_keys(model, input_ids)
     parts: dict[tuple[int, int], list[Tensor]] = {}
+    factors: dict[tuple[int, int], list[Tensor]] = {}
 
-    def observe(layer: ExpertLayer, expert: int, keys: Tensor) -> None:
+    def observe(layer: ExpertLayer, expert: int, keys: Tensor, gates: Tensor) -> None:
         parts.setdefault((layer.index, expert), []).append(keys)
+        factors.setdefault((layer.index, expert), []).append(gates)
 
     with stream_keys(model, list(expert_layers(model).values()), lambda: None, observe):
         logits = model(input_ids=input_ids).logits
@@ -176,6 +178,9 @@ def test_streamed_keys_are_those_that_are_watched(make_model, input_ids: Tensor,
             rows = keys.key[keys.expert == expert]
             found = torch.cat(parts.pop((index, expert), [rows[:0]]))
             torch.testing.assert_close(found, rows, rtol=1e-4, atol=1e-4)
+            gates = keys.gate[keys.expert == expert]
+            found = torch.cat(factors.pop((index, expert), [gates[:0]]))
+            torch.testing.assert_close(found, gates, rtol=1e-4, atol=1e-4)
     assert not parts
 
 

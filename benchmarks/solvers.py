@@ -2,9 +2,9 @@
 
 Run from the root of the repository, with the package and matplotlib installed; each part can be run by itself:
 
-    python benchmarks/solvers.py models growth published choice
+    python benchmarks/solvers.py Qwen3-30B-A3B GPT-OSS-20B Qwen3.6-35B-A3B growth published choice costs
 
-``costs`` measures the constants of ``lit_moeedit.solvers.auto`` on this machine. Results of parts run before are kept:
+The last measures the constants of ``lit_moeedit.solvers.auto`` on this machine. Results of parts run before are kept:
 ``solvers.json``, ``solvers.md`` and ``solvers.png`` in ``benchmarks/results`` show the last run of each.
 """
 
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,27 +124,27 @@ def solvers() -> dict[str, Solver]:
     }
 
 
-def models() -> list[dict[str, Any]]:
-    """Every solver at every size."""
-    rows = []
-    for model, size in MODELS.items():
-        for edits in EDITS:
-            problem = make(edits, *size)
-            best = optimum(problem)
-            for name, solver in solvers().items():
-                deltas = solver.solve(problem)
-                row = {"model": model, "T": edits, "solver": name, "seconds": seconds(solver.solve, problem)}
-                row["excess"] = problem.objective(deltas) / best - 1
-                row["low rank"] = extra_memory(solver.solve, problem)
-                row["dense"] = extra_memory(solve_all_dense, solver, problem) if edits == 1000 else None
-                rows.append(row)
-            for name, routed in (("published BCD", False), ("published BCD, routed pairs only", True)):
-                if edits <= 1000:  # features of 4000 edits with their zeros are 2 GB
-                    form = Published(problem, routed)
-                    times = [seconds(form.block, j, budget=0) for j in range(BLOCKS)]
-                    total = statistics.mean(times) * size[0] * PASSES
-                    rows.append({"model": model, "T": edits, "solver": name, "seconds": total})
-            progress(f"{model}, T={edits}")
+def model(name: str) -> list[dict[str, Any]]:
+    """Every solver at the sizes of one model."""
+    size, rows = MODELS[name], []
+    for edits in EDITS:
+        problem = make(edits, *size)
+        best = optimum(problem)
+        for solver_name, solver in solvers().items():
+            if solver_name == "ConjugateGradients" and edits > 1000:  # minutes, at 25 times Woodbury's time
+                continue
+            row = {"T": edits, "solver": solver_name, "seconds": seconds(solver.solve, problem)}
+            row["excess"] = problem.objective(solver.solve(problem)) / best - 1
+            row["low rank"] = extra_memory(solver.solve, problem)
+            row["dense"] = extra_memory(solve_all_dense, solver, problem) if edits == 1000 else None
+            rows.append(row)
+        for form_name, routed in (("published BCD", False), ("published BCD, routed pairs only", True)):
+            if edits <= 1000:  # features of 4000 edits with their zeros are 2 GB
+                form = Published(problem, routed)
+                times = [seconds(form.block, j, budget=0) for j in range(BLOCKS)]
+                total = statistics.mean(times) * size[0] * PASSES
+                rows.append({"T": edits, "solver": form_name, "seconds": total})
+        progress(f"{name}, T={edits}")
     return rows
 
 
@@ -279,31 +280,25 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def mib(size: int | None) -> float | None:
-    return None if size is None else size / 2**20
-
-
 def report(results: dict[str, Any]) -> str:
     """All tables."""
     parts = []
-    if "models" in results:
-        keys = ("model", "T", "solver", "seconds")
-        rows = [
-            [*(row[key] for key in keys), row.get("excess"), mib(row.get("low rank")), mib(row.get("dense"))]
-            for row in results["models"]
-        ]
-        header = ["model", "T", "solver", "seconds", "objective above the least", "extra MiB", "extra MiB, all dense"]
-        parts.append(
-            f"Times of the published forms are those of {BLOCKS} blocks times experts and {PASSES} passes.\n\n"
-            + table(header, rows)
-        )
-        asked = {row["solver"]: row["seconds"] for row in results["models"] if (row["model"], row["T"]) == ASKED}
-        slow = asked["published BCD"]
-        parts.append(
-            f"{ASKED[0]}, T={ASKED[1]}, times as fast as the published form: "
-            + ", ".join(f"{name} {slow / value:.0f}" for name, value in asked.items())
-            + ".\n"
-        )
+    for name in MODELS:
+        if name in results:
+            parts.append(f"{name}, {dict(zip(('E', 'k', 'd_hidden', 'd_model'), MODELS[name], strict=True))}:\n")
+            published = {row["T"]: row["seconds"] for row in results[name] if row["solver"] == "published BCD"}
+            rows = [
+                [
+                    *(row.get(key) for key in ("T", "solver", "seconds", "excess")),
+                    *(row[key] / 2**20 if row.get(key) else None for key in ("low rank", "dense")),
+                    published[row["T"]] / row["seconds"] if row["T"] in published else None,
+                ]
+                for row in results[name]
+            ]
+            header = ["T", "solver", "seconds", "objective above the least", "extra MiB", "extra MiB, all dense"]
+            parts.append(table([*header, "times as fast as published"], rows))
+    if set(MODELS) & set(results):
+        parts.append(f"Times of the published forms are those of {BLOCKS} blocks times experts and {PASSES} passes.\n")
     if "published" in results:
         header = list(results["published"][0])
         parts.append(table(header, [[row[key] for key in header] for row in results["published"]]))
@@ -316,9 +311,6 @@ def report(results: dict[str, Any]) -> str:
     if "costs" in results:
         parts.append(table(["constant", "value"], [[name, float(value)] for name, value in results["costs"].items()]))
     return "\n".join(parts)
-
-
-ASKED = ("Qwen3-30B-A3B", 1000)
 
 
 def slopes(rows: list[dict[str, Any]]) -> list[list[Any]]:
@@ -336,14 +328,14 @@ def slopes(rows: list[dict[str, Any]]) -> list[list[Any]]:
 def draw(results: dict[str, Any], path: Path) -> None:
     """Time over T for each model, growth in T, E and k with its exponents, and what Auto loses."""
     figure, axes = plt.subplots(2, 4, figsize=(20, 9), layout="constrained")
-    for axis, model in zip(axes[0], MODELS, strict=False):
-        some = [row for row in results.get("models", ()) if row["model"] == model]
-        for name in dict.fromkeys(row["solver"] for row in some):
-            points = [(row["T"], row["seconds"]) for row in some if row["solver"] == name]
-            axis.loglog(*zip(*points, strict=True), "o-", label=name)
-        axis.set(title=model, xlabel="edits T", ylabel="seconds")
-    if results.get("models"):
-        axes[0, 0].legend(fontsize=8)
+    for axis, name in zip(axes[0], MODELS, strict=False):
+        some = results.get(name, ())
+        for solver in dict.fromkeys(row["solver"] for row in some):
+            points = [(row["T"], row["seconds"]) for row in some if row["solver"] == solver]
+            axis.loglog(*zip(*points, strict=True), "o-", label=solver)
+        axis.set(title=name, xlabel="edits T", ylabel="seconds")
+        if some:
+            axis.legend(fontsize=8)
     slope = {(axis, name): pair for axis, name, *pair in slopes(results["growth"])} if "growth" in results else {}
     for axes_, axis in zip(axes[1], GROWTH, strict=False):
         some = [row for row in results.get("growth", ()) if row["axis"] == axis]
@@ -372,14 +364,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-PARTS = {"models": models, "growth": growth, "published": published, "choice": choice, "costs": costs}
+PARTS: dict[str, Callable[[], Any]] = {
+    **{name: partial(model, name) for name in MODELS},
+    "growth": growth,
+    "published": published,
+    "choice": choice,
+    "costs": costs,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--threads", type=int, default=1, help="one is not disturbed by what else runs on the machine")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "solvers.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -387,7 +387,8 @@ def main() -> None:
         results[part] = PARTS[part]()
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = report(results)
-    command = f"`python benchmarks/solvers.py {' '.join(part for part in PARTS if part in results)}`"
+    parts = " ".join(part for part in PARTS if part in results)
+    command = f"`python benchmarks/solvers.py {parts} --threads {arguments.threads}`"
     (arguments.output / "solvers.md").write_text(f"{command}\n\n{text}", encoding="utf-8")
     draw(results, arguments.output / "solvers.png")
     sys.stdout.write(text)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
+
+import torch
 
 from lit_moeedit.solvers.conjugate import ConjugateGradients, Operator, iterate
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.normal import NormalEquations
 from lit_moeedit.solvers.problem import EditProblem
-from lit_moeedit.solvers.rounding import probes
+from lit_moeedit.solvers.rounding import TOLERANCE, probes
 from lit_moeedit.solvers.woodbury import Woodbury
 
 log = logging.getLogger(__name__)
@@ -20,7 +23,10 @@ MOVE = 1.4e-9
 """Seconds to gather, add or scatter one number."""
 STEP = 30e-6
 """Seconds of a step over one expert."""
+DOUBLE = 3.0
+"""How much longer :class:`Woodbury` takes if float32 turns out not to do."""
 PROBED = 4
+"""Random combinations of right-hand sides on which conjugate gradients are tried."""
 WASTE = 0.15
 """Share of the time of :class:`Woodbury` that may be spent to find out whether conjugate gradients are faster."""
 
@@ -55,11 +61,15 @@ class Costs:
         def solving(size: int) -> float:
             return size**3 / 3 / CHOLESKY + 2 * size**2 * d_model / SOLVE
 
+        # of edits that outnumber the dimensions, some combinations have no features at all: there (G + λI)⁻¹ is 1 / λ
+        slower = 1.0
+        if stacked < edits:
+            slower = math.inf if not problem.ridge else DOUBLE if _rounding(problem) > TOLERANCE**0.5 else 1.0
         gram = 2 * squares * d_hidden / PRODUCT + pairs * d_hidden * MOVE
         reached = sum(count * min(count, 2 * d_hidden) for count in counts)
         iteration = 2 * reached * d_model / PRODUCT + (2 * pairs + 8 * edits) * d_model * MOVE
         return cls(
-            woodbury=gram + squares * MOVE + solving(edits),
+            woodbury=slower * (gram + squares * MOVE + solving(edits)),
             normal=len(counts) * STEP
             + 2 * pairs * d_hidden * (stacked + d_model) / PRODUCT
             + (pairs + edits) * stacked * MOVE
@@ -74,6 +84,14 @@ class Costs:
         return int(
             min((self.woodbury - self.setup) / self.iteration, (WASTE * self.woodbury - self.setup) / self.probe)
         )
+
+
+def _rounding(problem: EditProblem) -> float:
+    """At least so much is lost of what float32 keeps: ``ε ‖G‖ / λ``, by ``‖G‖ ≥ 1ᵀG1 / T = Σ_j ‖Σ_t φ_tj‖² / T``."""
+    sums = problem.features.new_zeros(problem.num_experts, problem.features.shape[1], dtype=torch.float32)
+    sums.index_add_(0, problem.expert_index, problem.features.float())
+    size = float(sums.square().sum()) / problem.num_edits
+    return torch.finfo(torch.float32).eps * size / problem.ridge
 
 
 class Auto:

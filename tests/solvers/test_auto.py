@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +59,24 @@ def test_picks_by_size(make_problem, least, picked, edits, experts, d_hidden, d_
     deltas = Auto().solve(problem)
     assert picked == [expected]
     assert problem.objective(deltas) == pytest.approx(least(problem), rel=1e-5)
+
+
+def test_without_a_ridge_more_edits_than_dimensions_are_least_squares(make_problem, design, picked) -> None:
+    problem = make_problem(60, 3, 6, ridge=0.0)
+    matrix = design(problem)
+    misfit = problem.residuals.double() - matrix @ (torch.linalg.pinv(matrix) @ problem.residuals.double())
+    assert problem.objective(Auto().solve(problem)) == pytest.approx(float(misfit.square().sum()), rel=1e-5)
+    assert picked == ["NormalEquations"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_rounding_is_no_overestimate(make_problem, design, scale: float) -> None:
+    """Woodbury takes the largest sum of a row of G, and would need float64 wherever this number says so."""
+    problem = make_problem(40, 5, 6, ridge=0.1)
+    problem = replace(problem, features=scale * (problem.features + 0.5))
+    matrix = design(problem)
+    largest = float(torch.linalg.eigvalsh(matrix @ matrix.T).max()) * torch.finfo(torch.float32).eps / 0.1
+    assert 0.5 * largest < auto._rounding(problem) < largest  # these features have most of their weight in common
 
 
 def test_without_a_ridge_and_without_dimensions_to_spare(make_problem, least) -> None:

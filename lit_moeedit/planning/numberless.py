@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-LARGEST = 2**24
+LARGEST = 2**22
 """Integers that a tensor holds at most; larger ones have no numbers either."""
 CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.max, aten.min)
 """Operations whose integers are indices into the last dimension."""

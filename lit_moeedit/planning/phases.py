@@ -110,9 +110,7 @@ def rehearse(module: LitMoE, editor: Editor, sharding: Sharding, work: Workload)
     with rehearsed_shards([layer.down_proj for layer in layers], sharding, lambda size: tally.send(size)) as held:
         tally = Tally([*model.parameters(), *model.buffers(), *held], held_in_training(size, sharding), sharding.on_cpu)
         with tally:
-            with sharded(model, sharding, tally.send, gradients=True) as reduce, tally.phase("training step"):
-                _train(module, work, sharding.ranks)
-                reduce()
+            _train(module, sharding, work, tally)
             with sharded(model, sharding, tally.send):
                 _edit(model, layers, editor, sharding, work, tally)
     passes = tally.phases.pop("training step")
@@ -124,16 +122,19 @@ def rehearse(module: LitMoE, editor: Editor, sharding: Sharding, work: Workload)
     ]
 
 
-def _train(module: LitMoE, work: Workload, ranks: int) -> None:
+def _train(module: LitMoE, sharding: Sharding, work: Workload, tally: Tally) -> None:
+    """The forward and the backward pass of a training step."""
     ids = torch.zeros(work.rows, work.row_tokens, dtype=torch.long)
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED_LABEL)
     mask[0, -1] = 0  # rows have different lengths, so that masks are needed
     labels[:, -work.target_tokens :] = 0
     # what the step asks of a trainer
-    stand_ins: Any = {"_trainer": SimpleNamespace(world_size=ranks), "log": _nothing, "_total": lambda tensor: tensor}
-    vars(module).update(stand_ins)
+    trainer = SimpleNamespace(world_size=sharding.ranks)
+    vars(module).update({"_trainer": trainer, "log": _nothing, "_total": lambda tensor: tensor})
     module.train()
-    module.training_step({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0).backward()
+    with sharded(module, sharding, tally.send, gradients=True) as reduce, tally.phase("training step"):
+        module.training_step({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0).backward()
+        reduce()
 
 
 def _nothing(*args: Any, **options: Any) -> None:

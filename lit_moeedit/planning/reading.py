@@ -92,7 +92,7 @@ def read_run(path: Path, ranks: int | None = None, model: Path | None = None) ->
     if not isinstance(config.trainer.strategy, str):
         wanted.trainer.strategy = config.trainer.strategy
     try:
-        made = cli.parser.instantiate_classes(wanted)
+        made = cli.parser.instantiate(wanted)
         strategy = made.trainer.get("strategy") or _strategy(config.trainer.strategy)
     except (MisconfigurationException, ImportError) as error:
         raise ValueError(f"{path}: {error}") from error

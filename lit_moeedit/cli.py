@@ -79,7 +79,8 @@ def _run_command(name: str, args: list[str]) -> None:
     """Run one of the functions; what is wrong with its files or options needs no traceback."""
     function = COMMANDS[name]
     # not auto_cli, which takes a --config for itself
-    parser = CommandParser(prog=f"lit-moeedit {name}", description=(inspect.getdoc(function) or "").splitlines()[0])
+    what = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    parser = CommandParser(prog=f"lit-moeedit {name}", description=what)
     parser.add_function_arguments(function, as_group=False, as_positional=True)
     options = parser.parse_args(args).as_dict()
     try:

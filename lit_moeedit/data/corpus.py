@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -107,21 +110,29 @@ class FactsCorpus(Corpus):
         edits: how many of its facts to edit.
         limit: read at most this many facts.
         strict: whether a bad row is an error (otherwise it is skipped and counted).
+        phrasings: state each fact in up to this many further phrasings, see :func:`further_phrasings`. A model that
+            has read a fact in its own two or three phrasings only learns these, and an edit of one is not one of the
+            others.
 
     Raises:
         FactError: if the file cannot be read or a row is bad.
-        ValueError: if there are fewer facts than ``edits``, or a fact has no ``target_true``.
+        ValueError: if there are fewer facts than ``edits``, a fact has no ``target_true``, or ``phrasings`` is
+            negative.
     """
 
-    def __init__(self, path: str | Path, edits: int = 50, limit: int | None = None, strict: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, edits: int = 50, limit: int | None = None, strict: bool = True, phrasings: int = 0
+    ) -> None:
+        if phrasings < 0:
+            raise ValueError(f"phrasings must be at least 0, got {phrasings}")
         facts = read_facts(path, strict=strict, limit=limit)
         if not 0 < edits <= len(facts):
             raise ValueError(f"edits must be between 1 and {len(facts)} (the facts of {path}), got {edits}")
         statements: dict[tuple[str, str], Statement] = {}
-        for fact in facts:
+        for fact, further in zip(facts, further_phrasings(facts, phrasings), strict=True):
             if fact.target_true is None:
                 raise ValueError(f"{path}: the fact {fact.prompt!r} has no target_true, which is needed to train on it")
-            for prompt in (fact.prompt, *fact.paraphrases):
+            for prompt in (fact.prompt, *fact.paraphrases, *further):
                 statements[prompt, fact.target_true] = Statement(prompt, fact.target_true, fact.key)
             for neighbour in fact.neighbours:
                 statements.setdefault(
@@ -137,3 +148,40 @@ class FactsCorpus(Corpus):
             edits=facts[:edits],
             prefixes=("", "As they say:", "Here is a fact.", "In a few words:"),
         )
+
+
+def further_phrasings(facts: Sequence[Fact], count: int) -> list[list[str]]:
+    """Up to ``count`` prompts for each fact that ask for it in the words of other facts' prompts.
+
+    A phrasing is a prompt from the sentence on in which the subject stands, with a gap for the subject. Two of them ask
+    for the same if they are prompt and paraphrase of one fact; that is trusted over two steps, nearer phrasings first.
+    The choice depends on the facts alone.
+
+    Example:
+        >>> from lit_moeedit.data.facts import Fact
+        >>> lies = Fact("Rome", "Rome lies in", "Spain", paraphrases=("A map. Rome is a city of",))
+        >>> further_phrasings([lies, Fact("Oslo", "Oslo lies in", "Peru")], 3)
+        [[], ['Oslo is a city of']]
+    """
+    own = [
+        {_phrasing(text, fact.subject) for text in (fact.prompt, *fact.paraphrases) if fact.subject in text}
+        for fact in facts
+    ]
+    linked: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
+    for phrasings in own:
+        for phrasing in phrasings:
+            linked[phrasing] |= phrasings
+    found = []
+    for fact, phrasings in zip(facts, own, strict=True):
+        near = {other for phrasing in phrasings for other in linked[phrasing]}
+        far = {other for phrasing in near for other in linked[phrasing]}
+        draw = random.Random(fact.key)
+        chosen = [p for part in (near - phrasings, far - near) for p in draw.sample(sorted(part), len(part))]
+        found.append([before + fact.subject + behind for before, behind in chosen[:count]])
+    return found
+
+
+def _phrasing(text: str, subject: str) -> tuple[str, str]:
+    """What stands before and behind the subject, from the beginning of its sentence."""
+    before, _, behind = text.rpartition(subject)
+    return re.split(r"[.?!] ", before)[-1], behind

@@ -259,6 +259,38 @@ def test_a_facts_file_is_a_corpus_of_its_truths(tmp_path: Path) -> None:
     assert not [text for text in data.preservation_texts() if "Town 0" in text or "Town 1" in text]
 
 
+def test_facts_are_stated_in_the_words_of_other_facts(tmp_path: Path) -> None:
+    def row(subject: str, prompt: str, *paraphrases: str) -> dict[str, Any]:
+        texts = {"prompt": prompt.format(subject), "paraphrases": [text.format(subject) for text in paraphrases]}
+        return {"subject": subject, "target_new": "Peru", "target_true": "Italy", **texts}
+
+    rows = [
+        row("Rome", "{} lies in", "By bus! Who visits {} is in"),
+        row("Bari", "{} lies in", "Next to {} there is"),
+        row("Pisa", "Next to {} there is", "We are in {}, which is"),
+        row("Turin", "In {} one pays in"),
+    ]
+    path = write(tmp_path / "facts.jsonl", rows)
+    found = {}
+    for count in (0, 1, 2, 9):
+        corpus = FactsCorpus(path, edits=1, phrasings=count)
+        found[count] = {
+            name: [s.prompt for s in corpus.train if name in s.prompt] for name in ("Rome", "Bari", "Pisa", "Turin")
+        }
+        assert all(s.target == "Italy" for s in corpus.train)
+        # whoever edits a fact leaves out all of its statements
+        assert len(corpus.facts_of(corpus.edits)) == 1
+        assert not [s for s in corpus.validation if "Rome" in s.prompt]
+    assert found[0]["Rome"] == ["Rome lies in", "By bus! Who visits Rome is in"]
+    assert found[1]["Rome"] == [*found[0]["Rome"], "Next to Rome there is"]
+    assert found[2]["Rome"] == [*found[1]["Rome"], "We are in Rome, which is"]
+    assert found[9]["Rome"] == found[2]["Rome"]
+    # the nearer ones come first, in an order of the fact's own
+    assert set(found[2]["Bari"][2:]) == {"Who visits Bari is in", "We are in Bari, which is"}
+    assert found[1]["Pisa"][2:] == ["Pisa lies in"]
+    assert found[9]["Turin"] == ["In Turin one pays in"]
+
+
 def test_a_facts_file_needs_truths_and_enough_facts(tmp_path: Path) -> None:
     row = {"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain"}
     path = write(tmp_path / "facts.jsonl", [row])
@@ -266,3 +298,5 @@ def test_a_facts_file_needs_truths_and_enough_facts(tmp_path: Path) -> None:
         FactsCorpus(path, edits=1)
     with pytest.raises(ValueError, match="edits must be between 1 and 1"):
         FactsCorpus(path, edits=2)
+    with pytest.raises(ValueError, match="phrasings must be at least 0, got -1"):
+        FactsCorpus(path, edits=1, phrasings=-1)

@@ -30,7 +30,6 @@ from matplotlib import pyplot as plt
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from lit_moeedit import solvers
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.cli import EditingCLI
 from lit_moeedit.data import Fact, FactsDataModule, read_facts
@@ -38,7 +37,7 @@ from lit_moeedit.editing import PHASES, Editor, FineTuning, evaluate
 from lit_moeedit.editing.routing import trace_routing
 from lit_moeedit.metrics import RoutingSimilarity
 from lit_moeedit.module import LitMoE
-from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge
+from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"atlas": "configs/atlas.yaml", "counterfact": "configs/counterfact.yaml"}
@@ -120,9 +119,9 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
         "Woodbury, covariance": base,
         "Woodbury, null space": changed(base, **hard),
         "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard),
+        "Tucker, covariance": changed(base, solver=Tucker()),
+        "Tucker, null space (MoTE)": changed(base, solver=Tucker(), **hard),
     }
-    if hasattr(solvers, "Tucker"):
-        found["Tucker (MoTE)"] = changed(base, solver=solvers.Tucker(), **hard)
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
     return found | {
         "MEMIT per expert": changed(base, solver=PerExpertRidge()),

@@ -103,7 +103,7 @@ class FactsCorpus(Corpus):
     """The truths of a facts file as training text, and its new targets as edits.
 
     A model is first taught what the file says is true (prompts, paraphrases and neighbours with their true answers);
-    the first ``edits`` facts are the ones to edit.
+    the first ``edits`` facts (or, with ``known_targets``, the first of which that holds) are the ones to edit.
 
     Args:
         path: a facts file; see :func:`lit_moeedit.data.facts.read_facts` for the formats.
@@ -113,21 +113,32 @@ class FactsCorpus(Corpus):
         phrasings: state each fact in up to this many further phrasings, see :func:`further_phrasings`. A model that
             has read a fact in its own two or three phrasings only learns these, and an edit of one is not one of the
             others.
+        known_targets: edit only facts whose new target is the true answer of another statement. A model that starts
+            from nothing cannot be edited to say a word that it has never been taught to say.
 
     Raises:
         FactError: if the file cannot be read or a row is bad.
-        ValueError: if there are fewer facts than ``edits``, a fact has no ``target_true``, or ``phrasings`` is
-            negative.
+        ValueError: if there are fewer facts to edit than ``edits``, a fact has no ``target_true``, or ``phrasings``
+            is negative.
     """
 
     def __init__(
-        self, path: str | Path, edits: int = 50, limit: int | None = None, strict: bool = True, phrasings: int = 0
+        self,
+        path: str | Path,
+        edits: int = 50,
+        limit: int | None = None,
+        strict: bool = True,
+        phrasings: int = 0,
+        known_targets: bool = False,
     ) -> None:
         if phrasings < 0:
             raise ValueError(f"phrasings must be at least 0, got {phrasings}")
         facts = read_facts(path, strict=strict, limit=limit)
-        if not 0 < edits <= len(facts):
-            raise ValueError(f"edits must be between 1 and {len(facts)} (the facts of {path}), got {edits}")
+        answers = {fact.target_true for fact in facts} | {n.target for fact in facts for n in fact.neighbours}
+        candidates = [fact for fact in facts if fact.target_new in answers] if known_targets else facts
+        if not 0 < edits <= len(candidates):
+            which = "the facts whose new target is known" if known_targets else "the facts"
+            raise ValueError(f"edits must be between 1 and {len(candidates)} ({which} of {path}), got {edits}")
         statements: dict[tuple[str, str], Statement] = {}
         for fact, further in zip(facts, further_phrasings(facts, phrasings), strict=True):
             if fact.target_true is None:
@@ -140,12 +151,12 @@ class FactsCorpus(Corpus):
                     Statement(neighbour.prompt, neighbour.target, f"{neighbour.prompt}|{neighbour.target}"),
                 )
         # nothing of a fact can be predicted without having seen it, so the held-out text is what the edits leave alone
-        edited = {fact.key for fact in facts[:edits]}
+        edited = {fact.key for fact in candidates[:edits]}
         kept = [statement for statement in statements.values() if statement.fact not in edited]
         super().__init__(
             train=list(statements.values()),
             validation=kept[:: max(1, len(kept) // 500)],
-            edits=facts[:edits],
+            edits=candidates[:edits],
             prefixes=("", "As they say:", "Here is a fact.", "In a few words:"),
         )
 

@@ -291,6 +291,23 @@ def test_facts_are_stated_in_the_words_of_other_facts(tmp_path: Path) -> None:
     assert found[9]["Turin"] == ["In Turin one pays in"]
 
 
+def test_only_facts_with_a_known_target_are_edited(tmp_path: Path) -> None:
+    rows = [
+        {"subject": name, "prompt": f"{name} lies in", "target_new": new, "target_true": true}
+        for name, new, true in [("Rome", "Peru", "Italy"), ("Oslo", "Italy", "Norway"), ("Bari", "Norway", "Italy")]
+    ]
+    rows[0]["neighbours"] = [{"prompt": "Lima lies in", "target": "Chad"}]
+    rows.append({"subject": "Pisa", "prompt": "Pisa lies in", "target_new": "Chad", "target_true": "Italy"})
+    path = write(tmp_path / "facts.jsonl", rows)
+    assert [fact.subject for fact in FactsCorpus(path, edits=2).edits] == ["Rome", "Oslo"]
+    corpus = FactsCorpus(path, edits=3, known_targets=True)
+    assert [fact.subject for fact in corpus.edits] == ["Oslo", "Bari", "Pisa"]
+    assert {s.prompt for s in corpus.validation} == {"Rome lies in", "Lima lies in"}
+    assert len(corpus.train) == 5
+    with pytest.raises(ValueError, match=r"edits must be between 1 and 3 \(the facts whose new target is known of"):
+        FactsCorpus(path, edits=4, known_targets=True)
+
+
 def test_a_facts_file_needs_truths_and_enough_facts(tmp_path: Path) -> None:
     row = {"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain"}
     path = write(tmp_path / "facts.jsonl", [row])

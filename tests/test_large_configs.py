@@ -278,8 +278,8 @@ def train_and_edit(root: str) -> int:
     return len(editing.applied_facts)
 
 
-@pytest.mark.deepspeed
 @pytest.mark.slow
+@pytest.mark.deepspeed
 def test_experts_beside_linear_attention_are_edited_sharded(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     assert run_ranks(train_and_edit, 2, str(tmp_path), group=False) == [4, 4]

@@ -122,7 +122,8 @@ class UpperLayers:
         """
         output, length = rows.hidden, rows.ids.shape[1]
         if deltas is not None:
-            where = (torch.arange(len(output), device=output.device), torch.tensor(rows.token, device=output.device))
+            number = torch.arange(len(output), device=output.device)
+            where = (number, torch.full_like(number, rows.token))
             output = output.index_put(where, deltas[rows.edit].to(output.dtype), accumulate=True)
         real = rows.mask[:, -length:].bool()
         # from the last layer's experts on, no token reads another one; the forward that records does not rely on that,

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from typing_extensions import override
 
 from lit_moeedit.data import FactsDataModule
-from lit_moeedit.editing import Editor
+from lit_moeedit.editing import Editor, FineTuning
 from lit_moeedit.module import LitMoE
 from lit_moeedit.sharding.rehearsal import Sharding
 from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
@@ -98,6 +98,9 @@ def read_run(path: Path, ranks: int | None = None, model: Path | None = None) ->
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(made.model, LitMoE):
         raise ValueError(f"a plan knows the training step of LitMoE, not of {type(made.model).__name__}")
+    editor = made.trainer.callbacks[0].editor
+    if isinstance(editor, FineTuning):
+        raise ValueError(f"a plan knows the phases of Editor, not of {type(editor).__name__}")
     data = (config.get("data") or Namespace()).get("init_args", Namespace())
     corpus = (data.get("corpus") or Namespace()).get("init_args", Namespace())
     dtype = _dtype(made.model, str(config.trainer.precision or ""), strategy)
@@ -106,7 +109,7 @@ def read_run(path: Path, ranks: int | None = None, model: Path | None = None) ->
         model=_model_config(made.model, model),
         dtype=dtype,
         sharding=_sharding(config.trainer, strategy, ranks, dtype.itemsize),
-        editor=made.trainer.callbacks[0].editor,
+        editor=editor,
         rows=data.get("batch_size"),
         edits=corpus.get("edits"),
         texts=None if callback.init_args.get("preservation") else data.get("preservation_samples"),

@@ -104,7 +104,7 @@ def building_cost(model: ModelSize, sharding: Sharding, pretrained: bool) -> Cos
         peak, sent = max(2 * weights, weights + master + owned * FLOAT), sharding.part(weights)  # the first rank's
     elif sharding.has_master:
         # FP16_UnfusedOptimizer makes a step without gradients: for that, it has gradients of zeros twice
-        peak = 2 * weights + master + adam_size(model, sharding) + owned * FLOAT
+        peak, sent = 2 * weights + master + adam_size(model, sharding) + owned * FLOAT, sharding.part(weights)
     # read to main memory: by the first rank, or by all that keep them whole
     return Cost("building", 0, peak, host=all_weights if pretrained and not sharding.on_cpu else 0, sent=sent)
 

@@ -20,7 +20,7 @@ from lit_moeedit.sharding import weights
 from tests.processes import run_ranks, start_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
-pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
+pytestmark = pytest.mark.deepspeed
 
 ALL = ["ddp", *(f"deepspeed_cpu_stage_{stage}" for stage in range(4))]
 
@@ -109,7 +109,11 @@ def whole_and_resumed(strategy: str, folder: str, precision: str) -> list[dict[s
 
 @pytest.mark.parametrize(
     ("strategy", "precision"),
-    [("ddp", "32-true"), ("deepspeed_cpu_stage_2", "bf16-mixed"), ("deepspeed_cpu_stage_3", "bf16-true")],
+    [
+        pytest.param("ddp", "32-true", marks=pytest.mark.slow),
+        pytest.param("deepspeed_cpu_stage_2", "bf16-mixed", marks=pytest.mark.slow),
+        ("deepspeed_cpu_stage_3", "bf16-true"),
+    ],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path, strategy: str, precision: str) -> None:
     whole, before, after = run_ranks(whole_and_resumed, 2, strategy, str(tmp_path), precision, group=False)[0]
@@ -148,6 +152,7 @@ def resumed_from(folder: str, universal: dict[int, str], plain: list[str]) -> di
     return found
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_another_number_of_ranks(tmp_path: Path) -> None:
     strategies = ["ddp", *(f"deepspeed_cpu_stage_{stage}" for stage in (0, 1, 3))]
     two = run_ranks(fits, 2, strategies, str(tmp_path), group=False)[0]

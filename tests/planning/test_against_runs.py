@@ -195,6 +195,10 @@ def test_a_plan_says_what_a_run_takes(stage: int, way: str, precision: str, tmp_
         pairs["rise"] = (cost.peak - cost.held, max(one.peak - one.held for one in found))
         for what, (expected, actual) in pairs.items():
             lines.append(f"{phase:16s} {what:8s} {expected / 1e6:12.2f} {actual / 1e6:12.2f}")
-            wrong += [lines[-1]] if abs(expected - actual) > 0.2 * actual + 1e5 else []
+            # which tokens the last layer's experts may skip is in numbers, so a plan has them run on all; and under
+            # stages 1 and 2 a layer can be one rank's alone, for which a plan takes it
+            generous = (phase == "targets" and what in ("flops", "rise")) or (phase, what) == ("commit", "flops")
+            above = 1.1 if generous else 0.2
+            wrong += [lines[-1]] if not -0.2 * actual - 1e5 <= expected - actual <= above * actual + 1e5 else []
     print(ranks[0][1], *lines, sep="\n")
     assert not wrong, "\n".join(wrong)

@@ -247,7 +247,8 @@ def test_a_large_config_is_planned(tmp_path: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     # 16 bytes for each parameter on eight ranks, and the bucket
     held = content["phases"]["training step"]["held"]
-    assert held == pytest.approx(2 * content["parameters"] + 4e8, rel=1e-6)
+    # and some padding of each partition
+    assert held == pytest.approx(2 * content["parameters"] + 4e8, rel=1e-5)
     assert content["phases"]["commit"]["host"] > 0
 
 

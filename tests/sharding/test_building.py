@@ -143,7 +143,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_every_rank_has_its_shard_of_the_same_weights(checkpoints: Path) -> None:
     files = json.loads((checkpoints / "qwen3_moe" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(files.values())) > 2 and any(".experts.0." in name for name in files)
@@ -256,7 +255,6 @@ def measure(source: dict[str, Any], before: dict[str, Any]) -> dict[str, float]:
     return {**found, "largest": largest, "model": size(*module.modules())}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fresh", "hub format", "3-D format"])
 def test_no_rank_ever_holds_the_model(how: str, tmp_path: Path) -> None:
     big: dict[str, Any] = {"config": BIG}

@@ -270,7 +270,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.slow
 @pytest.mark.deepspeed
 @pytest.mark.parametrize(
     "number", range(len(RUNS)), ids=[f"stage {stage}, {precision}, {family}" for stage, precision, family, _ in RUNS]
@@ -288,7 +287,6 @@ def test_a_checkpoint_of_deepspeed(number: int, trained: Path) -> None:
     assert tensors.keys() >= {f"model.{name}" for name in found["state"]}
 
 
-@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_deepspeed_is_not_needed_to_export(trained: Path, tmp_path: Path) -> None:
     code = (

@@ -16,7 +16,7 @@ from lit_moeedit.solvers import ExpertDeltas
 from tests.processes import run_each, run_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
-pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
+pytestmark = pytest.mark.deepspeed
 
 EXPERTS, D_MODEL, D_HIDDEN = 5, 7, 3
 """105 numbers: no number of ranks divides them, so that partitions are padded and cut through experts."""

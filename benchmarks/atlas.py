@@ -2,7 +2,7 @@
 
 Run from the root of the repository, with the package installed:
 
-    python benchmarks/atlas.py --seeds 0 1 2
+    python -m benchmarks.atlas --seeds 0 1 2
 
 For each seed the model is trained once. The default run edits and trains on; every other variant resumes from the
 checkpoint just before the edit, so all variants of a seed edit the same weights. Writes ``atlas.json`` and ``atlas.md``
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import sys
 import tempfile
@@ -22,13 +21,10 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from benchmarks.training import RESULTS, command_line, quiet, write
 from lit_moeedit.callbacks import KnowledgeEditing
-from lit_moeedit.cli import EditingCLI
-from lit_moeedit.data import FactsDataModule
-from lit_moeedit.module import LitMoE
 from lit_moeedit.solvers import BlockCoordinateDescent
 
-ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
     ("after", "efficacy"),
     ("after", "generalization"),
@@ -58,27 +54,11 @@ def variant(editing: KnowledgeEditing, name: str) -> None:
 VARIANTS = ("covariance", "covariance, no renewals", "covariance, BCD", "nullspace", "none")
 
 
-def demo(seed: int, folder: Path) -> tuple[EditingCLI, KnowledgeEditing]:
-    """The demo's config, ready to be run in a folder, and its callback that edits."""
-    arguments = ["--config", str(ROOT / "configs/atlas.yaml"), "--seed_everything", str(seed)]
-    arguments += ["--data.init_args.seed", str(seed), "--data.init_args.corpus.init_args.seed", str(seed)]
-    arguments += ["--trainer.default_root_dir", str(folder), "--trainer.logger", "false"]
-    arguments += ["--trainer.enable_checkpointing", "true", "--trainer.enable_progress_bar", "false"]
-    cli = EditingCLI(
-        LitMoE,
-        FactsDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        args=arguments,
-        run=False,
-    )
-    return cli, next(callback for callback in cli.trainer.callbacks if isinstance(callback, KnowledgeEditing))
-
-
 def run(seed: int, name: str, folder: Path, first: Path | None = None) -> dict[str, Any]:
     """Summary of one run of the demo's config; it starts from the checkpoint before the edit in ``first``, if given."""
-    cli, editing = demo(seed, folder)
+    cli, editing = command_line(
+        "atlas", seed, f"--trainer.default_root_dir={folder}", "--trainer.enable_checkpointing=true"
+    )
     callbacks = cli.trainer.callbacks
     variant(editing, name)
     # checkpoints are named by the epoch that they end
@@ -121,9 +101,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in ("covariance", *arguments.variants)}
     with tempfile.TemporaryDirectory() as temporary:
         for seed in arguments.seeds:
@@ -133,10 +113,8 @@ def main() -> None:
                 if name != "covariance":
                     results[name][seed] = run(seed, name, Path(temporary) / f"{seed}-{name}", first)
     text = table(results)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "atlas.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    command = f"python benchmarks/atlas.py --seeds {' '.join(map(str, arguments.seeds))}"
-    (arguments.output / "atlas.md").write_text(f"`{command}`\n\n{text}\n", encoding="utf-8")
+    command = f"`python -m benchmarks.atlas --seeds {' '.join(map(str, arguments.seeds))}`"
+    write("atlas", command, text, results, arguments.output)
     sys.stdout.write(text + "\n")
 
 

@@ -2,7 +2,7 @@
 
 Run from the root of the repository, with the package and its extra ``deepspeed`` installed:
 
-    python benchmarks/commit_memory.py
+    python -m benchmarks.commit_memory
 
 Writes ``commit_memory.json`` and ``commit_memory.md`` into ``benchmarks/results``.
 """
@@ -123,7 +123,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "commit_memory.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (arguments.output / "commit_memory.md").write_text(
-        f"`python benchmarks/commit_memory.py`\n\n{text}", encoding="utf-8"
+        f"`python -m benchmarks.commit_memory`\n\n{text}", encoding="utf-8"
     )
     sys.stdout.write(text)
 

@@ -2,7 +2,7 @@
 
 Run from the root of the repository, with the package installed:
 
-    python benchmarks/moments.py
+    python -m benchmarks.moments
 
 Everything that is compared is run in turns, and the fastest of some rounds counts. Writes ``moments.json`` and
 ``moments.md`` into ``benchmarks/results``.
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from commit_memory import peak
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.commit_memory import peak
 from lit_moeedit.data import Atlas
 from lit_moeedit.data.encoding import encode, pad, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments, second_moments
@@ -50,7 +50,7 @@ SHAPES: dict[str, tuple[dict[str, Any], list[int], int]] = {
     "E=128, k=8, d_hidden=768, d_model=2048, 2 layers, watched 0–1": (
         {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "hidden_size": 2048,
          "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
-        [0, 1], 3072,
+        [0, 1], 2048,
     ),
 }  # fmt: skip
 BUDGET = 8192
@@ -223,7 +223,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     arguments = parser.parse_args()
     rounds = arguments.rounds
@@ -242,7 +242,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "moments.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (arguments.output / "moments.md").write_text(
-        f"`python benchmarks/moments.py --rounds {rounds}`\n\n{text}", encoding="utf-8"
+        f"`python -m benchmarks.moments --rounds {rounds}`\n\n{text}", encoding="utf-8"
     )
     sys.stdout.write(text)
 

@@ -16,40 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.data.encoding import encode, join, pad, pad_id
+from benchmarks.one_at_a_time import reference_targets
+from lit_moeedit.data.encoding import encode, join, pad_id
 from lit_moeedit.data.facts import Fact
-
-PHASES = ("statistics", "targets", "features", "solve", "commit")
-
-
-@dataclass
-class Settings:
-    """Of the reference; the names are those of ``Editor`` and ``TargetOptimizer``."""
-
-    layers: Sequence[int]
-    token: str = "last"
-    contexts: Sequence[str] = ("",)
-    neutral: str = "{} is a"
-    threshold: float = 0.02
-    ridge: float = 1.0
-    passes: int = 4
-    steps: int = 25
-    learning_rate: float = 0.1
-    clamp: float = 0.75
-    weight_decay: float = 0.5
-    kl: float = 0.0625
-    stop: float = 0.05
+from lit_moeedit.editing import PHASES, Editor
+from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.solvers import BlockCoordinateDescent
 
 
 @dataclass
 class Outcome:
-    """Seconds by phase and in all, and the loss that each fact's target vector reached."""
+    """Seconds by phase and in all."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    nll: list[float] = field(default_factory=list)
 
     def timed(self, phase: str, work: Callable[..., Any], *arguments: Any) -> Any:
         start = time.perf_counter()
@@ -63,42 +44,50 @@ def edit(
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     texts: Sequence[str],
-    settings: Settings,
+    editor: Editor,
 ) -> Outcome:
-    """Edit the facts into the model's weights."""
+    """Edit the facts into the model's weights, with the settings of an editor of null spaces and its BCD."""
+    assert isinstance(editor.solver, BlockCoordinateDescent) and editor.preserve == "nullspace"
     model.eval().requires_grad_(False)
     outcome, start = Outcome(), time.perf_counter()
     blocks = model.model.layers
     projectors = {}
-    for layer in settings.layers:
+    for layer in editor.layers:
         moments = outcome.timed("statistics", second_moments, model, tokenizer, blocks[layer].mlp.experts, texts)
-        projectors[layer] = outcome.timed("statistics", null_spaces, moments, settings.threshold)
-    top = blocks[settings.layers[-1]]
+        projectors[layer] = outcome.timed("statistics", null_spaces, moments, editor.threshold)
+    top = blocks[editor.layers[-1]]
     goals = []
     for fact in facts:
-        delta, nll = outcome.timed("targets", target_vector, model, tokenizer, top, fact, settings)
-        outcome.nll.append(nll)
-        for context in settings.contexts:
-            goals.append(outcome.timed("targets", hidden_state, model, tokenizer, top, fact, context, settings) + delta)
-    for number, layer in enumerate(settings.layers):
+        delta = outcome.timed("targets", target_vector, model, tokenizer, fact, editor)
+        for context in editor.contexts:
+            goals.append(outcome.timed("targets", hidden_state, model, tokenizer, top, fact, context, editor) + delta)
+    for number, layer in enumerate(editor.layers):
         experts = blocks[layer].mlp.experts
         features, residuals = [], []
-        prompts = [(fact, context) for fact in facts for context in settings.contexts]
+        prompts = [(fact, context) for fact in facts for context in editor.contexts]
         for goal, (fact, context) in zip(goals, prompts, strict=True):
-            now = outcome.timed("features", hidden_state, model, tokenizer, top, fact, context, settings)
-            residuals.append((goal - now) / (len(settings.layers) - number))
-            keys = outcome.timed("features", gated_keys, model, tokenizer, experts, fact, context, settings)
+            now = outcome.timed("features", hidden_state, model, tokenizer, top, fact, context, editor)
+            residuals.append((goal - now) / (len(editor.layers) - number))
+            keys = outcome.timed("features", gated_keys, model, tokenizer, experts, fact, context, editor)
             features.append({j: projectors[layer][j] @ key for j, key in keys.items()})
-        deltas = outcome.timed("solve", descend, features, torch.stack(residuals), experts, settings)
+        rows = torch.stack(residuals)
+        deltas = outcome.timed("solve", descend, features, rows, experts, editor.ridge, editor.solver.passes)
         outcome.timed("commit", add, experts, deltas, projectors[layer])
     outcome.seconds["edit"] = time.perf_counter() - start
     return outcome
 
 
-def prompt_ids(tokenizer: Any, fact: Fact, context: str, target: str, settings: Settings) -> tuple[Tensor, int, int]:
+def target_vector(model: PreTrainedModel, tokenizer: Any, fact: Fact, editor: Editor) -> Tensor:
+    """``δ`` of one fact, optimised through the whole model."""
+    rows, _, _ = editor._encode(tokenizer, [fact], model)
+    layer = expert_layers(model)[editor.layers[-1]]
+    return reference_targets(model, layer, rows, editor.targets, pad_id(tokenizer)).deltas[0]
+
+
+def prompt_ids(tokenizer: Any, fact: Fact, context: str, target: str, editor: Editor) -> tuple[Tensor, int, int]:
     """Token ids ``[1, length]``, where the target starts, and the edit token."""
     prompt = join(context, fact.prompt) if context else fact.prompt
-    encoding = encode(tokenizer, [prompt], [target], [fact.subject], settings.token)[0]  # type: ignore[arg-type]
+    encoding = encode(tokenizer, [prompt], [target], [fact.subject], editor.token)[0]  # type: ignore[arg-type]
     assert encoding.edit_token is not None
     return torch.tensor([encoding.ids]), encoding.target_start, encoding.edit_token
 
@@ -146,62 +135,12 @@ def null_spaces(moments: Tensor, threshold: float) -> list[Tensor]:
     return projectors
 
 
-def target_vector(
-    model: PreTrainedModel, tokenizer: Any, top: Any, fact: Fact, settings: Settings
-) -> tuple[Tensor, float]:
-    """``δ`` of one fact, optimised through the whole model, and its loss."""
-    rows = [prompt_ids(tokenizer, fact, context, fact.target_new, settings) for context in settings.contexts]
-    neutral = settings.neutral.replace("{}", fact.subject)
-    calm = encode(tokenizer, [neutral], [""], [fact.subject])[0]
-    assert calm.edit_token is not None
-    inputs = [ids[0, :-1].tolist() for ids, _, _ in rows] + [calm.ids]
-    batch, mask = pad(inputs, pad_id(tokenizer))
-    where = torch.arange(len(inputs)), torch.tensor([token for _, _, token in rows] + [calm.edit_token])
-    delta: Tensor | None = None
-    seen: list[Tensor] = []
-
-    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        if delta is None:
-            seen.append(output[where][0])
-            return output
-        changed = output.clone()
-        changed[where] += delta
-        return changed
-
-    def log_probabilities() -> Tensor:
-        return model(input_ids=batch, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
-
-    handle = top.register_forward_hook(hook)
-    with torch.no_grad():
-        reference = log_probabilities()[-1, len(calm.ids) - 1]
-    norm = seen[0].norm()
-    delta = torch.zeros_like(seen[0], requires_grad=True)
-    optimizer = torch.optim.Adam([delta], settings.learning_rate)
-    with torch.enable_grad():
-        for step in range(settings.steps + 1):
-            output = log_probabilities()
-            nll = torch.zeros(())
-            for row, (ids, start, _) in zip(output, rows, strict=False):
-                nll = nll + F.nll_loss(row[start - 1 : ids.shape[1] - 1], ids[0, start:]) / len(rows)
-            if step == settings.steps or float(nll.detach()) <= settings.stop:
-                break
-            divergence = F.kl_div(output[-1, len(calm.ids) - 1], reference, log_target=True, reduction="sum")
-            decay = (delta.square().sum() + 1e-12).sqrt() / norm**2
-            optimizer.zero_grad()
-            (nll + settings.kl * divergence + settings.weight_decay * decay).backward()
-            optimizer.step()
-            with torch.no_grad():
-                delta *= (settings.clamp * norm / delta.norm()).clamp_max(1)
-    handle.remove()
-    return delta.detach(), float(nll.detach())
-
-
 @torch.no_grad()
 def hidden_state(
-    model: PreTrainedModel, tokenizer: Any, layer: Any, fact: Fact, context: str, settings: Settings
+    model: PreTrainedModel, tokenizer: Any, layer: Any, fact: Fact, context: str, editor: Editor
 ) -> Tensor:
     """Output ``[d_model]`` of a layer at the edit token."""
-    ids, start, token = prompt_ids(tokenizer, fact, context, fact.target_new, settings)
+    ids, start, token = prompt_ids(tokenizer, fact, context, fact.target_new, editor)
     found: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, inputs, output: found.append(output[0, token]))
     model(input_ids=ids[:, :start], use_cache=False)
@@ -211,10 +150,10 @@ def hidden_state(
 
 @torch.no_grad()
 def gated_keys(
-    model: PreTrainedModel, tokenizer: Any, experts: Any, fact: Fact, context: str, settings: Settings
+    model: PreTrainedModel, tokenizer: Any, experts: Any, fact: Fact, context: str, editor: Editor
 ) -> dict[int, Tensor]:
     """``g_tj k_tj`` of each expert that the edit token visits."""
-    ids, start, token = prompt_ids(tokenizer, fact, context, fact.target_new, settings)
+    ids, start, token = prompt_ids(tokenizer, fact, context, fact.target_new, editor)
     found: list[dict[int, tuple[Tensor, Tensor]]] = []
 
     def hook(module: Any, inputs: Any) -> None:
@@ -226,7 +165,7 @@ def gated_keys(
     return {expert: gate * key[0] for expert, (key, gate) in found[0].items()}
 
 
-def descend(features: list[dict[int, Tensor]], residuals: Tensor, experts: Any, settings: Settings) -> Tensor:
+def descend(features: list[dict[int, Tensor]], residuals: Tensor, experts: Any, ridge: float, passes: int) -> Tensor:
     """Block coordinate descent as published: what the other experts do is summed anew for each block."""
     count, d_model, d_hidden = experts.down_proj.shape
     deltas = torch.zeros(count, d_model, d_hidden)
@@ -236,7 +175,7 @@ def descend(features: list[dict[int, Tensor]], residuals: Tensor, experts: Any, 
             stacked[expert, edit] = feature
     visited = [expert for expert in range(count) if bool(stacked[expert].any())]
     generator = torch.Generator().manual_seed(0)
-    for _ in range(settings.passes):
+    for _ in range(passes):
         for block in torch.randperm(len(visited), generator=generator).tolist():
             chosen = visited[block]
             wanted = residuals.clone()
@@ -244,7 +183,7 @@ def descend(features: list[dict[int, Tensor]], residuals: Tensor, experts: Any, 
                 if other != chosen:
                     wanted -= stacked[other] @ deltas[other].T
             rows = stacked[chosen]
-            system = rows.T @ rows + settings.ridge * torch.eye(d_hidden)
+            system = rows.T @ rows + ridge * torch.eye(d_hidden)
             deltas[chosen] = torch.linalg.solve(system, rows.T @ wanted).T
     return deltas
 

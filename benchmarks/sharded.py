@@ -2,7 +2,7 @@
 
 Run from the root of the repository, with the package and its extra ``deepspeed`` installed:
 
-    python benchmarks/sharded.py --seed 1
+    python -m benchmarks.sharded --seed 1
 
 Writes ``sharded.json``, ``sharded.md`` and ``sharded.png`` into ``benchmarks/results``.
 """
@@ -70,7 +70,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.output / "sharded.png", dpi=120)
     (arguments.output / "sharded.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    command = f"`python benchmarks/sharded.py --seed {arguments.seed}`"
+    command = f"`python -m benchmarks.sharded --seed {arguments.seed}`"
     (arguments.output / "sharded.md").write_text(f"{command}\n\n{text}", encoding="utf-8")
     sys.stdout.write(text)
 

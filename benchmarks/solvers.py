@@ -2,7 +2,7 @@
 
 Run from the root of the repository, with the package and matplotlib installed; each part can be run by itself:
 
-    python benchmarks/solvers.py Qwen3-30B-A3B GPT-OSS-20B Qwen3.6-35B-A3B growth published choice costs
+    python -m benchmarks.solvers Qwen3-30B-A3B GPT-OSS-20B Qwen3.6-35B-A3B growth published choice costs
 
 The last measures the constants of ``lit_moeedit.solvers.auto`` on this machine. Results of parts run before are kept:
 ``solvers.json``, ``solvers.md`` and ``solvers.png`` in ``benchmarks/results`` show the last run of each.
@@ -23,10 +23,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from commit_memory import peak
-from published_bcd import Published
 from torch import Tensor
 
+from benchmarks.commit_memory import peak
+from benchmarks.published_bcd import Published
 from lit_moeedit.solvers import (
     Auto,
     BlockCoordinateDescent,
@@ -388,7 +388,7 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = report(results)
     parts = " ".join(part for part in PARTS if part in results)
-    command = f"`python benchmarks/solvers.py {parts} --threads {arguments.threads}`"
+    command = f"`python -m benchmarks.solvers {parts} --threads {arguments.threads}`"
     (arguments.output / "solvers.md").write_text(f"{command}\n\n{text}", encoding="utf-8")
     draw(results, arguments.output / "solvers.png")
     sys.stdout.write(text)

@@ -2,8 +2,7 @@
 
 Run from the root of the repository, with the package installed:
 
-    python benchmarks/demo_model.py FOLDER --seed 1
-    python benchmarks/targets.py --model FOLDER
+    python -m benchmarks.targets
 
 Both sides get the same facts, hyperparameters and rule to stop. Writes ``targets.json`` and ``targets.md`` into
 ``benchmarks/results``.
@@ -12,7 +11,6 @@ Both sides get the same facts, hyperparameters and rule to stop. Writes ``target
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,17 +21,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from one_at_a_time import reference_targets
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.one_at_a_time import reference_targets
+from benchmarks.training import MODELS, RESULTS, header, quiet, row, trained, write
 from lit_moeedit.data import Atlas
 from lit_moeedit.data.encoding import EditToken
 from lit_moeedit.editing import Editor, TargetOptimizer, targets
 from lit_moeedit.editing.running import logits
 from lit_moeedit.editing.targets import TargetRow, Targets
 
-ROOT = Path(__file__).resolve().parents[1]
 CONTEXTS = ("", "Note:", "As we know,")
 DEMO = TargetOptimizer(steps=60, learning_rate=0.5, clamp=2.0, weight_decay=0.05, stop=0.05)
 """As in configs/atlas.yaml."""
@@ -134,22 +132,21 @@ def shares(
 
 def line(shape: str, found: dict[str, Any]) -> str:
     scaled = "" if found["reference_edits"] == found["edits"] else f" (from {found['reference_edits']})"
-    return (
-        f"| {shape} | {found['edits']} | {found['reference_seconds']:.2f}{scaled} | {found['seconds']:.3f} "
-        f"| {found['ratio']:.1f} | {found['reference_nll']:.4f} | {found['nll']:.4f} "
-        f"| {found['largest_difference']:.1e} | {found['mean_steps']:.1f} |"
-    )
+    cells = [shape, found["edits"], f"{found['reference_seconds']:.2f}{scaled}", f"{found['seconds']:.3f}"]
+    cells += [f"{found[name]:{form}}" for name, form in (("ratio", ".1f"), ("reference_nll", ".4f"), ("nll", ".4f"))]
+    return row([*cells, f"{found['largest_difference']:.1e}", f"{found['mean_steps']:.1f}"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder that demo_model.py wrote")
-    parser.add_argument("--seed", type=int, default=1, help="of the facts")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
+    parser.add_argument("--seed", type=int, default=1, help="of the model and of the facts")
     parser.add_argument("--edits", type=int, nargs="+", default=[1, 10, 50, 200])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model)
+    quiet()
+    found = trained("atlas", arguments.seed, arguments.models)
+    model, tokenizer = found.model, found.tokenizer
     layer = Editor([2]).check(model)[-1]
     results: dict[str, Any] = {"demo": {}, "deep": {}}
     lines: list[str] = []
@@ -159,11 +156,8 @@ def main() -> None:
         sys.stdout.write("\n".join(more) + "\n")
         sys.stdout.flush()
 
-    say(
-        "| model | edits | one at a time, s | together, s | ratio | NLL, one at a time | NLL, together "
-        "| largest difference | steps |",
-        "|" + " --- |" * 9,
-    )
+    columns = ["model", "edits", "one at a time, s", "together, s", "ratio", "NLL, one at a time", "NLL, together"]
+    say(*header([*columns, "largest difference", "steps"]))
     DEMO.optimize(model, layer, rows_of(model, tokenizer, 5, arguments.seed, 2, "last"), 0)  # warm-up
     for count in arguments.edits:
         rows = rows_of(model, tokenizer, count, arguments.seed, 2, "last")
@@ -179,17 +173,13 @@ def main() -> None:
         results["deep"][token] = compare(deep, upper, rows, PUBLISHED, sample=5)
         say(line(f"12 layers, random, `{token}`", results["deep"][token]))
     reference = results["demo"].get(50, {}).get("reference_seconds")
-    say("", "| 50 edits of the demo | s | times one at a time |", "| --- | --- | --- |")
-    found = results["shares"] if reference is None else {**results["shares"], "one at a time": reference}
-    for name, seconds in found.items():
+    say("", *header(["50 edits of the demo", "s", "times one at a time"]))
+    shown = results["shares"] if reference is None else {**results["shares"], "one at a time": reference}
+    for name, seconds in shown.items():
         factor = "" if reference is None else f"{reference / seconds:.1f}"
-        say(f"| {name} | {seconds:.3f} | {factor} |")
-    text = "\n".join(lines) + "\n"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "targets.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    command = f"python benchmarks/targets.py --model FOLDER --seed {arguments.seed}"
-    note = f"`{command}`, {torch.get_num_threads()} threads; FOLDER from `benchmarks/demo_model.py`."
-    (arguments.output / "targets.md").write_text(f"{note}\n\n{text}", encoding="utf-8")
+        say(row([name, f"{seconds:.3f}", factor]))
+    command = f"`python -m benchmarks.targets --seed {arguments.seed}`, {torch.get_num_threads()} thread(s)"
+    write("targets", command, "\n".join(lines), results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,239 @@
+"""What preserves best: null spaces, soft penalties, mixtures of both, and which moments of which tokens.
+
+Run from the root of the repository, with the package installed:
+
+    python -m benchmarks.preservation --facts counterfact.json --seeds 0 1 2
+
+Every form edits copies of the same trained weights towards the same target vectors, at a range of its own strength.
+Writes ``preservation.json``, ``preservation.md`` and ``preservation.png`` into ``benchmarks/results``; runs that are in
+the JSON are not made again. ``--fresh`` begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from benchmarks.training import CONFIGS, MODELS, RESULTS, Once, Trained, changed, header, quiet, row, trained, write
+from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
+from lit_moeedit.editing import SecondMoments
+from lit_moeedit.editing.running import hidden_states, inference
+from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, watch_keys
+
+EDITS = 100
+SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")
+Moments = dict[int, SecondMoments]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting: a form of preservation, the second moments it takes, and how strong it is.
+
+    Attributes:
+        form: its name; points of the same name make a curve.
+        strength: ``τ`` of a null space, ``β`` of a soft penalty on plain moments, ``μ`` on gated ones.
+        ridge: ``λ``.
+        gated: whether moments are those of gated keys over all tokens.
+        edited: weight of the moments at edit-like positions, the last tokens of prompts; 1 leaves the others out.
+        hard: share of the moments' energy whose largest directions must not change at all (a mixture of both).
+    """
+
+    form: str
+    strength: float
+    ridge: float
+    gated: bool = False
+    edited: float = 0.0
+    hard: float = 0.0
+
+
+def points() -> Iterator[Point]:
+    """All settings."""
+    for ridge in (0.1, 1.0):
+        yield Point("none", 0.0, ridge)
+    for threshold in (0.02, 0.1, 0.3, 1.0, 3.0):
+        yield Point("null space (MoEEdit)", threshold, 0.1)
+    yield Point("null space (MoEEdit), its λ = 1", 0.02, 1.0)
+    for strength in (1e2, 1e3, 1e4, 1e5, 1e6):
+        yield Point("covariance", strength, 1e-3)
+    for strength in (1e3, 1e5):
+        yield Point("covariance, λ = 0.1", strength, 0.1)
+        yield Point("covariance, positions of edits", strength, 1e-3, edited=1.0)
+        yield Point("covariance, largest directions hard", strength, 1e-3, hard=0.9)
+    for strength in (3.0, 30.0, 300.0, 3000.0, 30000.0):
+        yield Point("output", strength, 1e-3, gated=True)
+    for strength in (30.0, 300.0):
+        for ridge in (1e-4, 1e-2):
+            yield Point(f"output, λ = {ridge:g}", strength, ridge, gated=True)
+        yield Point("output, positions of edits", strength, 1e-3, gated=True, edited=1.0)
+        yield Point("output, positions of edits as half", strength, 1e-3, gated=True, edited=0.5)
+        yield Point("output, largest directions hard", strength, 1e-3, gated=True, hard=0.9)
+
+
+@torch.no_grad()
+def both_moments(found: Trained, gated: bool) -> tuple[Moments, Moments]:
+    """Second moments over all tokens of the preservation text, and over the last tokens of its prompts."""
+    model, layers, tokenizer = found.model, found.editor.check(found.model), found.tokenizer
+    everywhere, edited = ({x.index: SecondMoments.zeros(x, gated=gated) for x in layers} for _ in range(2))
+    texts = found.data.preservation_texts()
+    rows = [encoding.ids for encoding in encode(tokenizer, texts, [""] * len(texts))]
+    selected, last = torch.empty(0), torch.empty(0)
+
+    def observe(layer: ExpertLayer, keys: RoutedKeys) -> None:
+        for sums, own in ((everywhere, torch.ones_like(keys.token, dtype=torch.bool)), (edited, last[keys.token])):
+            for expert in keys.expert[own].unique().tolist():
+                mine = own & (keys.expert == expert)
+                sums[layer.index].add(expert, keys.key[mine], keys.gate[mine])
+
+    with inference(model), watch_keys(model, layers, lambda: selected, observe):
+        for batch in token_batches([len(r) for r in rows], found.editor.token_budget):
+            ids, mask = pad([rows[i] for i in batch], pad_id(tokenizer))
+            selected = mask.flatten().nonzero().squeeze(-1)
+            # a text ends with its answer, mostly one token
+            last = torch.zeros_like(mask).scatter_(1, mask.sum(1, keepdim=True) - 2, 1).flatten().bool()
+            hidden_states(model, layers[-1], ids, mask, position_ids(mask))
+            for layer in layers:
+                everywhere[layer.index].tokens += int(mask.sum())
+                edited[layer.index].tokens += len(ids)
+    return everywhere, edited
+
+
+def moments_of(point: Point, everywhere: Moments, edited: Moments) -> Moments:
+    """The moments of a setting: means, with as many tokens, so that they are taken as they are."""
+    found = {}
+    for index, own in everywhere.items():
+        experts = torch.arange(len(own.count))
+        mean = torch.lerp(own.mean(experts), edited[index].mean(experts), point.edited)
+        if point.hard:
+            mean = stiff(mean, point.hard)
+        one = torch.ones_like(own.count)
+        found[index] = SecondMoments(mean, one, torch.ones_like(own.tokens), point.gated)
+    return found
+
+
+def stiff(moment: Tensor, share: float) -> Tensor:
+    """``C_j`` whose largest directions, which hold ``share`` of its energy, weigh so much that nothing goes there."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    energy = values.clamp_min(0).flip(1).cumsum(1).flip(1)  # of this direction and all that are larger
+    hard = energy <= share * energy[:, :1]
+    values = values.where(~hard, 1e4 * values[:, -1:])
+    return ((vectors * values[:, None]) @ vectors.mT).float()
+
+
+def edits(name: str, seed: int, models: Path, known: set[Point], arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """What each setting that is not known yet does to one model."""
+    missing = [point for point in points() if point not in known]
+    if not missing:
+        return
+    found = trained(name, seed, models, *arguments)
+    moments = {gated: both_moments(found, gated) for gated in (False, True)}
+    shared = Once(found.editor.targets)
+    forms: Mapping[bool, str] = {False: "covariance", True: "output"}
+    for point in missing:
+        preserve = forms[point.gated]
+        if point.form.startswith(("none", "null space")):
+            preserve = "none" if point.form == "none" else "nullspace"
+        settings: dict[str, Any] = {"preserve": preserve, "ridge": point.ridge, "targets": shared}
+        settings["threshold" if preserve == "nullspace" else "strength"] = point.strength
+        editor, own = changed(found.editor, **settings), moments_of(point, *moments[point.gated])
+        result = found.quality(lambda m, facts: editor.edit(m, found.tokenizer, facts, moments=own).seconds)  # noqa: B023
+        yield {**asdict(point), **{metric: result[metric] for metric in SHOWN}}
+
+
+def means(results: dict[str, dict[str, list[dict[str, Any]]]], name: str) -> dict[Point, dict[str, float]]:
+    """The mean over the seeds of each setting."""
+    rows: dict[Point, list[dict[str, Any]]] = {}
+    for by_point in results[name].values():
+        for result in by_point:
+            rows.setdefault(_point(result), []).append(result)
+    return {
+        point: {metric: statistics.mean(result[metric] for result in found) for metric in SHOWN}
+        for point, found in rows.items()
+    }
+
+
+def _point(result: dict[str, Any]) -> Point:
+    return Point(**{name: result[name] for name in Point.__dataclass_fields__})
+
+
+def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Markdown, the mean over the seeds."""
+    lines = []
+    for name in results:
+        lines += [f"{name}: {EDITS} edits, mean of seeds {', '.join(results[name])}", ""]
+        lines += header(["form", "τ, β or μ", "λ", *(shown.replace("_", " ") for shown in SHOWN)])
+        for point, found in means(results, name).items():
+            cells = [point.form, f"{point.strength:g}", f"{point.ridge:g}"]
+            lines.append(row([*cells, *(f"{found[metric]:.3f}" for metric in SHOWN)]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Generalization against what an edit must not change, a curve for each form."""
+    across = ("specificity_retained", "routing", "perplexity")
+    size = (5.2 * len(across) + 2, 4.2 * len(results))
+    figure, grid = plt.subplots(len(results), len(across), figsize=size, layout="constrained", squeeze=False)
+    for axes_row, name in zip(grid, results, strict=True):
+        curves: dict[str, list[dict[str, float]]] = {}
+        for point, found in means(results, name).items():
+            curves.setdefault(point.form, []).append(found)
+        for axes, metric in zip(axes_row, across, strict=True):
+            for i, (form, found) in enumerate(curves.items()):
+                x, y = ([part[key] for part in found] for key in (metric, "generalization"))
+                style = {"marker": "osD^vPX<>*"[i % 10], "color": f"C{i % 10}", "ls": "-" if i < 10 else ":", "ms": 4}
+                axes.plot(x, y, label=form, **style)
+            axes.set(title=name, xlabel=metric.replace("_", " "), ylabel="generalization")
+            if metric == "perplexity":
+                axes.set(xlabel="perplexity after / before (less is better)", xscale="log")
+        axes_row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="x-small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--facts", type=Path, help="a CounterFact file; without it that model is left out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--names", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
+    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    quiet()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    file = arguments.output / "preservation.json"
+    known = file.exists() and not arguments.fresh
+    results = json.loads(file.read_text(encoding="utf-8")) if known else {}
+    for name in arguments.names:
+        corpus = [f"--data.init_args.corpus.init_args.edits={EDITS}"]
+        if name == "counterfact":
+            if arguments.facts is None:
+                sys.stderr.write("counterfact needs --facts, left out\n")
+                continue
+            corpus.append(f"--data.init_args.corpus.init_args.path={arguments.facts}")
+        for seed in arguments.seeds:
+            rows = results.setdefault(name, {}).setdefault(str(seed), [])
+            for new in edits(name, seed, arguments.models, {_point(result) for result in rows}, corpus):
+                rows.append(new)
+                file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    command = (
+        f"`python -m benchmarks.preservation --facts counterfact.json --seeds {' '.join(map(str, arguments.seeds))}`"
+    )
+    text = table(results)
+    write("preservation", command, text, results, arguments.output)
+    picture(results, arguments.output / "preservation.png")
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Trained models for benchmarks to edit: each is trained once by its config, up to the config's edit, and then kept.
+
+What a config edits has no influence on what it trains on before, so the weights serve any number of edits.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.cli import EditingCLI
+from lit_moeedit.data import Fact, FactsDataModule
+from lit_moeedit.editing import Editor, evaluate
+from lit_moeedit.editing.evaluation import perplexity
+from lit_moeedit.editing.routing import trace_routing
+from lit_moeedit.metrics import RoutingSimilarity
+from lit_moeedit.module import LitMoE
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+MODELS = ROOT / "runs/models"
+QUALITY = ("efficacy", "generalization", "specificity", "specificity_retained", "utility", "routing", "perplexity")
+"""What :meth:`Trained.quality` finds, besides the other metrics of :func:`~lit_moeedit.editing.evaluate`."""
+
+_SHAPE = "--model.init_args.config"
+CONFIGS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "atlas": ("atlas.yaml", ()),
+    "atlas, 32 experts": (
+        "atlas.yaml",
+        (f"{_SHAPE}.num_experts=32", f"{_SHAPE}.num_experts_per_tok=6", f"{_SHAPE}.moe_intermediate_size=128"),
+    ),
+    "counterfact": ("counterfact.yaml", ()),
+}
+"""Configs of the models by name, and what is different from them."""
+
+
+def command_line(name: str, seed: int, *arguments: str) -> tuple[EditingCLI, KnowledgeEditing]:
+    """A config, ready to be run without a logger, and its callback that edits."""
+    config, different = CONFIGS[name]
+    seeds = ["--seed_everything", "--data.init_args.seed"]
+    if config == "atlas.yaml":
+        seeds.append("--data.init_args.corpus.init_args.seed")
+    cli = EditingCLI(
+        LitMoE,
+        FactsDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        args=[
+            *("--config", str(ROOT / "configs" / config), *different),
+            *(f"{option}={seed}" for option in seeds),
+            *("--trainer.logger=false", "--trainer.enable_progress_bar=false", *arguments),
+        ],
+        run=False,
+    )
+    return cli, next(callback for callback in cli.trainer.callbacks if isinstance(callback, KnowledgeEditing))
+
+
+def quiet() -> None:
+    """Only errors are logged; a benchmark says what it found."""
+    for name in ("lightning.pytorch", "lit_moeedit"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _StopAt(L.Callback):
+    """Ends the training where an epoch would begin."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epoch
+
+
+@dataclass
+class Trained:
+    """A model just before its edit, what the run would edit it with, and the seconds of its training."""
+
+    model: PreTrainedModel
+    data: FactsDataModule
+    editor: Editor
+    seconds: float
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        assert self.data.tokenizer is not None
+        return self.data.tokenizer
+
+    def quality(
+        self,
+        edit: Callable[[PreTrainedModel, Sequence[Fact]], dict[str, float]],
+        facts: Sequence[Fact] | None = None,
+        probe: int = 256,
+    ) -> dict[str, Any]:
+        """What an edit of a copy of the model did.
+
+        Args:
+            edit: edits a model and returns seconds by phase.
+            facts: what to edit; by default what the config edits.
+            probe: number of held-out texts on which routing is watched.
+
+        Returns:
+            The metrics of ``evaluate``; ``routing``, the mean similarity of the layers above the lowest edited one;
+            ``perplexity`` after the edit over that before; ``recalled_before``, the share of truths said before;
+            ``seconds``, whatever ``edit`` returned.
+        """
+        model, tokenizer = copy.deepcopy(self.model), self.tokenizer
+        facts = self.data.edit_facts() if facts is None else facts
+        texts, batches = self.data.probe_texts()[:probe], list(self.data.val_dataloader())[:8]
+        before, routing = evaluate(model, tokenizer, facts), trace_routing(model, tokenizer, texts)
+        confusion = perplexity(model, batches)
+        seconds = edit(model, facts)
+        metrics = evaluate(model, tokenizer, facts, before.neighbours_exact).metrics
+        similarity = RoutingSimilarity(list(routing.experts))
+        similarity.update(routing.experts, trace_routing(model, tokenizer, texts).experts)
+        lowest = self.editor.layers[0]
+        overlap = {name.removeprefix("layer_"): float(value) for name, value in similarity.compute().items()}
+        return {
+            **metrics,
+            "routing": statistics.mean(v for name, v in overlap.items() if name.isdigit() and int(name) > lowest),
+            "perplexity": perplexity(model, batches) / confusion,
+            "recalled_before": before.metrics["truth_recalled"],
+            "seconds": seconds,
+        }
+
+
+def trained(name: str, seed: int, models: Path, *arguments: str) -> Trained:
+    """Train a config's model up to its edit, or take it from the folder ``models``.
+
+    Args:
+        name: one of :data:`CONFIGS`.
+        seed: of everything.
+        models: folder that keeps weights and the seconds of their training.
+        arguments: of the command line; nothing that changes the training.
+    """
+    cli, editing = command_line(name, seed, *arguments)
+    module, data = cli.model, cli.datamodule
+    file = models / f"{name}, seed {seed}.safetensors"
+    if not file.exists():
+        cli.trainer.callbacks[:] = [_StopAt(editing.schedule.number)]
+        start = time.perf_counter()
+        cli.trainer.fit(module, data)
+        seconds = time.perf_counter() - start
+        models.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in module.model.state_dict().items()}, file)
+    data.setup("fit")
+    module.configure_model()
+    module.model.load_state_dict(load_file(file))
+    seconds = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["seconds"]
+    return Trained(module.model.eval(), data, editing.editor, seconds)
+
+
+def changed(editor: Editor, **settings: Any) -> Editor:
+    """The editor with other settings."""
+    other = copy.copy(editor)
+    for name, value in settings.items():
+        setattr(other, name, value)
+    return other
+
+
+class Once:
+    """Target vectors that all variants of an editor share."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.found = optimizer, None
+
+    def optimize(self, *args: Any, **kwargs: Any) -> Any:
+        """Those of the first call."""
+        if self.found is None:
+            self.found = self.optimizer.optimize(*args, **kwargs)
+        return self.found
+
+
+def write(name: str, command: str, text: str, results: Any, output: Path) -> None:
+    """Write ``NAME.md``, the text below its command, and ``NAME.json`` into a folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (output / f"{name}.md").write_text(f"{command}\n\n{text.rstrip()}\n", encoding="utf-8")
+
+
+def row(cells: Sequence[object]) -> str:
+    """A row of a table in Markdown."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def header(cells: Sequence[object]) -> list[str]:
+    """The first two rows of a table in Markdown."""
+    return [row(cells), "|" + " --- |" * len(cells)]

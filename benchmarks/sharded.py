@@ -4,7 +4,10 @@ Run from the root of the repository, with the package and its extra ``deepspeed`
 
     python -m benchmarks.sharded --seed 1
 
-Writes ``sharded.json``, ``sharded.md`` and ``sharded.png`` into ``benchmarks/results``.
+Two comparisons. *From nothing*: the whole demo, from fresh weights to the end. Training amplifies the order in which
+sums are rounded, so one process is run with one and with two threads too: what these two differ by is no matter of
+sharding. *From the same weights*: the demo from its edit on, with the edit at the start of the run. Writes
+``sharded.json``, ``sharded.md`` and ``sharded.png`` into ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,22 +23,46 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {"one process": "atlas.yaml", "ZeRO-3, two processes": "atlas_zero3.yaml"}
+from benchmarks.training import MODELS, RESULTS, ROOT, header, quiet, row, trained, write
+
 METRICS = ("efficacy", "efficacy_accuracy", "generalization", "specificity_retained")
+RUNS = {
+    "one process, two threads": ("atlas.yaml", 2),
+    "one process, one thread": ("atlas.yaml", 1),
+    "ZeRO-3, two processes": ("atlas_zero3.yaml", 1),
+}
+"""Configs of the runs, and the threads of each process."""
+Curve = list[tuple[int, float]]
 
 
-def run(config: str, seed: int, folder: Path) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+def run(config: Path, seed: int, folder: Path, threads: int) -> tuple[dict[str, Any], Curve]:
     """Summary and training losses by step of one run."""
-    command = [sys.executable, "-m", "lit_moeedit.cli", "fit", "--config", str(ROOT / "configs" / config)]
+    command = [sys.executable, "-m", "lit_moeedit.cli", "fit", "--config", str(config)]
     command += [f"--seed_everything={seed}", f"--data.init_args.seed={seed}"]
     command += [f"--data.init_args.corpus.init_args.seed={seed}", f"--trainer.default_root_dir={folder}"]
     command += [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.enable_progress_bar=false"]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
     with (folder / "logs/metrics.csv").open(encoding="utf-8", newline="") as file:
         losses = [(int(row["step"]), float(row["train/loss"])) for row in csv.DictReader(file) if row.get("train/loss")]
     return json.loads((folder / "summary.json").read_text(encoding="utf-8")), losses
+
+
+def from_the_edit(name: str, weights: Path, folder: Path) -> Path:
+    """A config that begins with the edit of weights that are there, and trains on as the demo does behind its edit."""
+    config = yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
+    editing = config["trainer"]["callbacks"][0]["init_args"]
+    config["trainer"]["max_epochs"] -= editing["at"]["epoch"]
+    editing["at"] = "fit_start"
+    module = config["model"]["init_args"]
+    rate = module["learning_rate"] * module["final_learning_rate"]
+    module |= {"learning_rate": rate, "final_learning_rate": 1.0, "warmup": 0.0, "cosine_until": 1.0}
+    module |= {"config": None, "pretrained": str(weights)}
+    path = folder / f"from_the_edit_{name}"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
 
 
 def numbers(summary: dict[str, Any]) -> dict[str, float]:
@@ -49,29 +77,51 @@ def numbers(summary: dict[str, Any]) -> dict[str, float]:
     return found | {f"perplexity, {moment.replace('_', ' ')}": value for moment, value in perplexity.items()}
 
 
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Markdown: every number of every run."""
+    lines = []
+    for title, runs in results.items():
+        lines += [f"{title}:", "", *header(["", *runs])]
+        for name in next(iter(runs.values()))["numbers"]:
+            lines.append(row([name, *(f"{found['numbers'][name]:.3f}" for found in runs.values())]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Training losses, the runs over each other."""
+    figure, grid = plt.subplots(1, len(results), figsize=(7 * len(results), 4.5), layout="constrained", squeeze=False)
+    for axes, (title, runs) in zip(grid[0], results.items(), strict=True):
+        for style, (name, found) in zip(("-", ":", "--"), runs.items(), strict=False):
+            axes.plot(*zip(*found["losses"], strict=True), style, label=name)
+        axes.set(title=title, xlabel="optimizer step", ylabel="training loss (nats, with label smoothing)")
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    results, figure = {}, plt.figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="training loss (nats, with label smoothing)")
+    quiet()
+    results: dict[str, dict[str, dict[str, Any]]] = {"From nothing": {}, "From the same weights": {}}
     with tempfile.TemporaryDirectory() as temporary:
-        for style, (name, config) in zip(("-", "--"), CONFIGS.items(), strict=True):
-            summary, losses = run(config, arguments.seed, Path(temporary) / config)
-            results[name] = {**numbers(summary), "losses": losses}
-            axes.plot(*zip(*losses, strict=True), style, label=name)
-    axes.legend()
-    lines = ["| | " + " | ".join(CONFIGS) + " |", "|" + " --- |" * (len(CONFIGS) + 1)]
-    for row in results["one process"]:
-        if row != "losses":
-            lines.append(f"| {row} | " + " | ".join(f"{result[row]:.3f}" for result in results.values()) + " |")
-    text = "\n".join(lines) + "\n"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output / "sharded.png", dpi=120)
-    (arguments.output / "sharded.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    command = f"`python -m benchmarks.sharded --seed {arguments.seed}`"
-    (arguments.output / "sharded.md").write_text(f"{command}\n\n{text}", encoding="utf-8")
+        folder = Path(temporary)
+        found = trained("atlas", arguments.seed, arguments.models)
+        found.model.save_pretrained(folder / "weights")
+        found.tokenizer.save_pretrained(folder / "weights")
+        for title, runs in results.items():
+            for name, (config, threads) in RUNS.items():
+                path = ROOT / "configs" / config
+                if title == "From the same weights":
+                    path = from_the_edit(config, folder / "weights", folder)
+                summary, losses = run(path, arguments.seed, folder / title / name, threads)
+                runs[name] = {"numbers": numbers(summary), "losses": losses}
+    text = table(results)
+    write("sharded", f"`python -m benchmarks.sharded --seed {arguments.seed}`", text, results, arguments.output)
+    picture(results, arguments.output / "sharded.png")
     sys.stdout.write(text)
 
 

@@ -72,6 +72,21 @@ def test_a_weight_that_is_not_gathered_is_named() -> None:
         loss.backward()
 
 
+def test_a_graph_that_is_not_run_backwards_is_let_go() -> None:
+    module = nn.Module()
+    module.weight = sharded((3, 5))
+    gather(module.weight, torch.randn(3, 5), 0)
+    inputs = torch.randn(2, 5, requires_grad=True)
+    alive = []
+    with LiveBytes() as memory:
+        for _ in range(3):
+            with regathering(module):
+                output = (inputs @ module.weight.T).exp()  # which saves its own output
+            del output
+            alive.append(memory.alive)  # inputs and weights, which are known after their first use
+    assert alive[0] == alive[1] == alive[2]
+
+
 def test_a_view_from_before_a_new_gathering_is_kept() -> None:
     module, inputs, values = nn.Module(), torch.randn(2, 5, requires_grad=True), torch.randn(3, 5)
     module.weight = sharded((3, 5)).requires_grad_(False)

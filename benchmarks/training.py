@@ -11,7 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.cli import EditingCLI
 from lit_moeedit.data import Fact, FactsDataModule
-from lit_moeedit.editing import Editor, evaluate
+from lit_moeedit.editing import Editor, Evaluation, evaluate
 from lit_moeedit.editing.evaluation import perplexity
-from lit_moeedit.editing.routing import trace_routing
+from lit_moeedit.editing.routing import RoutingTrace, trace_routing
 from lit_moeedit.metrics import RoutingSimilarity
 from lit_moeedit.module import LitMoE
 
@@ -92,6 +92,7 @@ class Trained:
     data: FactsDataModule
     editor: Editor
     seconds: float
+    _before: dict[tuple[Any, ...], tuple[Evaluation, RoutingTrace, float]] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -119,8 +120,11 @@ class Trained:
         model, tokenizer = copy.deepcopy(self.model), self.tokenizer
         facts = self.data.edit_facts() if facts is None else facts
         texts, batches = self.data.probe_texts()[:probe], list(self.data.val_dataloader())[:8]
-        before, routing = evaluate(model, tokenizer, facts), trace_routing(model, tokenizer, texts)
-        confusion = perplexity(model, batches)
+        case = (probe, *(fact.key for fact in facts))
+        if case not in self._before:
+            routes = trace_routing(model, tokenizer, texts)
+            self._before[case] = evaluate(model, tokenizer, facts), routes, perplexity(model, batches)
+        before, routing, confusion = self._before[case]
         seconds = edit(model, facts)
         metrics = evaluate(model, tokenizer, facts, before.neighbours_exact).metrics
         similarity = RoutingSimilarity(list(routing.experts))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -72,7 +74,7 @@ def plan(
         rows=_known(None, run.rows, "data.init_args.batch_size", "the rows of a batch"),
         row_tokens=train_tokens,
     )
-    with empty_model(run.model, run.dtype) as empty:
+    with _silent(), empty_model(run.model, run.dtype) as empty:
         parameters = empty.num_parameters()
         run.module.model = empty
         costs = rehearse(run.module, run.editor, run.sharding, work)
@@ -90,6 +92,18 @@ def plan(
         beside = json.with_name(f".{json.name}.part")
         beside.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
         beside.replace(json)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What the editor tells of its numbers is not true where there are none."""
+    logger = logging.getLogger("lit_moeedit.editing")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _known(given: int | None, said: int | None, option: str, what: str) -> int:
@@ -115,9 +129,9 @@ def table(costs: Sequence[Cost], run: Run, parameters: int) -> Table:
         "written": [size(cost.written) for cost in costs],
     }
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    result.add_column("phase")
+    result.add_column("phase", overflow="fold")
     for name in columns:
-        result.add_column(name, justify="right")
+        result.add_column(name, justify="right", no_wrap=True)
     for cost, *cells in zip(costs, *columns.values(), strict=True):
         result.add_row(cost.phase, *cells)
     return result

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
-from lit_moeedit.callbacks.resources import callbacks_of, find_tokenizer, from_datamodule
+from lit_moeedit.callbacks.resources import callbacks_of, find_tokenizer, from_datamodule, keep_experts_together
 from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import Fact, read_facts, validate_facts
 from lit_moeedit.editing import Editor, EditResult, Evaluation, evaluate, neighbour_groups
@@ -162,6 +162,7 @@ class KnowledgeEditing(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # the next run may have another model, tokenizer or data module
         self._facts = self._tokenizer = self._ranks = None
+        keep_experts_together(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_moeedit.models.experts import UnsupportedModelError, expert_layers, find_model
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
@@ -38,3 +41,23 @@ def find_tokenizer(
         f"{wanted_by} needs the model's tokenizer: give 'tokenizer' (a path), or an attribute 'tokenizer' of "
         f"{type(pl_module).__name__} or of the data module"
     )
+
+
+def keep_experts_together(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Have DeepSpeed see the experts of a layer as one module, whatever is called inside of it.
+
+    Under ZeRO stage 3 DeepSpeed notes in which order modules are called, and fails if ranks differ in that. They do
+    where experts call their activation one by one, for as many experts as got a token. What is one module to it (a
+    "leaf module") has no order inside; for some families DeepSpeed has that by itself. This is for modules that exist
+    before the Trainer sets its strategy up; one that is made in ``configure_model`` can do the same there.
+    """
+    if not (isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.strategy.zero_stage_3):
+        return
+    try:
+        layers = expert_layers(find_model(pl_module))
+    except UnsupportedModelError:
+        return  # not there yet; what cannot be edited is said when the run starts
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers.values():
+        set_z3_leaf_module(layer.experts, True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.sharding import weights
+from lit_moeedit.sharding.graph import regathering
 from tests.processes import run_ranks, start_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
@@ -177,6 +178,45 @@ def test_a_run_is_resumed_with_another_number_of_ranks(tmp_path: Path) -> None:
         assert distance(alone[stage]["weights"], whole["weights"]) < 0.01
         # nothing is lost on the way through the universal format
         assert same(same_number[stage]["weights"], whole["weights"]), stage
+
+
+# -- modules of others -------------------------------------------------------------------------------------------------
+
+
+def fit_of_another_module(folder: str) -> int:
+    """A module that calls its model, not itself, with experts that run one by one and batches that use few of them."""
+    import lightning as L
+
+    import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies known
+    from tests.callbacks.conftest import _data, _editor, _trainer
+    from tests.conftest import _build
+
+    data = _data(batch_size=4)
+    data.setup("fit")
+
+    class Other(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = _build("olmoe", vocab_size=420)
+            self.network.set_experts_implementation("eager")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with regathering(self):
+                return self.network(**{name: part[: 1 + batch_idx % 2] for name, part in batch.items()}).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    editing = KnowledgeEditing(_editor(), at={"epoch": 1})
+    trainer = _trainer(folder, [editing], strategy="deepspeed_cpu_stage_3", devices=2, max_epochs=3)
+    trainer.fit(Other(), data)
+    return len(editing.applied_facts)
+
+
+@pytest.mark.slow
+def test_ranks_may_use_different_experts_in_a_module_that_calls_its_model(tmp_path: Path) -> None:
+    first, second = run_ranks(fit_of_another_module, 2, str(tmp_path), group=False)
+    assert first == second > 0
 
 
 # -- a rank that dies -------------------------------------------------------------------------------------------------

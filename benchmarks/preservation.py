@@ -46,6 +46,8 @@ class Point:
         gated: whether moments are those of gated keys over all tokens.
         edited: weight of the moments at edit-like positions, the last tokens of prompts; 1 leaves the others out.
         hard: share of the moments' energy whose largest directions must not change at all (a mixture of both).
+        own: how far gated moments are means over the expert's own tokens (1) and not over all tokens (0); in between
+            their geometric mean.
     """
 
     form: str
@@ -54,6 +56,7 @@ class Point:
     gated: bool = False
     edited: float = 0.0
     hard: float = 0.0
+    own: float = 0.0
 
 
 def points() -> Iterator[Point]:
@@ -69,8 +72,11 @@ def points() -> Iterator[Point]:
         yield Point("covariance, λ = 0.1", strength, 0.1)
         yield Point("covariance, positions of edits", strength, 1e-3, edited=1.0)
         yield Point("covariance, largest directions hard", strength, 1e-3, hard=0.9)
-    for strength in (3.0, 30.0, 300.0, 3000.0, 30000.0):
+    for strength in (0.03, 0.3, 3.0, 30.0, 300.0, 3000.0, 30000.0):
         yield Point("output", strength, 1e-3, gated=True)
+    for strength in (3.0, 300.0, 3000.0):
+        yield Point("output, mean of own tokens", strength, 1e-3, gated=True, own=1.0)
+        yield Point("output, between both means", strength, 1e-3, gated=True, own=0.5)
     for strength in (30.0, 300.0):
         for ridge in (1e-4, 1e-2):
             yield Point(f"output, λ = {ridge:g}", strength, ridge, gated=True)
@@ -113,6 +119,9 @@ def moments_of(point: Point, everywhere: Moments, edited: Moments) -> Moments:
     for index, own in everywhere.items():
         experts = torch.arange(len(own.count))
         mean = torch.lerp(own.mean(experts), edited[index].mean(experts), point.edited)
+        if point.own:
+            share = own.count.float() / own.tokens  # of all tokens
+            mean = mean / share.clamp_min(1e-6)[:, None, None] ** point.own
         if point.hard:
             mean = stiff(mean, point.hard)
         one = torch.ones_like(own.count)
@@ -162,7 +171,7 @@ def means(results: dict[str, dict[str, list[dict[str, Any]]]], name: str) -> dic
 
 
 def _point(result: dict[str, Any]) -> Point:
-    return Point(**{name: result[name] for name in Point.__dataclass_fields__})
+    return Point(**{name: value for name, value in result.items() if name in Point.__dataclass_fields__})
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:

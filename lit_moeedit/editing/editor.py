@@ -70,7 +70,9 @@ class Editor:
         preserve: ``output``, ``covariance``, ``nullspace`` or ``none``; see
             :meth:`~lit_moeedit.editing.projection.Shaping.of`.
         threshold: ``τ`` of ``nullspace``.
-        strength: ``μ`` of ``output``, ``β`` of ``covariance``.
+        strength: ``μ`` of ``output``, ``β`` of ``covariance``. What decides is ``μ``, or ``λβ``, while the ridge is
+            small: between 3 and 3000 in `benchmarks/results/preservation.md`, the higher the less the model changes
+            elsewhere; beyond that, edits fail.
         ridge: ``λ``.
         token: which token to edit, ``subject_last`` or ``last``.
         contexts: texts put before the prompts; every fact is optimised and solved for behind each of them. The first
@@ -99,9 +101,9 @@ class Editor:
         layers: Sequence[int],
         solver: Solver | None = None,
         targets: TargetOptimizer | None = None,
-        preserve: Preserve = "covariance",
+        preserve: Preserve = "output",
         threshold: float = 0.02,
-        strength: float = 1000.0,
+        strength: float = 100.0,
         ridge: float = 1e-3,
         token: EditToken = "subject_last",
         contexts: Sequence[str] = ("",),

@@ -135,7 +135,7 @@ def test_without_facts(refuse, nothing):
 
 @pytest.mark.parametrize("nothing", [None, []])
 def test_without_preservation_text(refuse, tiny, make_trainer, tmp_path, make_model, tokenizer, facts, nothing):
-    refuse("preserve='covariance' needs text whose behaviour is to be kept", preservation=nothing)
+    refuse("preserve='output' needs text whose behaviour is to be kept", preservation=nothing)
     editing = KnowledgeEditing(tiny.editor(layers=[1], preserve="none"), facts=facts, preservation=nothing)
     make_trainer(tmp_path, [editing]).fit(PlainModule(make_model("qwen3_moe"), tokenizer))
     assert len(editing.applied_facts) == len(facts)

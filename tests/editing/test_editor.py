@@ -204,7 +204,7 @@ class TestPreservation:
     def test_known_moments_take_the_place_of_texts(self, model, tokenizer, facts, texts) -> None:
         other = copy.deepcopy(model)
         layers = list(expert_layers(model).values())[:2]
-        moments = second_moments(model, tokenizer, layers, texts)
+        moments = second_moments(model, tokenizer, layers, texts, gated=True)
         editor = Editor([0, 1], targets=QUICK)
         given = editor.edit(model, tokenizer, facts, moments=moments)
         computed = editor.edit(other, tokenizer, facts, texts)
@@ -213,13 +213,13 @@ class TestPreservation:
         for one, two in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.equal(one, two)
 
-    @pytest.mark.parametrize("preserve", ["nullspace", "covariance"])
+    @pytest.mark.parametrize("preserve", ["nullspace", "covariance", "output"])
     def test_nothing_to_preserve_is_refused(self, model, tokenizer, facts, unchanged, preserve) -> None:
         unchanged(model)
         with pytest.raises(ValueError, match=f"preserve='{preserve}' needs preservation text"):
             Editor([1], preserve=preserve).edit(model, tokenizer, facts)
 
-    @pytest.mark.parametrize("preserve", ["nullspace", "covariance"])
+    @pytest.mark.parametrize("preserve", ["nullspace", "covariance", "output"])
     def test_energy_kept_is_reported(self, model, tokenizer, facts, texts, caplog, preserve) -> None:
         with caplog.at_level(logging.INFO):
             Editor([1], targets=QUICK, preserve=preserve).edit(model, tokenizer, facts, texts)

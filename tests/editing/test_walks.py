@@ -60,7 +60,7 @@ class TestEachLayer:
         moments[1].total[:], moments[1].count[:] = moments[1].total.sum(0), moments[1].count.sum()
         changed = []
         for solver in (Woodbury(), Tucker(**WHOLE)):
-            result = Editor([1], solver, QUICK, strength=10.0, ridge=0.1).edit(
+            result = Editor([1], solver, QUICK, "covariance", strength=10.0, ridge=0.1).edit(
                 copy.deepcopy(model), tokenizer, facts, moments=moments
             )
             changed.append(torch.stack([result.deltas[1].dense(j) for j in range(6)]))

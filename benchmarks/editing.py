@@ -34,7 +34,7 @@ EDITS = {"atlas": 50, "counterfact": 100}
 REFERENCE = "one fact at a time"
 HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
 """Threshold and ridge of the null space, which the configs do not have; the papers' are for models of other scales."""
-OUTPUT = 300.0
+OUTPUT = 100.0
 
 
 def editors(base: Editor, name: str) -> dict[str, Editor]:
@@ -43,7 +43,7 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     hard = {"preserve": "nullspace", "threshold": threshold, "ridge": ridge}
     found = {
         "Woodbury, output": changed(base, preserve="output", strength=OUTPUT),
-        "Woodbury, covariance": changed(base, preserve="covariance", strength=1e4),
+        "Woodbury, covariance": changed(base, preserve="covariance", strength=1e5),
         "Woodbury, null space": changed(base, **hard),
         "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard),
         "Tucker, output": changed(base, preserve="output", strength=OUTPUT, solver=Tucker()),
@@ -51,7 +51,7 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     }
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
     return found | {
-        "MEMIT per expert": changed(base, preserve="covariance", strength=1e4, solver=PerExpertRidge()),
+        "MEMIT per expert": changed(base, preserve="covariance", strength=1e5, solver=PerExpertRidge()),
         "FT": FineTuning(learning_rate=1e-3, **shared),
         "FT-L": FineTuning(learning_rate=1e-3, norm_constraint=2e-2, **shared),
     }

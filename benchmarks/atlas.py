@@ -43,7 +43,7 @@ def variant(editing: KnowledgeEditing, name: str) -> None:
     elif name == "none":
         editor.preserve, editor.ridge = "none", 1.0
     elif name == "covariance":
-        editor.preserve, editor.strength = "covariance", 1e5
+        editor.preserve, editor.strength = "covariance", 1e4
     elif name == "output, no renewals":
         editing.renew_every_n_steps = None
     elif name != "output":

@@ -34,7 +34,6 @@ EDITS = {"atlas": 50, "counterfact": 100}
 REFERENCE = "one fact at a time"
 HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
 """Threshold and ridge of the null space, which the configs do not have; the papers' are for models of other scales."""
-OUTPUT = 100.0
 
 
 def editors(base: Editor, name: str) -> dict[str, Editor]:
@@ -42,16 +41,16 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     threshold, ridge = HARD[name]
     hard = {"preserve": "nullspace", "threshold": threshold, "ridge": ridge}
     found = {
-        "Woodbury, output": changed(base, preserve="output", strength=OUTPUT),
-        "Woodbury, covariance": changed(base, preserve="covariance", strength=1e5),
+        "Woodbury, output": changed(base, preserve="output", strength=0.3),
+        "Woodbury, covariance": changed(base, preserve="covariance", strength=1e4),
         "Woodbury, null space": changed(base, **hard),
         "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard),
-        "Tucker, output": changed(base, preserve="output", strength=OUTPUT, solver=Tucker()),
+        "Tucker, output": changed(base, preserve="output", strength=0.3, solver=Tucker()),
         "Tucker, null space (MoTE)": changed(base, solver=Tucker(), **hard),
     }
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
     return found | {
-        "MEMIT per expert": changed(base, preserve="covariance", strength=1e5, solver=PerExpertRidge()),
+        "MEMIT per expert": changed(base, preserve="covariance", strength=1e4, solver=PerExpertRidge()),
         "FT": FineTuning(learning_rate=1e-3, **shared),
         "FT-L": FineTuning(learning_rate=1e-3, norm_constraint=2e-2, **shared),
     }

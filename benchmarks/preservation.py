@@ -41,7 +41,8 @@ class Point:
 
     Attributes:
         form: its name; points of the same name make a curve.
-        strength: ``τ`` of a null space, ``β`` of a soft penalty on plain moments, ``μ`` on gated ones.
+        strength: ``τ`` of a null space, ``β`` of a soft penalty on plain moments, ``μ`` on gated ones (the editor's
+            ``strength`` times the number of experts and ``d_hidden``).
         ridge: ``λ``.
         gated: whether moments are those of gated keys over all tokens.
         edited: weight of the moments at edit-like positions, the last tokens of prompts; 1 leaves the others out.
@@ -153,6 +154,9 @@ def edits(name: str, seed: int, models: Path, known: set[Point], arguments: list
             preserve = "none" if point.form == "none" else "nullspace"
         settings: dict[str, Any] = {"preserve": preserve, "ridge": point.ridge, "targets": shared}
         settings["threshold" if preserve == "nullspace" else "strength"] = point.strength
+        if point.gated:
+            experts, _, d_hidden = found.editor.check(found.model)[0].shape
+            settings["strength"] /= experts * d_hidden
         editor, own = changed(found.editor, **settings), moments_of(point, *moments[point.gated])
         result = found.quality(lambda m, facts: editor.edit(m, found.tokenizer, facts, moments=own).seconds)  # noqa: B023
         yield {**asdict(point), **{metric: result[metric] for metric in SHOWN}}

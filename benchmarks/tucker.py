@@ -23,8 +23,8 @@ from lit_moeedit.solvers import Tucker, TuckerFactors, Woodbury
 
 EDITS = 50
 PRESERVE: dict[str, dict[str, float]] = {
-    "output": {"strength": 100.0, "ridge": 1e-3},
-    "covariance": {"strength": 1e5, "ridge": 1e-3},
+    "output": {"strength": 0.3, "ridge": 1e-3},
+    "covariance": {"strength": 1e4, "ridge": 1e-3},
     "nullspace": {"threshold": 1.0, "ridge": 0.1},
     "none": {"ridge": 1.0},
 }

@@ -70,9 +70,11 @@ class Editor:
         preserve: ``output``, ``covariance``, ``nullspace`` or ``none``; see
             :meth:`~lit_moeedit.editing.projection.Shaping.of`.
         threshold: ``τ`` of ``nullspace``.
-        strength: ``μ`` of ``output``, ``β`` of ``covariance``. What decides is ``μ``, or ``λβ``, while the ridge is
-            small: between 3 and 3000 in `benchmarks/results/preservation.md`, the higher the less the model changes
-            elsewhere; beyond that, edits fail.
+        strength: of ``output``, in units that are the same for all models: where an edit's keys are like those of any
+            token, one layer moves by ``1 / (1 + strength)`` of what is wanted of it (``μ = strength · E · d_hidden``,
+            since ``Σ_j φ_jᵀ C_j⁻¹ φ_j`` is ``E · d_hidden`` in the mean over the text). The stronger, the less changes
+            elsewhere; in `benchmarks/results/preservation.md` edits begin to fail above 1. Of ``covariance`` it is
+            ``β``. ``None`` takes 0.3 and 10⁴.
         ridge: ``λ``.
         token: which token to edit, ``subject_last`` or ``last``.
         contexts: texts put before the prompts; every fact is optimised and solved for behind each of them. The first
@@ -103,7 +105,7 @@ class Editor:
         targets: TargetOptimizer | None = None,
         preserve: Preserve = "output",
         threshold: float = 0.02,
-        strength: float = 100.0,
+        strength: float | None = None,
         ridge: float = 1e-3,
         token: EditToken = "subject_last",
         contexts: Sequence[str] = ("",),
@@ -117,6 +119,7 @@ class Editor:
     ) -> None:
         if not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
             raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
+        strength = (1e4 if preserve == "covariance" else 0.3) if strength is None else strength
         check_preserve(preserve, threshold, strength)
         if token not in ("subject_last", "last"):
             raise ValueError(f"token must be 'subject_last' or 'last', got {token!r}")
@@ -150,10 +153,12 @@ class Editor:
         """Whether second moments are needed: for the preservation, or for the solver's factors."""
         return self.preserve != "none" or (isinstance(self.solver, Tucker) and self.solver.whiten)
 
-    @property
-    def penalty(self) -> float:
-        """``β`` of the penalty ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)``."""
-        return self.strength / self.ridge if self.preserve == "output" else self.strength
+    def penalty(self, layer: ExpertLayer) -> float:
+        """``β`` of the penalty ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)`` in a layer."""
+        if self.preserve != "output":
+            return self.strength
+        experts, _, d_hidden = layer.shape
+        return self.strength * experts * d_hidden / self.ridge
 
     def check(self, model: PreTrainedModel) -> list[ExpertLayer]:
         """The layers to edit, ascending.
@@ -321,7 +326,7 @@ class Editor:
         # factors that experts share are in the coordinates of the keys
         symmetric = isinstance(self.solver, Tucker)
         own = moments[layer.index]
-        shaping = Shaping.of(own, experts, self.preserve, self.threshold, self.penalty, symmetric)
+        shaping = Shaping.of(own, experts, self.preserve, self.threshold, self.penalty(layer), symmetric)
         kept = shaping.energy_kept
         log.info(
             "layer %d: of the preserved energy of %d experts, %.4f is kept in the mean and %.4f at least",
@@ -341,7 +346,7 @@ class Editor:
     ) -> TuckerFactors:
         assert isinstance(self.solver, Tucker)
         own = None if moments is None else moments[layer.index]
-        return layer_factors(self.solver, layer, own, self.preserve, self.penalty, ranks, sizes)
+        return layer_factors(self.solver, layer, own, self.preserve, self.penalty(layer), ranks, sizes)
 
 
 def no_progress(phase: str, done: int, total: int) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import sha256
 
 import torch
 from torch import Tensor
 
+from lit_moeedit.editing.cache import digest
 from lit_moeedit.editing.projection import Preserve
 from lit_moeedit.editing.statistics import SecondMoments
 from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.reading import ExpertReader
 from lit_moeedit.solvers import Tucker, TuckerFactors
@@ -32,10 +33,11 @@ def layer_factors(
     r"""Factors of a layer's experts as the solver wants them, for keys shaped as the preservation shapes them.
 
     Whitening takes one second moment ``C`` for all experts: the mean over all routed tokens, whichever expert they went
-    to. Where the published text is silent: a covariance penalty with ``S_j = (I + β C_j)^{-1/2}`` has whitened the keys
-    already, so the metric is its ``I + β C``, and ``U_in`` is taken to the coordinates of shaped keys by
-    ``(I + β C)^{1/2}``; whitening twice would no longer minimise the objective. (With whole modes the edit is that of
-    the exact solver then.) Keys that a null space shapes are whitened by ``C`` itself.
+    to; of gated moments, the mean of the experts' ``C_j``. Where the published text is silent: a covariance penalty
+    with ``S_j = (I + β C_j)^{-1/2}`` has whitened the keys already, so the metric is its ``I + β C``, and ``U_in`` is
+    taken to the coordinates of shaped keys by ``(I + β C)^{1/2}``; whitening twice would no longer minimise the
+    objective. (With whole modes the edit is that of the exact solver then.) Keys that a null space shapes are whitened
+    by ``C`` itself.
 
     Args:
         solver: what to compute, and where its cache is.
@@ -51,12 +53,13 @@ def layer_factors(
     metric = None
     if solver.whiten:
         assert moments is not None
-        metric = moments.total.sum(0) / moments.count.sum().clamp_min(1)
+        counted = len(moments.total) * moments.tokens if moments.gated else moments.count.sum()
+        metric = moments.total.sum(0) / counted.clamp_min(1)
         if preserve in ("covariance", "output"):
             metric = torch.eye(len(metric)).to(metric) + strength * metric
     sizes = solver.ranks if sizes is None else sizes
     path = None if solver.cache is None else solver.cache / f"layer_{layer.index}.safetensors"
-    key = "" if path is None else _key(reader, metric, sizes, solver.energy)
+    key = "" if path is None else _key(layer, metric, (sizes and tuple(sizes), solver.energy), ranks)
     factors = None
     if path is not None and path.is_file():
         try:
@@ -81,11 +84,7 @@ def layer_factors(
     return replace(factors, expert=expert, output=output, input=inner)
 
 
-def _key(reader: ExpertReader, metric: Tensor | None, sizes: Sequence[int] | None, energy: float) -> str:
-    """Says what factors are made of: the layer's shape, some rows of all its experts, the metric, the settings."""
-    rows = torch.linspace(0, reader.shape[1] - 1, 8).long().unique().tolist()
-    parts = [reader[:, row : row + 1] for row in rows] + ([] if metric is None else [metric])
-    key = sha256(repr((reader.shape, sizes and tuple(sizes), energy, metric is None)).encode())
-    for part in parts:
-        key.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return key.hexdigest()
+def _key(layer: ExpertLayer, metric: Tensor | None, settings: object, ranks: Ranks) -> str:
+    """Says what factors are made of: the weights of the layer's experts, the metric, the settings."""
+    parts = {"weights": layer.down_proj, **({} if metric is None else {"metric": metric})}
+    return digest(fingerprints(parts, ranks), repr(settings))

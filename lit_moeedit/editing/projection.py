@@ -74,7 +74,7 @@ class Shaping:
           the layer's output moves on the preserved text (but for products between experts): an expert that few tokens
           go to, or with small gates, is freer to change. Both terms of the objective are squared distances of outputs
           then, so ``μ`` has no unit: it counts how many edits the text weighs. The form is that of ``covariance`` with
-          ``β = μ / λ``.
+          ``β = μ / λ``. (An ``Editor`` sets ``μ = strength · E · d_hidden``.)
 
         Args:
             moments: of the layer.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_moeedit.editing.running import hidden_states, inference
-from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError
+from lit_moeedit.models.experts import LISTED, ExpertLayer, UnsupportedModelError
 
 LENGTH, TOKEN = 4, 2
 """Length of the two prompts that are run, and the position at which the experts' output is moved."""
@@ -106,7 +106,7 @@ def _check_shapes(model: PreTrainedModel, layer: ExpertLayer, ids: Tensor, said:
     if output.shape != (*ids.shape, d_model):
         raise UnsupportedModelError(
             f"layer {layer.index} of {name} puts out {list(output.shape[2:])} for each token, its experts [{d_model}]: "
-            "a model whose layers hand on several streams, or project what the experts say, cannot be edited"
+            f"a model whose layers hand on several streams, or project what the experts say, cannot be edited; {LISTED}"
         )
     if said.shape != (ids.numel(), d_model):
         raise UnsupportedModelError(
@@ -131,13 +131,13 @@ def _gain(model: PreTrainedModel, layer: ExpertLayer, moved: Tensor, shift: Tens
     if not bool(((gains - gain).abs() <= tolerance * scale).all()):
         raise UnsupportedModelError(
             f"{which} normalises what its experts say, or changes it otherwise than by a constant: "
-            "a change of the down-projection does not act linearly there"
+            f"a change of the down-projection does not act linearly there; {LISTED}"
         )
     others = torch.cat([moved[:, :TOKEN], moved[:, TOKEN + 1 :]], 1)
     if not bool((others.abs() <= tolerance * moved.abs().amax()).all()):
         raise UnsupportedModelError(
             f"{which} mixes what its experts say of different tokens (as by a convolution): "
-            "a change of the down-projection at the edit token does not act on that token alone"
+            f"a change of the down-projection at the edit token does not act on that token alone; {LISTED}"
         )
     constant = gain.mean()
     if bool(((gain - constant).abs() <= tolerance * scale).all()):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lit_moeedit.editing.gains import output_gains
 from lit_moeedit.editing.running import inference
 from lit_moeedit.models.experts import (
+    LISTED,
     ExpertLayer,
     Routing,
     UnsupportedModelError,
@@ -95,17 +96,18 @@ def finding(family: Family) -> Finding:
     """Make a small model of a family and look at it."""
     if not family.is_declared:
         return Finding(family.model_type, refusal="its experts are no module of transformers' experts interface")
+    layout = router = ""
     try:
         model = small_model(family.model_type)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        logging.getLogger(__name__).debug("", exc_info=error)
-        return Finding(family.model_type, refusal=f"not tried, as no small model could be made of it ({error})")
-    layers = list(expert_layers(model).values())
-    layout, router = _layout(layers[0]), _router(model, layers[-1])
-    try:
+        layers = list(expert_layers(model).values())
+        layout, router = _layout(layers[0]), _router(model, layers[-1])
         gains = output_gains(model, check_editable(model, [layer.index for layer in layers]))
     except UnsupportedModelError as error:
-        return Finding(family.model_type, layout, router, refusal=str(error))
+        return Finding(family.model_type, layout, router, refusal=str(error).removesuffix(f"; {LISTED}"))
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        # a family that is newer than this package may want another small config
+        logging.getLogger(__name__).debug("", exc_info=error)
+        return Finding(family.model_type, refusal=f"not known, as no small model of it runs ({error})")
     gain = gains[layers[-1].index]
     factor = "a factor" if bool((gain == gain[0]).all()) else "a factor for each entry"
     note = "" if bool((gain == 1).all()) else f"{factor} behind the experts is accounted for"

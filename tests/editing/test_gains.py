@@ -10,9 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lit_moeedit.data.encoding import encode
 from lit_moeedit.editing import Editor
+from lit_moeedit.editing.features import edit_tokens
 from lit_moeedit.editing.gains import asked_of_experts, output_gains
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
+from lit_moeedit.models.families import small_model
+from lit_moeedit.solvers import Solver, Tucker, Woodbury
+from tests.editing.recording import QUICK
 
 
 @pytest.fixture
@@ -93,3 +98,22 @@ def test_what_is_asked_of_the_experts_gives_the_residual() -> None:
     torch.testing.assert_close((asked * gain)[:, :2], residuals[:, :2])
     assert not asked[:, 2:].any()
     assert torch.equal(asked_of_experts(residuals, torch.ones(4)), residuals)
+
+
+@pytest.mark.parametrize(
+    ("layers", "solver"),
+    [([1], Woodbury()), ([0, 1], Woodbury()), ([1], Tucker(energy=1.0, whiten=False))],
+    ids=["one layer", "two layers", "a carried core"],
+)
+def test_an_edit_reaches_its_targets_behind_a_constant(tokenizer, facts, layers: list[int], solver: Solver) -> None:
+    model = small_model("granitemoe", vocab_size=420)
+    subjects = [fact.subject for fact in facts]
+    prompts = encode(tokenizer, [fact.prompt for fact in facts], [""] * len(facts), subjects, "last")
+    target = expert_layers(model)[1]
+    before = edit_tokens(model, prompts, target, None, 0).hidden
+    result = Editor(layers, solver, QUICK, "none", ridge=1e-7, token="last", neutral="").edit(model, tokenizer, facts)
+    step = edit_tokens(model, prompts, target, None, 0).hidden - before
+    # fewer facts than a key has entries, and hardly a ridge
+    torch.testing.assert_close(
+        step, result.targets.deltas, rtol=0, atol=0.01 * float(result.targets.deltas.abs().max())
+    )

@@ -82,7 +82,8 @@ def table(found: list[Finding]) -> Table:
     tested = TESTED_WITH if transformers.__version__ == TESTED_WITH else "-"
     result = Table(
         title=f"transformers {transformers.__version__}: {len(good)} of {len(found)} families can be edited",
-        caption=f"tested: the proofs of this package were run with that version of transformers ({TESTED_WITH})",
+        caption="gates: of a small model with the family's default settings, but several groups of experts where it "
+        f"knows them; tested: the proofs of this package were run with that version of transformers ({TESTED_WITH})",
     )
     for name in ("family", "experts", "gates", "supported", "tested"):
         result.add_column(name, no_wrap=name == "family")

@@ -118,7 +118,7 @@ def shares(
         ),
         ("… and logits at all positions", patch.object(target_rows, "logits_at", logits_everywhere)),
         ("… and finished edits stay", patch.object(targets._Batch, "_drop", lambda self, active: None)),
-        ("… and the layers below run every step", patch.object(target_rows, "skipped", lambda layers: nullcontext())),
+        ("… and the layers below run every step", patch.object(target_rows, "skipped", lambda *_: nullcontext())),
     ]
     count = rows[-1].edit + 1
     found = {"all": timed(lambda: settings.optimize(model, layer, rows, 0), 3)[0]}

@@ -17,10 +17,11 @@ from rich.logging import RichHandler
 import lit_moeedit.callbacks  # noqa: F401 - makes callbacks and strategies known by their short names
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.module import LitMoE
+from lit_moeedit.planning.families import families
 from lit_moeedit.planning.report import plan
 from lit_moeedit.sharding.export import export
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": export, "plan": plan}
+COMMANDS: dict[str, Callable[..., None]] = {"export": export, "families": families, "plan": plan}
 """What the command does besides training and evaluation: functions whose arguments and docstrings are their help."""
 
 

@@ -154,7 +154,7 @@ def input_ids() -> Tensor:
 
 def _bytes(model: torch.nn.Module) -> dict[str, bytes]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return {name: tensor.detach().flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from lit_moeedit.data.facts import Fact, validate_facts
 from lit_moeedit.editing.cache import MomentsCache
 from lit_moeedit.editing.factors import layer_factors
 from lit_moeedit.editing.features import EditTokens, edit_tokens
+from lit_moeedit.editing.gains import output_gains
 from lit_moeedit.editing.memory import EditMemory, GatedKeys
 from lit_moeedit.editing.projection import Preserve, Shaping, check_preserve
 from lit_moeedit.editing.running import decoder_layers
@@ -165,15 +166,23 @@ class Editor:
 
         Raises:
             UnsupportedModelError: if one of them cannot be edited.
+            FloatingPointError: if the model is not finite.
         """
+        return list(self._gains(model))
+
+    def _gains(self, model: PreTrainedModel, ranks: Ranks | None = None) -> dict[ExpertLayer, Tensor]:
+        """The layers to edit, ascending, and how far each one's output moves with that of its experts."""
         layers = check_editable(model, self.layers)
+        if ranks is not None:
+            ranks.agree()
+        gains = output_gains(model, layers)
         if self.token == "subject_last" and decoder_layers(model, layers[-1])[-1] is layers[-1].layer:
             log.warning(
                 "layer %d is the last one: behind it no later token reads the subject's hidden state, so facts whose "
                 "prompt goes on after the subject cannot be edited there; use lower layers or token='last'",
                 layers[-1].index,
             )
-        return layers
+        return {layer: gains[layer.index] for layer in layers}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -223,7 +232,8 @@ class Editor:
         # a rank that fails anywhere in here meets the others where they agree next: before each forward, and before
         # anything is exchanged
         with ranks.together():
-            layers = self.check(model)
+            gains = self._gains(model, ranks)
+            layers = list(gains)
             facts = validate_facts(facts, tokenizer=tokenizer)
             ranks.check_same("the facts", [repr(fact) for fact in facts])
             if self.needs_moments and moments is None:
@@ -280,6 +290,7 @@ class Editor:
                     lambda layer: edit_tokens(
                         model, prompts, layers[-1], layer, pad_id(tokenizer), self.token_budget, ranks
                     ),
+                    {layer.index: gain for layer, gain in gains.items()},
                     problem,
                     lambda layer, experts: self._shaping(layer, experts, moments),
                     lambda layer, sizes: self._factors(layer, moments, ranks, sizes),

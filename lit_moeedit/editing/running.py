@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,23 +70,58 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
             module.__dict__["forward"] = before
 
 
-def _pass_through(*args: Any, **kwargs: Any) -> Any:
-    return args[0] if args else kwargs["hidden_states"]
+class LayerOutput(NamedTuple):
+    """What a decoder layer returns.
+
+    Attributes:
+        hidden: ``[batch, length, d_model]``.
+        others: what some families hand on to the next layer besides (what an indexer chose, a router's state), each
+            ``[batch, length, …]``; ``None`` where the hidden states stand alone.
+    """
+
+    hidden: Tensor
+    others: tuple[Tensor | None, ...] | None = None
+
+    @classmethod
+    def of(cls, returned: Any) -> LayerOutput:
+        """Take what a layer returned apart."""
+        return cls(returned[0], tuple(returned[1:])) if isinstance(returned, tuple) else cls(returned)
+
+    def at(self, *index: Any) -> LayerOutput:
+        """Some rows, or some rows' positions."""
+        others = self.others
+        if others is not None:
+            others = tuple(other if other is None else other[index] for other in others)
+        return LayerOutput(self.hidden[index], others)
+
+    def returned(self) -> Any:
+        """As the layer returns it."""
+        return self.hidden if self.others is None else (self.hidden, *self.others)
 
 
 @contextmanager
-def skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """While open, the given decoder layers hand their input on unchanged and cost nothing."""
+def skipped(layers: Sequence[nn.Module], like: Callable[[], LayerOutput | None] = lambda: None) -> Iterator[None]:
+    """While open, the given decoder layers hand their input on unchanged and cost nothing.
+
+    Args:
+        layers: the layers.
+        like: an output of a layer next to them, whose form and ``others`` theirs has.
+    """
+
+    def pass_through(*args: Any, **kwargs: Any) -> Any:
+        hidden, other = args[0] if args else kwargs["hidden_states"], like()
+        return hidden if other is None else other._replace(hidden=hidden).returned()
+
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_forward_replaced(layer, _pass_through))
+            stack.enter_context(_forward_replaced(layer, pass_through))
         yield
 
 
 @contextmanager
-def output_replaced(layer: nn.Module, output: Callable[[], Tensor]) -> Iterator[None]:
+def output_replaced(layer: nn.Module, output: Callable[[], LayerOutput]) -> Iterator[None]:
     """While open, the given decoder layer returns ``output()`` instead of being run."""
-    with _forward_replaced(layer, lambda *args, **kwargs: output()):
+    with _forward_replaced(layer, lambda *args, **kwargs: output().returned()):
         yield
 
 
@@ -114,10 +149,10 @@ def experts_run_on(layers: Sequence[ExpertLayer], tokens: Tensor) -> Iterator[No
         yield
 
 
-def hidden_states(
+def layer_output(
     model: PreTrainedModel, layer: ExpertLayer, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
-) -> Tensor:
-    """Output of a decoder layer, ``[batch, length, d_model]``; neither the layers above nor the head are run.
+) -> LayerOutput:
+    """Output of a decoder layer; neither the layers above nor the head are run.
 
     Args:
         model: the model.
@@ -128,19 +163,26 @@ def hidden_states(
     """
     stack, layers = _stack(model, layer)
     above = list(layers)[next(i for i, other in enumerate(layers) if other is layer.layer) + 1 :]
-    caught: list[Tensor] = []
+    caught: list[LayerOutput] = []
 
     def catch(module: nn.Module, args: Any, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple) else output)
+        caught.append(LayerOutput.of(output))
 
     handle = layer.layer.register_forward_hook(catch)
     try:
-        with skipped(above), gathering_on_use(model):
+        with skipped(above, lambda: caught[0]), gathering_on_use(model):
             # not through the head, which under ZeRO-3 would be gathered for every batch
             stack(**_inputs(stack, input_ids, attention_mask, positions))
     finally:
         handle.remove()
     return caught[0]
+
+
+def hidden_states(
+    model: PreTrainedModel, layer: ExpertLayer, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+) -> Tensor:
+    """The hidden states of :func:`layer_output`, ``[batch, length, d_model]``."""
+    return layer_output(model, layer, input_ids, attention_mask, positions).hidden
 
 
 def logits(

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.editing.prefix import Prefix, logits_at
-from lit_moeedit.editing.running import decoder_layers, experts_run_on, hidden_states, output_replaced, skipped
+from lit_moeedit.editing.running import (
+    LayerOutput,
+    decoder_layers,
+    experts_run_on,
+    layer_output,
+    output_replaced,
+    skipped,
+)
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.sharding.graph import regathering
 
@@ -56,7 +63,7 @@ class Rows:
         ids: ``[n, length]``.
         positions: ``[n, length]``, position ids.
         mask: ``[n, length]``, with the columns of ``prefix`` before them.
-        hidden: ``[n, length, d_model]``, output of the target layer without ``δ``.
+        output: of the target layer without ``δ``.
         token: column of the edit tokens.
         row: ``[m]``, row of each prediction.
         column: ``[m]``, column from which it is made.
@@ -69,7 +76,7 @@ class Rows:
     ids: Tensor
     positions: Tensor
     mask: Tensor
-    hidden: Tensor
+    output: LayerOutput
     token: int
     row: Tensor
     column: Tensor
@@ -80,17 +87,17 @@ class Rows:
     def behind(self, prefix: Prefix) -> Rows:
         """The same rows from the edit token on."""
         prefix.fix()
-        cut = {name: getattr(self, name)[:, self.token :] for name in ("ids", "positions", "hidden")}
-        return replace(self, **cut, token=0, column=self.column - self.token, prefix=prefix)
+        cut = {name: getattr(self, name)[:, self.token :] for name in ("ids", "positions")}
+        output = self.output.at(slice(None), slice(self.token, None))
+        return replace(self, **cut, output=output, token=0, column=self.column - self.token, prefix=prefix)
 
     def select(self, kept: Tensor) -> tuple[Rows, Tensor]:
         """Some of the rows, given as a mask ``[n]``; also the predictions that are left, as a mask ``[m]``."""
         predictions = kept[self.row]
         if self.prefix is not None:
             self.prefix.select(kept)
-        changes: dict[str, Any] = {
-            name: getattr(self, name)[kept] for name in ("edit", "ids", "positions", "mask", "hidden")
-        }
+        changes: dict[str, Any] = {name: getattr(self, name)[kept] for name in ("edit", "ids", "positions", "mask")}
+        changes["output"] = self.output.at(kept)
         changes |= {name: getattr(self, name)[predictions] for name in ("column", "label", "weight")}
         return replace(self, **changes, row=(kept.cumsum(0) - 1)[self.row[predictions]]), predictions
 
@@ -120,17 +127,18 @@ class UpperLayers:
             deltas: ``δ`` of each edit of the batch, ``[T, d_model]``.
             record: gets the keys and values of what stands before the edit tokens of whole rows.
         """
-        output, length = rows.hidden, rows.ids.shape[1]
+        hidden, length = rows.output.hidden, rows.ids.shape[1]
         if deltas is not None:
-            number = torch.arange(len(output), device=output.device)
+            number = torch.arange(len(hidden), device=hidden.device)
             where = (number, torch.full_like(number, rows.token))
-            output = output.index_put(where, deltas[rows.edit].to(output.dtype), accumulate=True)
+            hidden = hidden.index_put(where, deltas[rows.edit].to(hidden.dtype), accumulate=True)
+        output = rows.output._replace(hidden=hidden)
         real = rows.mask[:, -length:].bool()
         # from the last layer's experts on, no token reads another one; the forward that records does not rely on that,
         # since the first step is checked against it
         predicting = torch.zeros_like(real).index_put((rows.row, rows.column), torch.ones_like(real[0, 0]))
         with ExitStack() as stack:
-            stack.enter_context(skipped(self.below))
+            stack.enter_context(skipped(self.below, lambda: output))
             stack.enter_context(output_replaced(self.layer, lambda: output))
             stack.enter_context(regathering(self.model))
             stack.enter_context(experts_run_on(self.between, real))
@@ -166,5 +174,5 @@ def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequen
     positions = position_ids(mask)
     edit = torch.tensor([edit for edit, own in enumerate(by_edit) for _ in own], device=device)
     with experts_run_on([*expert_layers(model).values()], mask.bool()):
-        hidden = hidden_states(model, layer, ids, mask, positions)
-    return Rows(edit, ids, positions, mask, hidden, token, of_row, column, label, weight)
+        output = layer_output(model, layer, ids, mask, positions)
+    return Rows(edit, ids, positions, mask, output, token, of_row, column, label, weight)

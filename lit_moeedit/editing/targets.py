@@ -166,7 +166,7 @@ class _Batch:
             output = self.upper.log_probabilities(rows, record=prefix)
         # the edit's own h is that of its first row, which has no context before it
         first = torch.searchsorted(rows.edit, torch.arange(self.count, device=rows.edit.device))
-        self.norm = rows.hidden[first, rows.token].float().norm(dim=-1)
+        self.norm = rows.output.hidden[first, rows.token].float().norm(dim=-1)
         self.reference = output[rows.label < 0]
         self.start = self._nll(rows, output)
         self.whole, self.rows = rows, rows if prefix is None else rows.behind(prefix)
@@ -174,7 +174,7 @@ class _Batch:
     def run(self, ranks: Ranks, mine: bool) -> Targets:
         """Optimise, step by step with the other ranks; the result of a batch that is not ``mine`` is empty."""
         settings, norm = self.settings, self.norm
-        deltas = torch.zeros(self.count, self.rows.hidden.shape[-1], device=norm.device)
+        deltas = torch.zeros(self.count, self.rows.output.hidden.shape[-1], device=norm.device)
         moment, square = torch.zeros_like(deltas), torch.zeros_like(deltas)
         nll = torch.full((self.count,), torch.inf, device=norm.device)
         steps = torch.zeros(self.count, dtype=torch.long, device=norm.device)
@@ -228,7 +228,7 @@ class _Batch:
     def _same(self, nll: Tensor) -> bool:
         """Whether the kept keys and values say what whole rows said before the first step."""
         # in the mean, for rounding may send single tokens to other experts
-        exact = self.whole.hidden.dtype == torch.float32 and self.settings.autocast is None
+        exact = self.whole.output.hidden.dtype == torch.float32 and self.settings.autocast is None
         tolerance = 1e-3 if exact else 5e-2
         return bool((nll - self.start).abs().mean() <= tolerance * (1 + self.start.mean()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.editing.features import EditTokens
+from lit_moeedit.editing.gains import asked_of_experts
 from lit_moeedit.editing.projection import Shaping
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Tucker, TuckerFactors
@@ -23,7 +24,10 @@ class Site:
         layers: the layers, ascending; the last is the target layer.
         aim: ``[n, d_model]``, how far the target layer's output is to move at the edit token of each prompt.
         measure: keys of a layer, and the target layer's output, with the weights as they are now.
-        problem: of a layer, for what was measured, the residuals ``[n, d_model]`` and the shaping of its keys.
+        gains: by layer index, how far a layer's output moves where its experts' output moves by one; see
+            :func:`~lit_moeedit.editing.gains.output_gains`.
+        problem: of a layer, for what was measured, the residuals ``[n, d_model]`` that its experts are asked for, and
+            the shaping of its keys.
         shaping: of some experts of a layer, by what they must preserve; ``None`` if that is nothing.
         factors: Tucker factors of a layer, with the given ranks or those that the solver chooses.
         clock: measures a phase.
@@ -32,6 +36,7 @@ class Site:
     layers: Sequence[ExpertLayer]
     aim: Tensor
     measure: Callable[[ExpertLayer], EditTokens]
+    gains: Mapping[int, Tensor]
     problem: Callable[[ExpertLayer, EditTokens, Tensor, Shaping | None], EditProblem]
     shaping: Callable[[ExpertLayer, Tensor], Shaping | None]
     factors: Callable[[ExpertLayer, Sequence[int] | None], TuckerFactors]
@@ -54,7 +59,8 @@ def upwards(solver: Solver, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDel
         with site.clock("solve"):
             chosen = solver.with_factors(site.factors(layer, None)) if isinstance(solver, Tucker) else solver
             shaping = site.shaping(layer, _changing(solver, layer, seen))
-            residuals = (goal - seen.hidden) / (len(site.layers) - number)
+            share = (goal - seen.hidden) / (len(site.layers) - number)
+            residuals = asked_of_experts(share, site.gains[layer.index])
             solution = chosen.solve(site.problem(layer, seen, residuals, shaping))
         yield layer, _applied(solution, shaping)
 
@@ -64,7 +70,8 @@ def carried(solver: Tucker, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDel
 
     Where the published text is silent: the core is solved for the whole residual; each layer unfolds it by the factors
     of its own experts, and takes the share ``1 / (layers left)`` of that. So the last layer is changed by its own
-    solution in full. Nothing is measured at the lower layers, and what their changes do is not corrected.
+    solution in full. Nothing is measured at the lower layers, whose gains are taken to be those of the last, and what
+    their changes do is not corrected.
     """
     top = site.layers[-1]
     with site.clock("features"):
@@ -72,7 +79,8 @@ def carried(solver: Tucker, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDel
     with site.clock("solve"):
         factors = site.factors(top, None)
         shaping = site.shaping(top, _changing(solver, top, seen))
-        core = solver.with_factors(factors).core(site.problem(top, seen, site.aim, shaping))
+        residuals = asked_of_experts(site.aim, site.gains[top.index])
+        core = solver.with_factors(factors).core(site.problem(top, seen, residuals, shaping))
     for number, layer in enumerate(site.layers):
         with site.clock("solve"):
             own = factors if layer is top else site.factors(layer, factors.ranks)

@@ -25,6 +25,10 @@ BLOCK = 4096
 """Largest number of rows of one expert that are computed at a time."""
 
 
+LISTED = "the command 'lit-moeedit families' lists the models that can be edited"
+"""Ends a message that refuses a whole family."""
+
+
 class UnsupportedModelError(ValueError):
     """The model, or one of its layers, cannot be edited; the message says why and what could."""
 
@@ -107,7 +111,7 @@ def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer with routed experts that declares the experts interface of "
-            "transformers >= 5; lit_moeedit edits Mixture-of-Experts models only"
+            f"transformers >= 5; lit_moeedit edits Mixture-of-Experts models only; {LISTED}"
         )
     return dict(sorted(layers.items()))
 
@@ -149,7 +153,7 @@ def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[Expert
         if getattr(layer.experts, "has_post_expert_norm", False):
             raise UnsupportedModelError(
                 f"{name} normalises the output of each expert (layer {layer.index}): "
-                "a change of the down-projection does not act linearly there"
+                f"a change of the down-projection does not act linearly there; {LISTED}"
             )
         if len(getattr(weight, "ds_shape", weight.shape)) != 3:
             raise UnsupportedModelError(

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.data import FactsError
 from lit_moeedit.editing import Editor
+from lit_moeedit.models.families import small_model
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -105,6 +106,11 @@ def test_a_dense_model_is_refused(refuse, tokenizer):
         "KnowledgeEditing: LlamaForCausalLM has no layer with routed experts",
         PlainModule(LlamaForCausalLM(config), tokenizer),
     )
+
+
+def test_a_family_with_a_norm_behind_its_experts_is_refused(refuse, tokenizer):
+    module = PlainModule(small_model("flex_olmo", vocab_size=420), tokenizer)
+    refuse("KnowledgeEditing: layer 1 of FlexOlmoForCausalLM normalises what its experts say", module)
 
 
 def test_a_module_without_a_model_is_refused(refuse, tokenizer):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.editing.features import edit_tokens
 from lit_moeedit.editing.running import (
+    LayerOutput,
     decoder_layers,
     experts_run_on,
     hidden_states,
@@ -144,9 +145,24 @@ class TestReplacing:
             assert layers[1](hidden_states=hidden) is hidden
         assert all("forward" not in vars(layer) for layer in layers)
 
+    def test_they_hand_it_on_in_the_form_of_their_neighbour(self, model: PreTrainedModel) -> None:
+        layers, hidden, state = list(model.model.layers), torch.ones(2, 3, 32), torch.zeros(2, 3, 5)
+        neighbour = LayerOutput.of((torch.zeros(2, 3, 32), state, None))
+        with skipped(layers[:1], lambda: neighbour), output_replaced(layers[1], lambda: neighbour.at(slice(0, 1))):
+            returned, other, nothing = layers[0](hidden)
+            assert returned is hidden
+            assert other is state
+            assert nothing is None
+            assert [part if part is None else part.shape[0] for part in layers[1](hidden)] == [1, 1, None]
+        assert LayerOutput.of(hidden).returned() is hidden
+
     def test_forwards_come_back_after_an_exception(self, model: PreTrainedModel) -> None:
         layers = list(model.model.layers)
-        with pytest.raises(ZeroDivisionError), skipped(layers), output_replaced(layers[0], lambda: torch.zeros(1)):
+        with (
+            pytest.raises(ZeroDivisionError),
+            skipped(layers),
+            output_replaced(layers[0], lambda: LayerOutput(torch.zeros(1))),
+        ):
             raise ZeroDivisionError
         assert all("forward" not in vars(layer) for layer in layers)
 

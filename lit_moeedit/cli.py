@@ -16,13 +16,20 @@ from rich.logging import RichHandler
 
 import lit_moeedit.callbacks  # noqa: F401 - makes callbacks and strategies known by their short names
 from lit_moeedit.data import FactsDataModule
+from lit_moeedit.data.check import check
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.families import families
 from lit_moeedit.planning.report import plan
 from lit_moeedit.sharding.export import export
 
-COMMANDS: dict[str, Callable[..., None]] = {"export": export, "families": families, "plan": plan}
-"""What the command does besides training and evaluation: functions whose arguments and docstrings are their help."""
+COMMANDS: dict[str, Callable[..., None]] = {
+    "export": export,
+    "facts check": check,
+    "families": families,
+    "plan": plan,
+}
+"""What the command does besides training and evaluation, under one word or two: functions whose arguments and
+docstrings are their help."""
 
 
 class CommandParser(ArgumentParser):
@@ -61,9 +68,11 @@ def run(args: ArgsType = None) -> EditingCLI | None:
     level = "INFO" if getattr(rank_zero_only, "rank", 0) in (None, 0) else "WARNING"
     logging.getLogger("lit_moeedit").setLevel(os.environ.get("LIT_MOEEDIT_LOG", level).upper())
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given and given[0] in COMMANDS:
-        _run_command(given[0], given[1:])
-        return None
+    for name in COMMANDS:
+        words = name.split()
+        if isinstance(given, list) and given[: len(words)] == words:
+            _run_command(name, given[len(words) :])
+            return None
     others = (f"{name} ({(inspect.getdoc(function) or '').splitlines()[0]})" for name, function in COMMANDS.items())
     return EditingCLI(
         LitMoE,

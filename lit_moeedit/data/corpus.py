@@ -106,7 +106,7 @@ class FactsCorpus(Corpus):
     the first ``edits`` facts (or, with ``known_targets``, the first of which that holds) are the ones to edit.
 
     Args:
-        path: a facts file; see :func:`lit_moeedit.data.facts.read_facts` for the formats.
+        path: a facts file; see :func:`lit_moeedit.data.facts.read_facts`, also for ``format`` and ``columns``.
         edits: how many of its facts to edit.
         limit: read at most this many facts.
         strict: whether a bad row is an error (otherwise it is skipped and counted).
@@ -115,6 +115,8 @@ class FactsCorpus(Corpus):
             others.
         known_targets: edit only facts whose new target is the true answer of another statement. A model that starts
             from nothing cannot be edited to say a word that it has never been taught to say.
+        format: name of the file's format; ``auto`` decides by the keys of the first row.
+        columns: our names of fields to those of a file that has a format of its own.
 
     Raises:
         FactError: if the file cannot be read or a row is bad.
@@ -130,10 +132,12 @@ class FactsCorpus(Corpus):
         strict: bool = True,
         phrasings: int = 0,
         known_targets: bool = False,
+        format: str = "auto",
+        columns: dict[str, str | list[str]] | None = None,
     ) -> None:
         if phrasings < 0:
             raise ValueError(f"phrasings must be at least 0, got {phrasings}")
-        facts = read_facts(path, strict=strict, limit=limit)
+        facts = read_facts(path, format=format, columns=columns, strict=strict, limit=limit)
         answers = {fact.target_true for fact in facts} | {n.target for fact in facts for n in fact.neighbours}
         candidates = [fact for fact in facts if fact.target_new in answers] if known_targets else facts
         if not 0 < edits <= len(candidates):

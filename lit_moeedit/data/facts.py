@@ -13,35 +13,42 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
+from unicodedata import normalize
 
-from lit_moeedit.data.readers import (
+from lit_moeedit.data.encoding import encode
+from lit_moeedit.data.files import load_rows
+from lit_moeedit.data.formats import (
     FORMATS,
     NATIVE_FIELDS,
     PLACEHOLDER,
-    FactError,
-    FactsError,
+    TABLE_FIELDS,
     Format,
-    Row,
     count_placeholders,
     detect_format,
-    load_rows,
+    named_columns,
     read_complete,
-    short,
-    typed,
 )
+from lit_moeedit.data.problems import FactError, FactsError, short, typed, visible
+from lit_moeedit.data.rows import Row
 
-__all__ = ["Fact", "FactError", "FactsError", "Neighbour", "Tokenizer", "read_facts", "validate_facts"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Checker", "Fact", "FactError", "FactsError", "Neighbour", "Tokenizer", "read_facts", "validate_facts"]
 
 logger = logging.getLogger(__name__)
 
 # Called as `tokenizer(text, add_special_tokens=False)["input_ids"]`, like every tokenizer of transformers.
 Tokenizer = Callable[..., Mapping[str, Any]]
 
-_COMPLETE = Format((), read_complete, {})
+_COMPLETE = Format("fact", (), read_complete)
 _LOGGED = 20
+_KEPT = 1000
+"""So many problems, or names of ignored fields, are remembered of a file that may have any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,51 +122,69 @@ class Fact:
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Self:
-        return cls(**{**fields, "neighbours": tuple(Neighbour(*neighbour) for neighbour in fields["neighbours"])})
+        neighbours = tuple(Neighbour(*neighbour) for neighbour in fields.get("neighbours", ()))
+        return cls(**{**fields, "neighbours": neighbours})
 
 
 def read_facts(
     path: str | Path,
     *,
     format: str = "auto",
+    columns: Mapping[str, str | Sequence[str]] | None = None,
     strict: bool = True,
     tokenizer: Tokenizer | None = None,
     limit: int | None = None,
 ) -> list[Fact]:
-    """Read and check the facts of a file.
+    """Read and check the facts of a file, row by row: the file may be larger than memory, its facts may not.
 
     Args:
-        path: A `.json` file with a list of objects, or a `.jsonl` file with one object per line.
-        format: `native`, `counterfact`, `counterfact_flat`, `zsre` (see `lit_moeedit.data.readers`), or `auto` to
-            decide by the keys of the first row.
+        path: A `.json` file with a list of objects, a `.jsonl` file with one object per line, or a table (`.csv`,
+            `.tsv`) whose first line has the names of the columns. UTF-8; at most 4 MiB in a row.
+        format: A name in `lit_moeedit.data.formats.FORMATS`, or `auto` to decide by the keys of the first row.
+        columns: Our name of a field to its name in the file, for a file in a format of its own; a list of names where
+            the field is a list. Fields are `subject`, `prompt`, `target_new`, `target_true`, `paraphrases`,
+            `neighbour_prompts`, `neighbour_targets`, `neighbour_groups`; those not given have their own names.
         strict: Refuse the file if any row cannot be used; `False` skips such rows, with a warning.
-        tokenizer: If given, targets of which it leaves no token are refused.
-        limit: Stop after this many usable facts; later rows are not checked.
+        tokenizer: If given, refused are targets of which it leaves no token, subjects and targets in which it reads
+            special tokens (the unknown one among them), and subjects without an edit token.
+        limit: Stop after this many usable facts; what stands behind them is not read.
 
     Returns:
-        The facts in the order of the file, texts without surrounding whitespace.
+        The facts in the order of the file, texts without surrounding whitespace (but prompts with the line ends behind
+        them).
 
     Raises:
         FactError: The file as a whole cannot be read.
         FactsError: Rows cannot be used (`strict`), or none can.
-        ValueError: `format` or `limit` is none of the allowed values.
+        OSError: The file cannot be opened.
+        ValueError: `format`, `columns` or `limit` is none of the allowed values.
 
     Example:
         >>> facts = read_facts("facts.jsonl", strict=False, limit=100)  # doctest: +SKIP
+        >>> facts = read_facts("table.csv", columns={"target_new": "new"})  # doctest: +SKIP
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; expected at least 1 or None")
+    checker = Checker(str(path), choose_format(format, columns), tokenizer)
+    with closing(load_rows(Path(path))) as rows:
+        facts = _check_rows(checker, rows, strict=strict, limit=limit)
+    checker.warn_ignored_fields()
+    return facts
+
+
+def choose_format(format: str, columns: Mapping[str, str | Sequence[str]] | None) -> Format | None:
+    """The format that these arguments of `read_facts` ask for; `None` leaves it to the first row.
+
+    Raises:
+        ValueError: They are none of the allowed values.
     """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {', '.join(map(repr, ('auto', *FORMATS)))}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least 1 or None")
-    file, rows = str(path), load_rows(Path(path))
-    chosen = FORMATS["native"]
-    if format != "auto":
-        chosen = FORMATS[format]
-    elif first := next(((number, row) for number, row in rows if isinstance(row, Mapping)), None):
-        chosen = detect_format(file, *first)
-    if chosen is FORMATS["native"]:
-        _warn_ignored_fields(file, rows)
-    return _check_rows(_Checker(file, chosen, tokenizer), rows, strict=strict, limit=limit)
+    if columns is None:
+        return None if format == "auto" else FORMATS[format]
+    if format not in ("auto", "native"):
+        raise ValueError(f"format is {format!r}, which has names of its own; expected no columns with it")
+    return named_columns(columns)
 
 
 def validate_facts(
@@ -184,33 +209,81 @@ def validate_facts(
     if not facts:
         raise FactError(source, None, None, "holds no facts; expected at least one")
     rows = [(number, asdict(fact)) for number, fact in enumerate(facts, start=1)]
-    return _check_rows(_Checker(source, _COMPLETE, tokenizer), rows, strict=strict, limit=None)
+    return _check_rows(Checker(source, _COMPLETE, tokenizer), rows, strict=strict, limit=None)
 
 
-class _Checker:
-    """Checks rows one after the other and remembers the edits seen, because rows can contradict each other."""
+class Checker:
+    """Checks rows one after the other and remembers prompts and targets, because rows can contradict each other.
 
-    def __init__(self, source: str, format: Format, tokenizer: Tokenizer | None) -> None:
+    Args:
+        source: The file, or what messages name instead of one.
+        format: How to read a row; `None` decides by the keys of the first one.
+        tokenizer: As for `read_facts`.
+
+    Attributes:
+        format: The format, once it is known.
+        repeats: Edits that were left out because an earlier row has them, too, as its format allows.
+    """
+
+    def __init__(self, source: str, format: Format | None, tokenizer: Tokenizer | None) -> None:
         self.source = source
-        self._format = format
+        self.format = format
+        self.repeats = 0
         self._tokenizer = tokenizer
+        self._special = set(getattr(tokenizer, "all_special_ids", ()))
         self._first: dict[str, tuple[int, str]] = {}  # prompt -> row and target_new of the fact that keeps it
-        self._has_tokens: dict[str, bool] = {}  # neighbours share few targets, so each is tokenised once
+        self._wrong: dict[str, str | None] = {}  # neighbours share few targets, so each is tokenised once
+        self._ignored: Counter[str] = Counter()
 
-    def check(self, number: int, data: object) -> Fact | list[FactError]:
-        """The fact of a row, or everything that is wrong with the row."""
+    def check(self, number: int, data: object) -> Iterator[Fact | list[FactError]]:
+        """The facts of a row (one, but for some formats), or for each of them everything that is wrong.
+
+        Raises:
+            FactError: No known format has the keys of the first row.
+        """
         if isinstance(data, FactError):
-            return [data]
+            yield [data]
+            return
         if not isinstance(data, Mapping):
-            return [FactError(self.source, number, None, f"is {typed(data)}; expected an object")]
-        row = Row(data)
-        fact = Fact._from_fields(self._format.read(row))
-        if not row.problems:  # what has no texts has no content to check
-            fact = self._respell(number, fact)
-            for field, message in self._problems(fact):
-                row.fail(self._format.names.get(field, field), message)
+            yield [FactError(self.source, number, None, f"is {typed(data)}; expected an object")]
+            return
+        if self.format is None:
+            self.format = detect_format(self.source, number, data)
+        if self.format is FORMATS["native"]:
+            # a misspelled optional field would otherwise lose its paraphrases or neighbours without a word
+            known = (*NATIVE_FIELDS, *TABLE_FIELDS)
+            self._ignored.update(
+                k for k in data if k not in known and (k in self._ignored or len(self._ignored) < _KEPT)
+            )
+        for row in self.format.rows(data):
+            fact = self._check(number, row)
+            if row.problems:
+                yield [FactError(self.source, number, field, message) for field, message in row.problems]
+            elif fact is not None:
+                yield fact
+
+    def warn_ignored_fields(self) -> None:
+        """Warn of fields that are not ours in a file of our own format."""
+        if self._ignored:
+            fields = ", ".join(f"{short(key)} ({count} rows)" for key, count in self._ignored.most_common(_LOGGED))
+            logger.warning(
+                "%s: ignored fields %s; known are %s", visible(self.source), fields, ", ".join(NATIVE_FIELDS)
+            )
+
+    def _check(self, number: int, row: Row) -> Fact | None:
+        """The fact of a row; `None` if an earlier row has it, which the format allows, or after a problem."""
+        assert self.format is not None
+        fact = None if row.problems else Fact._from_fields(self.format.read(row))
+        if fact is None or row.problems:  # what has no texts has no content to check
+            return None
+        fact = self._respell(number, fact)
+        if self.format.many is not None and self._first.get(fact.prompt, (0, ""))[1] == fact.target_new:
+            self.repeats += 1
+            return None
+        for field, message in self._problems(fact):
+            row.fail(self.format.names.get(field, field), message)
         if row.problems:
-            return [FactError(self.source, number, field, message) for field, message in row.problems]
+            return None
         self._first[fact.prompt] = (number, fact.target_new)
         return fact
 
@@ -222,7 +295,8 @@ class _Checker:
         if len(spellings) != 1:
             return fact
         subject, spelling = short(fact.subject), short(spellings[0])
-        logger.info("%s, row %d: subject %s is spelled %s in the prompt", self.source, number, subject, spelling)
+        source = visible(self.source)
+        logger.info("%s, row %d: subject %s is spelled %s in the prompt", source, number, subject, spelling)
         return replace(fact, subject=spellings[0])
 
     def _problems(self, fact: Fact) -> Iterator[tuple[str, str]]:
@@ -231,6 +305,8 @@ class _Checker:
             yield "prompt", f"still holds '{PLACEHOLDER}' ({placeholders} times); expected a complete prompt"
         elif fact.subject not in fact.prompt:
             found = f"does not contain the subject {short(fact.subject)}"
+            if normalize("NFC", fact.subject) in normalize("NFC", fact.prompt):
+                found += " but in another Unicode normalisation"
             yield "prompt", f"{found}; expected it letter by letter in {short(fact.prompt)}"
         if fact.target_new == fact.target_true:
             yield "target_new", f"is {short(fact.target_new)}, which is also the true target; expected another one"
@@ -241,52 +317,66 @@ class _Checker:
             else:
                 found = f"is {short(fact.target_new)}, but row {row} sets {short(target)} for the same prompt"
                 yield "target_new", f"{found} {short(fact.prompt)}; expected one target per prompt"
-        targets = [("target_new", fact.target_new), ("target_true", fact.target_true)]
-        for field, target_text in targets + [("neighbours", neighbour.target) for neighbour in fact.neighbours]:
-            if target_text is not None and not self._tokenises(target_text):
-                found = f"is {short(target_text)}, of which the tokenizer leaves nothing"
-                yield field, f"{found}; expected at least one token"
+        if self._tokenizer is not None:
+            yield from self._problems_of_tokens(fact)
 
-    def _tokenises(self, target: str) -> bool:
-        if self._tokenizer is None:
-            return True
-        if target not in self._has_tokens:
+    def _problems_of_tokens(self, fact: Fact) -> Iterator[tuple[str, str]]:
+        texts = [("subject", fact.subject), ("target_new", fact.target_new), ("target_true", fact.target_true)]
+        wrong = False
+        for field, text in texts + [("neighbours", neighbour.target) for neighbour in fact.neighbours]:
+            if text is not None and (message := self._unsayable(text)):
+                wrong = True
+                yield field, f"is {short(text)}, {message}"
+        if wrong or fact.subject not in fact.prompt or not getattr(self._tokenizer, "is_fast", False):
+            return
+        try:
+            encode(cast("PreTrainedTokenizerBase", self._tokenizer), [fact.prompt], [fact.target_new], [fact.subject])
+        except ValueError as error:
+            yield "prompt", f"has no edit token ({error}); expected tokens of the subject and of the target"
+
+    def _unsayable(self, text: str) -> str | None:
+        """What is wrong with the tokens of a subject or a target."""
+        assert self._tokenizer is not None
+        if text not in self._wrong:
             # With the space before it, as the target stands behind a prompt.
-            self._has_tokens[target] = len(self._tokenizer(f" {target}", add_special_tokens=False)["input_ids"]) > 0
-        return self._has_tokens[target]
+            ids = self._tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+            message = None if ids else "of which the tokenizer leaves nothing; expected at least one token"
+            if special := self._special.intersection(ids):
+                names = self._tokenizer.convert_ids_to_tokens(sorted(special))  # type: ignore[attr-defined]
+                found = ", ".join(map(short, names))
+                message = f"in which the tokenizer reads its special {found}; expected tokens of text"
+            self._wrong[text] = message
+        return self._wrong[text]
 
 
-def _check_rows(
-    checker: _Checker, rows: Iterable[tuple[int, object]], *, strict: bool, limit: int | None
-) -> list[Fact]:
+def _check_rows(checker: Checker, rows: Iterable[tuple[int, object]], *, strict: bool, limit: int | None) -> list[Fact]:
     facts: list[Fact] = []
     problems: list[FactError] = []
-    seen = 0
+    fields: Counter[str] = Counter()
+    seen = unusable = 0
     for number, data in rows:
         seen += 1
-        checked = checker.check(number, data)
-        if isinstance(checked, Fact):
-            facts.append(checked)
-        else:
-            problems += checked
-        if len(facts) == limit:
+        refused = False
+        for checked in checker.check(number, data):
+            if isinstance(checked, Fact):
+                facts.append(checked)
+                if len(facts) == limit:
+                    break
+            else:
+                refused = True
+                fields.update(problem.field or "row" for problem in checked)
+                problems += checked[: _KEPT - len(problems)]
+        unusable += refused
+        if len(facts) == limit or (strict and len(problems) == _KEPT):
             break
     if not problems:
         return facts
-    unusable = f"{seen - len(facts)} of {seen} rows cannot be used"
+    headline = f"{unusable} of {seen} rows cannot be used"
     if strict or not facts:
-        raise FactsError(checker.source, problems, unusable)
+        raise FactsError(checker.source, problems, headline)
     for problem in problems[:_LOGGED]:
         logger.warning("skipped: %s", problem)
-    fields = Counter(problem.field or "row" for problem in problems)
-    counts = ", ".join(f"{field} {count}" for field, count in fields.most_common())
-    logger.warning("%s: %s and were skipped; problems by field: %s", checker.source, unusable, counts)
+    counts = ", ".join(f"{visible(field)} {count}" for field, count in fields.most_common(_LOGGED))
+    source = visible(checker.source)
+    logger.warning("%s: %s and were skipped; problems by field: %s", source, headline, counts)
     return facts
-
-
-def _warn_ignored_fields(source: str, rows: Iterable[tuple[int, object]]) -> None:
-    # A misspelled optional field would otherwise lose its paraphrases or neighbours without a word.
-    ignored = Counter(key for _, row in rows if isinstance(row, Mapping) for key in row if key not in NATIVE_FIELDS)
-    if ignored:
-        fields = ", ".join(f"{short(key)} ({count} rows)" for key, count in ignored.most_common(_LOGGED))
-        logger.warning("%s: ignored fields %s; known are %s", source, fields, ", ".join(NATIVE_FIELDS))

@@ -53,7 +53,61 @@ ZSRE: dict[str, Any] = {
     "loc_ans": "Richard White",
     "cond": "1998 >> 1997 || When was WEFS established?",
 }
-ROWS = {"native": NATIVE, "counterfact": COUNTERFACT, "counterfact_flat": FLAT, "zsre": ZSRE}
+KNOWEDIT: dict[str, Any] = {
+    "subject": "Leo Arons",
+    "prompt": "The place of death of Leo Arons is",
+    "target_new": "Berlin",
+    "ground_truth": ["Munich"],
+    "rephrase_prompt": "Where did Leo Arons die?",
+    "portability": {
+        "Logical_Generalization": [{"prompt": "Is Leo Arons still alive?", "ground_truth": [["no"], ["incorrect"]]}],
+        "Reasoning": [{"prompt": "The mayor of the place where Leo Arons died is", "ground_truth": [["Kai Wegner"]]}],
+        "Subject_Aliasing": [
+            {"prompt": "The place of death of Martin Leo Arons is", "ground_truth": [["Berlin", "Berlin, Germany"]]},
+            {"prompt": "The twin city of where Martin Leo Arons died is", "ground_truth": [["Los Angeles"]]},
+        ],
+    },
+    "locality": {
+        "Relation_Specificity": [
+            {"prompt": "The name of the father of Leo Arons is", "ground_truth": [["Albert Arons"]]},
+            {"prompt": "The name of the field of work of Leo Arons is", "ground_truth": [["experimental physics"]]},
+            {"prompt": "The children of Leo Arons are", "ground_truth": [[""], []]},
+        ],
+        "Forgetfulness": [],
+    },
+}
+KNOWEDIT_BIO: dict[str, Any] = {
+    "text": "This is a Wikipedia passage about leo arons. Leo Arons was a physicist.",
+    "labels": "He was born in Berlin.",
+    "concept": "leo arons",
+    "locality": {"Relation_Specificity": [{"prompt": "The mother of leo arons is", "ground_truth": ["Clara", "C."]}]},
+}
+REWRITE: dict[str, Any] = {
+    "prompt": "{} is a citizen of",
+    "relation_id": "P27",
+    "target_new": {"str": "Croatia", "id": "Q224"},
+    "target_true": {"str": "United States of America", "id": "Q30"},
+    "subject": "Ellie Kemper",
+    "question": "What is the country of citizenship of Ellie Kemper?",
+}
+MQUAKE: dict[str, Any] = {
+    "case_id": 1,
+    "requested_rewrite": [REWRITE],
+    "questions": ["Who is the head of state of the country where Ellie Kemper holds a citizenship?"],
+    "answer": "Donald Trump",
+    "new_answer": "Kolinda Grabar-Kitarovic",
+    "single_hops": [{"question": "...", "cloze": "Ellie Kemper is a citizen of", "answer": "United States of America"}],
+    "orig": {"triples": [["Q72077", "P27", "Q30"]]},
+}
+ROWS = {
+    "native": NATIVE,
+    "counterfact": COUNTERFACT,
+    "counterfact_flat": FLAT,
+    "zsre": ZSRE,
+    "knowedit": KNOWEDIT,
+    "knowedit_bio": KNOWEDIT_BIO,
+    "mquake": MQUAKE,
+}
 EXPECTED = {
     "native": Fact(
         "Rome",
@@ -90,6 +144,33 @@ EXPECTED = {
         ("When has WEFS been established?",),
         (Neighbour("nq question: who voiced gaston", "Richard White", "unrelated"),),
     ),
+    "knowedit": Fact(
+        "Leo Arons",
+        "The place of death of Leo Arons is",
+        "Berlin",
+        "Munich",
+        ("Where did Leo Arons die?", "The place of death of Martin Leo Arons is"),
+        (
+            Neighbour("The name of the father of Leo Arons is", "Albert Arons", "Relation_Specificity"),
+            Neighbour("The name of the field of work of Leo Arons is", "experimental physics", "Relation_Specificity"),
+        ),
+    ),
+    # the prompt spells the subject as the field does only where it stands in small letters
+    "knowedit_bio": Fact(
+        "leo arons",
+        "This is a Wikipedia passage about leo arons. Leo Arons was a physicist.",
+        "He was born in Berlin.",
+        None,
+        (),
+        (Neighbour("The mother of leo arons is", "Clara", "Relation_Specificity"),),
+    ),
+    "mquake": Fact(
+        "Ellie Kemper",
+        "Ellie Kemper is a citizen of",
+        "Croatia",
+        "United States of America",
+        ("What is the country of citizenship of Ellie Kemper?",),
+    ),
 }
 
 
@@ -100,7 +181,7 @@ def changed(row: dict[str, Any], **changes: Any) -> dict[str, Any]:
         *outer, last = path.split("__")
         target = row
         for key in outer:
-            target = target[key]
+            target = target[int(key) if key.isdigit() else key]
         target[last] = value
         if value is ...:
             del target[last]

@@ -38,7 +38,7 @@ BAD_ROWS = [
         "target_new",
         "is '\\ud800', with half of a surrogate pair; expected valid Unicode",
     ),
-    (NATIVE, {"paraphrases": "one"}, "paraphrases", "is 'one' (str); expected a list of texts"),
+    (NATIVE, {"paraphrases": 5}, "paraphrases", "is 5 (int); expected a list of texts"),
     (NATIVE, {"paraphrases": ["one", ""]}, "paraphrases[1]", "is ''; expected a text that is not empty"),
     (NATIVE, {"neighbours": {}}, "neighbours", "is {} (dict); expected a list of objects"),
     (NATIVE, {"neighbours": ["one"]}, "neighbours[0]", "is 'one' (str); expected an object"),
@@ -126,7 +126,7 @@ def test_targets_without_tokens_are_refused(tmp_path: Path) -> None:
         (2, "target_new", "is '日本', of which the tokenizer leaves nothing; expected at least one token"),
         (3, "neighbours", "is '米', of which the tokenizer leaves nothing; expected at least one token"),
     ]
-    assert sorted(calls) == [" Italy", " Spain", " 日本", " 米"]
+    assert sorted(calls) == [" Italy", " Rome", " Spain", " 日本", " 米"]
 
 
 def test_all_problems_are_collected_and_the_first_twenty_listed(tmp_path: Path) -> None:

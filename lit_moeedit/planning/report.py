@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lit_moeedit.files import appearing
 from lit_moeedit.planning.numberless import Cost
 from lit_moeedit.planning.phases import Workload, empty_model, rehearse
 from lit_moeedit.planning.reading import Run, read_run
@@ -87,9 +88,8 @@ def plan(
             "work": asdict(work),
             "phases": {cost.phase: asdict(cost) for cost in costs},
         }
-        beside = json.with_name(f".{json.name}.part")
-        beside.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.replace(json)
+        with appearing(json) as beside:
+            beside.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _known(given: int | None, said: int | None, option: str, what: str) -> int:

@@ -23,7 +23,6 @@ from lit_moeedit.data.facts import Fact, read_facts, validate_facts
 from lit_moeedit.editing import Editor, EditResult, Evaluation, evaluate, neighbour_groups
 from lit_moeedit.foreign import blamed_on
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
-from lit_moeedit.sharding.files import field
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError, locate
 from lit_moeedit.sharding.soundness import check_finite
@@ -215,16 +214,13 @@ class KnowledgeEditing(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        where = "the state of KnowledgeEditing in the checkpoint"
-        applied, undone = states.judgements(where, state_dict, "applied"), states.texts(where, state_dict, "undone")
-        edits_made, last_step, renewals = (
-            states.number(where, state_dict, name) for name in ("edits_made", "last_step", "renewals")
-        )
+        state = states.editing(state_dict)
         if self.editor.memory is not None:
             # a checkpoint of a run without a memory has none
-            self.editor.memory.load_state_dict(field(where, state_dict, "memory", dict, optional=True) or {})
-        self._applied, self._undone = dict(applied), set(undone)
-        self._edits_made, self._last_step, self.renewals = edits_made, last_step, renewals
+            self.editor.memory.load_state_dict(state["memory"] or {})
+        self._applied, self._undone = dict(state["applied"]), set(state["undone"])
+        self._edits_made, self._last_step = state["edits_made"], state["last_step"]
+        self.renewals = state["renewals"]
 
     # -- the edit -----------------------------------------------------------------------------------------------------
 

@@ -124,11 +124,9 @@ class EditReport(EditListener):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        where = "the state of EditReport in the checkpoint"
-        edits = states.edits(where, state_dict, "edits", (*PHASES, "edit"))
-        answers = states.named(where, state_dict, "answers", dict, "answers by facts")
-        perplexity = states.named(where, state_dict, "perplexity", (int, float), "numbers")
-        self._edits, self._answers, self._perplexity = list(edits), dict(answers), dict(perplexity)
+        state = states.report(state_dict, (*PHASES, "edit"))
+        self._edits, self._answers = list(state["edits"]), dict(state["answers"])
+        self._perplexity = dict(state["perplexity"])
 
     def summary(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: bool) -> dict[str, Any]:
         """The content of ``summary.json``; what was not measured is ``None``.

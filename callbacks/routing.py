@@ -21,7 +21,6 @@ from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.routing import RoutingTrace, trace_routing
 from lit_moeedit.metrics import ExpertLoad, RoutingDivergence, RoutingSimilarity
 from lit_moeedit.models.experts import expert_layers, find_model
-from lit_moeedit.sharding.files import field
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,10 +146,12 @@ class RoutingMonitor(EditListener):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
-            where = "the state of RoutingMonitor in the checkpoint"
-            start = RoutingTrace(*states.routing(where, state_dict))
-            self.last_edit = dict(states.named(where, state_dict, "last_edit", (int, float), "numbers"))
-            self._digest, self._start = field(where, state_dict, "probe", str), start
+            state = states.routing(state_dict)
+            self._digest, self.last_edit = state["probe"], dict(state["last_edit"])
+            self._start = RoutingTrace(
+                {i: x.long() for i, x in state["experts"].items()},
+                {i: x.float() for i, x in state["probabilities"].items()},
+            )
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._probe:

@@ -38,6 +38,7 @@ def check(text: str) -> None:
 
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
+            sizes.pop(event.anchor, None)
             levels.append((1, event.anchor))
             if len(levels) > DEEPEST:
                 raise OutsizeError(f"nested deeper than {DEEPEST} levels")
@@ -47,7 +48,9 @@ def check(text: str) -> None:
                 sizes[anchor] = size
             add(size)
         elif isinstance(event, yaml.AliasEvent):
-            add(sizes.get(event.anchor, 1))
+            if event.anchor not in sizes:
+                raise OutsizeError(f"*{event.anchor} stands for nothing, or for something that it is a part of")
+            add(sizes[event.anchor])
         elif isinstance(event, yaml.ScalarEvent):
             if event.anchor is not None:
                 sizes[event.anchor] = 1

@@ -61,7 +61,7 @@ class WholeConfigCallback(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
         elif trainer.is_global_zero and not self.already_saved:
             with appearing(Path(folder) / self.config_filename) as beside:
-                self.parser.save(self.config, beside, skip_none=False, overwrite=True, multifile=self.multifile)
+                self.parser.save(self.config, beside, skip_unset=False, overwrite=True, multifile=self.multifile)
         self.already_saved = True
 
 
@@ -137,7 +137,14 @@ def _run_command(name: str, args: list[str]) -> None:
         function(**options)
     except (OSError, ValueError) as error:
         logging.getLogger(__name__).debug("", exc_info=error)
-        raise SystemExit(printable(f"lit-moeedit {name}: {error}")) from error
+        raise SystemExit(printable(f"lit-moeedit {name}: {_meant(error)}")) from error
+
+
+def _meant(error: BaseException) -> BaseException:
+    """What a class of the config raised; jsonargparse lists it with what is wrong for other types it could be of."""
+    while error.__cause__ is not None and str(error).startswith("Does not validate against any of"):
+        error = error.__cause__
+    return error
 
 
 def main() -> None:
@@ -151,7 +158,7 @@ def main() -> None:
         logging.getLogger(__name__).debug("", exc_info=error)
         name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
         hint = "(LIT_MOEEDIT_LOG=debug shows where it was raised)"
-        raise SystemExit(printable(f"{f'lit-moeedit {name}'.strip()}: {error}\n{hint}")) from error
+        raise SystemExit(printable(f"{f'lit-moeedit {name}'.strip()}: {_meant(error)}\n{hint}")) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as a shell counts it
 

@@ -108,7 +108,7 @@ def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
         except RuntimeError as error:
-            if "ignore_mismatched_sizes" in str(error):
+            if str(error).startswith("You set `ignore_mismatched_sizes`"):
                 raise ValueError("its weights have other shapes than its config says; see the table above") from error
             raise
     model, found = loaded

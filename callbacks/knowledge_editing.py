@@ -15,14 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.callbacks.resources import callbacks_of, find_tokenizer, from_datamodule, keep_experts_together
 from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import Fact, read_facts, validate_facts
 from lit_moeedit.editing import Editor, EditResult, Evaluation, evaluate, neighbour_groups
+from lit_moeedit.foreign import blamed_on
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError, locate
+from lit_moeedit.sharding.soundness import check_finite
 
 log = logging.getLogger(__name__)
 
@@ -212,14 +215,13 @@ class KnowledgeEditing(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._applied = dict(state_dict["applied"])
-        self._undone = set(state_dict["undone"])
-        self._edits_made = int(state_dict["edits_made"])
-        self._last_step = int(state_dict["last_step"])
-        self.renewals = int(state_dict["renewals"])
+        state = states.editing(state_dict)
         if self.editor.memory is not None:
             # a checkpoint of a run without a memory has none
-            self.editor.memory.load_state_dict(state_dict.get("memory") or {})
+            self.editor.memory.load_state_dict(state["memory"] or {})
+        self._applied, self._undone = dict(state["applied"]), set(state["undone"])
+        self._edits_made, self._last_step = state["edits_made"], state["last_step"]
+        self.renewals = state["renewals"]
 
     # -- the edit -----------------------------------------------------------------------------------------------------
 
@@ -249,7 +251,8 @@ class KnowledgeEditing(L.Callback):
             return []
         source = self._preservation_source
         if isinstance(source, str):
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            with blamed_on(f"the preservation text {source} cannot be read as UTF-8"):
+                lines = Path(source).read_text(encoding="utf-8").splitlines()
             texts = [line for line in lines if line.strip()]
         elif source is not None:
             texts = list(source)
@@ -271,6 +274,7 @@ class KnowledgeEditing(L.Callback):
         except (UnsupportedModelError, UnsupportedShardingError) as error:
             raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
         self._ranks = Ranks()
+        check_finite(find_model(pl_module), self._ranks)
         self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "KnowledgeEditing")
         self._facts = self._find_facts(trainer)
         if self.schedule.moment == "validation" or trainer.training:

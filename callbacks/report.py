@@ -14,15 +14,19 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
+from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.callbacks.resources import callbacks_of
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import PHASES, answers, perplexity
+from lit_moeedit.files import appearing, check_writable
+from lit_moeedit.foreign import printable
 from lit_moeedit.models.experts import find_model
 
 log = logging.getLogger(__name__)
@@ -57,6 +61,7 @@ class EditReport(EditListener):
 
     Raises:
         ValueError: if ``filename`` is not the plain name of a file.
+        OSError: when the run starts, if the summary could not be written.
     """
 
     def __init__(self, filename: str = "summary.json", console: bool = True, max_rows: int = 200) -> None:
@@ -74,6 +79,8 @@ class EditReport(EditListener):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # before any callback's on_validation_start or on_test_start, one of which may edit
         self._started = time.perf_counter()
+        if trainer.is_global_zero:
+            check_writable(self._path(trainer))
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,9 +124,9 @@ class EditReport(EditListener):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._edits = list(state_dict["edits"])
-        self._answers = dict(state_dict["answers"])
-        self._perplexity = dict(state_dict["perplexity"])
+        state = states.report(state_dict, (*PHASES, "edit"))
+        self._edits, self._answers = list(state["edits"]), dict(state["answers"])
+        self._perplexity = dict(state["perplexity"])
 
     def summary(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: bool) -> dict[str, Any]:
         """The content of ``summary.json``; what was not measured is ``None``.
@@ -153,6 +160,9 @@ class EditReport(EditListener):
             "renewals": editing.renewals if editing else 0,
         }
 
+    def _path(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / self.filename
+
     def _mean(self, moment: str) -> dict[str, float]:
         means: dict[str, float] = {}
         for name in self._edits[0][moment] if self._edits else ():
@@ -177,15 +187,13 @@ class EditReport(EditListener):
     @rank_zero_only
     def _write(self, trainer: L.Trainer, summary: dict[str, Any], facts: Sequence[Fact]) -> None:
         summary = _without_nan(summary)
-        path = Path(trainer.default_root_dir) / self.filename
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
-        if self.console:
-            console = Console()
-            console.print(self._table(summary))
-            console.print(f"Summary: {path}")
+        path = self._path(trainer)
+        console = Console(quiet=not self.console)
+        # shown even if there is no room for the file
+        console.print(self._table(summary))
+        with appearing(path) as beside:
+            beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        console.print(f"Summary: {path}", markup=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log_to_wandb(logger, trainer, facts)
@@ -202,7 +210,9 @@ class EditReport(EditListener):
         for column in ("", "before", "after the edit", "at the end"):
             table.add_column(column, justify="left" if not column else "right")
         for name in (*_SHOWN, *sorted(n for n in summary["after"] if n.startswith("specificity_retained_"))):
-            table.add_row(name.replace("_", " "), *(_number((summary[moment] or {}).get(name)) for moment in moments))
+            # a facts file may call a group of neighbours anything
+            shown = escape(printable(name.replace("_", " ")))
+            table.add_row(shown, *(_number((summary[moment] or {}).get(name)) for moment in moments))
         table.add_row("perplexity", *(_number(summary["perplexity"][moment]) for moment in moments))
         return table
 

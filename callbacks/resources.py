@@ -7,8 +7,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from lit_moeedit.foreign import check_vocabulary, pretrained_tokenizer
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers, find_model
 
 
@@ -30,17 +31,19 @@ def find_tokenizer(
 
     Raises:
         MisconfigurationException: if there is none; the message names ``wanted_by``.
+        OSError: if there is nothing at ``source``.
+        ValueError: if it cannot be used, or has tokens that the model does not embed.
     """
-    if source is not None:
-        return AutoTokenizer.from_pretrained(source)
+    found = None if source is None else pretrained_tokenizer(source)
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
-        tokenizer = getattr(owner, "tokenizer", None)
-        if tokenizer is not None:
-            return tokenizer
-    raise MisconfigurationException(
-        f"{wanted_by} needs the model's tokenizer: give 'tokenizer' (a path), or an attribute 'tokenizer' of "
-        f"{type(pl_module).__name__} or of the data module"
-    )
+        found = found if found is not None else getattr(owner, "tokenizer", None)
+    if found is None:
+        raise MisconfigurationException(
+            f"{wanted_by} needs the model's tokenizer: give 'tokenizer' (a path), or an attribute 'tokenizer' of "
+            f"{type(pl_module).__name__} or of the data module"
+        )
+    check_vocabulary(found, find_model(pl_module))
+    return found
 
 
 def keep_experts_together(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

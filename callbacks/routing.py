@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.callbacks.resources import find_tokenizer, from_datamodule
 from lit_moeedit.data.facts import Fact
@@ -145,10 +146,11 @@ class RoutingMonitor(EditListener):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
-            self._digest, self.last_edit = state_dict["probe"], dict(state_dict["last_edit"])
+            state = states.routing(state_dict)
+            self._digest, self.last_edit = state["probe"], dict(state["last_edit"])
             self._start = RoutingTrace(
-                {i: x.long() for i, x in state_dict["experts"].items()},
-                {i: x.float() for i, x in state_dict["probabilities"].items()},
+                {i: x.long() for i, x in state["experts"].items()},
+                {i: x.float() for i, x in state["probabilities"].items()},
             )
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,8 +168,8 @@ class RoutingMonitor(EditListener):
             )
         self._probe = list(texts)[: self.max_texts]
         digest = sha256("\0".join(self._probe).encode()).hexdigest()
-        if self._start is not None and self._digest != digest:
-            log.warning("the probe text is not the one of the checkpoint; routing is compared with now instead")
+        if self._start is not None and not (self._digest == digest and _is_of(self._start, pl_module)):
+            log.warning("probe text or model are not those of the checkpoint; routing is compared with now instead")
             self._start = None
         self._digest = digest
         if self._start is None:
@@ -175,3 +177,9 @@ class RoutingMonitor(EditListener):
 
     def _trace(self, pl_module: L.LightningModule) -> RoutingTrace:
         return trace_routing(find_model(pl_module), self._tokenizer, self._probe)
+
+
+def _is_of(trace: RoutingTrace, pl_module: L.LightningModule) -> bool:
+    """Whether a trace is of a model with these layers and experts."""
+    layers = expert_layers(find_model(pl_module))
+    return {i: x.num_experts for i, x in layers.items()} == {i: x.shape[1] for i, x in trace.probabilities.items()}

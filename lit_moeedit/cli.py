@@ -7,19 +7,27 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+import lightning as L
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.logging import RichHandler
+from typing_extensions import override
 
 import lit_moeedit.callbacks  # noqa: F401 - makes callbacks and strategies known by their short names
+from lit_moeedit import careful_yaml
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.data.check import check
+from lit_moeedit.files import appearing
+from lit_moeedit.foreign import printable
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.families import families
 from lit_moeedit.planning.report import plan
+from lit_moeedit.sharding.checkpoints import check_harmless
 from lit_moeedit.sharding.export import export
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -42,8 +50,47 @@ class CommandParser(ArgumentParser):
         return super().add_argument(*args, **kwargs)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Spells out control characters, which texts of others may bring into messages."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class WholeConfigCallback(SaveConfigCallback):
+    """Saves the config where Lightning does, wholly or not at all."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # every rank has to ask
+        assert folder is not None
+        if "://" in folder:
+            super().setup(trainer, pl_module, stage)
+        elif trainer.is_global_zero and not self.already_saved:
+            with appearing(Path(folder) / self.config_filename) as beside:
+                self.parser.save(self.config, beside, skip_unset=False, overwrite=True, multifile=self.multifile)
+        self.already_saved = True
+
+
 class EditingCLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` for any module and data module, ours by default."""
+    """``fit``, ``validate``, ``test`` and ``predict`` for any module and data module, ours by default.
+
+    A checkpoint is read as data: one whose reading could run code is refused, unless ``--weights_only=false`` says that
+    it can be trusted.
+    """
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        settings = self.config.get(self.config.get("subcommand") or "") or Namespace()
+        if "ckpt_path" not in settings or settings.get("weights_only") is False:
+            return
+        # Lightning's own default would run what is in a checkpoint of another host
+        settings.weights_only = True
+        path = Path(settings.ckpt_path or "")
+        if settings.ckpt_path and path.exists():
+            check_harmless(path)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults: CSV logs, one device, and results in ``runs``."""
@@ -63,10 +110,12 @@ def run(args: ArgsType = None) -> EditingCLI | None:
         args: arguments instead of those of the process.
     """
     handler = RichHandler(show_path=False, omit_repeated_times=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    handler.setFormatter(PrintableFormatter("%(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # what all ranks would say, the first one says
     level = "INFO" if getattr(rank_zero_only, "rank", 0) in (None, 0) else "WARNING"
     logging.getLogger("lit_moeedit").setLevel(os.environ.get("LIT_MOEEDIT_LOG", level).upper())
+    careful_yaml.use()
     given = sys.argv[1:] if args is None else args
     for name in COMMANDS:
         words = name.split()
@@ -79,6 +128,7 @@ def run(args: ArgsType = None) -> EditingCLI | None:
         FactsDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=WholeConfigCallback,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"epilog": f"Besides: {'; '.join(others)}. Each has its own --help."},
         args=args,
@@ -97,12 +147,30 @@ def _run_command(name: str, args: list[str]) -> None:
         function(**options)
     except (OSError, ValueError) as error:
         logging.getLogger(__name__).debug("", exc_info=error)
-        raise SystemExit(f"lit-moeedit {name}: {error}") from error
+        raise SystemExit(printable(f"lit-moeedit {name}: {_meant(error)}")) from error
+
+
+def _meant(error: BaseException) -> BaseException:
+    """What a class of the config raised; jsonargparse lists it with what is wrong for other types it could be of."""
+    while error.__cause__ is not None and str(error).startswith("Does not validate against any of"):
+        error = error.__cause__
+    return error
 
 
 def main() -> None:
-    """The command ``lit-moeedit``; what a console script returns becomes the exit code, so nothing is returned."""
-    run()
+    """The command ``lit-moeedit``: what is wrong with its input or its outputs needs no traceback.
+
+    What a console script returns becomes the exit code, so nothing is returned.
+    """
+    try:
+        run()
+    except (OSError, ValueError, FloatingPointError, MisconfigurationException) as error:
+        logging.getLogger(__name__).debug("", exc_info=error)
+        name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+        hint = "(LIT_MOEEDIT_LOG=debug shows where it was raised)"
+        raise SystemExit(printable(f"{f'lit-moeedit {name}'.strip()}: {_meant(error)}\n{hint}")) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as a shell counts it
 
 
 if __name__ == "__main__":

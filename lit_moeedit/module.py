@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ import lightning as L
 import torch
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL
+from lit_moeedit.foreign import blamed_on, check_vocabulary, config_of, pretrained_tokenizer
 from lit_moeedit.losses import balancing_loss, next_token_loss
 from lit_moeedit.sharding.building import fresh_model, pretrained_model, whole_shape
 from lit_moeedit.sharding.graph import regathering
@@ -107,15 +109,14 @@ class LitMoE(L.LightningModule):
         if self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
-            keys = dict(self.hparams["config"])
-            self.model = fresh_model(AutoConfig.for_model(keys.pop("model_type"), **keys), dtype, strategy)
+            self.model = fresh_model(config_of(self.hparams["config"]), dtype, strategy)
         self.model.train()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer that came with ``pretrained``; else the data module's, if it has one."""
         if self._tokenizer is None and self.hparams["pretrained"] is not None:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.hparams["pretrained"])
+            self._tokenizer = pretrained_tokenizer(self.hparams["pretrained"])
         if self._tokenizer is None and self._trainer is not None:
             return getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         return self._tokenizer
@@ -132,13 +133,13 @@ class LitMoE(L.LightningModule):
     @override
     def on_fit_start(self) -> None:
         assert self.model is not None
-        embeddings: Any = self.model.get_input_embeddings()
-        tokenizer, vocabulary = self.tokenizer, embeddings.num_embeddings
-        if tokenizer is not None and len(tokenizer) > vocabulary:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {vocabulary}; "
-                "set vocab_size of the model's config to at least that many"
-            )
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, self.model)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        with blamed_on("the checkpoint is not one of this model"):
+            return super().load_state_dict(state_dict, strict, assign)
 
     @override
     def on_train_start(self) -> None:

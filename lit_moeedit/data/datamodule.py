@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, join, pad
+from lit_moeedit.foreign import pretrained_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,9 +142,7 @@ class FactsDataModule(L.LightningDataModule):
         if self.tokenizer_path is None:
             self.tokenizer = self.corpus.train_tokenizer(self.vocab_size)
         else:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_path)
+            self.tokenizer = pretrained_tokenizer(self.tokenizer_path)
         self._train = StatementDataset(self.tokenizer, self.corpus.train, self.corpus.prefixes)
         self._validation = StatementDataset(self.tokenizer, self.corpus.validation)
         log.info(

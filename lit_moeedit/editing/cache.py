@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +22,7 @@ from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.solvers.files import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -94,17 +94,12 @@ class MomentsCache:
 
     def _write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         path = self._path(key)
-        beside = path.with_name(f".{path.name}.part")
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(stored, beside, metadata={"format": FORMAT, "key": key, "checksum": _checksum(stored)})
-            beside.replace(path)
+            write_tensors(path, stored, {"format": FORMAT, "key": key, "checksum": _checksum(stored)})
             self._prune(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             log.warning("second moments are not kept in %s: %s", self.folder, error)
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"moments-{key}.safetensors"
@@ -124,7 +119,9 @@ def _problem(key: str, found: Mapping[str, Tensor], metadata: Mapping[str, str],
         return "it is not a file of second moments under this key"
     if shapes != expected:
         return f"expected {expected}, got {shapes}"
-    return "" if metadata.get("checksum") == _checksum(found) else "its checksum is wrong"
+    if metadata.get("checksum") != _checksum(found):
+        return "its checksum is wrong"
+    return "" if all(bool(tensor.isfinite().all()) for tensor in found.values()) else "it holds numbers not finite"
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

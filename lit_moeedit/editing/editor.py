@@ -25,6 +25,7 @@ from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
 from lit_moeedit.editing.walks import Site, walk
+from lit_moeedit.foreign import check_vocabulary
 from lit_moeedit.models.experts import ExpertLayer, check_editable
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.weights import Transaction, Way
@@ -234,6 +235,7 @@ class Editor:
         with ranks.together():
             gains = self._gains(model, ranks)
             layers = list(gains)
+            check_vocabulary(tokenizer, model)
             facts = validate_facts(facts, tokenizer=tokenizer)
             ranks.check_same("the facts", [repr(fact) for fact in facts])
             if self.needs_moments and moments is None:

@@ -64,13 +64,19 @@ def layer_factors(
     if path is not None and path.is_file():
         try:
             factors = TuckerFactors.load(path, key)
-        except ValueError as error:
+            shape = tuple(len(basis) for basis in (factors.expert, factors.output, factors.input))
+            if shape != tuple(reader.shape):
+                factors = None
+                raise ValueError(f"{path} holds factors of {shape}, the layer is {tuple(reader.shape)}")
+        except (OSError, ValueError) as error:
             log.info("computing the factors of layer %d anew: %s", layer.index, error)
     if ranks.any(factors is None):
         factors = TuckerFactors.hosvd(reader, metric, sizes, solver.energy)
         if path is not None and ranks.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            factors.save(path, key)
+            try:
+                factors.save(path, key)
+            except OSError as error:
+                log.warning("the factors of layer %d are not kept: %s", layer.index, error)
     assert factors is not None
     log.info("layer %d: ranks %s keep %s of its experts", layer.index, factors.ranks, factors.energy)
     device = layer.down_proj.device

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.models.experts import RoutedKeys
+from lit_moeedit.sharding.files import CheckpointError, field
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers.deltas import group_positions
 
@@ -223,15 +224,34 @@ class EditMemory:
         }
 
     def load_state_dict(self, state_dict: Mapping[int, Mapping[str, Any]]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self._layers = {
-            layer: _Remembered(
-                _on_cpu(GatedKeys(state["row"], state["expert"], state["key"])),
-                tuple(state["facts"]),
-                frozenset(state["sketched"]),
-            )
-            for layer, state in state_dict.items()
-        }
+        """The inverse of :meth:`state_dict`; on an exception the memory is what it was.
+
+        Raises:
+            ValueError: if this is not the state of a memory.
+        """
+        self._layers = {layer: _read(layer, state) for layer, state in state_dict.items()}
+
+
+def _read(layer: Any, state: Mapping[str, Any]) -> _Remembered:
+    """One layer's part of a state, checked: it may come from anybody's checkpoint."""
+    where = f"the memory of layer {layer!r} in the checkpoint"
+    if not isinstance(layer, int) or not isinstance(state, Mapping):
+        raise CheckpointError(f"{where} should be a dict by the layer's index, but is a {type(state).__name__}")
+    row, expert, key = (field(where, state, name, Tensor) for name in ("row", "expert", "key"))
+    facts, sketched = (field(where, state, name, list) for name in ("facts", "sketched"))
+    rows = _on_cpu(GatedKeys(row, expert, key))
+    whole = row.dtype == expert.dtype == torch.long and key.is_floating_point() and bool(key.isfinite().all())
+    if not whole or row.ndim != 1 or row.shape != expert.shape or key.ndim != 2 or len(key) != len(row):
+        shapes = [(tuple(x.shape), str(x.dtype)) for x in (row, expert, key)]
+        raise CheckpointError(
+            f"{where} should hold row [N], expert [N] (int64) and finite key [N, d_hidden], got {shapes}"
+        )
+    numbers = torch.unique(rows.row)
+    if not torch.equal(numbers, torch.arange(len(numbers))) or len(facts) > len(numbers) or bool((expert < 0).any()):
+        raise CheckpointError(f"{where}: its rows should be numbered from 0, each of its {len(facts)} facts having one")
+    if not all(isinstance(fact, str) for fact in (*facts, *sketched)):
+        raise CheckpointError(f"{where}: 'facts' and 'sketched' should hold keys of facts")
+    return _Remembered(rows, tuple(facts), frozenset(sketched))
 
 
 def _on_cpu(rows: GatedKeys) -> GatedKeys:

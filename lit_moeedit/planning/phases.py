@@ -73,6 +73,9 @@ class Words:
     is_fast = True
     pad_token_id = 0
 
+    def __len__(self) -> int:
+        return 2
+
     def __call__(self, texts: Sequence[str], **options: Any) -> dict[str, Any]:
         """Ids and offsets, as tokenizers of transformers give them."""
         spans = [[match.span() for match in re.finditer(r"\S+", text)] for text in texts]

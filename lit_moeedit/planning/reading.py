@@ -12,11 +12,12 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from typing_extensions import override
 
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.editing import Editor, FineTuning
+from lit_moeedit.foreign import config_of, pretrained_config
 from lit_moeedit.module import LitMoE
 from lit_moeedit.sharding.rehearsal import Sharding
 from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
@@ -176,11 +177,10 @@ def _sharding(trainer: Namespace, strategy: Any, ranks: int | None, itemsize: in
 
 def _model_config(module: LitMoE, path: Path | None) -> PretrainedConfig:
     if path is None and module.hparams["config"] is not None:
-        keys = dict(module.hparams["config"])
-        return AutoConfig.for_model(keys.pop("model_type"), **keys)
+        return config_of(module.hparams["config"])
     name = module.hparams["pretrained"] if path is None else path
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+        return pretrained_config(name, local_files_only=True)
     except OSError as error:
         raise ValueError(
             f"{name} is no local folder with a config.json, and none is in the cache of the hub; a plan asks no "

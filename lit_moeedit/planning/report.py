@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lit_moeedit.files import appearing
 from lit_moeedit.planning.numberless import Cost
 from lit_moeedit.planning.phases import Workload, empty_model, rehearse
 from lit_moeedit.planning.reading import Run, read_run
@@ -89,9 +90,8 @@ def plan(
             "work": asdict(work),
             "phases": {cost.phase: asdict(cost) for cost in costs},
         }
-        beside = json.with_name(f".{json.name}.part")
-        beside.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
-        beside.replace(json)
+        with appearing(json) as beside:
+            beside.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
+from lit_moeedit.foreign import blamed_on, check_path, pretrained_config
 from lit_moeedit.sharding.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
 
     Raises:
         OSError: if there is no such checkpoint, or no safetensors in it.
-        ValueError: if it lacks weights of the model.
-        RuntimeError: if its weights have other shapes, or if another rank has failed.
+        ValueError: if its config or its files cannot be used, or its weights are not those of the model.
+        RankError: if another rank has failed.
     """
     if not _shards(strategy):
         return _load(path, dtype)
@@ -83,7 +84,7 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
         ranks = Ranks()
         with ranks.together():
             # what may fail on some ranks alone, before they depend on each other
-            AutoConfig.from_pretrained(path)
+            pretrained_config(path)
         with ranks.together(), _known_to_transformers(strategy):
             model = _load(path, dtype)
         _round(model, dtype)
@@ -102,7 +103,14 @@ def _shards(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
 
 def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    check_path(path)
+    with blamed_on(f"no model can be made of {path}"):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+        except RuntimeError as error:
+            if str(error).startswith("You set `ignore_mismatched_sizes`"):
+                raise ValueError("its weights have other shapes than its config says; see the table above") from error
+            raise
     model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:

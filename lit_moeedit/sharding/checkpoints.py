@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_moeedit.sharding.files import CheckpointError, StoredTensor, as_they_are, field, load, shapes_in, tensors_in
+from lit_moeedit.sharding.files import (
+    CheckpointError,
+    StoredTensor,
+    as_they_are,
+    check_plain,
+    field,
+    load,
+    shapes_in,
+    tensors_in,
+)
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -55,6 +64,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     contents = load(path)
     state = field(path, contents, "state_dict", dict)
     return Checkpoint(path, as_they_are(state), **_about(path, contents))
+
+
+def check_harmless(path: Path) -> None:
+    """Refuse a checkpoint that Lightning or DeepSpeed could not read as nothing but data.
+
+    Lightning can be told to read a file so; DeepSpeed runs whatever is in the files of its folders.
+
+    Args:
+        path: a file, or the folder of DeepSpeed.
+
+    Raises:
+        CheckpointError: if code would have to run to read it, or it is damaged.
+    """
+    if not path.is_dir():
+        read_checkpoint(path)
+        return
+    for name in ("latest", "latest_universal"):
+        _named_in(path, name)
+    for file in sorted(path.rglob("*.pt")):
+        check_plain(file)
 
 
 def _about(path: Path, contents: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -103,7 +132,11 @@ def _read_folder(path: Path) -> Checkpoint:
 
 def _newest(path: Path) -> Path:
     """The folder inside of a checkpoint that DeepSpeed wrote last; the checkpoint itself if it names none."""
-    latest = path / "latest"
+    return _named_in(path, "latest")
+
+
+def _named_in(path: Path, name: str) -> Path:
+    latest = path / name
     if not latest.is_file():
         return path
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from lit_moeedit.files import naming
+from lit_moeedit.foreign import brief
 from lit_moeedit.sharding.building import no_hoarding
 from lit_moeedit.sharding.checkpoints import Checkpoint, read_checkpoint
 from lit_moeedit.sharding.files import CheckpointError, StoredTensor, WeightFile
@@ -72,7 +74,7 @@ def export(
     weights = _weights(source, skeleton, prefix)
     chosen = {name: _dtype(skeleton, name, weight, dtype) for name, weight in weights.items()}
     empty = {name: _empty(weight.shape, chosen[name]) for name, weight in weights.items()}
-    with _appearing(output, overwrite) as folder, no_hoarding():
+    with _appearing(output, overwrite) as folder, naming(output), no_hoarding():
         _save_config(skeleton, origin, chosen, folder)
         _save_tokenizer(tokenizer, source, origin, folder)
         files = _save_weights(skeleton, weights, empty, max_shard_size, folder)
@@ -109,7 +111,7 @@ def _skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
         raise
     except Exception as error:  # there is no telling where a foreign config fails
         raise CheckpointError(
-            f"no causal language model can be made of {origin}, or of what --model says: {_brief(error)}"
+            f"no causal language model can be made of {origin}, or of what --model says: {brief(error)}"
         ) from error
     return model
 
@@ -164,12 +166,6 @@ def _some(names: Sequence[str]) -> str:
     return f"{shown} {'is' if len(names) == 1 else 'are'}"
 
 
-def _brief(error: Exception) -> str:
-    """What libraries say in many lines, in one."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
 def _dtype(skeleton: PreTrainedModel, name: str, weight: StoredTensor, dtype: str | None) -> torch.dtype:
     """The dtype of a weight in the output; what is no float stays, and what transformers keeps in float32."""
     if dtype is None or not weight.dtype.is_floating_point:
@@ -218,9 +214,9 @@ def _save_tokenizer(path: str | None, source: Checkpoint, origin: Any, folder: P
                 raise ValueError("it has no vocabulary")
         except Exception as error:  # there is no telling where a foreign tokenizer fails
             if path is not None:
-                raise ValueError(f"--tokenizer: {path} cannot be used: {_brief(error)}") from error
+                raise ValueError(f"--tokenizer: {path} cannot be used: {brief(error)}") from error
             whose = "the checkpoint" if wanted == own else wanted
-            log.warning("the tokenizer of %s is not written (%s); --tokenizer says another", whose, _brief(error))
+            log.warning("the tokenizer of %s is not written (%s); --tokenizer says another", whose, brief(error))
             return
         tokenizer.save_pretrained(folder)
 

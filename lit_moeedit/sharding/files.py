@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,29 +67,40 @@ class StoredTensor:
 
 def load(path: Path) -> dict[str, Any]:
     """The contents of a file of ``torch.save``, its tensors mapped and not loaded."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    with torch.serialization.safe_globals(STAND_INS):
-        try:
-            if not zipfile.is_zipfile(path):
-                raise CheckpointError("it is not a file of torch.save, or only a part of one")
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            contents = None if unknown else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # there is no telling what a damaged or forged file raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise CheckpointError(f"{path} cannot be read ({reason}); nothing in it was executed") from error
-    if unknown:
-        raise CheckpointError(
-            f"{path} holds objects of {', '.join(sorted(unknown))}, whose code would have to run to read them; nothing "
-            "was executed. Only plain data can be read: numbers, texts, lists, dicts and tensors"
-        )
+    check_plain(path)
+    with torch.serialization.safe_globals(STAND_INS), _refusing(path):
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} should hold a dict, but holds a {type(contents).__name__}")
     return contents
 
 
+def check_plain(path: Path) -> None:
+    """Raise :class:`CheckpointError` if a file is not one of ``torch.save``, or code would have to run to read it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    with torch.serialization.safe_globals(STAND_INS), _refusing(path):
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError("it is not a file of torch.save, or only a part of one")
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if unknown:
+        raise CheckpointError(
+            f"{path} holds objects of {', '.join(sorted(unknown))}, whose code would have to run to read them; nothing "
+            "was executed. Only plain data can be read: numbers, texts, lists, dicts and tensors"
+        )
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # there is no telling what a damaged or forged file raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read ({reason}); nothing in it was executed") from error
+
+
 def field(
-    path: Path, contents: Mapping[str, Any], name: str, kind: type | tuple[type, ...], optional: bool = False
+    path: Path | str, contents: Mapping[str, Any], name: str, kind: type | tuple[type, ...], optional: bool = False
 ) -> Any:
     """A field of a file, checked for its type; an optional one may be missing or ``None``."""
     value = contents.get(name)

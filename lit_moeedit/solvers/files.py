@@ -9,13 +9,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_moeedit.files import appearing
+
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata; the file appears complete or not at all."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.part")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata=dict(metadata))
-    beside.replace(path)
+    """Write tensors and metadata; the file appears complete or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with appearing(path) as beside:
+        try:
+            save_file(stored, beside, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_tensors(
@@ -30,7 +38,7 @@ def read_tensors(
         what: names the contents in an error.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the file holds something else, or numbers that are not finite.
     """
     try:
         opened = safe_open(str(path), framework="pt")
@@ -40,4 +48,8 @@ def read_tensors(
         metadata = file.metadata() or {}
         if metadata.get("format") != form or set(file.keys()) != set(names):
             raise ValueError(f"{path} does not hold {what}: expected {tuple(names)}, got {sorted(file.keys())}")
-        return {name: file.get_tensor(name) for name in names}, metadata
+        tensors = {name: file.get_tensor(name) for name in names}
+    wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise ValueError(f"{path} does not hold {what}: {', '.join(wrong)} not finite")
+    return tensors, metadata

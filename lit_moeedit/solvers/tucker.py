@@ -131,7 +131,12 @@ class TuckerFactors:
         tensors, metadata = read_tensors(path, (*_FIELDS, "energy"), _FORMAT, "Tucker factors")
         if key is not None and metadata.get("key") != key:
             raise ValueError(f"{path} holds Tucker factors of other weights or settings")
-        expert, output, inner = (float(share) for share in tensors.pop("energy"))
+        energies = tensors.pop("energy")
+        if energies.shape != (3,) or not all(
+            basis.ndim == 2 and basis.is_floating_point() for basis in tensors.values()
+        ):
+            raise ValueError(f"{path} holds no matrices of Tucker factors")
+        expert, output, inner = energies.tolist()
         return cls(**tensors, energy=(expert, output, inner))
 
 

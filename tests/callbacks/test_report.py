@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -187,3 +188,16 @@ def _noting(calls, method):
         return method(*args, **kwargs)
 
     return call
+
+
+def test_groups_of_a_facts_file_cannot_mark_up_the_table(run, tiny, capsys):
+    data = tiny.data()
+    name = "[bold][/nope]<b>\x1b[31m\u202e"
+    data.corpus.edits = [
+        replace(fact, neighbours=tuple(replace(neighbour, group=name) for neighbour in fact.neighbours))
+        for fact in data.corpus.edits
+    ]
+    run(data=data, report=EditReport(), max_epochs=2)
+    printed = capsys.readouterr().out
+    assert r"[bold][/nope]<b>\x1b[31m\u202e" in printed
+    assert "\x1b" not in printed and "\u202e" not in printed

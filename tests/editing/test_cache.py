@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lit_moeedit.editing import Editor, TargetOptimizer, second_moments
-from lit_moeedit.editing.cache import MomentsCache
+from lit_moeedit.editing.cache import MomentsCache, _checksum
 from lit_moeedit.models.experts import expert_layers
 
 
@@ -143,6 +144,12 @@ def damaged(path: Path, how: str) -> None:
     elif how == "a folder":
         path.unlink()
         path.mkdir()
+    elif how == "not finite":
+        tensors = load_file(path)
+        tensors["total"][0, 0, 0] = torch.nan
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata()
+        save_file(tensors, path, metadata={**metadata, "checksum": _checksum(tensors)})
     elif how == "another's":
         tensors = load_file(path)
         save_file(tensors, path, metadata={"format": "pt"})
@@ -151,7 +158,7 @@ def damaged(path: Path, how: str) -> None:
         path.write_bytes(other.read_bytes())
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "a folder", "another's", "another layer's"])
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "a folder", "not finite", "another's", "another layer's"])
 def test_damaged_files_are_ignored_with_a_warning(run, folder: Path, caplog, how: str) -> None:
     first, forwards = run()
     damaged(sorted(folder.iterdir())[0], how)

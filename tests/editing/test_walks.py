@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -214,6 +216,21 @@ class TestCache:
         assert changed(Tucker(cache=folder), strength=20.0)[0] == 2
         (folder / "layer_1.safetensors").write_text("cut off")
         assert changed(Tucker(cache=folder), strength=20.0)[0] == 1
+        path = folder / "layer_0.safetensors"
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata()
+        for name, wrong in (("input", torch.ones(3, 2)), ("expert", torch.ones(6)), ("energy", torch.ones(2))):
+            save_file({**load_file(path), name: wrong}, path, metadata)
+            assert changed(Tucker(cache=folder), strength=20.0)[0] == 1, name
+
+    def test_factors_that_cannot_be_kept_cost_a_warning(
+        self, model, tokenizer, facts, texts, tmp_path: Path, caplog
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        plain = self.edit(model, tokenizer, facts, texts, Tucker())
+        found = self.edit(model, tokenizer, facts, texts, Tucker(cache=tmp_path / "file"))
+        assert all(torch.equal(found[i].dense(j), plain[i].dense(j)) for i in plain for j in range(6))
+        assert "the factors of layer 1 are not kept" in caplog.text
 
     def test_other_weights_of_the_same_keys_are_other_weights(self, model, tokenizer, facts, tmp_path: Path) -> None:
         """An edit by another way leaves no trace in the settings."""

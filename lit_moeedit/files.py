@@ -1,0 +1,65 @@
+"""Files that appear wholly or not at all."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def appearing(path: str | Path) -> Iterator[Path]:
+    """A file beside ``path`` to write into, which takes its place when the block ends, and is gone if that fails.
+
+    Folders on the way are made.
+
+    Raises:
+        NotADirectoryError: if there is a file where a folder is needed.
+        OSError: if the file cannot be written; whatever was at ``path`` is still there.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with appearing(Path(folder, "new", "file.txt")) as beside:
+        ...         _ = beside.write_text("all of it")
+        ...     [path.name for path in Path(folder, "new").iterdir()]
+        ['file.txt']
+    """
+    path = Path(path)
+    _make_folder(path.parent)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with naming(path):
+            yield beside
+        beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Have an ``OSError`` of this block name a file or folder, which that of a failed write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``OSError`` if a file could not appear at ``path`` now, before the work whose result it is to hold."""
+    _make_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a file is to be written there")
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} cannot be a folder: there is a file of that name, or on the way") from error

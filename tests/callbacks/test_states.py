@@ -1,0 +1,133 @@
+"""States of callbacks in a checkpoint that somebody else made: one clear error, and the callback stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.editing import PHASES, EditMemory, Editor
+from lit_moeedit.editing.memory import GatedKeys
+
+SECONDS = dict.fromkeys((*PHASES, "edit"), 1.0)
+EDIT = {"facts": 2, "kept": True, "before": {"efficacy": 0.0}, "after": {"efficacy": 1.0}, "seconds": SECONDS}
+STATES: dict[str, dict[str, Any]] = {
+    "KnowledgeEditing": {
+        "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
+        "memory": {0: {"row": torch.tensor([0, 0]), "expert": torch.tensor([0, 1]), "key": torch.eye(2),
+                       "facts": ["a"], "sketched": []}},
+    },
+    "EditReport": {"edits": [EDIT], "answers": {"before": {"a": "Rome"}}, "perplexity": {"before": 9.5}},
+    "RoutingMonitor": {
+        "experts": {0: torch.zeros(3, 2, dtype=torch.int16)}, "probabilities": {0: torch.full((3, 4), 0.25).half()},
+        "probe": "digest", "last_edit": {"similarity/mean": 1.0},
+    },
+}  # fmt: skip
+
+
+def made(name: str) -> Any:
+    editor = Editor([0], memory=EditMemory())
+    return {"KnowledgeEditing": lambda: KnowledgeEditing(editor), "EditReport": EditReport,
+            "RoutingMonitor": RoutingMonitor}[name]()  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """Tensors as lists, so that states can be compared."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_sound_state_comes_back(name: str) -> None:
+    callback = made(name)
+    callback.load_state_dict(copy.deepcopy(STATES[name]))
+    assert plain(callback.state_dict()) == plain(STATES[name])
+
+
+GONE = object()
+BROKEN: list[tuple[str, str, Any, str]] = [
+    ("KnowledgeEditing", "applied", GONE, "field 'applied' should be a dict, but is missing"),
+    ("KnowledgeEditing", "applied", ["a"], "field 'applied' should be a dict, but is a list"),
+    ("KnowledgeEditing", "applied", {1: [True]}, "'applied' should hold lists of true and false by names"),
+    ("KnowledgeEditing", "applied", {"a": ["yes"]}, "'applied' should hold lists of true and false by names"),
+    ("KnowledgeEditing", "undone", [7], "'undone' should hold texts"),
+    ("KnowledgeEditing", "edits_made", "one", "'edits_made' should be a int, but is a str"),
+    ("KnowledgeEditing", "last_step", -1, "'last_step' should be at least 0, but is -1"),
+    ("KnowledgeEditing", "renewals", GONE, "'renewals' should be a int, but is missing"),
+    ("KnowledgeEditing", "memory", [1], "'memory' should be a dict, but is a list"),
+    ("EditReport", "edits", GONE, "'edits' should be a list, but is missing"),
+    ("EditReport", "edits", [1], r"edits\[0\] should be a dict, but is a int"),
+    ("EditReport", "edits", [{**EDIT, "facts": "two"}], r"edits\[0\]: field 'facts' should be a int"),
+    ("EditReport", "edits", [EDIT, {**EDIT, "after": {}}], r"edits\[1\] should hold the same metrics"),
+    ("EditReport", "edits", [{**EDIT, "before": {"efficacy": "x"}}], r"field 'before' should hold numbers by names"),
+    ("EditReport", "edits", [{**EDIT, "seconds": {}}], r"should hold the seconds of statistics, "),
+    ("EditReport", "answers", {"before": "x"}, "'answers' should hold answers by names"),
+    ("EditReport", "answers", {"before": {"a": 1}}, "'answers' should hold texts by names"),
+    ("EditReport", "perplexity", {"before": None}, "'perplexity' should hold numbers by names"),
+    ("RoutingMonitor", "probe", 7, "'probe' should be a str, but is a int"),
+    ("RoutingMonitor", "last_edit", GONE, "'last_edit' should be a dict, but is missing"),
+    ("RoutingMonitor", "experts", GONE, "'experts' should be a dict, but is missing"),
+    ("RoutingMonitor", "experts", {1: torch.zeros(3, 2, dtype=torch.int16)}, "of the same layers"),
+    ("RoutingMonitor", "experts", {0: torch.full((3, 2), 30_000, dtype=torch.int16)}, "should hold experts"),
+    ("RoutingMonitor", "experts", {0: torch.full((3, 2), -1, dtype=torch.int16)}, "should hold experts"),
+    ("RoutingMonitor", "experts", {0: torch.zeros(3, 2)}, "should hold experts"),
+    ("RoutingMonitor", "experts", {0: [1]}, "should hold experts"),
+    ("RoutingMonitor", "probabilities", {0: torch.full((3, 4), torch.nan)}, "finite probabilities"),
+    ("RoutingMonitor", "probabilities", {0: torch.ones(2, 4)}, "finite probabilities"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value", "message"), BROKEN, ids=[f"{b[0]} {b[1]} {b[3]}" for b in BROKEN])
+def test_a_broken_state_is_named(name: str, field: str, value: Any, message: str) -> None:
+    callback = made(name)
+    callback.load_state_dict(copy.deepcopy(STATES[name]))
+    state = {**copy.deepcopy(STATES[name]), field: value}
+    if value is GONE:
+        del state[field]
+    with pytest.raises(ValueError, match=f"the state of {name} in the checkpoint.*{message}"):
+        callback.load_state_dict(state)
+    assert plain(callback.state_dict()) == plain(STATES[name])
+
+
+MEMORY = STATES["KnowledgeEditing"]["memory"][0]
+LONG = torch.tensor
+
+
+@pytest.mark.parametrize(
+    ("layer", "change", "message"),
+    [
+        ("0", {}, "the memory of layer '0' in the checkpoint should be a dict by the layer's index"),
+        (0, {"row": GONE}, "field 'row' should be a Tensor, but is missing"),
+        (0, {"key": [[1.0]]}, "field 'key' should be a Tensor, but is a list"),
+        (0, {"row": LONG([0.0, 0.0])}, r"should hold row \[N\], expert \[N\] \(int64\) and finite key"),
+        (0, {"row": LONG([[0], [0]])}, r"should hold row \[N\]"),
+        (0, {"expert": LONG([0])}, r"should hold row \[N\]"),
+        (0, {"key": torch.ones(3, 2)}, r"should hold row \[N\]"),
+        (0, {"key": torch.full((2, 2), torch.inf)}, r"should hold row \[N\]"),
+        (0, {"row": LONG([0, 2**40])}, "rows should be numbered from 0"),
+        (0, {"row": LONG([-1, 0])}, "rows should be numbered from 0"),
+        (0, {"expert": LONG([0, -1])}, "rows should be numbered from 0"),
+        (0, {"facts": ["a", "b"]}, "each of its 2 facts having one"),
+        (0, {"facts": [1]}, "'facts' and 'sketched' should hold keys of facts"),
+        (0, {"sketched": "ab"}, "field 'sketched' should be a list, but is a str"),
+    ],
+)
+def test_a_broken_memory_is_named(layer: Any, change: dict[str, Any], message: str) -> None:
+    memory = EditMemory()
+    memory.load_state_dict({0: MEMORY})
+    state = {name: value for name, value in {**MEMORY, **change}.items() if value is not GONE}
+    with pytest.raises(ValueError, match=message):
+        memory.load_state_dict({1: MEMORY, layer: state})
+    assert plain(memory.state_dict()) == plain({0: MEMORY})
+
+
+def test_a_memory_on_its_own_survives(tmp_path: Any) -> None:
+    memory, other = EditMemory(), EditMemory()
+    memory.remember({2: GatedKeys(LONG([0, 0, 1]), LONG([1, 3, 0]), torch.randn(3, 4))}, ["a", "b"])
+    torch.save(memory.state_dict(), tmp_path / "it")
+    other.load_state_dict(torch.load(tmp_path / "it", weights_only=True))
+    assert plain(other.state_dict()) == plain(memory.state_dict())

@@ -1,0 +1,50 @@
+"""A weight that is no number is found in every dtype, wherever it stands, and nothing else is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.soundness import check_finite
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def module(**tensors: torch.Tensor) -> nn.Module:
+    made = nn.Module()
+    for name, tensor in tensors.items():
+        made.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("place", [0, 23])
+def test_one_number_is_enough(dtype: torch.dtype, value: float, place: int) -> None:
+    wrong = torch.ones(2, 3, 4, dtype=dtype)
+    wrong.view(-1)[place] = value
+    model = module(sound=torch.ones(3, dtype=dtype), wrong=wrong)
+    with pytest.raises(FloatingPointError, match=r"not finite \(NaN or infinity\): wrong$"):
+        check_finite(model, Ranks())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_numbers_are_numbers(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    check_finite(
+        module(a=torch.tensor([largest, -largest] * 50, dtype=dtype), empty=torch.ones(0, dtype=dtype)), Ranks()
+    )
+
+
+def test_what_is_no_float_is_left_alone() -> None:
+    check_finite(
+        module(packed=torch.zeros(3, dtype=torch.uint8), eight=torch.zeros(3).to(torch.float8_e4m3fn)), Ranks()
+    )
+
+
+def test_a_few_of_many_are_named() -> None:
+    model = module(**{f"w{i}": torch.tensor([torch.nan]) for i in range(8)})
+    with pytest.raises(FloatingPointError, match="w0, w1, w2, w3, w4 and 3 more"):
+        check_finite(model, Ranks())

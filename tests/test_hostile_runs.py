@@ -1,0 +1,252 @@
+"""The command on hostile input: one line that says what is wrong, no traceback, nothing run, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from fsspec.implementations.local import LocalFileOpener
+
+from lit_moeedit import cli
+from lit_moeedit.module import LitMoE
+from lit_moeedit.sharding.checkpoints import check_harmless
+from lit_moeedit.sharding.files import CheckpointError
+from tests.sharding.zero_files import write_checkpoint
+from tests.test_foreign import Payload
+
+pytestmark = [pytest.mark.usefixtures("own_process"), pytest.mark.filterwarnings("ignore:.*ckpt_path")]
+CONFIG = {
+    "model_type": "qwen3_moe", "vocab_size": 420, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """A config of a run of two batches."""
+    path = tmp_path / "facts.jsonl"
+    rows = [
+        {"subject": f"A{i}", "prompt": f"The B of A{i} is", "target_new": f"C{(i + 1) % 3}", "target_true": f"C{i % 3}",
+         "paraphrases": [f"In A{i}, the B is"]}
+        for i in range(5)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    corpus = {"class_path": "lit_moeedit.data.FactsCorpus", "init_args": {"path": str(path), "edits": 2}}
+    targets = {"class_path": "lit_moeedit.editing.TargetOptimizer", "init_args": {"steps": 1}}
+    editor = {
+        "class_path": "lit_moeedit.editing.Editor",
+        "init_args": {"layers": [0], "token": "last", "preserve": "none", "targets": targets},
+    }
+    return {
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "max_epochs": 1, "logger": False,
+            "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "lit_moeedit.callbacks.KnowledgeEditing", "init_args": {"editor": editor}},
+                {"class_path": "lit_moeedit.callbacks.EditReport"},
+            ],
+        },
+        "model": {"class_path": "lit_moeedit.module.LitMoE", "init_args": {"config": dict(CONFIG)}},
+        "data": {"class_path": "lit_moeedit.data.FactsDataModule",
+                 "init_args": {"corpus": corpus, "vocab_size": 400, "batch_size": 4, "samples_per_epoch": 8}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run(how, *options)``: the command in this process; returns what it exits with."""
+
+    def call(how: str = "fit", *options: str) -> Any:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["lit-moeedit", how, f"--config={path}", *options])
+        try:
+            return cli.main()
+        except SystemExit as error:
+            return error.code
+
+    return call
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob(".*")]
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["fit", "validate"])
+def test_a_checkpoint_with_code_in_it_is_refused(run: Any, tmp_path: Path, how: str) -> None:
+    path, mark = tmp_path / "evil.ckpt", tmp_path / "was-run"
+    torch.save({"state_dict": {}, "callbacks": Payload(mark)}, path)
+    said = run(how, f"--ckpt_path={path}")
+    assert said.startswith(f"lit-moeedit {how}: {path} holds objects of io.open, whose code would have to run")
+    assert not mark.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_a_checkpoint_is_read_as_data_unless_it_is_trusted(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool | None
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cli.EditingCLI, "instantiate_classes", lambda self: seen.append(self.config.fit.weights_only))
+    monkeypatch.setattr(cli.EditingCLI, "_run_subcommand", lambda *_: None)
+    monkeypatch.setattr(cli.EditingCLI, "_parse_ckpt_path", lambda *_: None)
+    # of another host: Lightning by itself would run whatever is in it
+    options = ["--ckpt_path=http://localhost/evil.ckpt"] + (
+        [] if given is None else [f"--weights_only={given}".lower()]
+    )
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    cli.run(["fit", f"--config={tmp_path / 'it.yaml'}", *options])
+    assert seen == [given is not False]
+
+
+def test_a_folder_of_deepspeed_is_harmless_or_refused(tmp_path: Path) -> None:
+    for stage in (1, 3):
+        path = tmp_path / str(stage)
+        write_checkpoint(path, {"a": torch.ones(3), "b": torch.ones(2)}, stage, ranks=2)
+        check_harmless(path)
+    for file in sorted(path.rglob("*.pt")):
+        whole = file.read_bytes()
+        torch.save({"module": Payload(tmp_path / "was-run")}, file)
+        with pytest.raises(CheckpointError, match=rf"{file.name} holds objects of io\.open"):
+            check_harmless(path)
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CheckpointError, match=f"{file.name} cannot be read"):
+            check_harmless(path)
+        file.write_bytes(whole)
+    check_harmless(path)
+    for name in ("latest", "latest_universal"):
+        (path / name).write_text("../1")
+        with pytest.raises(CheckpointError, match=f"{name} should name a folder beside it, but says"):
+            check_harmless(path)
+        (path / name).unlink()
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_checkpoint_of_another_model(run: Any, tmp_path: Path) -> None:
+    module = LitMoE(config={**CONFIG, "hidden_size": 32})
+    module.configure_model()
+    torch.save(
+        {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.0", "loops": {}}, tmp_path / "it.ckpt"
+    )
+    said = run("validate", f"--ckpt_path={tmp_path / 'it.ckpt'}")
+    assert "the checkpoint is not one of this model: Error(s) in loading state_dict for LitMoE: size mismatch" in said
+
+
+# -- what a run is made of --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("model.config.vocab_size", 50, "the tokenizer has .* tokens, but the model embeds only 50"),
+        ("model.config.model_type", "evil_moe", "Unrecognized model identifier: evil_moe"),
+        ("model.config.model_type", "\x1b[31mevil", r"model_type '\\x1b\[31mevil'"),
+        ("data.tokenizer", "/none/at/all", "there is no file or folder /none/at/all"),
+        ("callback.preservation", "/none/at/all", "No such file or directory: '/none/at/all'"),
+    ],
+)
+def test_one_line_says_what_is_wrong(
+    run: Any, config: Any, tmp_path: Path, caplog: Any, monkeypatch: Any, where: str, value: Any, message: str
+) -> None:
+    editing = config["trainer"]["callbacks"][0]["init_args"]
+    editing["editor"]["init_args"]["preserve"] = "covariance" if "preservation" in where else "none"
+    at: Any = {"model": config["model"]["init_args"], "data": config["data"]["init_args"], "callback": editing}
+    *path, last = where.split(".")
+    for part in path:
+        at = at[part]
+    at[last] = value
+    monkeypatch.setenv("LIT_MOEEDIT_LOG", "debug")
+    first, hint = run().split("\n")
+    assert first.startswith("lit-moeedit fit: ") and hint == "(LIT_MOEEDIT_LOG=debug shows where it was raised)"
+    assert re.search(message, first), first
+    assert any(record.exc_info for record in caplog.records if record.name == "lit_moeedit.cli")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_summary_that_cannot_be_written_is_known_at_the_start(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "summary.json").mkdir(parents=True)
+    monkeypatch.setattr(LitMoE, "training_step", lambda *_: pytest.fail("it has trained"))
+    assert "summary.json is a folder; a file is to be written there" in run()
+    assert leftovers(tmp_path) == []
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_costs_the_summary_and_not_what_it_says(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run()
+    path = tmp_path / "run" / "summary.json"
+    before, write_text = path.read_bytes(), Path.write_text
+    capsys.readouterr()
+
+    def half(path: Path, text: str, *args: Any, **keys: Any) -> Any:
+        if "summary" not in path.name:
+            return write_text(path, text, *args, **keys)
+        write_text(path, text[:20], *args, **keys)
+        return _full()
+
+    monkeypatch.setattr(Path, "write_text", half)
+    assert f"No space left on device: '{path}'" in run()
+    assert path.read_bytes() == before and leftovers(tmp_path) == []
+    assert "2 edits with Woodbury" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("full", ["config.yaml", "checkpoint"])
+def test_a_full_disk_leaves_no_half_files(
+    run: Any, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    config["trainer"]["enable_checkpointing"] = full == "checkpoint"
+    if full == "checkpoint":
+        monkeypatch.setattr(LocalFileOpener, "write", _full)
+    else:
+        monkeypatch.setattr(
+            cli.LightningArgumentParser, "save", lambda _, __, path, **___: (path.write_text("x"), _full())
+        )
+    assert "No space left on device" in run()
+    files = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert files == ([] if full == "config.yaml" else ["config.yaml"])
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_while_it_trains(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LitMoE, "training_step", lambda *_: signal.raise_signal(signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert run() == 1
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_ctrl_c_before_there_is_a_trainer(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.careful_yaml, "check", lambda _: signal.raise_signal(signal.SIGINT))
+    assert run() == 130
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_log_lines_spell_out_what_a_terminal_would_obey() -> None:
+    record = logging.LogRecord("it", logging.INFO, "", 0, "%s is [bold]here[/bold]", ("\x1b[2JRome\u202e\r\b",), None)
+    assert cli.PrintableFormatter("%(message)s").format(record) == r"\x1b[2JRome\u202e\r\x08 is [bold]here[/bold]"

@@ -2,7 +2,7 @@
 
 On Linux, from the root of the repository, with the package installed (three minutes, 0.6 GB of disk):
 
-    python benchmarks/hostile_facts.py
+    python -m benchmarks.hostile_facts
 
 Writes ``hostile_facts.json`` and ``hostile_facts.md`` into ``benchmarks/results``.
 """
@@ -178,7 +178,7 @@ def main() -> None:
             large(kind, Path(f"large{suffix}"), arguments.size * (2 if kind == "one line" else 1))
             for kind, suffix in sizes
         ]
-    lines = ["`python benchmarks/hostile_facts.py`", "", "| input | exit code | what is said |", "| --- | --- | --- |"]
+    lines = ["`python -m benchmarks.hostile_facts`", "", "| input | exit code | what is said |", "| --- | --- | --- |"]
     for row in found:
         said = "<br>".join(f"`{visible(line).replace('|', '¦')[:230]}`" for line in row["said"])
         lines.append(f"| {row['input']} | {row['exit']} | {said} |")

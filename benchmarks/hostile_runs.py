@@ -3,7 +3,7 @@
 Makes each input in a temporary folder, runs the command on it in a process of its own, and writes a table of what it
 said. The benchmark fails if a run shows a traceback, runs code of its input, hangs or leaves a half-written file::
 
-    python benchmarks/hostile_runs.py --output benchmarks/results
+    python -m benchmarks.hostile_runs --output benchmarks/results
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 import yaml
-from hostile_inputs import INPUTS, Work
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.hostile_inputs import INPUTS, Work
 from lit_moeedit.cli import main as command
 from lit_moeedit.data.corpus import train_tokenizer
 
@@ -192,7 +192,7 @@ def main() -> None:
             shutil.rmtree(folder)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        title = "What `lit-moeedit` says to hostile and broken input: `python benchmarks/hostile_runs.py`\n\n"
+        title = "What `lit-moeedit` says to hostile and broken input: `python -m benchmarks.hostile_runs`\n\n"
         (arguments.output / "hostile_runs.md").write_text(title + "\n".join(table) + "\n", encoding="utf-8")
     if wrong:
         raise SystemExit("\n".join(wrong))

@@ -28,7 +28,10 @@ DOUBLE = 3.0
 PROBED = 4
 """Random combinations of right-hand sides on which conjugate gradients are tried."""
 WASTE = 0.15
-"""Share of the time of :class:`Woodbury` that may be spent to find out whether conjugate gradients are faster."""
+"""Share of the time of :class:`Woodbury` that may be spent to find out whether conjugate gradients are faster; and
+nothing is tried if that is expected to take less than:"""
+WORTH = 2e-3
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Costs:
 
     def iterations(self) -> int:
         """How many iterations are faster than :class:`Woodbury`, and can be tried at little cost."""
+        if self.woodbury < WORTH:
+            return 0
         return int(
             min((self.woodbury - self.setup) / self.iteration, (WASTE * self.woodbury - self.setup) / self.probe)
         )

@@ -8,6 +8,7 @@ import logging
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,16 +230,22 @@ def test_a_full_disk_leaves_no_half_files(
 # -- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, as it does in a terminal; a process in the background begins with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_it_trains(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LitMoE, "training_step", lambda *_: signal.raise_signal(signal.SIGINT))
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        assert run() == 1
-    finally:
-        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert run() == 1
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_before_there_is_a_trainer(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.careful_yaml, "check", lambda _: signal.raise_signal(signal.SIGINT))
     assert run() == 130

@@ -76,8 +76,10 @@ class Words:
     def __len__(self) -> int:
         return 2
 
-    def __call__(self, texts: Sequence[str], **options: Any) -> dict[str, Any]:
+    def __call__(self, texts: str | Sequence[str], **options: Any) -> dict[str, Any]:
         """Ids and offsets, as tokenizers of transformers give them."""
+        if isinstance(texts, str):
+            return {name: rows[0] for name, rows in self([texts]).items()}
         spans = [[match.span() for match in re.finditer(r"\S+", text)] for text in texts]
         return {"input_ids": [[1] * len(row) for row in spans], "offset_mapping": spans}
 

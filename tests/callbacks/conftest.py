@@ -85,7 +85,7 @@ class CountingEditor(Editor):
 
 def _editor(layers: Any = (0, 1), steps: int = 6, **changes: Any) -> CountingEditor:
     targets = TargetOptimizer(steps=steps, learning_rate=0.5, clamp=2.0, weight_decay=0.05)
-    return CountingEditor(**{"layers": layers, "targets": targets, "strength": 100.0, "token": "last", **changes})
+    return CountingEditor(**{"layers": layers, "targets": targets, "token": "last", **changes})
 
 
 def _module(**changes: Any) -> LitMoE:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
+from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_batches, token_ids
 from lit_moeedit.editing.cache import MomentsCache, digest, moment_keys
 from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import ExpertLayer, stream_keys
@@ -145,10 +145,9 @@ def second_moments(
 
 
 def _token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Iterator[array[int]]:
-    """Token ids of the texts that have any; character offsets, which take far more memory, for some texts at a time."""
+    """Token ids of the texts that have any, small in memory; lists of numbers for some texts at a time."""
     for start in range(0, len(texts), 1024):
-        some = texts[start : start + 1024]
-        yield from (array("i", e.ids[:max_length]) for e in encode(tokenizer, some, [""] * len(some)) if e.ids)
+        yield from (array("i", ids[:max_length]) for ids in token_ids(tokenizer, texts[start : start + 1024]) if ids)
 
 
 def _accumulate(

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-BLOCK = 4096
-"""Largest number of rows of one expert that are computed at a time."""
+BLOCK = {"cpu": 512}
+"""Largest number of rows of one expert that are computed at a time, by kind of device: a CPU keeps them in its cache."""
+LARGE_BLOCK = 4096
+"""The same on any other device."""
 
 
 LISTED = "the command 'lit-moeedit families' lists the models that can be edited"
@@ -274,7 +276,7 @@ def stream_keys(
         layers: layers to watch, of those that :func:`check_editable` lets pass.
         select: called once per layer and forward; the flattened token positions ``[n]`` to run, ``None`` for all. The
             experts' output is 0 for the others, so those must be tokens that nobody attends to.
-        observe: called with the layer, an expert, its keys of ``n`` tokens (at most ``BLOCK``), ``[n, d_hidden]``, and
+        observe: called with the layer, an expert, its keys of ``n`` tokens (a block at most), ``[n, d_hidden]``, and
             their gates, ``[n]``.
         last: a layer whose output nobody wants: it is 0, and its down-projections are not computed.
     """
@@ -306,10 +308,11 @@ class _Pairs:
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Expert, tokens and slots of at most :data:`BLOCK` pairs each, all pairs in order."""
+        size = BLOCK.get(self.token.device.type, LARGE_BLOCK)
         parts = zip(self.token.split(self.counts), self.slot.split(self.counts), strict=True)
         for expert, (token, slot) in enumerate(parts):
             if len(token):
-                for rows in zip(token.split(BLOCK), slot.split(BLOCK), strict=True):
+                for rows in zip(token.split(size), slot.split(size), strict=True):
                     yield expert, *rows
 
 

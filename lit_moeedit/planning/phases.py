@@ -81,7 +81,8 @@ class Words:
         if isinstance(texts, str):
             return {name: rows[0] for name, rows in self([texts]).items()}
         spans = [[match.span() for match in re.finditer(r"\S+", text)] for text in texts]
-        return {"input_ids": [[1] * len(row) for row in spans], "offset_mapping": spans}
+        ids = [[1] * len(row) for row in spans]
+        return {"input_ids": ids, "offset_mapping": spans, "special_tokens_mask": [[0] * len(row) for row in spans]}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lit_moeedit.data.encoding import encode, pad, subject_span
+from lit_moeedit.data.encoding import encode, pad, subject_span, token_ids
 from lit_moeedit.data.facts import Fact, FactsError, validate_facts
 from tests.data.fuzzing import find_token
 from tests.data.tokenizers import KINDS, tokenizer
@@ -42,6 +42,15 @@ def test_the_ids_up_to_the_edit_token_say_the_subject(
     kind: str, before: str, subject: str, after: str, target: str, special: str
 ) -> None:
     find_token(kind, special, before, subject, after, target)
+
+
+@every_kind
+@settings(max_examples=30, deadline=None)
+@given(st.lists(texts, min_size=1, max_size=3), st.sampled_from(SPECIAL))
+@example(["<s> Oslo", "Oslo </s>", ""], "<s> $A </s>")
+def test_ids_alone_are_those_with_offsets(kind: str, some: list[str], special: str) -> None:
+    found = tokenizer(kind, special)
+    assert token_ids(found, some) == [encoding.ids for encoding in encode(found, some, [""] * len(some))]
 
 
 @every_kind

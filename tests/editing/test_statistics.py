@@ -94,7 +94,7 @@ def test_blocks_of_any_size_give_the_same_sums(monkeypatch, model, tokenizer, te
     layers = list(expert_layers(model).values())
     whole = second_moments(model, tokenizer, layers, texts)
     with monkeypatch.context() as patch:
-        patch.setattr(experts_module, "BLOCK", block)
+        patch.setitem(experts_module.BLOCK, "cpu", block)
         parts = second_moments(model, tokenizer, layers, texts, token_budget)
     for index, moments in whole.items():
         assert_same(parts[index], moments.total, moments.count)

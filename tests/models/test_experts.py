@@ -187,7 +187,7 @@ def test_streamed_keys_are_those_that_are_watched(make_model, input_ids: Tensor,
 @torch.no_grad()
 def test_streaming_leaves_out_what_is_not_wanted(model: PreTrainedModel, input_ids: Tensor, monkeypatch) -> None:
     model.eval()
-    monkeypatch.setattr(experts_module, "BLOCK", 2)
+    monkeypatch.setitem(experts_module.BLOCK, "cpu", 2)
     layers, sizes, chosen = list(expert_layers(model).values()), [], torch.tensor([0, 1, 9, 10])
     outputs: list[Tensor] = []
     handles = [layer.experts.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in layers]

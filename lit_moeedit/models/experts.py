@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 BLOCK = {"cpu": 512}
-"""Largest number of rows of one expert that are computed at a time, by kind of device: a CPU keeps them in its cache."""
+"""Largest number of rows of one expert that are computed at a time, by kind of device: a CPU can cache these."""
 LARGE_BLOCK = 4096
 """The same on any other device."""
 

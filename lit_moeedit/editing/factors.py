@@ -17,6 +17,7 @@ from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.reading import ExpertReader
 from lit_moeedit.solvers import Tucker, TuckerFactors
+from lit_moeedit.solvers.tucker import whitening_roots
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,9 @@ def layer_factors(
     ranks.agree()
     ranks.equalise(expert, output, inner)
     if metric is not None and preserve in ("covariance", "output"):
-        # the inverse of (I + β C)^{-1/2}, by which the keys are shaped
-        values, vectors = torch.linalg.eigh(metric)
-        inner = ((vectors * values.sqrt()) @ vectors.mT).to(inner) @ inner
+        # the very inverse of what took the factors out of whitened coordinates: they are orthonormal there
+        root, _ = whitening_roots(metric)
+        inner = (root.to(inner.device) @ inner.double()).to(inner)
     return replace(factors, expert=expert, output=output, input=inner)
 
 

@@ -45,6 +45,7 @@ def fingerprints(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
             sums[i] = _sum(numbers, start)
         elif ranks.rank == 0:  # all ranks hold all of it
             sums[i] = _sum(tensor.reshape(-1), 0)
+    ranks.agree()  # its sum must not meet the flags of a rank that has failed
     ranks.sum(sums)
     shapes = [f"{list(getattr(tensor, 'ds_shape', tensor.shape))} {tensor.dtype}" for tensor in tensors.values()]
     return {name: f"{shape} {value:x}" for name, shape, value in zip(tensors, shapes, sums.tolist(), strict=True)}

@@ -92,7 +92,7 @@ class TuckerFactors:
             raise ValueError(f"ranks must be at most {tuple(weights.shape)}, got {tuple(ranks)}")
         root = inverse = None
         if second_moment is not None:
-            root, inverse = _roots(second_moment)
+            root, inverse = whitening_roots(second_moment)
 
         def whitened(block: Tensor) -> Tensor:
             block = block.to(torch.promote_types(block.dtype, torch.float32))
@@ -152,8 +152,8 @@ def check_size(ranks: Sequence[int] | None, energy: float) -> None:
         raise ValueError(f"energy must be in (0, 1], got {energy}")
 
 
-def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric ``C^{1/2}`` and ``C^{-1/2}``; small eigenvalues are raised to the floor."""
+def whitening_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric ``C^{1/2}`` and ``C^{-1/2}`` in float64; small eigenvalues are raised to the floor."""
     values, vectors = torch.linalg.eigh(matrix.double())
     values = values.clamp_min(max(FLOOR * float(values.mean()), torch.finfo(torch.float32).tiny))
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T

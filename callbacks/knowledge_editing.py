@@ -172,6 +172,13 @@ class KnowledgeEditing(L.Callback):
         self._prepare(trainer, pl_module)
 
     @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.ckpt_path is not None and trainer.strategy.restore_checkpoint_after_setup:
+            # these weights were not there yet when the fit started
+            assert self._ranks is not None
+            check_finite(find_model(pl_module), self._ranks)
+
+    @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._edit(trainer, pl_module, self.due(trainer, "epoch"))
 
@@ -218,7 +225,7 @@ class KnowledgeEditing(L.Callback):
         state = states.editing(state_dict)
         if self.editor.memory is not None:
             # a checkpoint of a run without a memory has none
-            self.editor.memory.load_state_dict(state["memory"] or {})
+            self.editor.memory.load_state_dict(state.get("memory") or {})
         self._applied, self._undone = dict(state["applied"]), set(state["undone"])
         self._edits_made, self._last_step = state["edits_made"], state["last_step"]
         self.renewals = state["renewals"]
@@ -268,17 +275,21 @@ class KnowledgeEditing(L.Callback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._facts is not None:
             return
-        try:
-            for layer in self.editor.check(find_model(pl_module)):
-                locate(layer.down_proj, self._optimizers(trainer))
-        except (UnsupportedModelError, UnsupportedShardingError) as error:
-            raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
         self._ranks = Ranks()
-        check_finite(find_model(pl_module), self._ranks)
-        self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "KnowledgeEditing")
-        self._facts = self._find_facts(trainer)
-        if self.schedule.moment == "validation" or trainer.training:
-            self.preservation_texts(trainer)
+        # files may be missing on one rank only
+        with self._ranks.together():
+            try:
+                model = find_model(pl_module)
+                check_finite(model, self._ranks)
+                for layer in self.editor.check(model):
+                    locate(layer.down_proj, self._optimizers(trainer))
+            except (UnsupportedModelError, UnsupportedShardingError) as error:
+                raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
+            self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "KnowledgeEditing")
+            facts = self._find_facts(trainer)
+            if self.schedule.moment == "validation" or trainer.training:
+                self.preservation_texts(trainer)
+        self._facts = facts
         log.info("%d facts to edit, %d of them already edited", len(self.facts), len(self.applied_facts))
 
     @staticmethod

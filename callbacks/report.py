@@ -21,7 +21,7 @@ from typing_extensions import override
 from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
-from lit_moeedit.callbacks.resources import callbacks_of
+from lit_moeedit.callbacks.resources import callbacks_of, on_first_rank
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import PHASES, answers, perplexity
@@ -79,8 +79,8 @@ class EditReport(EditListener):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # before any callback's on_validation_start or on_test_start, one of which may edit
         self._started = time.perf_counter()
-        if trainer.is_global_zero:
-            check_writable(self._path(trainer))
+        path = self._path(trainer)
+        on_first_rank(trainer, lambda: check_writable(path))
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,25 @@ from lit_moeedit.models.experts import UnsupportedModelError, expert_layers, fin
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     """All callbacks of the trainer."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def on_first_rank(trainer: L.Trainer, work: Callable[[], object]) -> None:
+    """Do something on the first rank; where it fails, it fails on all ranks. Each calls this.
+
+    Raises:
+        OSError: what was raised on the first rank; on the others, with its message.
+    """
+    error: OSError | None = None
+    if trainer.is_global_zero:
+        try:
+            work()
+        except OSError as caught:
+            error = caught
+    message = trainer.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if message is not None:
+        raise OSError(f"the first rank failed: {message}")
 
 
 def from_datamodule(trainer: L.Trainer, name: str, *args: Any) -> Any:

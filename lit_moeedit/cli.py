@@ -20,6 +20,7 @@ from typing_extensions import override
 
 import lit_moeedit.callbacks  # noqa: F401 - makes callbacks and strategies known by their short names
 from lit_moeedit import careful_yaml
+from lit_moeedit.callbacks.resources import on_first_rank
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.data.check import check
 from lit_moeedit.files import appearing
@@ -29,6 +30,9 @@ from lit_moeedit.planning.families import families
 from lit_moeedit.planning.report import plan
 from lit_moeedit.sharding.checkpoints import check_harmless
 from lit_moeedit.sharding.export import export
+from lit_moeedit.sharding.files import CheckpointError
+
+log = logging.getLogger("lit_moeedit.cli")  # not "__main__", which python -m would make of it
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
@@ -65,12 +69,17 @@ class WholeConfigCallback(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         folder = trainer.log_dir  # every rank has to ask
         assert folder is not None
-        if "://" in folder:
+        if "://" in folder or not (self.save_to_log_dir and self.overwrite):
             super().setup(trainer, pl_module, stage)
-        elif trainer.is_global_zero and not self.already_saved:
-            with appearing(Path(folder) / self.config_filename) as beside:
-                self.parser.save(self.config, beside, skip_unset=False, overwrite=True, multifile=self.multifile)
-        self.already_saved = True
+        elif not self.already_saved:
+            on_first_rank(trainer, lambda: self._save(Path(folder)))
+            self.already_saved = True
+            if trainer.is_global_zero:
+                self.save_config(trainer, pl_module, stage)
+
+    def _save(self, folder: Path) -> None:
+        with appearing(folder / self.config_filename) as beside:
+            self.parser.save(self.config, beside, skip_unset=False, overwrite=True, multifile=self.multifile)
 
 
 class EditingCLI(LightningCLI):
@@ -90,7 +99,12 @@ class EditingCLI(LightningCLI):
         settings.weights_only = True
         path = Path(settings.ckpt_path or "")
         if settings.ckpt_path and path.exists():
-            check_harmless(path)
+            try:
+                check_harmless(path)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}; --weights_only=false reads it all the same, if you trust it"
+                ) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults: CSV logs, one device, and results in ``runs``."""
@@ -122,6 +136,10 @@ def run(args: ArgsType = None) -> EditingCLI | None:
         if isinstance(given, list) and given[: len(words)] == words:
             _run_command(name, given[len(words) :])
             return None
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    if isinstance(given, list) and given[:1] and given[0] in groups:
+        known = ", ".join(f"lit-moeedit {name}" for name in COMMANDS if name.startswith(given[0]))
+        raise SystemExit(f"lit-moeedit {given[0]}: expected {known}")
     others = (f"{name} ({(inspect.getdoc(function) or '').splitlines()[0]})" for name, function in COMMANDS.items())
     return EditingCLI(
         LitMoE,
@@ -146,7 +164,7 @@ def _run_command(name: str, args: list[str]) -> None:
     try:
         function(**options)
     except (OSError, ValueError) as error:
-        logging.getLogger(__name__).debug("", exc_info=error)
+        log.debug("", exc_info=error)
         raise SystemExit(printable(f"lit-moeedit {name}: {_meant(error)}")) from error
 
 
@@ -165,7 +183,7 @@ def main() -> None:
     try:
         run()
     except (OSError, ValueError, FloatingPointError, MisconfigurationException) as error:
-        logging.getLogger(__name__).debug("", exc_info=error)
+        log.debug("", exc_info=error)
         name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
         hint = "(LIT_MOEEDIT_LOG=debug shows where it was raised)"
         raise SystemExit(printable(f"{f'lit-moeedit {name}'.strip()}: {_meant(error)}\n{hint}")) from error

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -35,11 +36,11 @@ def printable(text: str) -> str:
 def blamed_on(what: str) -> Iterator[None]:
     """Make whatever a library raises over foreign input a ``ValueError`` that says whose fault it is.
 
-    ``OSError`` stays what it is: nothing was read at all.
+    ``OSError`` stays what it is, since nothing was read at all, and so does the end of the memory.
     """
     try:
         yield
-    except OSError:
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # there is no telling where foreign input fails
         raise ValueError(f"{what}: {brief(error)}") from error

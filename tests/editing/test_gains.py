@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.encoding import encode
 from lit_moeedit.editing import Editor
 from lit_moeedit.editing.features import edit_tokens
-from lit_moeedit.editing.gains import asked_of_experts, output_gains
+from lit_moeedit.editing.gains import _gain, asked_of_experts, output_gains
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
 from lit_moeedit.models.families import small_model
 from lit_moeedit.solvers import Solver, Tucker, Woodbury
@@ -84,6 +84,25 @@ def test_what_no_delta_can_undo_is_refused(changed, function, reason: str, dtype
     with pytest.raises(UnsupportedModelError, match=rf"layer 1 of Qwen3MoeForCausalLM .*{reason}"):
         Editor([0, 1]).check(model)
     assert Editor([0]).check(model)
+
+
+def test_rounding_of_large_numbers_is_no_reason(model: PreTrainedModel) -> None:
+    """In bfloat16 one token may be so large that its last bit is a hundred times what an ordinary token has."""
+    layer, d_model = expert_layers(model)[1], 64
+    before = torch.randn(2, 4, d_model).bfloat16()
+    before[:, 0, 5] = 3000.0
+    shift = torch.full((2, d_model), 8.0)
+    after = before.clone()
+    after[:, 2] = before[:, 2] + shift.bfloat16()
+    after[:, 0, 5] += 16.0  # one unit in the last place
+    after[:, 2, 7] = before[:, 2, 7] + torch.tensor([4.0, 16.0])  # something large was added and taken away again
+    assert torch.equal(
+        _gain(model, layer, before, after, (after - before)[:, 2].index_fill(1, torch.tensor(7), 8.0)),
+        torch.ones(d_model),
+    )
+    after[:, 1, 3] += 4.0
+    with pytest.raises(UnsupportedModelError, match="mixes"):
+        _gain(model, layer, before, after, shift)
 
 
 def test_a_model_that_is_not_finite(model: PreTrainedModel) -> None:

@@ -255,7 +255,10 @@ def measure(source: dict[str, Any], before: dict[str, Any]) -> dict[str, float]:
     return {**found, "largest": largest, "model": size(*module.modules())}
 
 
-@pytest.mark.parametrize("how", ["fresh", "hub format", "3-D format"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param("fresh", marks=pytest.mark.slow), "hub format", pytest.param("3-D format", marks=pytest.mark.slow)],
+)
 def test_no_rank_ever_holds_the_model(how: str, tmp_path: Path) -> None:
     big: dict[str, Any] = {"config": BIG}
     small: dict[str, Any] = {"config": SMALL}

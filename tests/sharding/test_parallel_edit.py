@@ -115,7 +115,8 @@ def check(found: list[dict[str, Any]], kinds: list[str]) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("size", "kinds"),
-    [(2, list(STAGES)), (4, ["replicated", "zero 3"])],  # four ranks are more than there are edits
+    # four ranks are more than there are edits
+    [(2, list(STAGES)), pytest.param(4, ["replicated", "zero 3"], marks=pytest.mark.slow)],
 )
 def test_the_edit_does_not_depend_on_the_number_of_ranks(size: int, kinds: list[str]) -> None:
     check(run_ranks(all_kinds, size, kinds), kinds)
@@ -182,7 +183,7 @@ def failing_edits(kind: str) -> dict[str, str]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("kind", ["replicated", "zero 3"])
+@pytest.mark.parametrize("kind", [pytest.param("replicated", marks=pytest.mark.slow), "zero 3"])
 def test_a_failure_on_one_rank_fails_the_edit_on_all(kind: str) -> None:
     first, second = run_ranks(failing_edits, 2, kind)
     assert len(first) == len(second) == 9

@@ -192,22 +192,25 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 
 
 def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
-    """Generalization against what an edit must not change, a curve for each form."""
-    across = ("specificity_retained", "routing", "perplexity")
+    """Generalization against what an edit must not change, a curve for each form; edits that fail are not shown."""
+    across = {"specificity_retained": (0.7, 1.0), "routing": (0.6, 1.0), "perplexity": (1.0, 3.0)}
+    forms = list(dict.fromkeys(point.form for point in points()))
     size = (5.2 * len(across) + 2, 4.2 * len(results))
     figure, grid = plt.subplots(len(results), len(across), figsize=size, layout="constrained", squeeze=False)
     for axes_row, name in zip(grid, results, strict=True):
-        curves: dict[str, list[dict[str, float]]] = {}
-        for point, found in means(results, name).items():
-            curves.setdefault(point.form, []).append(found)
-        for axes, metric in zip(axes_row, across, strict=True):
-            for i, (form, found) in enumerate(curves.items()):
-                x, y = ([part[key] for part in found] for key in (metric, "generalization"))
+        found = sorted(means(results, name).items(), key=lambda item: item[0].strength)
+        for axes, (metric, limits) in zip(axes_row, across.items(), strict=True):
+            for i, form in enumerate(forms):
+                curve = [part for point, part in found if point.form == form]
+                x, y = ([part[key] for part in curve] for key in (metric, "generalization"))
                 style = {"marker": "osD^vPX<>*"[i % 10], "color": f"C{i % 10}", "ls": "-" if i < 10 else ":", "ms": 4}
                 axes.plot(x, y, label=form, **style)
-            axes.set(title=name, xlabel=metric.replace("_", " "), ylabel="generalization")
+            axes.set(title=name, xlabel=metric.replace("_", " "), ylabel="generalization", xlim=limits, ylim=(0.7, 1.0))
             if metric == "perplexity":
                 axes.set(xlabel="perplexity after / before (less is better)", xscale="log")
+                axes.set_xticks([1, 1.25, 1.5, 2, 3], ["1", "1.25", "1.5", "2", "3"])
+                axes.minorticks_off()
+            axes.grid(alpha=0.3)
         axes_row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="x-small")
     figure.savefig(path, dpi=110)
     plt.close(figure)

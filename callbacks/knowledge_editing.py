@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
+from lit_moeedit.callbacks.progress import edit_progress
 from lit_moeedit.callbacks.resources import callbacks_of, find_tokenizer, from_datamodule, keep_experts_together
 from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import Fact, read_facts, validate_facts
@@ -332,7 +331,7 @@ class KnowledgeEditing(L.Callback):
             )
             return self.should_keep(before, after[0])
 
-        with _progress(trainer) as progress:
+        with edit_progress(trainer) as progress:
             result = self._change(trainer, pl_module, facts, guard=guard, progress=progress)
         event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step)
         self._record(trainer, event)
@@ -407,21 +406,3 @@ class KnowledgeEditing(L.Callback):
         metrics = {name: value for name, value in self.evaluate(pl_module).metrics.items() if value == value}
         # every rank measured all of it
         pl_module.log_dict({f"edit/{name}": value for name, value in metrics.items()}, sync_dist=trainer.world_size > 1)
-
-
-@contextmanager
-def _progress(trainer: L.Trainer) -> Iterator[Any]:
-    """A progress bar of the phases of an edit, where the trainer shows progress too."""
-    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
-        yield None
-        return
-    columns = (TextColumn("Edit: {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done)
-
-        yield show

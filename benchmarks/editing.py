@@ -45,8 +45,10 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
         "Woodbury, covariance": changed(base, preserve="covariance", strength=1e4),
         "Woodbury, null space": changed(base, **hard),
         "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard),
-        "Tucker, output": changed(base, preserve="output", strength=0.3, solver=Tucker()),
-        "Tucker, null space (MoTE)": changed(base, solver=Tucker(), **hard),
+        "Tucker at each layer, output": changed(
+            base, preserve="output", strength=0.3, solver=Tucker(energy=0.99, carry=False)
+        ),
+        "Tucker, null space (MoTE)": changed(base, solver=Tucker(energy=0.99), **hard),
     }
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
     return found | {

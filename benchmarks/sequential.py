@@ -105,7 +105,8 @@ def run(seed: int, setting: str, memory: str, models: Path) -> list[dict[str, An
         model, tokenizer = cli.model.model, cli.datamodule.tokenizer
         moments = {}
         if editor.preserve != "none":
-            moments = second_moments(model, tokenizer, editor.check(model), cli.datamodule.preservation_texts())
+            texts, gated = cli.datamodule.preservation_texts(), editor.preserve == "output"
+            moments = second_moments(model, tokenizer, editor.check(model), texts, gated=gated)
         for number in range(BATCHES):
             facts = observer.facts[number * SIZE : (number + 1) * SIZE]
             editor.edit(model, tokenizer, facts, moments=moments)

@@ -170,6 +170,14 @@ def deepspeed(work: Work) -> None:
     work.read(path="zero.ckpt")
 
 
+def linked(work: Work) -> None:
+    """The same, with the code behind a link."""
+    deepspeed(work)
+    folder = work.folder / "zero.ckpt" / "checkpoint"
+    folder.rename(work.folder / "elsewhere")
+    folder.symlink_to(work.folder / "elsewhere")
+
+
 def elsewhere(work: Work) -> None:
     """An index whose weights are to be found outside of the folder."""
     path = work.pretrained() / "model.safetensors"
@@ -295,6 +303,8 @@ INPUTS: dict[str, Spoil] = {
     "the same, exported": lambda w: w.resume(evil(w), "export"),
     "a bare pickle named .ckpt": lambda w: w.bytes(lambda _: pickle.dumps(Payload(w.mark))),
     "a folder of DeepSpeed with code in it, resumed": deepspeed,
+    "a folder of DeepSpeed with a link to code, resumed": linked,
+    "a checkpoint with a text for its tokenizer, resumed": lambda w: w.resume(lambda c: c.update(tokenizer="gpt2")),
     "a checkpoint cut in the middle, resumed": lambda w: w.bytes(lambda old: old[:100_000]),
     "the same, exported ": lambda w: w.bytes(lambda old: old[:100_000], "export"),
     "a checkpoint that is a list": lambda w: w.resume(lambda _: [1, 2]),

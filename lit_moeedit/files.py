@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
 def appearing(path: str | Path) -> Iterator[Path]:
-    """A file beside ``path`` to write into, which takes its place when the block ends, and is gone if that fails.
+    """A file near ``path`` to write into, which takes its place when the block ends, and is gone if that fails.
 
-    Folders on the way are made.
+    Folders on the way are made. Of several writers at the same time the last one wins.
 
     Raises:
         NotADirectoryError: if there is a file where a folder is needed.
@@ -27,15 +27,14 @@ def appearing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     _make_folder(path.parent)
-    beside = path.with_name(f".{path.name}.part")
-    try:
+    # in a folder of this writer alone: no other one, and no link that was laid in wait, is written into
+    with tempfile.TemporaryDirectory(
+        prefix=f".{path.name}.", suffix=".part", dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        beside = Path(folder, path.name)
         with naming(path):
             yield beside
         beside.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,22 @@ def test_the_new_takes_the_place_of_the_old(tmp_path: Path) -> None:
             beside.write_text(text)
             assert not path.exists() or path.read_text() == "first"
     assert path.read_text() == "second" and list(path.parent.iterdir()) == [path]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path, other = tmp_path / "file.txt", tmp_path / "other.txt"
+    other.write_text("of somebody else")
+    (tmp_path / ".file.txt.part").symlink_to(other)
+    before = os.umask(0o027)
+    try:
+        with appearing(path) as first, appearing(path) as second:
+            first.write_text("first")
+            second.write_text("second")
+    finally:
+        os.umask(before)
+    assert path.read_text() == "first" and stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert other.read_text() == "of somebody else"
+    assert {child.name for child in tmp_path.iterdir()} == {"file.txt", "other.txt", ".file.txt.part"}
 
 
 def _in_a_file(folder: Path) -> Path:

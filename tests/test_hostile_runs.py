@@ -134,6 +134,43 @@ def test_a_folder_of_deepspeed_is_harmless_or_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "was-run").exists()
 
 
+def test_a_folder_of_deepspeed_with_a_link_is_refused(tmp_path: Path) -> None:
+    path, mark = tmp_path / "it.ckpt", tmp_path / "was-run"
+    write_checkpoint(path, {"a": torch.ones(3)}, 1, ranks=1)
+    folder = path / (path / "latest").read_text().strip()
+    for inner in (folder, next(folder.glob("*.pt")), path / "latest"):
+        away = inner.rename(tmp_path / "away")
+        inner.symlink_to(away)
+        with pytest.raises(CheckpointError, match=rf"{inner.name} is a link; expected a checkpoint with all its files"):
+            check_harmless(path)
+        inner.unlink()
+        away.rename(inner)
+    (folder / "deep").mkdir()
+    torch.save(Payload(mark), folder / "deep" / "it.pt")
+    with pytest.raises(CheckpointError, match=r"it\.pt holds objects of io\.open"):
+        check_harmless(path)
+    (folder / "deep" / "it.pt").unlink()
+    # ModelCheckpoint makes such a link to the last checkpoint
+    (tmp_path / "last.ckpt").symlink_to(path)
+    check_harmless(tmp_path / "last.ckpt")
+    assert not mark.exists()
+
+
+def test_a_file_of_another_module_is_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "it.ckpt"
+    torch.save({"state_dict": {}, "tokenizer": "gpt2", "hyper_parameters": ["a"]}, path)
+    check_harmless(path)
+    for contents, what in (([1, 2], "should hold a dict, but holds a list"), ({"a": 1}, "'state_dict' .* is missing")):
+        torch.save(contents, path)
+        with pytest.raises(CheckpointError, match=what):
+            check_harmless(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"it\.ckpt cannot be read"):
+        check_harmless(path)
+    with pytest.raises(CheckpointError, match=r"none\.ckpt is missing"):
+        check_harmless(tmp_path / "none.ckpt")
+
+
 def test_a_checkpoint_of_another_model(run: Any, tmp_path: Path) -> None:
     module = LitMoE(config={**CONFIG, "hidden_size": 32})
     module.configure_model()

@@ -14,6 +14,7 @@ from lit_moeedit.data.encoding import is_within_word, subject_span
 from lit_moeedit.data.facts import Checker, Fact, choose_format
 from lit_moeedit.data.files import load_rows
 from lit_moeedit.data.problems import FactError, short, visible
+from lit_moeedit.foreign import pretrained_tokenizer
 
 _EXAMPLES = 2
 _ROWS = 8
@@ -53,9 +54,7 @@ def check(
         raise ValueError(f"limit is {limit}; expected at least 1")
     chosen, loaded = choose_format(format, columns), None
     if tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        loaded = pretrained_tokenizer(tokenizer)
     checker, summary = Checker(str(path), chosen, loaded), Summary()
     with closing(load_rows(path)) as rows:
         for number, data in rows:
@@ -63,7 +62,7 @@ def check(
             summary.add(number, list(checker.check(number, data)))
             if limit is not None and summary.facts >= limit:
                 break
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     for line in summary.lines(checker):
         console.print(line)
     checker.warn_ignored_fields()

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 Tokenizer = Callable[..., Mapping[str, Any]]
 
 _COMPLETE = Format("fact", (), read_complete)
+SUBJECT_LIMIT = 1000
+"""Characters of a subject: no name is as long, and the time to find its last place in a prompt grows with them."""
 _LOGGED = 20
 _KEPT = 1000
 """So many problems, or names of ignored fields, are remembered of a file that may have any number of them."""
@@ -195,7 +197,7 @@ def validate_facts(
     Args:
         facts: The facts; their position, from 1, is the row in messages.
         source: What messages name instead of a file.
-        tokenizer: If given, targets of which it leaves no token are refused.
+        tokenizer: As for `read_facts`.
         strict: Refuse all facts if any cannot be used; `False` skips such facts, with a warning.
 
     Returns:
@@ -288,7 +290,7 @@ class Checker:
         return fact
 
     def _respell(self, number: int, fact: Fact) -> Fact:
-        if fact.subject in fact.prompt:
+        if fact.subject in fact.prompt or len(fact.subject) > SUBJECT_LIMIT:
             return fact
         # Whole words, and only if there is no choice: "US" is neither a part of "bus" nor one of two in "Us or us".
         spellings = re.findall(rf"(?<!\w){re.escape(fact.subject)}(?!\w)", fact.prompt, flags=re.IGNORECASE)
@@ -300,10 +302,15 @@ class Checker:
         return replace(fact, subject=spellings[0])
 
     def _problems(self, fact: Fact) -> Iterator[tuple[str, str]]:
-        placeholders = count_placeholders(fact.prompt, fact.subject)
-        if placeholders:
-            yield "prompt", f"still holds '{PLACEHOLDER}' ({placeholders} times); expected a complete prompt"
-        elif fact.subject not in fact.prompt:
+        if len(fact.subject) > SUBJECT_LIMIT:
+            yield "subject", f"has {len(fact.subject):,} characters; expected at most {SUBJECT_LIMIT:,}"
+            return
+        prompts = [("prompt", fact.prompt), *(("paraphrases", text) for text in fact.paraphrases)]
+        prompts += [("neighbours", neighbour.prompt) for neighbour in fact.neighbours]
+        for field, prompt in prompts:
+            if count := count_placeholders(prompt, fact.subject):
+                yield field, f"still holds '{PLACEHOLDER}' ({count} times); expected a complete prompt"
+        if not count_placeholders(fact.prompt, fact.subject) and fact.subject not in fact.prompt:
             found = f"does not contain the subject {short(fact.subject)}"
             if normalize("NFC", fact.subject) in normalize("NFC", fact.prompt):
                 found += " but in another Unicode normalisation"

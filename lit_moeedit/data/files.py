@@ -1,7 +1,7 @@
 """From a file to numbered rows: JSON lists, JSON lines and tables, read piece by piece in bounded memory.
 
 Files are untrusted and may be larger than memory: no more than a few rows are held, a row may have at most
-`ROW_LIMIT` bytes, and who stops asking for rows stops the reading.
+`ROW_LIMIT` bytes (in a table on all its lines together), and who stops asking for rows stops the reading.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def load_rows(path: Path) -> Generator[tuple[int, object], None, None]:
     Returns:
         Pairs of the row's number (from 1; in files of lines the line where it begins, so blank lines count) and the
         row. A row that cannot be read but leaves the rows behind it readable is given as the `FactError` that says so.
-        The rows of a table are objects with the names of its first line; an empty cell is `None`.
+        The rows of a table are objects with the names of its first line; an empty cell is `None`, columns without a
+        name and rows of empty cells are left out.
 
     Raises:
         FactError: Kind, suffix, encoding or syntax of the file is not as expected, or it holds no rows. What is read
@@ -262,12 +263,18 @@ def _read_table(file: str, stream: BinaryIO, delimiter: str) -> Iterator[tuple[i
         for _, line in _lines(file, stream):
             if isinstance(line, FactError):
                 raise line
+            # a quoted cell may go on for any number of lines
+            if stream.tell() - start > ROW_LIMIT:
+                found = (
+                    f"is longer than {ROW_LIMIT / 2**20:g} MiB (a quote that is not closed?); expected {_LIMIT_TEXT}"
+                )
+                raise FactError(file, number, None, found)
             yield line
 
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: Sequence[str] = ()
     while True:
-        number = reader.line_num + 1
+        number, start = reader.line_num + 1, stream.tell()
         try:
             cells = next(reader)
         except StopIteration:
@@ -277,16 +284,18 @@ def _read_table(file: str, stream: BinaryIO, delimiter: str) -> Iterator[tuple[i
                 f"is not valid CSV ({visible(str(error))}); expected cells separated by {delimiter!r}, quoted by '\"'"
             )
             raise FactError(file, number, None, found) from error
-        if not cells:
+        if not any(map(str.strip, cells)):
             continue
         if not header:
             header = [name.strip() for name in cells]
-            wrong = "" if "" in header else _repeated(header)
-            if wrong is not None:
-                found = f"has the column {short(wrong)} twice" if wrong else "has a column without a name"
+            if (wrong := _repeated([name for name in header if name])) is not None:
+                found = f"has the column {short(wrong)} twice"
                 raise FactError(file, number, None, f"{found}; expected the names of the columns, each once")
+            if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
+                found = f"names a single column {short(header[0])}; expected cells separated by {delimiter!r}"
+                raise FactError(file, number, None, found)
         elif len(cells) != len(header):
             found = f"has {len(cells)} cells; expected {len(header)}, as many as the first line names"
             yield number, FactError(file, number, None, found)
         else:
-            yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            yield number, {name: cell or None for name, cell in zip(header, cells, strict=True) if name}

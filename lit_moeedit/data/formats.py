@@ -6,9 +6,9 @@ row is remembered in it, under the name that the field has *in the file*, so tha
 Formats:
 
 - `native`: our own shape, `subject, prompt, target_new, target_true, paraphrases, neighbours[{prompt, target, group}]`.
-  A single `{}` in the prompt stands for the subject. What fits into a table fits as well: one text for `paraphrases`,
-  and `neighbour_prompts`, `neighbour_targets` and `neighbour_groups` (texts, or lists as long as each other) for
-  `neighbours`. With `columns` a file may have other names for these fields.
+  A single `{}` in the prompt or in a paraphrase stands for the subject. What fits into a table fits as well: one text
+  for `paraphrases`, and `neighbour_prompts`, `neighbour_targets` and `neighbour_groups` (texts, or lists as long as
+  each other) for `neighbours`. With `columns` a file may have other names for these fields.
 - `counterfact`: CounterFact and multi-CounterFact as MEMIT (arXiv 2210.07229) reads them. The neighbourhood prompts
   have another subject but the same relation and the same true object, so `target_true` is their truth.
 - `counterfact_flat`: one CounterFact prompt of each kind per row; the locality prompt is the neighbour.
@@ -74,7 +74,7 @@ class Format:
 
 
 def count_placeholders(prompt: str, subject: str) -> int:
-    """How often `{}` stands in `prompt` outside the subject, which may itself contain one."""
+    """How often `{}` stands in a prompt outside the subject, which may itself contain one."""
     return sum(part.count(PLACEHOLDER) for part in prompt.split(subject)) if subject else 0
 
 
@@ -113,17 +113,18 @@ def _read_neighbour(row: Row) -> tuple[str, ...]:
 def _read_native(row: Row) -> dict[str, Any]:
     fields = _read_edit(row)
     prompts, targets, groups = (
-        row.texts(name, single=True, line_ends=name == "neighbour_prompts") for name in TABLE_FIELDS
+        row.texts(name, single=True, line_ends=name == "neighbour_prompts", paired=True) for name in TABLE_FIELDS
     )
     if len(targets) != len(prompts):
         row.fail("neighbour_targets", f"has {len(targets)} texts; expected {len(prompts)}, one for each prompt")
     if groups and len(groups) != len(prompts):
         row.fail("neighbour_groups", f"has {len(groups)} texts; expected {len(prompts)}, one for each prompt")
     table = zip(prompts, targets, groups, strict=False) if groups else zip(prompts, targets, strict=False)
+    paraphrases = row.texts("paraphrases", single=True, line_ends=True)
     return {
         **fields,
         "prompt": _fill(fields["prompt"], fields["subject"]),
-        "paraphrases": row.texts("paraphrases", single=True, line_ends=True),
+        "paraphrases": tuple(_fill(text, fields["subject"]) for text in paraphrases),
         "neighbours": (*(_read_neighbour(inner) for inner in row.rows("neighbours")), *table),
     }
 
@@ -191,10 +192,10 @@ def _read_zsre(row: Row) -> dict[str, Any]:
 
 def _read_locality(row: Row, prompt: str, answer: str, group: str) -> tuple[tuple[str, ...], ...]:
     """One locality prompt or several, with as many answers."""
-    prompts = row.texts(prompt, single=True)
+    prompts = row.texts(prompt, single=True, paired=True)
     if not prompts:
         return ()
-    answers = row.texts(answer, single=True) if answer in row.data else (row.text(answer),)
+    answers = row.texts(answer, single=True, paired=True) if answer in row.data else (row.text(answer),)
     if len(answers) != len(prompts):
         row.fail(answer, f"has {len(answers)} texts; expected {len(prompts)}, one for each of {prompt}")
     return tuple((text, reply, group) for text, reply in zip(prompts, answers, strict=False))
@@ -264,7 +265,7 @@ def _questions(row: Row, name: str) -> Iterator[tuple[str, str, list[str]]]:
                 pairs = [(prompt, answers)]
             for text, found in pairs:
                 inner = Row({"prompt": text, "ground_truth": list(_flat(found))})
-                yield group, inner.text("prompt"), [text for text in inner.texts("ground_truth") if text]
+                yield group, inner.text("prompt"), list(inner.texts("ground_truth"))
                 for field_name, message in inner.problems:
                     row.fail(f"{at}.{field_name}", message)
 
@@ -300,6 +301,7 @@ _ALL = (
             "prompt": "requested_rewrite.prompt",
             "target_new": "requested_rewrite.target_new.str",
             "target_true": "requested_rewrite.target_true.str",
+            "paraphrases": "paraphrase_prompts",
             "neighbours": "neighborhood_prompts",
         },
     ),
@@ -307,7 +309,13 @@ _ALL = (
         "zsre",
         ("subject", "src", "alt"),
         _read_zsre,
-        {"prompt": "src", "target_new": "alt", "target_true": "answers", "neighbours": "loc_ans"},
+        {
+            "prompt": "src",
+            "target_new": "alt",
+            "target_true": "answers",
+            "paraphrases": "rephrase",
+            "neighbours": "loc_ans",
+        },
     ),
     Format(
         "knowedit",
@@ -322,7 +330,12 @@ _ALL = (
         _read_knowedit_bio,
         {"subject": "concept", "prompt": "text", "target_new": "labels", "neighbours": "locality"},
     ),
-    Format("counterfact_flat", (*_EDIT, "ground_truth"), _read_counterfact_flat, _FLAT_NAMES),
+    Format(
+        "counterfact_flat",
+        (*_EDIT, "ground_truth"),
+        _read_counterfact_flat,
+        {**_FLAT_NAMES, "paraphrases": "rephrase_prompt"},
+    ),
     Format("native", _EDIT, _read_native, {}),
 )
 FORMATS: Mapping[str, Format] = {fmt.name: fmt for fmt in _ALL}

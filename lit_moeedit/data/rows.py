@@ -52,20 +52,26 @@ class Row:
         return "" if value is _MISSING or value is _BROKEN else self._text(path, value, line_ends)
 
     def text_or_none(self, path: str) -> str | None:
-        """The text at a dotted `path`, `None` if it is absent or null."""
+        """The text at a dotted `path`, `None` if it is absent, null or empty."""
         value = self._optional(name := self._names(path)[0])
         return None if value is None else self._text(name, value)
 
-    def texts(self, path: str, *, single: bool = False, line_ends: bool = False) -> tuple[str, ...]:
-        """The list of texts at `path`, empty if it is absent or null; with `single` one text counts as a list."""
+    def texts(
+        self, path: str, *, single: bool = False, line_ends: bool = False, paired: bool = False
+    ) -> tuple[str, ...]:
+        """The list of texts at `path`, empty if it is absent, null or empty; with `single` one text counts as a list.
+
+        Empty texts in it are left out, but refused where it is `paired` with another list, entry by entry.
+        """
         found: list[str] = []
         for name in self._names(path):
             value = self._optional(name)
             if single and isinstance(value, str):
                 found.append(self._text(name, value, line_ends))
             else:
-                items = enumerate(self._list(name, value, "texts"))
-                found += [self._text(f"{name}[{index}]", item, line_ends) for index, item in items]
+                for index, item in enumerate(self._list(name, value, "texts")):
+                    if paired or not self._is_empty(item):
+                        found.append(self._text(f"{name}[{index}]", item, line_ends))
         return tuple(found)
 
     def rows(self, path: str) -> list[Row]:
@@ -93,11 +99,15 @@ class Row:
         return self.columns.get(path, (path,))
 
     def _optional(self, path: str) -> object:
-        """The value at a path, `None` if it is absent; one that was asked for by name must not be."""
+        """The value at a path, `None` if it is absent or empty; one that was asked for by name must be there."""
         value = self._get(path)
         if value is _MISSING and any(path in names for names in self.columns.values()):
             self.fail(path, "is missing; expected the field that the columns name")
-        return None if value is _MISSING or value is _BROKEN else value
+        return None if value is _MISSING or value is _BROKEN or self._is_empty(value) else value
+
+    def _is_empty(self, value: object) -> bool:
+        """Whether a value is a text that says nothing, as tables write what is not there."""
+        return self.clean and isinstance(value, str) and not value.strip()
 
     def _get(self, path: str) -> object:
         if path in self.data:  # the name of a column may hold a dot

@@ -1,11 +1,13 @@
-"""Whether weights are numbers."""
+"""Whether weights and buffers are numbers."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import zero_3_partition
@@ -15,26 +17,36 @@ _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @torch.no_grad()
 def check_finite(model: nn.Module, ranks: Ranks) -> None:
-    """Refuse a model with a weight that is NaN or infinite: nothing that is computed with it means anything.
+    """Refuse a model with a weight or a buffer that is NaN or infinite: nothing computed with it means anything.
 
-    One pass over the memory; under DeepSpeed ZeRO-3 each rank reads its own part.
+    One pass over the memory; under DeepSpeed ZeRO-3 each rank reads its own part. Buffers that are not saved are left
+    alone: masks hold infinities.
 
     Args:
         model: the model.
         ranks: the processes that hold it; each calls this.
 
     Raises:
-        FloatingPointError: naming the weight, on the ranks that hold its part.
+        FloatingPointError: naming the weights and buffers, on the ranks that hold the part.
         RankError: on the others.
 
     Example:
         >>> check_finite(nn.Linear(2, 2), Ranks())
     """
     with ranks.together():
-        wrong = [name for name, weight in model.named_parameters() if not _is_finite(weight)]
+        tensors = itertools.chain(model.named_parameters(), _saved_buffers(model))
+        wrong = [name for name, tensor in tensors if not _is_finite(tensor)]
         if wrong:
             shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            raise FloatingPointError(f"the model has weights that are not finite (NaN or infinity): {shown}")
+            raise FloatingPointError(f"the model has weights or buffers that are not finite (NaN or infinity): {shown}")
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those of the state dict, such as the biases of a router."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
 
 
 def _is_finite(weight: Any) -> bool:

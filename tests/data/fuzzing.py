@@ -137,15 +137,18 @@ def whole(suffix: str, data: bytes) -> object:
         )
     except csv.Error:
         return None
-    table = [cells for cells in table if cells]
+    table = [cells for cells in table if any(cell.strip() for cell in cells)]
     header = [name.strip() for name in table[0]] if table else []
-    if len(set(header)) < len(header) or "" in header:
+    names = [name for name in header if name]
+    if len(set(names)) < len(names) or (len(header) == 1 and set(header[0]) & set(",;|\t")):
         return None
     # a carriage return alone ends a line for the module's own reader of files, but not for ours
     if "\r" in text.replace("\r\n", ""):
         return _UNDECIDED
     return [
-        dict(zip(header, [c or None for c in cells], strict=True)) for cells in table[1:] if len(cells) == len(header)
+        {name: cell or None for name, cell in zip(header, cells, strict=True) if name}
+        for cells in table[1:]
+        if len(cells) == len(header)
     ]
 
 

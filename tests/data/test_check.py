@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3MoeConfig
 
 from lit_moeedit.cli import run
 from tests.data.rows import FLAT, MQUAKE, NATIVE, ZSRE, write
@@ -55,7 +56,7 @@ def test_what_is_understood_is_printed(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_problems_are_grouped_by_field_and_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = [{**NATIVE, "target_new": 5, "paraphrases": ["", number]} for number in range(11)]
+    bad = [{**NATIVE, "target_new": 5, "paraphrases": [None, number]} for number in range(11)]
     path = write(tmp_path / "facts.jsonl", [NATIVE, *bad, {**NATIVE, "subject": "Oslo"}])
     code, lines = refused(path, capsys)
     assert code == f"lit-moeedit facts check: {path}: 12 of 13 rows cannot be used"
@@ -63,7 +64,7 @@ def test_problems_are_grouped_by_field_and_fail(tmp_path: Path, capsys: pytest.C
         "Problem, field target_new: 11 (rows 2, 3, 4, 5, 6, 7, 8, 9 and 3 more)",
         "  row 2: is 5 (int); expected a text",
         "Problem, field paraphrases[]: 11 (rows 2, 3, 4, 5, 6, 7, 8, 9 and 3 more)",
-        "  row 2: is ''; expected a text that is not empty",
+        "  row 2: is null; expected a text",
         "Problem, field prompt: 1 (rows 13)",
         "  row 13: does not contain the subject 'Oslo'; expected it letter by letter in 'Rome lies in'",
     ]
@@ -102,7 +103,19 @@ def test_a_tokenizer_checks_targets_and_edit_tokens(tmp_path: Path, capsys: pyte
     assert "no-such-folder" in refused(path, capsys, f"--tokenizer={tmp_path / 'no-such-folder'}")[0]
 
 
-HOSTILE = "\u202eRome\u2066 [bold]x[/] <b>y</b> \ufffd A\u030a \u200b"
+def test_a_tokenizer_is_read_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder, mark = write(tmp_path / "facts.json", [NATIVE]), tmp_path / "evil", tmp_path / "was-run"
+    folder.mkdir()
+    Qwen3MoeConfig().save_pretrained(folder)
+    option = f"--tokenizer={folder}"
+    assert refused(path, capsys, option)[0].endswith("evil cannot be used: it has no vocabulary")
+    settings = {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\n", encoding="utf-8")
+    assert "evil cannot be used: " in refused(path, capsys, option)[0] and not mark.exists()
+
+
+HOSTILE = "\u202eRome\u2066 [bold]x[/] :smile: <b>y</b> \ufffd A\u030a \u200b"
 
 
 def test_nothing_of_a_file_acts_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +128,7 @@ def test_nothing_of_a_file_acts_on_the_terminal(tmp_path: Path, capsys: pytest.C
     path = write(tmp_path / "a\u202eb.json", rows)
     code, lines = refused(path, capsys)
     assert all(line.isprintable() for line in (code, *lines))
-    assert any("[bold]x[/]" in line for line in lines)
+    assert any("[bold]x[/] :smile:" in line for line in lines)
     assert [line.partition(":")[0] for line in lines if line.startswith("Remark")] == [
         "Remark, markup",
         "Remark, characters that cannot be seen (of no width, or turning the direction)",

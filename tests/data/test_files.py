@@ -165,6 +165,16 @@ def test_rows_that_are_too_long(tmp_path: Path) -> None:
     assert error_of(path) == (1, "is longer than 4 MiB (from line 1 on); expected at most 4 MiB in a row")
 
 
+def test_a_row_of_a_table_has_a_limit_however_many_lines_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    cell = '"' + "é" * 2**15 + '\n"'  # half as many letters as bytes
+    path.write_text(f"a,b\n{cell},{cell}\n" + ",".join([cell] * 62) + "\n", encoding="utf-8")
+    assert [number for number, _ in load_rows(path)] == [2, 5]
+    path.write_text(f"a,b\n{cell},{cell}\n" + ",".join([cell] * 66) + "\n", encoding="utf-8")
+    message = "is longer than 4 MiB (a quote that is not closed?); expected at most 4 MiB in a row"
+    assert error_of(path) == (5, message)
+
+
 def test_what_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     path.write_text(f"[{json.dumps(NATIVE)}, this is no JSON", encoding="utf-8")

@@ -11,6 +11,7 @@ import yaml
 
 from lit_moeedit.data import FactsCorpus
 from lit_moeedit.data.facts import Fact, FactError, FactsError, Neighbour, read_facts
+from lit_moeedit.data.files import load_rows
 from tests.data.rows import (
     COUNTERFACT,
     EXPECTED,
@@ -236,7 +237,6 @@ def test_problems_of_a_table_have_its_names(tmp_path: Path) -> None:
     ("text", "row", "message"),
     [
         ("subject,prompt,prompt\n", 1, "has the column 'prompt' twice; expected the names of the columns, each once"),
-        ("subject,,prompt\n", 1, "has a column without a name; expected the names of the columns, each once"),
         (
             'a,b\n"x,y\n',
             2,
@@ -244,7 +244,7 @@ def test_problems_of_a_table_have_its_names(tmp_path: Path) -> None:
         ),
         ('a,b\n"x"y,z\n', 2, "is not valid CSV (',' expected after '\"'); expected cells separated by ','"),
         (f"a,b\n{'x' * 200_000},z\n", 2, "is not valid CSV (field larger than field limit (131072)); expected cells"),
-        ("a;b;c\n1;2;3\n", 2, "has 'a;b;c', which is no known format; expected the keys of one of: "),
+        ("a;b;c\n1;2;3\n", 1, "names a single column 'a;b;c'; expected cells separated by ','"),
         ("subject,prompt,target_new\n", None, "holds no rows; expected at least one fact"),
     ],
 )
@@ -254,6 +254,13 @@ def test_tables_that_cannot_be_read(tmp_path: Path, text: str, row: int | None, 
     with pytest.raises(FactError) as caught:
         read_facts(path, strict=False)
     assert caught.value.row == row and caught.value.message.startswith(message)
+
+
+@pytest.mark.parametrize("text", [",subject,prompt,target_new\n0,{}\n", "subject,prompt,target_new,\n{},\n"])
+def test_what_spreadsheets_add_is_left_out(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(",, ,\n" + text.replace("{}", "Rome,Rome lies in,Spain") + ",,,\n , ,,\n", encoding="utf-8")
+    assert [row for _, row in load_rows(path)] == [{"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain"}]
 
 
 def test_rows_of_the_wrong_length_are_named_and_the_others_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,18 @@ def test_optional_fields_may_be_absent_or_null(tmp_path: Path) -> None:
     assert read_facts(write(tmp_path / "flat.json", [flat]))[0].neighbours == ()
 
 
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_optional_fields_may_be_empty(tmp_path: Path, empty: str) -> None:
+    neighbour = {"prompt": "Milan is", "target": "b", "group": empty}
+    row = {**NATIVE, "target_true": empty, "paraphrases": ["one", empty], "neighbours": [neighbour]}
+    (native,) = read_facts(write(tmp_path / "facts.json", [row]))
+    assert native == Fact("Rome", "Rome lies in", "Spain", None, ("one",), (Neighbour("Milan is", "b"),))
+    assert validate_facts([replace(native, target_true=empty, paraphrases=("one", empty))]) == [native]
+    names = ("ground_truth", "rephrase_prompt", "locality_prompt", "locality_ground_truth")
+    (flat,) = read_facts(write(tmp_path / "flat.json", [{**FLAT, **dict.fromkeys(names, empty)}]))
+    assert flat == Fact("Toko Yasuda", "Toko Yasuda, the", "piano")
+
+
 def test_neighbours_without_a_group_get_the_default(tmp_path: Path) -> None:
     row = {**NATIVE, "neighbours": [{"prompt": "Milan lies in", "target": "Italy"}]}
     assert read_facts(write(tmp_path / "facts.json", [row]))[0].neighbours[0].group == "neighbour"
@@ -61,8 +74,9 @@ def test_zsre_takes_the_prediction_where_there_is_no_answer(tmp_path: Path) -> N
 def test_a_single_placeholder_in_a_native_prompt_is_filled(
     tmp_path: Path, subject: str, prompt: str, complete: str
 ) -> None:
-    row = {**NATIVE, "subject": subject, "prompt": prompt}
-    assert read_facts(write(tmp_path / "facts.json", [row]))[0].prompt == complete
+    row = {**NATIVE, "subject": subject, "prompt": prompt, "paraphrases": ["one", prompt]}
+    (fact,) = read_facts(write(tmp_path / "facts.json", [row]))
+    assert (fact.prompt, fact.paraphrases) == (complete, ("one", complete))
 
 
 def test_texts_are_stripped(tmp_path: Path) -> None:
@@ -186,7 +200,7 @@ def usable_facts(draw: st.DrawFn) -> list[Fact]:
         target_new, target_true = draw(st.tuples(clean, st.none() | clean).filter(lambda pair: pair[0] != pair[1]))
         paraphrases = tuple(draw(st.lists(clean, max_size=2)))
         around = tuple(draw(st.lists(st.builds(Neighbour, clean, clean, clean), max_size=2)))
-        if "{}" not in prompt:
+        if not any("{}" in text for text in (prompt, *paraphrases, *(neighbour.prompt for neighbour in around))):
             facts[prompt] = Fact(subject, prompt, target_new, target_true, paraphrases, around)
     return list(facts.values()) or [EXPECTED["native"]]
 

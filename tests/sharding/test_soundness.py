@@ -48,3 +48,17 @@ def test_a_few_of_many_are_named() -> None:
     model = module(**{f"w{i}": torch.tensor([torch.nan]) for i in range(8)})
     with pytest.raises(FloatingPointError, match="w0, w1, w2, w3, w4 and 3 more"):
         check_finite(model, Ranks())
+
+
+def test_buffers_that_are_saved_are_checked() -> None:
+    model = nn.Module()
+    model.inner = module(weight=torch.ones(2))
+    model.inner.register_buffer("mask", torch.full((2,), -torch.inf), persistent=False)
+    model.inner.register_buffer("bias", torch.zeros(3))
+    model.inner.register_buffer("none", None)
+    model.register_buffer("own", torch.zeros(3))
+    check_finite(model, Ranks())
+    model.inner.bias[1] = torch.nan
+    model.own[2] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"weights or buffers that are not finite .*: own, inner\.bias$"):
+        check_finite(model, Ranks())

@@ -102,23 +102,29 @@ def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="the others are kept")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quiet()
-    results: dict[str, dict[str, dict[str, Any]]] = {"From nothing": {}, "From the same weights": {}}
+    file = arguments.output / "sharded.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    titles = ("From nothing", "From the same weights")
+    results: dict[str, dict[str, dict[str, Any]]] = {title: known.get(title, {}) for title in titles}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = trained("atlas", arguments.seed, arguments.models)
         found.model.save_pretrained(folder / "weights")
         found.tokenizer.save_pretrained(folder / "weights")
         for title, runs in results.items():
-            for name, (config, threads) in RUNS.items():
+            for name in arguments.runs:
+                config, threads = RUNS[name]
                 path = ROOT / "configs" / config
                 if title == "From the same weights":
                     path = from_the_edit(config, folder / "weights", folder)
                 summary, losses = run(path, arguments.seed, folder / title / name, threads)
                 runs[name] = {"numbers": numbers(summary), "losses": losses}
+    results = {title: {name: runs[name] for name in RUNS if name in runs} for title, runs in results.items()}
     text = table(results)
     write("sharded", f"`python -m benchmarks.sharded --seed {arguments.seed}`", text, results, arguments.output)
     picture(results, arguments.output / "sharded.png")

@@ -44,7 +44,13 @@ def model() -> PreTrainedModel:
 def editor(**settings: Any) -> Editor:
     targets = TargetOptimizer(steps=4, learning_rate=0.5, stop=0.0)
     return Editor(
-        LAYERS, targets=targets, contexts=("", "Note:"), token_budget=64, strength=10.0, ridge=0.1, **settings
+        LAYERS,
+        targets=targets,
+        contexts=("", "Note:"),
+        token_budget=64,
+        strength=10.0,
+        ridge=0.1,
+        **{"preserve": "covariance", **settings},
     )
 
 

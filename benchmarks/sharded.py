@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -34,6 +35,7 @@ RUNS = {
     "ZeRO-3, two processes": ("atlas_zero3.yaml", 1),
 }
 """Configs of the runs, and the threads of each process."""
+TITLES = ("From nothing", "From the same weights")
 Curve = list[tuple[int, float]]
 
 
@@ -102,6 +104,7 @@ def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--parts", nargs="+", choices=TITLES, default=list(TITLES), help="the others are kept")
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="the others are kept")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -109,22 +112,20 @@ def main() -> None:
     quiet()
     file = arguments.output / "sharded.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    titles = ("From nothing", "From the same weights")
-    results: dict[str, dict[str, dict[str, Any]]] = {title: known.get(title, {}) for title in titles}
+    results: dict[str, dict[str, dict[str, Any]]] = {title: known.get(title, {}) for title in TITLES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = trained("atlas", arguments.seed, arguments.models)
         found.model.save_pretrained(folder / "weights")
         found.tokenizer.save_pretrained(folder / "weights")
-        for title, runs in results.items():
-            for name in arguments.runs:
-                config, threads = RUNS[name]
-                path = ROOT / "configs" / config
-                if title == "From the same weights":
-                    path = from_the_edit(config, folder / "weights", folder)
-                summary, losses = run(path, arguments.seed, folder / title / name, threads)
-                runs[name] = {"numbers": numbers(summary), "losses": losses}
-    results = {title: {name: runs[name] for name in RUNS if name in runs} for title, runs in results.items()}
+        for title, name in itertools.product(arguments.parts, arguments.runs):
+            runs, (config, threads) = results[title], RUNS[name]
+            path = ROOT / "configs" / config
+            if title == "From the same weights":
+                path = from_the_edit(config, folder / "weights", folder)
+            summary, losses = run(path, arguments.seed, folder / title / name, threads)
+            runs[name] = {"numbers": numbers(summary), "losses": losses}
+    results = {title: {name: runs[name] for name in RUNS if name in runs} for title, runs in results.items() if runs}
     text = table(results)
     write("sharded", f"`python -m benchmarks.sharded --seed {arguments.seed}`", text, results, arguments.output)
     picture(results, arguments.output / "sharded.png")

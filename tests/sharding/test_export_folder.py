@@ -202,7 +202,12 @@ print("peak", peak - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the accounts of Linux")
 @pytest.mark.parametrize(
-    "kind", ["one process", pytest.param("stage 2, 4 ranks", marks=pytest.mark.slow), "stage 3, 4 ranks"]
+    "kind",
+    [
+        pytest.param("one process", marks=pytest.mark.slow),
+        pytest.param("stage 2, 4 ranks", marks=pytest.mark.slow),
+        "stage 3, 4 ranks",
+    ],
 )
 def test_memory(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     """The model has 163 MiB, its largest weight 16: one file of 19 MiB and the weight make 35."""

@@ -185,7 +185,7 @@ def all_cases(cases: list[tuple[int, torch.dtype, str]]) -> None:
             raise AssertionError(f"stage {stage}, {dtype}, {way}: {error}") from error
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_edits_equal_those_of_one_process_and_stay(size: int) -> None:
     run_ranks(all_cases, size, CASES)
 

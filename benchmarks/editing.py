@@ -12,20 +12,21 @@ Each seed's model is trained once and kept; every editor then edits a fresh copy
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib import pyplot as plt
 from transformers import PreTrainedModel
 
 from benchmarks import reference
-from benchmarks.training import MODELS, QUALITY, RESULTS, Trained, changed, header, quiet, row, trained, write
+from benchmarks.training import QUALITY, Trained, arguments_of, changed, header, quiet, row, trained, write
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.editing import PHASES, Editor, FineTuning
 from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker
@@ -91,9 +92,11 @@ def compare(
     found = trained(name, seed, models, *corpus(name, facts))
     chosen, every = found.data.edit_facts(), runs(found, name)
     next(iter(every.values()))(copy.deepcopy(found.model), chosen[:2])  # what is slow only the first time
+    # seconds are compared within one run only
+    run = {"run": f"{time.time():.0f}", "threads": torch.get_num_threads(), "training": found.seconds}
     for label, edit in every.items():
         if not only or label in only:
-            yield label, {**found.quality(edit), "training": found.seconds}
+            yield label, {**found.quality(edit), **run}
 
 
 def growth(models: Path, facts: Path) -> dict[str, Any]:
@@ -113,7 +116,11 @@ def tables(results: dict[str, Any]) -> str:
         if name not in results:
             continue
         labels = list(dict.fromkeys(label for found in results[name].values() for label in found))
-        lines += [f"{EDITS[name]} edits, {name}: mean over seeds {', '.join(results[name])} (lowest to highest)", ""]
+        threads = {str(run["threads"]) for found in results[name].values() for run in found.values()}
+        measured = (
+            f"mean over seeds {', '.join(results[name])} (lowest to highest), threads: {', '.join(sorted(threads))}"
+        )
+        lines += [f"{EDITS[name]} edits, {name}: {measured}", ""]
         lines += header(["editor", *QUALITY, *PHASES, "seconds", "× the reference"])
         for label in labels:
             own = [found[label] for found in results[name].values() if label in found]
@@ -122,9 +129,9 @@ def tables(results: dict[str, Any]) -> str:
                 values = [run[metric] for run in own]
                 cells.append(f"{statistics.mean(values):.3f} ({min(values):.2f}–{max(values):.2f})")
             cells += [f"{statistics.mean(r['seconds'].get(p, 0.0) for r in own):.2f}" for p in (*PHASES, "edit")]
-            both = [found for found in results[name].values() if label in found and REFERENCE in found]
-            ratios = [found[REFERENCE]["seconds"]["edit"] / found[label]["seconds"]["edit"] for found in both]
-            cells.append(f"{statistics.mean(ratios):.1f}" if ratios else "")
+            pairs = [(f[REFERENCE], f[label]) for f in results[name].values() if label in f and REFERENCE in f]
+            ratios = [a["seconds"]["edit"] / b["seconds"]["edit"] for a, b in pairs if a["run"] == b["run"]]
+            cells.append(f"{statistics.mean(ratios):.1f}" if ratios else "another run")
             lines.append(row(cells))
         trainings = [next(iter(found.values())) for found in results[name].values()]
         told = ", ".join(f"{run['recalled_before']:.3f} after {run['training']:.0f} s" for run in trainings)
@@ -187,15 +194,12 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
+    parser = arguments_of(__doc__)
     parser.add_argument("--facts", type=Path, help="a CounterFact file")
     parser.add_argument(
         "--parts", nargs="+", choices=("atlas", "counterfact", "growth"), default=["atlas", "counterfact", "growth"]
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="these editors only; the others keep their results")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quiet()
     arguments.output.mkdir(parents=True, exist_ok=True)

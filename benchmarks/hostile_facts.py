@@ -22,11 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training import RESULTS, header, row, write
 from lit_moeedit.cli import run
 from lit_moeedit.data.corpus import train_tokenizer
 from lit_moeedit.data.problems import visible
 
-ROOT = Path(__file__).resolve().parents[1]
 ROW: dict[str, Any] = {"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain", "target_true": "Italy"}
 LINE = json.dumps(ROW)
 TEXT = f"[\n{LINE},\n{LINE.replace('Rome', 'Oslo')}\n]\n"
@@ -118,7 +118,7 @@ rows = problems = 0
 for _, row in load_rows(Path(sys.argv[1])):
     rows += 1
     problems += not isinstance(row, dict)
-print(rows, problems, (peak() - before) / 1024)
+sys.stdout.write(f"{rows} {problems} {(peak() - before) / 1024}")
 """
 
 
@@ -150,7 +150,7 @@ def large(kind: str, path: Path, size: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--size", type=int, default=2**29, help="bytes of a large file; a line has twice as many")
     arguments = parser.parse_args()
     arguments.output = arguments.output.resolve()
@@ -178,23 +178,17 @@ def main() -> None:
             large(kind, Path(f"large{suffix}"), arguments.size * (2 if kind == "one line" else 1))
             for kind, suffix in sizes
         ]
-    lines = ["`python -m benchmarks.hostile_facts`", "", "| input | exit code | what is said |", "| --- | --- | --- |"]
-    for row in found:
-        said = "<br>".join(f"`{visible(line).replace('|', '¦')[:230]}`" for line in row["said"])
-        lines.append(f"| {row['input']} | {row['exit']} | {said} |")
-    lines += [
-        "",
-        "| large file | MiB | rows | of them unusable | memory for reading, MiB |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in memory:
-        numbers = f"{row['MiB']:,.0f} | {row['rows']:,} | {row['problems']:,} | {row['memory MiB']:.1f}"
-        lines.append(f"| {row['suffix']}, {row['kind']} | {numbers} |")
+    lines = header(["input", "exit code", "what is said"])
+    for found_row in found:
+        said = "<br>".join(f"`{visible(line).replace('|', '¦')[:230]}`" for line in found_row["said"])
+        lines.append(row([found_row["input"], found_row["exit"], said]))
+    lines += ["", *header(["large file", "MiB", "rows", "of them unusable", "memory for reading, MiB"])]
+    for size in memory:
+        cells = [f"{size['MiB']:,.0f}", f"{size['rows']:,}", f"{size['problems']:,}", f"{size['memory MiB']:.1f}"]
+        lines.append(row([f"{size['suffix']}, {size['kind']}", *cells]))
     text = "\n".join(lines) + "\n"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({"inputs": found, "memory": memory}, indent=1) + "\n"
-    (arguments.output / "hostile_facts.json").write_text(content, encoding="utf-8")
-    (arguments.output / "hostile_facts.md").write_text(text, encoding="utf-8")
+    results = {"inputs": found, "memory": memory}
+    write("hostile_facts", "`python -m benchmarks.hostile_facts`", text, results, arguments.output)
     sys.stdout.write(text)
 
 

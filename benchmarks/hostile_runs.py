@@ -187,7 +187,8 @@ def main() -> None:
             if arguments.full:
                 sys.stdout.write(text)
             table.append(f"| {name.strip()} | {code} | {said(code, text, work)} |")
-            print(table[-1], flush=True)
+            sys.stdout.write(table[-1] + "\n")
+            sys.stdout.flush()
             wrong += [f"{name}: {fault}" for fault in faults(code, text, work)]
             shutil.rmtree(folder)
     if arguments.output is not None:

@@ -11,7 +11,6 @@ the JSON are not made again. ``--fresh`` begins anew.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,7 +23,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from benchmarks.training import CONFIGS, MODELS, RESULTS, Once, Trained, changed, header, quiet, row, trained, write
+from benchmarks.training import CONFIGS, Once, Trained, arguments_of, changed, header, quiet, row, trained, write
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments
 from lit_moeedit.editing.running import hidden_states, inference
@@ -217,13 +216,10 @@ def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments_of(__doc__)
     parser.add_argument("--facts", type=Path, help="a CounterFact file; without it that model is left out")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--names", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
     parser.add_argument("--fresh", action="store_true", help="forget the results so far")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quiet()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ Runs that are in the JSON are not made again; ``--fresh`` begins anew.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -28,7 +27,7 @@ import lightning as L
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.training import MODELS, RESULTS, command_line, header, quiet, row, trained, write
+from benchmarks.training import arguments_of, command_line, header, quiet, row, trained, write
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.cli import EditingCLI
@@ -105,8 +104,8 @@ def run(seed: int, setting: str, memory: str, models: Path) -> list[dict[str, An
         model, tokenizer = cli.model.model, cli.datamodule.tokenizer
         moments = {}
         if editor.preserve != "none":
-            texts, gated = cli.datamodule.preservation_texts(), editor.preserve == "output"
-            moments = second_moments(model, tokenizer, editor.check(model), texts, gated=gated)
+            texts = cli.datamodule.preservation_texts()
+            moments = second_moments(model, tokenizer, editor.check(model), texts, gated=editor.gated)
         for number in range(BATCHES):
             facts = observer.facts[number * SIZE : (number + 1) * SIZE]
             editor.edit(model, tokenizer, facts, moments=moments)
@@ -164,11 +163,8 @@ def draw(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
+    parser = arguments_of(__doc__)
     parser.add_argument("--fresh", action="store_true", help="forget the results so far")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quiet()
     file = arguments.output / "sequential.json"

@@ -127,7 +127,10 @@ def main() -> None:
             runs[name] = {"numbers": numbers(summary), "losses": losses}
     results = {title: {name: runs[name] for name in RUNS if name in runs} for title, runs in results.items() if runs}
     text = table(results)
-    write("sharded", f"`python -m benchmarks.sharded --seed {arguments.seed}`", text, results, arguments.output)
+    missing = [f"{title}: {name}" for title in TITLES for name in RUNS if name not in results.get(title, {})]
+    command = f"`python -m benchmarks.sharded --seed {arguments.seed}`"
+    command += f"; not run: {'; '.join(missing)}" if missing else ""
+    write("sharded", command, text, results, arguments.output)
     picture(results, arguments.output / "sharded.png")
     sys.stdout.write(text)
 

@@ -5,6 +5,7 @@ What a config edits has no influence on what it trains on before, so the weights
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import logging
@@ -66,6 +67,15 @@ def command_line(name: str, seed: int, *arguments: str) -> tuple[EditingCLI, Kno
         run=False,
     )
     return cli, next(callback for callback in cli.trainer.callbacks if isinstance(callback, KnowledgeEditing))
+
+
+def arguments_of(description: str) -> argparse.ArgumentParser:
+    """What every benchmark of trained models can be told: seeds, and the folders of models and results."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser
 
 
 def quiet() -> None:

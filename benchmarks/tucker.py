@@ -10,14 +10,13 @@ into ``benchmarks/results``.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training import MODELS, QUALITY, RESULTS, Once, changed, header, quiet, row, trained, write
+from benchmarks.training import QUALITY, Once, arguments_of, changed, header, quiet, row, trained, write
 from lit_moeedit.editing import second_moments
 from lit_moeedit.solvers import Tucker, TuckerFactors, Woodbury
 
@@ -68,10 +67,7 @@ def edits(seed: int, models: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser = arguments_of(__doc__)
     arguments = parser.parse_args()
     quiet()
     results, spectra = {}, []

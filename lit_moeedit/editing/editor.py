@@ -155,9 +155,14 @@ class Editor:
         """Whether second moments are needed: for the preservation, or for the solver's factors."""
         return self.preserve != "none" or (isinstance(self.solver, Tucker) and self.solver.whiten)
 
+    @property
+    def gated(self) -> bool:
+        """Whether the second moments are those of gated keys."""
+        return self.preserve == "output"
+
     def penalty(self, layer: ExpertLayer) -> float:
         """``β`` of the penalty ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)`` in a layer."""
-        if self.preserve != "output":
+        if not self.gated:
             return self.strength
         experts, _, d_hidden = layer.shape
         return self.strength * experts * d_hidden / self.ridge
@@ -254,7 +259,7 @@ class Editor:
                         ranks=ranks,
                         cache=self.cache,
                         device="cpu" if self.moments_on_cpu else None,
-                        gated=self.preserve == "output",
+                        gated=self.gated,
                     )
             rows, prompts, owner = self._encode(tokenizer, facts, model)
             with clock("targets"):

@@ -170,9 +170,8 @@ def _edit(
         texts = [" ".join(["word"] * work.text_tokens)] * len(batches[0])
         rounds = -(-len(batches) // sharding.ranks)
         with tally.phase("statistics"):
-            gated = editor.preserve == "output"
             moments = second_moments(
-                model, tokenizer, layers, texts, editor.token_budget, ranks=ranks(rounds), gated=gated
+                model, tokenizer, layers, texts, editor.token_budget, ranks=ranks(rounds), gated=editor.gated
             )
             if editor.moments_on_cpu and not sharding.on_cpu:
                 tally.offload(sum(summed.total.nbytes for summed in moments.values()))

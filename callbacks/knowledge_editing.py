@@ -28,6 +28,9 @@ from lit_moeedit.sharding.soundness import check_finite
 
 log = logging.getLogger(__name__)
 
+NAMED = 5
+"""So many of the facts that an edit missed are named."""
+
 
 class KnowledgeEditing(L.Callback):
     """Edits facts in the routed experts of the model between epochs or steps, and watches what is left of them.
@@ -399,6 +402,10 @@ class KnowledgeEditing(L.Callback):
             after["generalization"],
             after["specificity_retained"],
         )
+        if kept and event.missed:
+            named = [f"{fact.prompt!r} -> {fact.target_new!r}" for fact in event.missed[:NAMED]]
+            more = f", and {len(event.missed) - NAMED} more" if len(event.missed) > NAMED else ""
+            log.warning("%d edited facts are not said: %s%s", len(event.missed), ", ".join(named), more)
 
     def _log_retention(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not self.applied_facts:

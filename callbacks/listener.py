@@ -29,6 +29,11 @@ class EditEvent:
     epoch: int
     step: int
 
+    @property
+    def missed(self) -> list[Fact]:
+        """The facts whose new target was not said after the edit."""
+        return [fact for fact, said in zip(self.result.facts, self.after.edits_exact, strict=True) if not said]
+
 
 class EditListener(L.Callback):
     """A callback that :class:`~lit_moeedit.callbacks.KnowledgeEditing` tells of its edits.

@@ -188,7 +188,7 @@ class EditReport(EditListener):
     def _write(self, trainer: L.Trainer, summary: dict[str, Any], facts: Sequence[Fact]) -> None:
         summary = _without_nan(summary)
         path = self._path(trainer)
-        console = Console(quiet=not self.console)
+        console = Console(quiet=not self.console, emoji=False)
         # shown even if there is no room for the file
         console.print(self._table(summary))
         with appearing(path) as beside:

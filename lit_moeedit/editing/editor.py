@@ -45,7 +45,8 @@ class EditResult:
         facts: the facts edited.
         deltas: weight changes by layer index.
         targets: the target vectors, with the loss that each reached.
-        seconds: by phase (``statistics``, ``targets``, ``features``, ``solve``, ``commit``) and in all (``edit``).
+        seconds: by phase (``statistics``, ``targets``, ``features``, ``solve``, ``commit``) and in all (``edit``);
+            to try how far each layer moves with its experts is a part of ``features``.
         relative_change: ``‖ΔW‖_F / ‖W‖_F`` by layer index, over the experts that changed.
         kept: ``False`` if a guard had the edit undone.
     """
@@ -238,7 +239,8 @@ class Editor:
         # a rank that fails anywhere in here meets the others where they agree next: before each forward, and before
         # anything is exchanged
         with ranks.together():
-            gains = self._gains(model, ranks)
+            with clock("features"):
+                gains = self._gains(model, ranks)
             layers = list(gains)
             check_vocabulary(tokenizer, model)
             facts = validate_facts(facts, tokenizer=tokenizer)

@@ -18,6 +18,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+NOT_MADE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError)
+"""What configs and models of families raise that want to be made otherwise, or something to be installed."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -39,10 +42,18 @@ def families() -> list[Family]:
         source = "\n".join(_sources(model_type))
         is_declared = "@use_experts_implementation" in source
         if is_declared:
-            model_type = CONFIG_MAPPING[model_type]().get_text_config().model_type
+            model_type = _text_type(model_type)
         if is_declared or re.search(r"^class \w*(Expert|MoE|Moe)\w*\(nn\.Module\)", source, re.MULTILINE):
             found[model_type] = Family(model_type, is_declared)
     return [found[name] for name in sorted(found)]
+
+
+def _text_type(model_type: str) -> str:
+    """The type of a family's text config; its own, if none can be made without arguments."""
+    try:
+        return CONFIG_MAPPING[model_type]().get_text_config().model_type
+    except NOT_MADE:
+        return model_type
 
 
 def _sources(model_type: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from lit_moeedit.models.experts import (
     expert_layers,
     watch_routing,
 )
-from lit_moeedit.models.families import Family, small_model
+from lit_moeedit.models.families import NOT_MADE, Family, small_model
 from lit_moeedit.models.families import families as all_families
 
 TESTED_WITH = "5.23.0"
@@ -73,7 +73,7 @@ def families() -> None:
             found = [finding(family) for family in all_families()]
         finally:
             transformers.logging.set_verbosity(level)
-    Console().print(table(found))
+    Console(emoji=False).print(table(found))
 
 
 def table(found: list[Finding]) -> Table:
@@ -105,7 +105,7 @@ def finding(family: Family) -> Finding:
         gains = output_gains(model, check_editable(model, [layer.index for layer in layers]))
     except UnsupportedModelError as error:
         return Finding(family.model_type, layout, router, refusal=str(error).removesuffix(f"; {LISTED}"))
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+    except NOT_MADE as error:
         # a family that is newer than this package may want another small config
         logging.getLogger(__name__).debug("", exc_info=error)
         return Finding(family.model_type, refusal=f"not known, as no small model of it runs ({error})")

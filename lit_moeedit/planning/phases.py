@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from lit_moeedit.data import Fact, Neighbour
 from lit_moeedit.data.encoding import IGNORED_LABEL, pad_id, token_batches
-from lit_moeedit.editing import Editor, evaluate
+from lit_moeedit.editing import PHASES, Editor, evaluate
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.module import LitMoE
@@ -123,7 +123,7 @@ def rehearse(module: LitMoE, editor: Editor, sharding: Sharding, work: Workload)
     return [
         building_cost(size, sharding, module.hparams["pretrained"] is not None),
         training_cost(size, sharding, passes),
-        *tally.phases.values(),
+        *(tally.phases[name] for name in (*PHASES, "evaluation") if name in tally.phases),
         checkpoint_cost(size, sharding),
     ]
 

@@ -163,9 +163,12 @@ class Gathering:
             for weight in weights:
                 self._drop(weight)
 
-        def backward_end(*_: Any) -> None:
+        def backward_end(_: nn.Module, inputs: Any, outputs: Any) -> None:
             if self.gradients is None:
-                drop()
+                # like this hook, DeepSpeed sees only inputs without a name; behind a module that has none of these it
+                # lets go of the weights with the next forward
+                if any(isinstance(gradient, Tensor) for gradient in inputs):
+                    drop()
             elif together:
                 for weight in weights:
                     self._take(weight)

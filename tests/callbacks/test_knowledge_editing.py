@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.callbacks.listener import EditListener
 from lit_moeedit.editing import TargetOptimizer
 
 pytestmark = [
@@ -314,6 +315,23 @@ def test_an_edit_that_is_not_good_enough_is_undone(tiny, make_trainer, tmp_path,
     assert editing.applied_facts == [] and editing.pending_facts == [] and len(editing.edited_facts) == 6
     assert len(editing.state_dict()["undone"]) == 6 and data.state_dict() == {"excluded": []}
     assert "undid the edit of 6 facts" in caplog.text
+
+
+def test_facts_that_are_edited_and_not_said_are_named(tiny, make_trainer, tmp_path, caplog):
+    events = []
+
+    class Heard(EditListener):
+        def on_edit_end(self, trainer, pl_module, event):
+            events.append(event)
+
+    hopeless = tiny.editor(targets=TargetOptimizer(steps=1, learning_rate=1e-3))
+    editing = KnowledgeEditing(hopeless, at="fit_start")
+    with caplog.at_level(logging.WARNING, "lit_moeedit"):
+        make_trainer(tmp_path, [editing, Heard()], max_epochs=1).fit(tiny.module(), tiny.data())
+    assert events[0].missed == editing.facts  # the model is not trained yet, and is hardly changed
+    assert f"6 edited facts are not said: {editing.facts[0].prompt!r} -> " in caplog.text
+    assert f"{editing.facts[4].target_new!r}, and 1 more" in caplog.text
+    assert repr(editing.facts[5].prompt) not in caplog.text
 
 
 def test_min_specificity_retained(tiny):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from lit_moeedit.data.encoding import Encoding, encode
 from lit_moeedit.data.facts import Fact
@@ -20,8 +20,9 @@ from lit_moeedit.editing import Editor, EditResult, TargetOptimizer
 from lit_moeedit.editing.routing import trace_routing
 from lit_moeedit.editing.running import decoder_layers, inference, logits
 from lit_moeedit.editing.target_rows import TargetRow, UpperLayers, lay_out
+from lit_moeedit.models import families as module
 from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, UnsupportedModelError, expert_layers, watch_keys
-from lit_moeedit.models.families import families, small_model
+from lit_moeedit.models.families import Family, families, small_model
 from lit_moeedit.module import LitMoE
 
 pytestmark = pytest.mark.families
@@ -95,6 +96,15 @@ def test_all_families_are_here() -> None:
     found = families()
     assert [family.model_type for family in found if family.is_declared] == sorted([*SUPPORTED, *REFUSED])
     assert [family.model_type for family in found if not family.is_declared] == UNDECLARED
+
+
+def test_a_family_whose_config_wants_arguments_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise ValueError("num_experts is missing")
+
+    monkeypatch.setattr(module, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ["mixtral", "qwen3_moe"])
+    monkeypatch.setattr(module, "CONFIG_MAPPING", {"mixtral": refuse, "qwen3_moe": Qwen3MoeConfig})
+    assert families() == [Family("mixtral", True), Family("qwen3_moe", True)]
 
 
 @dataclass

@@ -61,12 +61,22 @@ def test_picks_by_size(make_problem, least, picked, edits, experts, d_hidden, d_
     assert problem.objective(deltas) == pytest.approx(least(problem), rel=1e-5)
 
 
-def test_without_a_ridge_more_edits_than_dimensions_are_least_squares(make_problem, design, picked) -> None:
-    problem = make_problem(60, 3, 6, ridge=0.0)
+@pytest.mark.parametrize(("edits", "experts", "d_hidden"), [(60, 3, 6), (10, 2, 3)])
+def test_without_a_ridge_more_edits_than_dimensions_are_least_squares(
+    make_problem, design, picked, edits: int, experts: int, d_hidden: int
+) -> None:
+    problem = make_problem(edits, experts, d_hidden, ridge=0.0)
     matrix = design(problem)
     misfit = problem.residuals.double() - matrix @ (torch.linalg.pinv(matrix) @ problem.residuals.double())
     assert problem.objective(Auto().solve(problem)) == pytest.approx(float(misfit.square().sum()), rel=1e-5)
     assert picked == ["NormalEquations"]
+
+
+def test_few_edits_are_solved_at_once(make_problem, least, picked, monkeypatch) -> None:
+    monkeypatch.setattr(auto.Costs, "of", None)
+    problem = make_problem(auto.FEW, 3, 2)
+    assert problem.objective(Auto().solve(problem)) == pytest.approx(least(problem), rel=1e-5)
+    assert picked == ["Woodbury"]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])

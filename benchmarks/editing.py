@@ -55,7 +55,7 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     return found | {
         "MEMIT per expert": changed(base, preserve="covariance", strength=1e4, solver=PerExpertRidge()),
         "FT": FineTuning(learning_rate=1e-3, **shared),
-        "FT-L": FineTuning(learning_rate=1e-3, norm_constraint=2e-2, **shared),
+        **{f"FT-L, {e:g}": FineTuning(learning_rate=1e-3, norm_constraint=e, **shared) for e in (0.02, 0.05)},
     }
 
 
@@ -64,7 +64,7 @@ Edit = Callable[[PreTrainedModel, Sequence[Fact]], dict[str, float]]
 
 def runs(found: Trained, name: str) -> dict[str, Edit]:
     """Every editor, and the one that edits one fact at a time, by what they are called."""
-    texts = found.data.preservation_texts()
+    texts = found.preservation_texts()
 
     def by(editor: Editor) -> Edit:
         return lambda model, facts: editor.edit(model, found.tokenizer, facts, texts).seconds

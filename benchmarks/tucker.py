@@ -28,6 +28,7 @@ PRESERVE: dict[str, dict[str, float]] = {
     "none": {"ridge": 1.0},
 }
 ENERGIES = (0.9, 0.95, 0.99)
+ALONE = "the last layer alone"
 
 
 def variants(energies: Sequence[float]) -> dict[str, Woodbury | Tucker]:
@@ -38,6 +39,8 @@ def variants(energies: Sequence[float]) -> dict[str, Woodbury | Tucker]:
             for energy in energies:
                 name = f"Tucker {energy}, {'whitened' if whiten else 'plain'}, {'carried' if carry else 'each layer'}"
                 found[name] = Tucker(energy=energy, whiten=whiten, carry=carry)
+    # what carrying adds to
+    found[f"Tucker {energies[-1]}, whitened, {ALONE}"] = Tucker(energy=energies[-1], carry=False)
     return found
 
 
@@ -45,13 +48,15 @@ def edits(seed: int, models: Path) -> tuple[dict[str, Any], list[str]]:
     """What each variant did, by preservation and solver; and rows of a table of spectra."""
     found = trained("atlas", seed, models, f"--data.init_args.corpus.init_args.edits={EDITS}")
     layers = found.editor.check(found.model)
-    texts, shared = found.data.preservation_texts(), Once(found.editor.targets)
+    texts, shared = found.preservation_texts(), Once(found.editor.targets)
     moments = {g: second_moments(found.model, found.tokenizer, layers, texts, gated=g) for g in (False, True)}
     results: dict[str, Any] = {}
     for preserve, settings in PRESERVE.items():
         own = moments[preserve == "output"]
         for name, solver in variants(ENERGIES if preserve == "output" else ENERGIES[-1:]).items():
             editor = changed(found.editor, preserve=preserve, solver=solver, targets=shared, **settings)
+            if name.endswith(ALONE):
+                editor.layers = editor.layers[-1:]
             result = found.quality(lambda m, facts: editor.edit(m, found.tokenizer, facts, moments=own).seconds)  # noqa: B023
             seconds = result["seconds"]
             results[f"{preserve}, {name}"] = {metric: result[metric] for metric in QUALITY} | {

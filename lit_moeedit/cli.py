@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,17 @@ class EditingCLI(LightningCLI):
             return
         # Lightning's own default would run what is in a checkpoint of another host
         settings.weights_only = True
-        path = Path(settings.ckpt_path or "")
-        if settings.ckpt_path and path.exists():
-            try:
-                check_harmless(path)
-            except CheckpointError as error:
-                raise CheckpointError(
-                    f"{error}; --weights_only=false reads it all the same, if you trust it"
-                ) from error
+        if settings.ckpt_path:
+            _check_checkpoint(settings.ckpt_path)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand is not None and self.config[self.subcommand].get("weights_only"):
+            # names such as "last" become paths in the Trainer; it is a partial, because some launchers pickle it
+            strategy = trainer.strategy
+            strategy.load_checkpoint = partial(_load_checked, strategy.load_checkpoint)  # type: ignore[method-assign]
+        return trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults: CSV logs, one device, and results in ``runs``."""
@@ -115,6 +119,24 @@ class EditingCLI(LightningCLI):
                 "seed_everything": 0,
             }
         )
+
+
+def _check_checkpoint(path: str | Path) -> None:
+    """Refuse a checkpoint here that is not harmless; what is on another host is left to who reads it as data."""
+    if not Path(path).exists():
+        return
+    try:
+        check_harmless(Path(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --weights_only=false reads it all the same, if you trust it") from error
+
+
+def _load_checked(
+    load: Callable[..., dict[str, Any]], checkpoint_path: str | Path, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """A strategy's ``load_checkpoint`` of what is harmless; some strategies are not told to read it as data."""
+    _check_checkpoint(checkpoint_path)
+    return load(checkpoint_path, weights_only=True)
 
 
 def run(args: ArgsType = None) -> EditingCLI | None:

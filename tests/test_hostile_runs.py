@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import pickle
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 import torch
 import yaml
 from fsspec.implementations.local import LocalFileOpener
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_moeedit import cli
 from lit_moeedit.module import LitMoE
@@ -109,6 +113,77 @@ def test_a_checkpoint_is_read_as_data_unless_it_is_trusted(
     (tmp_path / "it.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     cli.run(["fit", f"--config={tmp_path / 'it.yaml'}", *options])
     assert seen == [given is not False]
+
+
+@pytest.fixture
+def kept(config: dict[str, Any], tmp_path: Path) -> Path:
+    """A run that keeps checkpoints, and where it looks for the last one."""
+    settings = {"dirpath": str(tmp_path / "kept"), "save_last": True}
+    config["trainer"]["callbacks"].append(
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": settings}
+    )
+    config["trainer"]["enable_checkpointing"] = True
+    return tmp_path / "kept" / "last.ckpt"
+
+
+def forge(path: Path, mark: Path) -> Path:
+    """Put code into a file of a checkpoint of DeepSpeed; returns the file."""
+    write_checkpoint(path, {"a": torch.ones(3)}, 1, ranks=1)
+    file = next(path.rglob("*_model_states.pt"))
+    torch.save({"module": Payload(mark)}, file)
+    return file
+
+
+def test_a_checkpoint_that_lightning_finds_is_looked_at_too(
+    run: Any, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: Any, path: Path, weights_only: bool | None = None) -> Any:
+        """As DeepSpeed does, whatever it was told."""
+        return [torch.load(file, weights_only=False) for file in Path(path).rglob("*.pt")]
+
+    monkeypatch.setattr(SingleDeviceStrategy, "load_checkpoint", load)
+    mark = tmp_path / "was-run"
+    file = forge(kept, mark)
+    said = run("fit", "--ckpt_path=last")
+    assert said.startswith(f"lit-moeedit fit: {file} holds objects of io.open, whose code would have to run")
+    assert "--weights_only=false reads it all the same" in said and not mark.exists()
+    with suppress(Exception):  # what was read is no checkpoint
+        run("fit", "--ckpt_path=last", "--weights_only=false")
+    assert mark.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_deepspeed_runs_nothing_of_the_last_checkpoint(config: Any, kept: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
+    mark = tmp_path / "was-run"
+    file = forge(kept, mark)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "lit_moeedit.cli", "fit", f"--config={tmp_path / 'run.yaml'}", "--ckpt_path=last"]
+    command.append("--trainer.strategy=deepspeed_cpu_stage_1")
+
+    def ends_with(*more: str) -> str:
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 1
+        return done.stderr.replace("\n", "")
+
+    assert f"{file} holds objects of io.open" in ends_with()
+    assert not mark.exists()
+    ends_with("--weights_only=false")
+    assert mark.exists()
+
+
+def test_a_strategy_that_looks_at_checkpoints_goes_to_other_processes(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.EditingCLI, "_run_subcommand", lambda *_: None)
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    made = cli.run(["fit", f"--config={tmp_path / 'it.yaml'}"])
+    assert made is not None
+    copied = pickle.loads(pickle.dumps(made.trainer.strategy))
+    file = forge(tmp_path / "it", tmp_path / "was-run")
+    with pytest.raises(CheckpointError, match=f"{file.name} holds objects of"):
+        copied.load_checkpoint(tmp_path / "it")
 
 
 def test_a_folder_of_deepspeed_is_harmless_or_refused(tmp_path: Path) -> None:

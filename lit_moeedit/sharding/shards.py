@@ -103,7 +103,7 @@ def locate(weight: nn.Parameter, optimizers: Sequence[Any] = ()) -> Shard:
         moments = [Copy(0, lambda m=m: m.view(-1)) for m in _plain_moments(weight, optimizers)]  # type: ignore[misc]
         return Shard(weight.shape, weight.dtype, 0, weight.numel(), working, None, moments)
     if hasattr(weight, "_hp_mapping"):
-        return _zero_1_or_2(weight, working)
+        return _zero_1_or_2(weight, holder, working)
     master, moments = _half_precision(weight, holder)
     return Shard(weight.shape, weight.dtype, 0, weight.numel(), master, working, moments)
 
@@ -196,7 +196,7 @@ def _moments_3(weight: Any, holder: Any) -> list[Copy]:
     return [copy(name) for name in sorted(names)]
 
 
-def _zero_1_or_2(weight: Any, working: Copy) -> Shard:
+def _zero_1_or_2(weight: Any, holder: Any, working: Copy) -> Shard:
     group = weight._dp_group
     common = {
         "shape": weight.shape,
@@ -210,8 +210,7 @@ def _zero_1_or_2(weight: Any, working: Copy) -> Shard:
         return Shard(**common, start=0, stop=0, source=Copy(0, lambda: nothing))
     address = mapping.lp_fragment_address
     master = mapping.hp_fragment.data.view(-1)
-    fragments = (mapping.optim_fragment or {}).values()
-    moments = [Copy(address.start, lambda m=m: m.data.view(-1)) for m in fragments]  # type: ignore[misc]
+    moments = [Copy(address.start, lambda m=m: m) for m in _moments_1_or_2(mapping, holder)]  # type: ignore[misc]
     return Shard(
         **common,
         start=address.start,
@@ -219,6 +218,15 @@ def _zero_1_or_2(weight: Any, working: Copy) -> Shard:
         source=Copy(address.start, lambda: master),
         moments=moments,
     )
+
+
+def _moments_1_or_2(mapping: Any, holder: Any) -> list[Tensor]:
+    """From the inner optimizer: after a resume DeepSpeed links a weight to its moments with the next step at best."""
+    groups = getattr(holder, "single_partition_of_fp32_groups", None) or holder.fp32_groups_flat_partition
+    partition, run = groups[mapping.param_group_index], mapping.hp_fragment_address
+    state = holder.optimizer.state.get(partition, {})
+    found = (value.data.view(-1) for value in state.values() if _is_moment(value, partition.shape))
+    return [moment[run.start : run.start + run.numel] for moment in found]
 
 
 def _half_precision(weight: nn.Parameter, holder: Any) -> tuple[Copy, list[Copy]]:

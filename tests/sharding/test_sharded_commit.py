@@ -7,135 +7,37 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.commit_memory import WIDTHS, measure
 from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.sharding.weights import Transaction
 from lit_moeedit.solvers import ExpertDeltas
 from tests.processes import run_each, run_ranks
+from tests.sharding.engines import (
+    EXPERTS,
+    Model,
+    bits,
+    commit,
+    dense,
+    import_deepspeed,
+    make,
+    master,
+    moments,
+    some_deltas,
+    step,
+    working,
+)
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
 pytestmark = pytest.mark.deepspeed
 
-EXPERTS, D_MODEL, D_HIDDEN = 5, 7, 3
-"""105 numbers: no number of ranks divides them, so that partitions are padded and cut through experts."""
 CASES = [
     (stage, dtype, way)
     for stage in (0, 1, 2, 3)
     for dtype in (torch.float32, torch.bfloat16)
     for way in ("local", "gather")
 ]
-
-
-class Model(nn.Module):
-    """Experts between parameters of odd sizes, one of them frozen; the gradient does not depend on the weights."""
-
-    def __init__(self, transposed: bool = False, d_hidden: int = D_HIDDEN) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator))
-
-        self.before = parameter(11)
-        self.frozen = parameter(3, 3).requires_grad_(False)
-        shape = (EXPERTS, d_hidden, D_MODEL) if transposed else (EXPERTS, D_MODEL, d_hidden)
-        self.experts = parameter(*shape)
-        self.behind = parameter(2, 5)
-        self.register_buffer("slope", torch.randn(shape, generator=generator))
-
-    def forward(self, scale: Tensor) -> Tensor:
-        rest = self.before.sum() + self.behind.sum() * self.frozen.sum()
-        return scale * ((self.experts * self.slope.to(self.experts.dtype)).sum() + rest)
-
-
-def import_deepspeed() -> Any:
-    import deepspeed
-
-    # it would be compiled at the first start, behind a file lock that outlives a killed process
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def make(stage: int, dtype: torch.dtype, lr: float = 0.0, model: Model | None = None, **zero: Any) -> Any:
-    """An engine with Adam that has made one step (without a change, if ``lr`` is 0)."""
-    deepspeed = import_deepspeed()
-    model = model if model is not None else Model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    step(engine)
-    return engine
-
-
-def step(engine: Any) -> None:
-    dtype = next(engine.module.buffers()).dtype
-    engine.backward(engine(torch.tensor(1.0, dtype=dtype)))
-    engine.step()
-
-
-def working(engine: Any) -> Tensor:
-    """The weights as the next forward sees them."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([engine.module.experts], enabled=hasattr(engine.module.experts, "ds_id")):
-        return engine.module.experts.detach().clone()
-
-
-def master(engine: Any) -> Tensor:
-    """The weights as the optimizer continues from, float32."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weight, optimizer = engine.module.experts, engine.optimizer
-    if hasattr(optimizer, "fp32_groups"):
-        return optimizer.fp32_groups[0][1].detach().clone()
-    full = safe_get_full_fp32_param(weight)
-    return working(engine).float() if full is None else full.view(EXPERTS, *working(engine).shape[1:]).clone()
-
-
-def moments(engine: Any) -> list[Tensor]:
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    weight, optimizer = engine.module.experts, engine.optimizer
-    if hasattr(optimizer, "fp32_groups"):
-        weight, optimizer = optimizer.fp32_groups[0][1], optimizer.optimizer
-    if not hasattr(weight, "ds_id") and not hasattr(weight, "_hp_mapping"):
-        return [optimizer.state[weight][name].clone() for name in ("exp_avg", "exp_avg_sq")]
-    found = (safe_get_full_optimizer_state(weight, name) for name in ("exp_avg", "exp_avg_sq"))
-    return [value.view(EXPERTS, -1).clone() for value in found]
-
-
-def bits(*tensors: Tensor) -> list[bytes]:
-    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
-
-
-def some_deltas(seed: int = 0, scale: float = 0.1, d_hidden: int = D_HIDDEN) -> ExpertDeltas:
-    """Deltas of experts 0, 2 and 3."""
-    generator = torch.Generator().manual_seed(seed)
-    return ExpertDeltas(
-        torch.tensor([3, 0, 3, 2]),
-        torch.tensor([0, 0, 1, 1]),
-        scale * torch.randn(2, D_MODEL, generator=generator),
-        torch.randn(4, d_hidden, generator=generator),
-        EXPERTS,
-    )
-
-
-def dense(deltas: ExpertDeltas, transposed: bool = False) -> Tensor:
-    whole = torch.stack([deltas.dense(j) for j in range(EXPERTS)])
-    return whole.mT if transposed else whole
-
-
-def commit(engine: Any, ranks: Ranks, deltas: ExpertDeltas, way: str = "local", transposed: bool = False) -> None:
-    with Transaction([engine.optimizer], ranks, way) as transaction:  # type: ignore[arg-type]
-        transaction.commit(engine.module.experts, deltas, transposed)
 
 
 # -- the edit is what one process would do, and stays -----------------------------------------------------------------
@@ -255,6 +157,44 @@ def test_the_next_step_adds_to_the_edit(two: dict[str, Any]) -> None:
         assert max(errors) < 1e-5  # the weights are about 1, the deltas 0.1, and float32 has 1e-7
 
 
+# -- moments after a resume -------------------------------------------------------------------------------------------
+
+
+def reset_after_a_resume(folder: str) -> dict[str, Any]:
+    """By case: edited and other experts' moments after an edit that comes before the first step of a resumed run."""
+    ranks, found = Ranks(), {}
+    for stage, dtype in ((stage, dtype) for stage, dtype, way in CASES if way == "local" and stage in (1, 2)):
+        path = f"{folder}/{stage}-{dtype}"
+        make(stage, dtype).save_checkpoint(path)
+        for name, engine in (("new", make(stage, dtype, steps=0)), ("trained", make(stage, dtype))):
+            engine.load_checkpoint(path)
+            before = linked_moments(engine)
+            engine.load_checkpoint(path)  # and the links are gone again
+            kept = Transaction([engine.optimizer], ranks, reset_moments=True)
+            kept.commit(engine.module.experts, some_deltas())
+            after = linked_moments(engine)
+            kept.rollback()
+            found[f"stage {stage}, {dtype}, {name}"] = before, after, linked_moments(engine)
+    return found
+
+
+def linked_moments(engine: Any) -> list[Tensor]:
+    """What the next step of a new engine links."""
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    return moments(engine)
+
+
+def test_moments_are_reset_in_an_edit_right_after_a_resume(two: dict[str, Any]) -> None:
+    for cases in two["resume"]:
+        assert len(cases) == 8
+        for case, (before, after, undone) in cases.items():
+            assert len(before) == 2, case
+            for old, new, again in zip(before, after, undone, strict=True):
+                assert old.any(-1).all() and torch.equal(old, again), case
+                assert not new[[0, 2, 3]].any() and torch.equal(new[[1, 4]], old[[1, 4]]), case
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -366,12 +306,13 @@ def test_a_master_copy_of_other_weights_is_refused(two: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two() -> dict[str, Any]:
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the functions of this file found on two ranks."""
     calls = {
         "cases": (all_cases, CASES),
         "survivals": (all_survivals,),
         "next step": (differences_after_a_step, 0.01),
+        "resume": (reset_after_a_resume, str(tmp_path_factory.mktemp("resume"))),
         "memory": (memory,),
         "layouts": (layouts,),
         "no optimizer": (without_optimizer,),

@@ -58,6 +58,7 @@ class RoutingMonitor(EditListener):
         self._probe_source = probe
         self._tokenizer_source = tokenizer
         self._probe: list[str] = []
+        self._has_begun = False
         self._tokenizer: Any = None
         self._start: RoutingTrace | None = None
         self._digest = ""
@@ -67,11 +68,18 @@ class RoutingMonitor(EditListener):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._probe = []
+        self._probe, self._has_begun = [], False
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._prepare(trainer, pl_module)
+        self._find(trainer, pl_module)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(pl_module)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # DeepSpeed restores weights and states between the start of the fit and here
+        self._begin(pl_module)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -154,6 +162,11 @@ class RoutingMonitor(EditListener):
             )
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._find(trainer, pl_module)
+        self._begin(pl_module)
+
+    def _find(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the probe and the tokenizer, once in a run."""
         if self._probe:
             return
         self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "RoutingMonitor")
@@ -167,6 +180,12 @@ class RoutingMonitor(EditListener):
                 "RoutingMonitor needs texts to watch: give 'probe', or a data module with probe_texts()"
             )
         self._probe = list(texts)[: self.max_texts]
+
+    def _begin(self, pl_module: L.LightningModule) -> None:
+        """Trace the run's start, once, unless a checkpoint brought one that can be compared with."""
+        if self._has_begun:
+            return
+        self._has_begun = True
         digest = sha256("\0".join(self._probe).encode()).hexdigest()
         if self._start is not None and not (self._digest == digest and _is_of(self._start, pl_module)):
             log.warning("probe text or model are not those of the checkpoint; routing is compared with now instead")

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import logging
+
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_moeedit.callbacks import KnowledgeEditing, RoutingMonitor
@@ -62,8 +67,6 @@ def test_the_state_survives_a_checkpoint(watched, tmp_path):
 
 
 def test_a_resumed_run_compares_with_the_start_of_the_first(tiny, make_trainer, tmp_path):
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = make_trainer(tmp_path / "whole", [RoutingMonitor(), kept], max_epochs=3)
     trainer.fit(tiny.module(learning_rate=0.02), tiny.data())
@@ -78,6 +81,53 @@ def test_a_resumed_run_compares_with_the_start_of_the_first(tiny, make_trainer, 
         if name.startswith("routing/"):
             assert float(resumed.callback_metrics[name]) == pytest.approx(float(value), abs=1e-4), name
     assert trainer.callback_metrics["routing/similarity/mean"] < 1
+
+
+class LateStrategy(SingleDeviceStrategy):
+    """Restores when a fit has started, as DeepSpeed's does."""
+
+    @property
+    def restore_checkpoint_after_setup(self):
+        return True
+
+
+class Shift(L.Callback):
+    """How far routing is from what a monitor takes for the start, when training starts."""
+
+    def __init__(self, monitor):
+        self.monitor, self.found = monitor, None
+
+    def on_train_start(self, trainer, pl_module):
+        self.found = self.monitor.compare(pl_module, self.monitor._start, self.monitor._trace(pl_module))
+
+
+@pytest.fixture(scope="module")
+def kept_runs(tmp_path_factory):
+    """Checkpoints of a run without a monitor, and of one that watched ``PROBE``."""
+    from tests.callbacks.conftest import _data, _module, _trainer
+
+    folder = tmp_path_factory.mktemp("kept")
+    for name, callbacks in (("unwatched", []), ("watched", [RoutingMonitor(PROBE)])):
+        kept = ModelCheckpoint(folder, filename=name, save_on_train_epoch_end=True)
+        _trainer(folder, [*callbacks, kept]).fit(_module(learning_rate=0.02), _data())
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("name", "probe", "same"), [("unwatched", PROBE, True), ("watched", PROBE[:1], True), ("watched", PROBE, False)]
+)
+def test_where_a_resumed_run_starts(kept_runs, tiny, make_trainer, tmp_path, caplog, late, name, probe, same):
+    monitor = RoutingMonitor(probe)
+    shift = Shift(monitor)
+    strategy = LateStrategy(torch.device("cpu")) if late else "auto"
+    trainer = make_trainer(tmp_path, [monitor, shift], max_epochs=2, limit_train_batches=1, strategy=strategy)
+    with caplog.at_level(logging.WARNING, "lit_moeedit"):
+        trainer.fit(tiny.module(), tiny.data(), ckpt_path=kept_runs / f"{name}.ckpt", weights_only=True)
+    # the weights of the checkpoint, or those that the first run began with
+    assert (shift.found["kl/mean"] < 1e-6) is same
+    assert ("are not those of the checkpoint" in caplog.text) is (name == "watched" and same)
 
 
 def test_an_edit_is_measured_by_itself(tiny, make_trainer, tmp_path):

@@ -23,13 +23,14 @@ def on_first_rank(trainer: L.Trainer, work: Callable[[], object]) -> None:
     """Do something on the first rank; where it fails, it fails on all ranks. Each calls this.
 
     Raises:
-        OSError: what was raised on the first rank; on the others, with its message.
+        Exception: what was raised on the first rank, there.
+        OSError: with its message, on the others.
     """
-    error: OSError | None = None
+    error: Exception | None = None
     if trainer.is_global_zero:
         try:
             work()
-        except OSError as caught:
+        except Exception as caught:  # whatever it is, the others wait
             error = caught
     message = trainer.strategy.broadcast(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:

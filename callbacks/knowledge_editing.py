@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,20 +15,22 @@ from typing_extensions import override
 from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.callbacks.progress import edit_progress
-from lit_moeedit.callbacks.resources import callbacks_of, find_tokenizer, from_datamodule, keep_experts_together
+from lit_moeedit.callbacks.resources import (
+    callbacks_of,
+    find_tokenizer,
+    from_datamodule,
+    keep_experts_together,
+    read_documents,
+)
 from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import Fact, read_facts, validate_facts
 from lit_moeedit.editing import Editor, EditResult, Evaluation, evaluate, neighbour_groups
-from lit_moeedit.foreign import blamed_on
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError, locate
 from lit_moeedit.sharding.soundness import check_finite
 
 log = logging.getLogger(__name__)
-
-NAMED = 5
-"""So many of the facts that an edit missed are named."""
 
 
 class KnowledgeEditing(L.Callback):
@@ -237,15 +238,14 @@ class KnowledgeEditing(L.Callback):
     def evaluate(self, pl_module: L.LightningModule, facts: Sequence[Fact] | None = None) -> Evaluation:
         """Evaluate facts (by default those edited so far) against their neighbours before the edit."""
         chosen = self.applied_facts if facts is None else list(facts)
-        return evaluate(
-            find_model(pl_module),
-            self.tokenizer,
-            chosen,
-            baseline=self._applied if all(fact.key in self._applied for fact in chosen) else None,
-            groups=neighbour_groups(self.facts),
-            token_budget=self.editor.token_budget,
-            ranks=self._ranks,
-        )
+        known = all(fact.key in self._applied for fact in chosen)
+        return self._measure(pl_module, chosen, self._applied if known else None)
+
+    def _measure(
+        self, pl_module: L.LightningModule, facts: list[Fact], baseline: dict[str, list[bool]] | None
+    ) -> Evaluation:
+        model, groups = find_model(pl_module), neighbour_groups(self.facts)
+        return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget, self._ranks)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -260,9 +260,7 @@ class KnowledgeEditing(L.Callback):
             return []
         source = self._preservation_source
         if isinstance(source, str):
-            with blamed_on(f"the preservation text {source} cannot be read as UTF-8"):
-                lines = Path(source).read_text(encoding="utf-8").splitlines()
-            texts = [line for line in lines if line.strip()]
+            texts = read_documents(source)
         elif source is not None:
             texts = list(source)
         else:
@@ -289,6 +287,7 @@ class KnowledgeEditing(L.Callback):
                 raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
             self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "KnowledgeEditing")
             facts = self._find_facts(trainer)
+            self._ranks.check_same("the facts", [repr(fact) for fact in facts])
             if self.schedule.moment == "validation" or trainer.training:
                 self.preservation_texts(trainer)
         self._facts = facts
@@ -313,33 +312,29 @@ class KnowledgeEditing(L.Callback):
     def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: list[Fact]) -> None:
         if not facts:
             return
-        model = find_model(pl_module)
-        listeners = [callback for callback in callbacks_of(trainer) if isinstance(callback, EditListener)]
-        for listener in listeners:
-            listener.on_edit_start(trainer, pl_module, facts)
-        before = self.evaluate(pl_module, facts)
-        after: list[Evaluation] = []
+        assert self._ranks is not None
+        self._tell(trainer, "on_edit_start", pl_module, facts)
+        with self._ranks.together():
+            before = self.evaluate(pl_module, facts)
+            after: list[Evaluation] = []
 
-        def guard() -> bool:
-            after.append(
-                evaluate(
-                    model,
-                    self.tokenizer,
-                    facts,
-                    before.neighbours_exact,
-                    neighbour_groups(self.facts),
-                    self.editor.token_budget,
-                    self._ranks,
-                )
-            )
-            return self.should_keep(before, after[0])
+            def guard() -> bool:
+                after.append(self._measure(pl_module, facts, before.neighbours_exact))
+                return self.should_keep(before, after[0])
 
-        with edit_progress(trainer) as progress:
-            result = self._change(trainer, pl_module, facts, guard=guard, progress=progress)
-        event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step)
-        self._record(trainer, event)
-        for listener in listeners:
-            listener.on_edit_end(trainer, pl_module, event)
+            with edit_progress(trainer) as progress:
+                result = self._change(trainer, pl_module, facts, guard=guard, progress=progress)
+            event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step)
+            self._record(trainer, event)
+        self._tell(trainer, "on_edit_end", pl_module, event)
+
+    def _tell(self, trainer: L.Trainer, hook: str, *args: Any) -> None:
+        assert self._ranks is not None
+        for listener in callbacks_of(trainer):
+            if isinstance(listener, EditListener):
+                # the next one may make forwards, which no rank may make alone
+                with self._ranks.together():
+                    getattr(listener, hook)(trainer, *args)
 
     def _change(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: list[Fact], **kwargs: Any) -> EditResult:
         try:
@@ -362,17 +357,19 @@ class KnowledgeEditing(L.Callback):
         return trainer.global_step - self._last_step >= self.renew_every_n_steps
 
     def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._ranks is not None
         self._last_step = trainer.global_step
         facts = self.applied_facts
-        faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
-        if not faded:
-            return
-        # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
-        self._change(trainer, pl_module, facts)
-        self.renewals += 1
-        left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
-        for logger in trainer.loggers:
-            logger.log_metrics({"edit_renewed/before": faded, "edit_renewed/after": left}, step=trainer.global_step)
+        with self._ranks.together():
+            faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
+            if not faded:
+                return
+            # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
+            self._change(trainer, pl_module, facts)
+            self.renewals += 1
+            left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
+            for logger in trainer.loggers:
+                logger.log_metrics({"edit_renewed/before": faded, "edit_renewed/after": left}, step=trainer.global_step)
         log.info("renewed edits at step %d: of %d facts %d were lost, now %d", self._last_step, len(facts), faded, left)
 
     def _record(self, trainer: L.Trainer, event: EditEvent) -> None:
@@ -384,28 +381,11 @@ class KnowledgeEditing(L.Callback):
             from_datamodule(trainer, "facts_edited", facts)
         else:
             self._undone.update(fact.key for fact in facts)
-        metrics = {f"edit_before/{name}": value for name, value in event.before.metrics.items()}
-        metrics |= {f"edit_after/{name}": value for name, value in event.after.metrics.items()}
-        metrics |= {f"edit_seconds/{name}": value for name, value in event.result.seconds.items()}
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in metrics.items() if v == v}, step=trainer.global_step)  # no NaN
-        after = event.after.metrics
-        log.log(
-            logging.INFO if kept else logging.WARNING,
-            "%s %d facts in %.1f s at epoch %d, step %d: efficacy %.3f, generalization %.3f, retained %.3f",
-            "edited" if kept else "undid the edit of",
-            len(facts),
-            event.result.seconds["edit"],
-            event.epoch,
-            event.step,
-            after["efficacy"],
-            after["generalization"],
-            after["specificity_retained"],
-        )
+            logger.log_metrics(event.metrics, step=trainer.global_step)
+        log.log(logging.INFO if kept else logging.WARNING, "%s", event)
         if kept and event.missed:
-            named = [f"{fact.prompt!r} -> {fact.target_new!r}" for fact in event.missed[:NAMED]]
-            more = f", and {len(event.missed) - NAMED} more" if len(event.missed) > NAMED else ""
-            log.warning("%d edited facts are not said: %s%s", len(event.missed), ", ".join(named), more)
+            log.warning("%d edited facts are not said: %s", len(event.missed), event.missed_text)
 
     def _log_retention(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not self.applied_facts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedTokenizerBase
 
-from lit_moeedit.foreign import check_vocabulary, pretrained_tokenizer
+from lit_moeedit.foreign import blamed_on, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers, find_model
 
 
@@ -43,6 +44,18 @@ def from_datamodule(trainer: L.Trainer, name: str, *args: Any) -> Any:
     """The result of the data module's method ``name``; ``None`` without such a method or data module."""
     method = getattr(getattr(trainer, "datamodule", None), name, None)
     return method(*args) if callable(method) else None
+
+
+def read_documents(path: str) -> list[str]:
+    """The lines of a text file, without empty ones.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is not UTF-8.
+    """
+    with blamed_on(f"the preservation text {path} cannot be read as UTF-8"):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip()]
 
 
 def find_tokenizer(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.callbacks.listener import EditListener
 from lit_moeedit.sharding import weights
 from lit_moeedit.sharding.graph import regathering
 from tests.processes import run_ranks, start_ranks
@@ -180,13 +182,75 @@ def test_a_run_is_resumed_with_another_number_of_ranks(tmp_path: Path) -> None:
         assert same(same_number[stage]["weights"], whole["weights"]), stage
 
 
+# -- what one rank alone finds wrong ----------------------------------------------------------------------------------
+
+
+class Failing(EditListener):
+    """Fails on rank 1 when an edit begins, before another listener makes forwards."""
+
+    def on_edit_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_rank == 1:
+            raise MemoryError("no room to listen")
+
+
+class Forgetful(KnowledgeEditing):
+    """Cannot evaluate on rank 1 what is edited."""
+
+    def evaluate(self, pl_module: Any, *args: Any) -> Any:
+        if self.applied_facts and pl_module.global_rank == 1:
+            raise MemoryError("no room for a renewal")
+        return super().evaluate(pl_module, *args)
+
+
+class Deleting(L.Callback):
+    """Deletes a file of rank 1 when training has started."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_rank == 1:
+            self.path.unlink()
+
+
+def failing_fits(folder: str) -> dict[str, str]:
+    """What each rank says of runs in which rank 1 is not like rank 0."""
+    from tests.callbacks.conftest import _corpus, _data, _editor, _module, _trainer
+
+    rank, size, said = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), {}
+    texts = Path(folder) / f"texts_{rank}.txt"
+    texts.write_text("The capital of Italy is Rome.\nIn Spain, people speak Spanish.\n", encoding="utf-8")
+    monitor = RoutingMonitor(probe=["The capital of Italy is Rome."])
+    runs: dict[str, list[L.Callback]] = {
+        "facts": [KnowledgeEditing(_editor(), _corpus().edits[rank:])],
+        "listener": [KnowledgeEditing(_editor()), Failing(), monitor],
+        "file": [KnowledgeEditing(_editor(), preservation=str(texts)), Deleting(texts)],
+        "renewal": [Forgetful(_editor(), renew_every_n_steps=1)],
+    }
+    for name, callbacks in runs.items():
+        trainer = _trainer(f"{folder}/{name}", callbacks, strategy="ddp", devices=size)
+        try:
+            trainer.fit(_module(), _data(batch_size=4))
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def test_what_one_rank_finds_wrong_all_say_at_once(tmp_path: Path) -> None:
+    first, second = run_ranks(failing_fits, 2, str(tmp_path), group=False)
+    for said in (first, second):
+        assert said["facts"].startswith("ValueError: the facts must be the same on all ranks")
+    failures = {"listener": "no room to listen", "file": "texts_1.txt", "renewal": "no room for a renewal"}
+    for name, text in failures.items():
+        assert text in second[name] and not second[name].startswith("RankError")
+        assert first[name] == f"RankError: rank 1 failed: {second[name]}"
+
+
 # -- modules of others -------------------------------------------------------------------------------------------------
 
 
 def fit_of_another_module(folder: str) -> int:
     """A module that calls its model, not itself, with experts that run one by one and batches that use few of them."""
-    import lightning as L
-
     import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies known
     from tests.callbacks.conftest import _data, _editor, _trainer
     from tests.conftest import _build

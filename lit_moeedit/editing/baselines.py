@@ -152,6 +152,7 @@ class FineTuning(Editor):
                 for layer, dense in zip(layers, descent.deltas, strict=True):
                     with clock("commit"):
                         deltas[layer.index] = solved = _factors(layer, dense)
+                        ranks.agree()
                         ranks.equalise(solved.left, solved.right)
                         change[layer.index] = transaction.commit(layer.down_proj, solved, layer.is_transposed)
                 kept = not ranks.any(guard is not None and not guard())

@@ -145,10 +145,11 @@ class Transaction:
                 if self.way == "local" or commit.shard.group is None:
                     commit.add_own()
             if commit.shard.group is not None:
-                if self.way == "local":
-                    commit.send_working()
-                else:
-                    commit.gather_and_add(self.ranks)
+                with self.ranks.together():
+                    if self.way == "local":
+                        commit.send_working(self.ranks)
+                    else:
+                        commit.gather_and_add(self.ranks)
             if self.reset_moments:
                 with self.ranks.together():
                     commit.reset_moments()
@@ -215,7 +216,7 @@ class _Commit:
                 self._write(expert, start, source, new)
         self.shard.source.write(source)
 
-    def send_working(self) -> None:
+    def send_working(self, ranks: Ranks) -> None:
         """Give each other the rounded weights, where every rank computes with all of them."""
         if not self._is_shared():
             return
@@ -224,6 +225,7 @@ class _Commit:
             start, stop = self._own_part(first, last)
             whole = torch.zeros(last - first, dtype=self.shard.dtype, device=working.device)
             whole[start - first : stop - first] = working[start:stop]
+            ranks.agree()
             self.shard.exchange(whole)
             self._write_others(expert, first, whole)
 
@@ -237,11 +239,10 @@ class _Commit:
             whole[start - first : stop - first] = source[self._within(start, stop)]
             ranks.agree()
             self.shard.exchange(whole)
-            with ranks.together():
-                new = self._sum(expert, first, whole)
-                self._write(expert, start, source, new[start - first : stop - first])
-                if self._is_shared():
-                    self._write_others(expert, first, new.to(self.shard.dtype))
+            new = self._sum(expert, first, whole)
+            self._write(expert, start, source, new[start - first : stop - first])
+            if self._is_shared():
+                self._write_others(expert, first, new.to(self.shard.dtype))
         self.shard.source.write(source)
 
     def reset_moments(self) -> None:

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.data.encoding import join
 from lit_moeedit.data.facts import FactError
-from lit_moeedit.editing import FineTuning, score
+from lit_moeedit.editing import FineTuning, baselines, score
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
-from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError
 from tests.editing.recording import edited_weights
-from tests.processes import run_ranks
+from tests.processes import run_each, run_ranks
 
 RATE = 0.01
 
@@ -162,12 +162,44 @@ def tuned(own: list[str]) -> list[Tensor]:
     return [expert_layers(whole)[i].down_proj.detach() for i in (0, 1)]
 
 
-def test_the_result_does_not_depend_on_the_number_of_ranks() -> None:
+def failing_alone(rank: int) -> str:
+    """What is said where a rank fails before all of them take the first one's numbers."""
+    from tests.sharding.test_parallel_edit import FACTS, model, tokenizer
+
+    ranks, factors = Ranks(), baselines._factors
+
+    def fail(*args: Any) -> Any:
+        raise MemoryError("no room for factors")
+
+    if ranks.rank == rank:
+        baselines._factors = fail
+    try:
+        FineTuning([0, 1], 1, RATE, token_budget=20).edit(model(), tokenizer(), FACTS, ranks=ranks)
+    except (MemoryError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        baselines._factors = factors
+    return ""
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, Any]:
+    """What the functions of this file found on two ranks."""
+    return run_each({"tuned": (tuned, []), "failing": (failing_alone, 0)}, 2)
+
+
+def test_a_failure_on_one_rank_is_one_on_all(two: dict[str, Any]) -> None:
+    first, second = two["failing"]
+    assert first == "MemoryError: no room for factors"
+    assert second == f"RankError: rank 0 failed: {first}"
+
+
+def test_the_result_does_not_depend_on_the_number_of_ranks(two: dict[str, Any]) -> None:
     from tests.sharding.test_parallel_edit import model
 
-    (alone,), (one, two) = run_ranks(tuned, 1, []), run_ranks(tuned, 2, [])
+    (alone,), (one, other) = run_ranks(tuned, 1, []), two["tuned"]
     for i, weight in enumerate(alone):
-        assert torch.equal(one[i], two[i])
+        assert torch.equal(one[i], other[i])
         assert not torch.equal(weight, expert_layers(model())[i].down_proj)
         # sums in another order; see test_equals_plain_training
         assert float(torch.isclose(one[i], weight, rtol=0, atol=1e-3 * RATE).float().mean()) > 0.999

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.commit_memory import WIDTHS, measure
 from lit_moeedit.sharding.ranks import RankError, Ranks
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.weights import Transaction, _Commit
 from lit_moeedit.solvers import ExpertDeltas
 from tests.processes import run_each, run_ranks
 from tests.sharding.engines import (
@@ -291,6 +291,35 @@ def test_a_failure_on_one_rank_changes_nothing_on_any(two: dict[str, Any]) -> No
     assert second == ["MemoryError: no room for expert 3"] * len(CASES)
 
 
+def failing_while_sending(rank: int) -> list[str]:
+    """The same, where one rank fails between two exchanges, with what another one has sent."""
+    ranks, messages, write = Ranks(), [], _Commit._write_others
+
+    def fail(self: _Commit, expert: int, *args: Any) -> None:
+        if expert == 2 and ranks.rank == rank:
+            raise MemoryError("no room for expert 2")
+        write(self, expert, *args)
+
+    for stage, way in ((1, "local"), (2, "local"), (2, "gather")):
+        engine = make(stage, torch.bfloat16)
+        before = bits(working(engine), master(engine))
+        _Commit._write_others = fail  # type: ignore[method-assign]
+        try:
+            commit(engine, ranks, some_deltas(), way)
+        except (MemoryError, RankError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+        finally:
+            _Commit._write_others = write  # type: ignore[method-assign]
+        assert bits(working(engine), master(engine)) == before, (stage, way)
+    return messages
+
+
+def test_a_failure_between_two_exchanges_does_so_neither(two: dict[str, Any]) -> None:
+    first, second = two["failing while sending"]
+    assert first == ["RankError: rank 1 failed: MemoryError: no room for expert 2"] * 3
+    assert second == ["MemoryError: no room for expert 2"] * 3
+
+
 def wrong_optimizer() -> str:
     engine = make(2, torch.bfloat16)
     engine.module.experts.data.zero_()  # as if other weights had been loaded behind the optimizer's back
@@ -318,5 +347,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "no optimizer": (without_optimizer,),
         "failing": (failing, 1),
         "wrong optimizer": (wrong_optimizer,),
+        # last: ranks that do not fail together leave their group unusable
+        "failing while sending": (failing_while_sending, 1),
     }
     return run_each(calls, 2)

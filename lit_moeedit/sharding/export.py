@@ -42,8 +42,8 @@ def export(
     """Write a checkpoint of a training run as a folder that from_pretrained reads.
 
     Reads what Lightning saves, in one process or through DeepSpeed (ZeRO stages 0 to 3, without DeepSpeed itself), and
-    writes safetensors in the weight format of the hub. Nothing in the checkpoint is executed. Memory is needed for one
-    file of the output and the largest weight.
+    writes safetensors in the weight format of the hub. Nothing in the checkpoint is executed. It goes weight by weight:
+    memory is needed for the largest one and what it becomes in that format, whatever the size of the files.
 
     Args:
         checkpoint: a file or, of DeepSpeed, a folder that Lightning's Trainer saved.

@@ -210,7 +210,7 @@ print("peak", peak - before)
     ],
 )
 def test_memory(kind: str, checkpoint: Path, tmp_path: Path) -> None:
-    """The model has 163 MiB, its largest weight 16: one file of 19 MiB and the weight make 35."""
+    """The model has 163 MiB, its largest weight 16, which needs as much again for what it becomes."""
     state, path = weights(LARGE), tmp_path / "large.ckpt"
     fields = {"hyper_parameters": {"config": LARGE}}
     if kind == "one process":

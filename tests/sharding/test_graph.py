@@ -19,10 +19,10 @@ from lit_moeedit.data.encoding import Encoding
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.module import LitMoE
+from lit_moeedit.planning.numberless import Tally
 from lit_moeedit.sharding.graph import regathering
 from tests.conftest import COMMON, FAMILIES
 from tests.processes import run_ranks
-from tests.sharding.live_bytes import LiveBytes
 from tests.test_large_configs import SMALL_QWEN
 
 # -- without DeepSpeed ------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_a_graph_that_is_not_run_backwards_is_let_go() -> None:
     gather(module.weight, torch.randn(3, 5), 0)
     inputs = torch.randn(2, 5, requires_grad=True)
     alive = []
-    with LiveBytes() as memory:
+    with Tally() as memory:
         for _ in range(3):
             with regathering(module):
                 output = (inputs @ module.weight.T).exp()  # which saves its own output
@@ -150,17 +150,16 @@ class Module(LitMoE):
 class Steps(L.Callback):
     """Losses, and how far live memory rises in each step."""
 
-    def __init__(self, meter: LiveBytes) -> None:
+    def __init__(self, meter: Tally) -> None:
         self.meter = meter
         self.losses: list[float] = []
         self.rises: list[int] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.block = self.meter.rise(self.rises)
-        self.block.__enter__()
+        self.held, *_ = self.meter.begin()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.block.__exit__(None, None, None)
+        self.rises.append(self.meter.peak - self.held)
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
@@ -183,7 +182,7 @@ def train(case: Case, active: bool) -> dict[str, Any]:
     module.case = case
     ids = torch.randint(3, 60, (12, 7), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
-    meter, rises = LiveBytes(), list[int]()
+    meter = Tally()
     steps = Steps(meter)
     # few gradients are averaged and copied at once, so that nothing needs more than the passes
     small = {"sub_group_size": 10_000, "reduce_bucket_size": 10_000}
@@ -197,13 +196,14 @@ def train(case: Case, active: bool) -> dict[str, Any]:
         trainer.fit(module, DataLoader(rows, batch_size=2))
         model: Any = module.model
         wanted = [TargetRow(edit, Encoding([5 + edit, 6, 7, 8, 9], 3, 2)) for edit in range(4)]
-        with meter.rise(rises):
+        with meter.phase("targets"):
             targets = TargetOptimizer(steps=2, stop=0.0).optimize(model, expert_layers(model)[0], wanted, 0)
+    rise = meter.phases["targets"]
     return {
         "losses": steps.losses,
         "weights": [own_part(weight, trainer.global_rank) for weight in model.parameters()],
         "targets": targets.deltas,
-        "rises": {"step": steps.rises[-1], "targets": rises[0]},
+        "rises": {"step": steps.rises[-1], "targets": rise.peak - rise.held},
         "experts": sum(w.ds_numel * w.element_size() for n, w in model.named_parameters() if ".experts." in n),
         "partitioned": all(w.ds_status.name == "NOT_AVAILABLE" for w in model.parameters() if not w.ds_persist),
         "persistent": sum(w.ds_persist for w in model.parameters()),

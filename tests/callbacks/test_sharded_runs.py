@@ -114,6 +114,8 @@ def whole_and_resumed(strategy: str, folder: str, precision: str) -> list[dict[s
     ("strategy", "precision"),
     [
         pytest.param("ddp", "32-true", marks=pytest.mark.slow),
+        pytest.param("deepspeed_cpu_stage_0", "32-true", marks=pytest.mark.slow),
+        pytest.param("deepspeed_cpu_stage_1", "32-true", marks=pytest.mark.slow),
         pytest.param("deepspeed_cpu_stage_2", "bf16-mixed", marks=pytest.mark.slow),
         ("deepspeed_cpu_stage_3", "bf16-true"),
     ],

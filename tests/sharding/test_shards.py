@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,3 +50,30 @@ def test_an_optimizer_that_keeps_master_copies_in_an_unknown_way_is_refused() ->
 
     with pytest.raises(UnsupportedShardingError, match="Unknown keeps its master copies in a way that is not known"):
         locate(weight, [Unknown()])
+
+
+# -- ZeRO stage 3 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("layout", ["NVMe", "quantised", "secondary", "in flight"])
+def test_partitions_that_are_not_in_memory_as_they_are(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+
+    part: Any = torch.zeros(6)
+    part.status = PartitionedParamStatus.AVAILABLE
+    weight: Any = nn.Parameter(torch.empty(0))
+    weight.ds_id, weight.ds_tensor, weight.ds_status = 0, part, ZeroParamStatus.NOT_AVAILABLE
+    message = "partition is on NVMe or quantised; offload parameters to the CPU, or not at all"
+    if layout == "NVMe":
+        part.status = PartitionedParamStatus.NOT_AVAILABLE
+    elif layout == "quantised":
+        part.ds_quant_scale = torch.ones(1)
+    elif layout == "secondary":
+        weight.ds_secondary_tensor, message = torch.zeros(3), r"secondary partitions \(zero_hpz_partition_size\)"
+    else:
+        weight.ds_status, message = ZeroParamStatus.INFLIGHT, "is being gathered; edit between steps"
+    with pytest.raises(UnsupportedShardingError, match=message):
+        locate(weight)

@@ -131,15 +131,19 @@ def check(found: list[dict[tuple[str, str], Any]]) -> None:
     for name in {name for _, name in found[0]}:
         form = FORMS[name]
         before, after = alone(form)
-        scores = evaluate(model(form.dtype), tokenizer(), FACTS[: form.facts]).metrics
         # rounding differs with the padding of batches, and four steps of Adam multiply it
-        close = 1e-4 if form.dtype == torch.float32 else 0.1
+        close = 1e-4
+        if form.dtype == torch.bfloat16:
+            # so much that tokens go to other experts: compared with as many ranks that hold all of the weights
+            after, close = found[0]["replicated", name]["after"], 1e-3
+        scores = evaluate(model(form.dtype), tokenizer(), FACTS[: form.facts]).metrics
         for kind in (kind for kind, other in found[0] if other == name):
             for result in (results[kind, name] for results in found):
                 for layer in range(len(LAYERS)):
                     assert torch.equal(result["before"][layer], before[layer])
                     size = (after[layer] - before[layer]).float().norm()
-                    assert (result["after"][layer] - after[layer]).float().norm() / size < close, (kind, name)
+                    error = (result["after"][layer] - after[layer]).float().norm()
+                    assert size > 0 and error / size < close, (kind, name)
                     assert torch.equal(result["after"][layer], found[0][kind, name]["after"][layer])
                 assert result["change"] == found[0][kind, name]["change"]
                 if form.dtype == torch.float32:  # summed in another order

@@ -283,12 +283,12 @@ class Editor:
             edited: dict[int, GatedKeys] = {}
 
             def problem(
-                layer: ExpertLayer, seen: EditTokens, residuals: Tensor, shaping: Shaping | None
+                layer: ExpertLayer, seen: EditTokens, residuals: Tensor, experts: Tensor, shaping: Shaping | None
             ) -> EditProblem:
                 assert seen.keys is not None
                 keys = edited[layer.index] = GatedKeys.of(seen.keys)
                 if self.memory is not None:
-                    keys, residuals = self.memory.extend(layer.index, keys, residuals, names)
+                    keys, residuals = self.memory.extend(layer.index, keys, residuals, names, experts)
                 features = keys.key if shaping is None else shaping.features(keys.key, keys.expert)
                 return EditProblem(keys.row, keys.expert, features, residuals, layer.num_experts, self.ridge)
 

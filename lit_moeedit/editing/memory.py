@@ -98,9 +98,12 @@ class EditMemory:
               + w \sum_s \Big\| \sum_j \Delta W_j \varphi_{sj} \Big\|^2 + \lambda \sum_j \| \Delta W_j \|_F^2
 
     so that batch ``n`` leaves alone what batches 1 to ``n − 1`` wrote. Kept are the gated keys ``g k`` of each edited
-    layer, and shaped anew for each edit, since what is to be preserved may change. An expert that no new row visits is
-    not changed: it could only make up for what others do to past edits, and would cost its second moment's
-    decomposition and a commit.
+    layer, and shaped anew for each edit, since what is to be preserved may change. Only experts that the edit changes
+    count. These are those that its rows visit: another expert could only make up for what they do to past edits, and
+    would cost its second moment's decomposition and a commit. A :class:`~lit_moeedit.solvers.Tucker` changes all.
+
+    **A carried core** is solved for the keys of the highest layer, so there is a memory of that layer only. What its
+    shares at the lower layers do to past edits is not held back.
 
     **Bounded.** A layer's memory holds at most ``limit`` keys (vectors of ``d_hidden`` numbers, one per row and
     expert). Beyond that it is compressed by singular vectors, that is, by the eigenvectors of its second moment:
@@ -155,7 +158,14 @@ class EditMemory:
         known = self._layers.get(layer)
         return (0, 0) if known is None else (known.first + len(known.facts), len(known.rows.row))
 
-    def extend(self, layer: int, rows: GatedKeys, residuals: Tensor, facts: Sequence[str]) -> tuple[GatedKeys, Tensor]:
+    def extend(
+        self,
+        layer: int,
+        rows: GatedKeys,
+        residuals: Tensor,
+        facts: Sequence[str],
+        changed: Tensor | None = None,
+    ) -> tuple[GatedKeys, Tensor]:
         """Put the memory's rows behind those of an edit.
 
         Args:
@@ -163,6 +173,8 @@ class EditMemory:
             rows: gated keys of the edit's ``T`` rows.
             residuals: ``[T, d_model]``.
             facts: for each row the key of its fact; what is remembered of these facts is left out.
+            changed: ``[n]`` int64, the experts that the edit changes; ``None`` for those that its rows visit. What is
+                remembered of others is left out.
 
         Returns:
             gated keys of all rows, and their residuals.
@@ -180,7 +192,7 @@ class EditMemory:
             )
         now = _on_cpu(rows)
         past = known.without(now, facts).rows
-        past = past.select(torch.isin(past.expert, now.expert))
+        past = past.select(torch.isin(past.expert, now.expert if changed is None else changed.cpu()))
         count = int(past.row.max()) + 1 if len(past.row) else 0
         joined = GatedKeys(
             torch.cat([rows.row, past.row.to(rows.row.device) + len(residuals)]),

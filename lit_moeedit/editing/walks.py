@@ -26,8 +26,8 @@ class Site:
         measure: keys of a layer, and the target layer's output, with the weights as they are now.
         gains: by layer index, how far a layer's output moves where its experts' output moves by one; see
             :func:`~lit_moeedit.editing.gains.output_gains`.
-        problem: of a layer, for what was measured, the residuals ``[n, d_model]`` that its experts are asked for, and
-            the shaping of its keys.
+        problem: of a layer, for what was measured, the residuals ``[n, d_model]`` that its experts are asked for, the
+            experts that the edit changes, and the shaping of their keys.
         shaping: of some experts of a layer, by what they must preserve; ``None`` if that is nothing.
         factors: Tucker factors of a layer, with the given ranks or those that the solver chooses.
         clock: measures a phase.
@@ -37,7 +37,7 @@ class Site:
     aim: Tensor
     measure: Callable[[ExpertLayer], EditTokens]
     gains: Mapping[int, Tensor]
-    problem: Callable[[ExpertLayer, EditTokens, Tensor, Shaping | None], EditProblem]
+    problem: Callable[[ExpertLayer, EditTokens, Tensor, Tensor, Shaping | None], EditProblem]
     shaping: Callable[[ExpertLayer, Tensor], Shaping | None]
     factors: Callable[[ExpertLayer, Sequence[int] | None], TuckerFactors]
     clock: Callable[[str], AbstractContextManager[None]]
@@ -58,10 +58,11 @@ def upwards(solver: Solver, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDel
             goal = seen.hidden + site.aim
         with site.clock("solve"):
             chosen = solver.with_factors(site.factors(layer, None)) if isinstance(solver, Tucker) else solver
-            shaping = site.shaping(layer, _changing(solver, layer, seen))
+            experts = _changing(solver, layer, seen)
+            shaping = site.shaping(layer, experts)
             share = (goal - seen.hidden) / (len(site.layers) - number)
             residuals = asked_of_experts(share, site.gains[layer.index])
-            solution = chosen.solve(site.problem(layer, seen, residuals, shaping))
+            solution = chosen.solve(site.problem(layer, seen, residuals, experts, shaping))
         yield layer, _applied(solution, shaping)
 
 
@@ -78,9 +79,10 @@ def carried(solver: Tucker, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDel
         seen = site.measure(top)
     with site.clock("solve"):
         factors = site.factors(top, None)
-        shaping = site.shaping(top, _changing(solver, top, seen))
+        experts = _changing(solver, top, seen)
+        shaping = site.shaping(top, experts)
         residuals = asked_of_experts(site.aim, site.gains[top.index])
-        core = solver.with_factors(factors).core(site.problem(top, seen, residuals, shaping))
+        core = solver.with_factors(factors).core(site.problem(top, seen, residuals, experts, shaping))
     for number, layer in enumerate(site.layers):
         with site.clock("solve"):
             own = factors if layer is top else site.factors(layer, factors.ranks)

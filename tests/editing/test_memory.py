@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMemory, Editor
 from lit_moeedit.editing.memory import GatedKeys
-from lit_moeedit.solvers import EditProblem, Woodbury
+from lit_moeedit.solvers import EditProblem, Tucker, TuckerFactors, Woodbury
 from tests.editing.recording import QUICK, Recording, edited_weights
 from tests.processes import run_ranks
 
@@ -115,6 +115,58 @@ def test_past_outputs_move_less() -> None:
         moved.append(float((past @ solve(*memory.extend(0, new, residuals, names(100, 3)))).square().sum()))
     assert moved[0] < 0.1 * alone
     assert moved[1] < 0.5 * moved[0]
+
+
+@settings(deadline=None, derandomize=True, max_examples=10)
+@given(seed=st.integers(0, 10_000), ranks=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 12)))
+def test_where_experts_share_factors_all_past_rows_count(seed: int, ranks: tuple[int, int, int]) -> None:
+    """The edit is the least objective, among all changes with these factors, over the new and all the past rows."""
+    memory = EditMemory()
+    past, new, residuals = edit(4, seed), edit(1, seed + 1), wanted(1, seed)
+    memory.remember({0: past}, names(0, 4))
+    weights = torch.randn(EXPERTS, D_MODEL, D_HIDDEN, generator=torch.Generator().manual_seed(seed)).double()
+    factors = TuckerFactors.hosvd(weights, ranks=ranks)
+    rows, goal = memory.extend(0, new, residuals, ["new"], torch.arange(EXPERTS))
+    problem = EditProblem(rows.row, rows.expert, rows.key, goal, EXPERTS, RIDGE)
+    deltas = Tucker().with_factors(factors).solve(problem)
+    # orthonormal factors: a change is its core, of as large a norm
+    basis = torch.einsum("je,di->jdei", factors.expert, factors.input).reshape(EXPERTS * D_HIDDEN, -1)
+    design, goal = torch.cat([dense(new), dense(past)]) @ basis, torch.cat([residuals, residuals.new_zeros(4, D_MODEL)])
+    core = torch.linalg.solve(design.T @ design + RIDGE * torch.eye(len(design.T)), design.T @ goal @ factors.output)
+    expected = (basis @ core @ factors.output.T).reshape(EXPERTS, D_HIDDEN, D_MODEL)
+    for expert in range(EXPERTS):
+        # float64, in systems of condition up to 1e5
+        torch.testing.assert_close(deltas.dense(expert).T, expected[expert], rtol=1e-8, atol=1e-9)
+
+
+def test_past_edits_of_other_experts_stay_where_experts_share_factors() -> None:
+    experts, d_hidden, d_model = 8, 14, 10
+    generator = torch.Generator().manual_seed(0)
+
+    def keys(pair: list[int]) -> GatedKeys:
+        key = torch.randn(6, d_hidden, generator=generator, dtype=torch.float64)
+        return GatedKeys(torch.arange(3).repeat_interleave(2), torch.tensor(pair).repeat(3), key)
+
+    past, new = keys([6, 7]), keys([0, 1])
+    residuals = torch.randn(3, d_model, generator=generator, dtype=torch.float64)
+    factors = TuckerFactors.hosvd(
+        torch.randn(experts, d_model, d_hidden, generator=generator, dtype=torch.float64), ranks=(3, 9, 11)
+    )
+    memory = EditMemory()
+    memory.remember({0: past}, names(0, 3))
+    moved = {}
+    for name, extended in (
+        ("without", (new, residuals)),
+        ("with", memory.extend(0, new, residuals, names(3, 3), torch.arange(experts))),
+    ):
+        rows, goal = extended
+        problem = EditProblem(rows.row, rows.expert, rows.key, goal, experts, 1e-3)
+        deltas = Tucker().with_factors(factors).solve(problem)
+        old = EditProblem(past.row, past.expert, past.key, torch.zeros_like(residuals), experts)
+        moved[name] = float(old.prediction(deltas).norm() / residuals.norm())
+    assert moved["without"] > 0.05
+    # the ridge is small
+    assert moved["with"] < 1e-2 * moved["without"]
 
 
 def test_the_order_of_edits_does_not_matter() -> None:
@@ -338,6 +390,33 @@ def test_the_second_edit_has_the_rows_of_the_first_with_residual_0(model, tokeni
         assert {(j, *row) for j, row in pairs} <= old
     assert memory.size(0)[0] == memory.size(1)[0] == 8
     assert memory.state_dict()[0]["facts"] == [fact.key for fact in facts for _ in range(2)]
+
+
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("preserve", ["output", "nullspace", "none"])
+def test_the_second_edit_in_tucker_form_has_all_rows_of_the_first(
+    model, tokenizer, facts, texts, monkeypatch, preserve, carry
+) -> None:
+    """Whichever experts its own facts visit: it changes all."""
+    problems: list[EditProblem] = []
+    core = Tucker.core
+
+    def recorded(self: Tucker, problem: EditProblem):
+        problems.append(problem)
+        return core(self, problem)
+
+    monkeypatch.setattr(Tucker, "core", recorded)
+    memory, solver = EditMemory(), Tucker((3, 20, 12), carry=carry)
+    editor = Editor([0, 1], solver, QUICK, preserve, threshold=2.0, ridge=0.1, memory=memory)
+    for half in (facts[:1], facts[1:2]):
+        editor.edit(model, tokenizer, half, texts)
+    layers = len(problems) // 2
+    assert layers == (1 if carry else 2)
+    assert [memory.size(i)[0] for i in (0, 1)] == ([0, 2] if carry else [2, 2])
+    for first, second in zip(problems[:layers], problems[layers:], strict=True):
+        own = second.edit_index == 0
+        assert sorted(second.expert_index[~own].tolist()) == sorted(first.expert_index.tolist())
+        assert set(first.expert_index.tolist()).isdisjoint(second.expert_index[own].tolist())
 
 
 def test_facts_that_are_edited_again_do_not_meet_themselves(model, tokenizer, facts, texts) -> None:

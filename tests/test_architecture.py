@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PURE = {"data", "solvers", "models", "sharding", "metrics"}
-LEAVES = {"files", "foreign", "careful_yaml"}
+LEAVES = {"files", "foreign", "careful_yaml", "precision"}
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"callbacks", "planning", "module", "editing", *PURE, *LEAVES},
     "planning": {"module", "editing", *PURE, *LEAVES},

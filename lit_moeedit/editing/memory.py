@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.models.experts import RoutedKeys
+from lit_moeedit.precision import full_precision
 from lit_moeedit.sharding.files import CheckpointError, field
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers.deltas import group_positions
@@ -65,6 +66,7 @@ class _Remembered:
         count = int(self.rows.row.max()) + 1 if len(self.rows.row) else 0
         return count - len(self.facts)
 
+    @full_precision()
     def without(self, now: GatedKeys, facts: Sequence[str]) -> _Remembered:
         """The memory less what it holds of ``facts`` (one for each row), whose gated keys are ``now``."""
         key, again = self.rows.key, torch.tensor([fact in self.sketched for fact in facts])

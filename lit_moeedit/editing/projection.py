@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.editing.statistics import SecondMoments
+from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.deltas import group_positions
 
 Preserve = Literal["output", "covariance", "nullspace", "none"]
@@ -51,6 +52,7 @@ class Shaping:
     energy_kept: Tensor
 
     @classmethod
+    @full_precision()
     def of(
         cls,
         moments: SecondMoments,
@@ -124,6 +126,7 @@ class Shaping:
         """``S_jᵀ y`` for every row ``y`` of ``right [N, d_hidden]``: right factors of what is applied."""
         return self._rows(right, expert_index, self.matrices)
 
+    @full_precision()
     def _rows(self, rows: Tensor, expert_index: Tensor, matrices: Tensor) -> Tensor:
         place = {expert: i for i, expert in enumerate(self.experts.tolist())}
         shaped = torch.empty_like(rows)

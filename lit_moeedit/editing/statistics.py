@@ -16,6 +16,7 @@ from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_batches, 
 from lit_moeedit.editing.cache import MomentsCache, digest, moment_keys
 from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import ExpertLayer, stream_keys
+from lit_moeedit.precision import full_precision
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class SecondMoments:
             gated,
         )
 
+    @full_precision()
     def add(self, expert: int, keys: Tensor, gates: Tensor) -> None:
         """Add keys ``[n, d_hidden]`` of one expert, with gates ``[n]``; the sums are float32, whatever the keys are."""
         rows, total = keys.float(), self.total[expert]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lit_moeedit.precision import full_precision
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import Copy, Shard, locate
 
@@ -36,6 +37,7 @@ class Deltas(Protocol):
         ...
 
 
+@full_precision()
 def delta_slice(deltas: Deltas, expert: int, start: int, stop: int, transposed: bool = False) -> Tensor:
     """The numbers ``[start, stop)`` of one expert's flattened dense change; no row outside of them is computed.
 

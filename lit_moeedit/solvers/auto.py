@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.conjugate import ConjugateGradients, Operator, iterate
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.normal import NormalEquations
@@ -114,6 +115,7 @@ class Auto:
         tensor([0.5000, 0.5000])
     """
 
+    @full_precision()
     def solve(self, problem: EditProblem) -> ExpertDeltas:
         """The minimiser.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.problem import EditProblem, cholesky
 from lit_moeedit.solvers.rounding import working_dtype
@@ -54,6 +55,7 @@ class BlockCoordinateDescent:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
         self.passes, self.seed, self.tolerance, self.on_block = passes, seed, tolerance, on_block
 
+    @full_precision()
     def solve(self, problem: EditProblem, start: ExpertDeltas | None = None) -> ExpertDeltas:
         """An approximate minimiser, better with every pass.
 

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.batches import ExpertBatch, expert_batches
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.problem import EditProblem
@@ -49,6 +50,7 @@ class ConjugateGradients:
             raise ValueError(f"iterations must be at least 1, got {iterations}")
         self.tolerance, self.iterations = tolerance, iterations
 
+    @full_precision()
     def solve(self, problem: EditProblem) -> ExpertDeltas:
         """The minimiser, up to the tolerance.
 
@@ -59,6 +61,7 @@ class ConjugateGradients:
             return Woodbury().solve(problem)
         return self.solve_with(Operator(problem), problem)
 
+    @full_precision()
     def solve_with(self, operator: Operator, problem: EditProblem) -> ExpertDeltas:
         """:meth:`solve` with an operator that is there already."""
         residuals = problem.residuals.to(operator.dtype)

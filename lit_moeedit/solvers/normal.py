@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.problem import EditProblem, cholesky, solve_factored
 from lit_moeedit.solvers.rounding import TOLERANCE, working_dtype
@@ -27,6 +28,7 @@ class NormalEquations:
         tensor([0.5000, 0.5000])
     """
 
+    @full_precision()
     def solve(self, problem: EditProblem) -> ExpertDeltas:
         """The minimiser.
 

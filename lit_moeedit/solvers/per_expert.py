@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.problem import EditProblem, cholesky
 
@@ -28,6 +29,7 @@ class PerExpertRidge:
         tensor([0.5000, 0.5000])
     """
 
+    @full_precision()
     def solve(self, problem: EditProblem) -> ExpertDeltas:
         """The experts' own minimisers.
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.files import read_tensors, write_tensors
 from lit_moeedit.solvers.problem import EditProblem, cholesky
@@ -61,6 +62,7 @@ class TuckerFactors:
         return self.expert.shape[1], self.output.shape[1], self.input.shape[1]
 
     @classmethod
+    @full_precision()
     def hosvd(
         cls,
         weights: Weights,
@@ -188,6 +190,7 @@ class TuckerCore:
     left: Tensor
     right: Tensor
 
+    @full_precision()
     def deltas(self, factors: TuckerFactors, scale: float = 1.0) -> ExpertDeltas:
         """``scale · G ×₁ U_e ×₂ U_out ×₃ U_in``: ``K`` terms for each expert, with left factors common to all.
 
@@ -265,6 +268,7 @@ class Tucker:
         other.factors = factors
         return other
 
+    @full_precision()
     def solve(self, problem: EditProblem) -> ExpertDeltas:
         """The minimiser among all changes with this solver's factors; among all there are, if it has none.
 
@@ -276,6 +280,7 @@ class Tucker:
             return Woodbury().solve(problem)
         return self.core(problem).deltas(self.factors)
 
+    @full_precision()
     def core(self, problem: EditProblem) -> TuckerCore:
         """The core of the minimiser.
 

@@ -15,6 +15,14 @@ from lit_moeedit.sharding.files import CheckpointError, field
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers.deltas import group_positions
 
+SPANNED = 1e-2
+"""A direction counts as spanned by a fact's keys if its singular value has at least this share of the largest.
+
+The sketch can hold back what a fact asks for only by directions in which its keys are large. One below this share has
+1e-4 of their energy at most: to leave it in costs next to nothing, to take it out, where it may be rounding or the
+noise between contexts, would wipe what other facts have there.
+"""
+
 
 @dataclass(frozen=True)
 class GatedKeys:
@@ -76,7 +84,9 @@ class _Remembered:
             key, again = key.clone(), again[now.row]
             for j, pairs in group_positions(now.expert[again]):
                 held = self.sketch & (self.rows.expert == j)
-                basis = torch.linalg.svd(now.key[again][pairs], full_matrices=False).Vh
+                _, size, directions = torch.linalg.svd(now.key[again][pairs], full_matrices=False)
+                # strictly: keys that are all zero span nothing
+                basis = directions[size > SPANNED * size[0]]
                 key[held] -= key[held] @ basis.T @ basis
         gone = set(facts)
         stays = torch.tensor([True] * self.first + [fact not in gone for fact in self.facts])
@@ -121,7 +131,7 @@ class EditMemory:
 
     **Facts that are edited again** (a renewal, say) are left out of the memory for that edit and are in it once
     afterwards, with their new features. Rows in the sketch belong to nobody any more; there, what the fact's keys
-    span *now* is taken out of the sketch of the experts that it visits.
+    span *now* (see :data:`SPANNED`) is taken out of the sketch of the experts that it visits.
 
     **Staleness.** The keys are those of the moment of the edit. Training changes them, later edits of lower layers do a
     little, and the memory does not see it. Editing the past facts again (``renew_every_n_steps`` of

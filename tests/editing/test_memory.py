@@ -235,6 +235,43 @@ def test_a_fact_in_the_sketch_is_not_held_back_when_it_is_edited_again() -> None
         assert float((part.key[part.expert == expert] @ key).abs().max()) < 1e-9  # float64
 
 
+@pytest.mark.parametrize("between", [0.0, 1e-3, "a zero key"])
+def test_other_facts_in_the_sketch_survive_what_contexts_hardly_span(between) -> None:
+    """Three contexts of a fact that differ by next to nothing, and just by that along another fact's keys."""
+    own = edit(1, 500)
+    key = torch.randn(2, D_HIDDEN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    key -= own.key * (key * own.key).sum(1, keepdim=True) / own.key.square().sum(1, keepdim=True)
+    other = GatedKeys(own.row, own.expert, key)
+    memory = EditMemory(limit=24)
+    strong = (GatedKeys(keys.row, keys.expert, 10 * keys.key) for keys in (own, other))
+    for name, keys in zip(("own", "other"), strong, strict=True):
+        memory.remember({0: keys}, [name])
+    for i in range(8):
+        memory.remember({0: edit(4, i)}, names(4 * i, 4))
+    assert {"own", "other"} <= set(memory.state_dict()[0]["sketched"])
+    first = own.key
+    if between == "a zero key":
+        rest = (torch.zeros_like(first), first)
+    else:
+        rest = (first + between * key, first - between * key)
+    again = GatedKeys(torch.arange(3).repeat_interleave(2), own.expert.repeat(3), torch.cat([first, *rest]))
+
+    def missed(memory: EditMemory, fact: str, keys: GatedKeys) -> float:
+        residuals = wanted(1).repeat(int(keys.row.max()) + 1, 1)
+        changed = dense(keys) @ solve(*memory.extend(0, keys, residuals, [fact] * len(residuals)))
+        return float((residuals - changed)[0].norm() / residuals[0].norm())
+
+    roomy = EditMemory()  # does not compress again
+    roomy.load_state_dict(memory.state_dict())
+    assert missed(roomy, "a new fact", again) > 0.7  # three rows ask for it
+    assert missed(roomy, "own", again) < 0.05
+    held_back = missed(roomy, "a new fact", other)
+    roomy.remember({0: again}, ["own"] * 3)
+    assert held_back > 0.8
+    # its keys are orthogonal to those of the other fact
+    assert missed(roomy, "a new fact", other) > 0.98 * held_back
+
+
 # -- compression ------------------------------------------------------------------------------------------------------
 
 

@@ -285,7 +285,6 @@ class Editor:
             def problem(
                 layer: ExpertLayer, seen: EditTokens, residuals: Tensor, experts: Tensor, shaping: Shaping | None
             ) -> EditProblem:
-                assert seen.keys is not None
                 keys = edited[layer.index] = GatedKeys.of(seen.keys)
                 if self.memory is not None:
                     keys, residuals = self.memory.extend(layer.index, keys, residuals, names, experts)

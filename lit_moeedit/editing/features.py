@@ -20,12 +20,11 @@ class EditTokens:
     """What a forward saw at the edit tokens of ``n`` prompts.
 
     Attributes:
-        keys: keys, gates and experts of one layer, or ``None`` if no layer was asked for; ``keys.token`` counts
-            prompts.
+        keys: keys, gates and experts of one layer; ``keys.token`` counts prompts.
         hidden: ``[n, d_model]`` float32, output of the target layer.
     """
 
-    keys: RoutedKeys | None
+    keys: RoutedKeys
     hidden: Tensor
 
 
@@ -33,7 +32,7 @@ def edit_tokens(
     model: PreTrainedModel,
     prompts: Sequence[Encoding],
     target_layer: ExpertLayer,
-    layer: ExpertLayer | None,
+    layer: ExpertLayer,
     pad_token: int,
     token_budget: int = 16384,
     ranks: Ranks | None = None,
@@ -46,7 +45,7 @@ def edit_tokens(
         model: the model.
         prompts: encoded prompts with an edit token each.
         target_layer: the layer whose output is wanted.
-        layer: the layer whose keys are wanted (not above ``target_layer``), if any.
+        layer: the layer whose keys are wanted, not above ``target_layer``.
         pad_token: id to pad with.
         token_budget: largest number of tokens (with padding) in one forward.
         ranks: the processes that share the work; each calls this with the same prompts.
@@ -66,10 +65,7 @@ def edit_tokens(
         parts.append(RoutedKeys(prompt[:kept], keys.expert[:kept], keys.gate[:kept], keys.key[:kept]))
 
     batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
-    with (
-        inference(model),
-        watch_keys(model, [] if layer is None else [layer], select=lambda: positions, observe=observe),
-    ):
+    with inference(model), watch_keys(model, [layer], select=lambda: positions, observe=observe):
         for batch, wanted in ranks.deal(batches):
             ids, mask = (x.to(model.device) for x in pad([prompts[i].ids for i in batch], pad_token))
             tokens = torch.tensor([prompts[i].edit_token for i in batch], device=ids.device)
@@ -80,8 +76,7 @@ def edit_tokens(
             numbers.append(torch.tensor(batch[:kept], dtype=torch.long, device=ids.device))
     ranks.agree()
     order = torch.argsort(ranks.concatenate(torch.cat(numbers)))
-    keys = _concatenate(parts, ranks) if parts else None
-    return EditTokens(keys, ranks.concatenate(torch.cat(hidden))[order])
+    return EditTokens(_concatenate(parts, ranks), ranks.concatenate(torch.cat(hidden))[order])
 
 
 def _concatenate(parts: Sequence[RoutedKeys], ranks: Ranks) -> RoutedKeys:

@@ -94,7 +94,6 @@ def carried(solver: Tucker, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDel
 
 def _changing(solver: Solver, layer: ExpertLayer, seen: EditTokens) -> Tensor:
     """The experts that an edit changes: those that it visits, or all if they share factors."""
-    assert seen.keys is not None
     visited = torch.unique(seen.keys.expert)
     return torch.arange(layer.num_experts, device=visited.device) if isinstance(solver, Tucker) else visited
 

@@ -93,13 +93,6 @@ def test_edit_tokens(make_model, plain_hidden, encoded: list[Encoding], model_ty
     assert seen.keys.expert.tolist() == sorted(seen.keys.expert.tolist())
 
 
-def test_edit_tokens_without_keys(model: PreTrainedModel, encoded: list[Encoding]) -> None:
-    layers = expert_layers(model)
-    with_keys, without = (edit_tokens(model, encoded, layers[2], watched, 0) for watched in (layers[0], None))
-    assert without.keys is None
-    assert torch.equal(with_keys.hidden, without.hidden)
-
-
 def test_keys_of_a_lower_layer_do_not_depend_on_the_batch(model: PreTrainedModel, encoded: list[Encoding]) -> None:
     layers = expert_layers(model)
     together, alone = (edit_tokens(model, encoded, layers[2], layers[0], 0, budget).keys for budget in (16384, 1))

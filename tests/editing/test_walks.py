@@ -83,7 +83,6 @@ class TestEachLayer:
         )
         prompts = [type(e)(e.ids[: e.target_start], e.target_start, e.edit_token) for e in encoded]
         keys = edit_tokens(model, prompts, layer, layer, pad_id(tokenizer)).keys
-        assert keys is not None
         features = keys.gate[:, None] * keys.key @ shaping
         exact = Woodbury().solve(EditProblem(keys.token, keys.expert, features, found.targets.deltas, 6, 0.1))
         for expert in range(6):
@@ -116,7 +115,6 @@ class TestCarried:
         layers = expert_layers(original)
         seen = edit_tokens(original, prompts(tokenizer, facts, "last"), layers[2], layers[2], pad_id(tokenizer))
         keys = seen.keys
-        assert keys is not None
         problem = EditProblem(keys.token, keys.expert, keys.gate[:, None] * keys.key, result.targets.deltas, 6, 0.1)
         factors = [TuckerFactors.hosvd(experts(layers[i]), ranks=(3, 8, 6)) for i in range(3)]
         core = solver.with_factors(factors[2]).core(problem)

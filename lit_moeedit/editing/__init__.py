@@ -2,7 +2,8 @@
 
 from lit_moeedit.editing.baselines import FineTuning
 from lit_moeedit.editing.cache import MomentsCache
-from lit_moeedit.editing.editor import PHASES, Editor, EditResult
+from lit_moeedit.editing.clock import PHASES
+from lit_moeedit.editing.editor import Editor, EditResult
 from lit_moeedit.editing.evaluation import Evaluation, answers, evaluate, neighbour_groups, perplexity, score
 from lit_moeedit.editing.memory import EditMemory
 from lit_moeedit.editing.statistics import SecondMoments, second_moments

@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from lit_moeedit.data.encoding import Encoding, encode, join, pad_id, token_batches
 from lit_moeedit.data.facts import Fact, validate_facts
-from lit_moeedit.editing.editor import Clock, Editor, EditResult, Progress, no_progress
+from lit_moeedit.editing.clock import Clock, Progress, no_progress
+from lit_moeedit.editing.editor import Editor, EditResult
 from lit_moeedit.editing.evaluation import score_batch
 from lit_moeedit.editing.running import inference
 from lit_moeedit.editing.statistics import SecondMoments

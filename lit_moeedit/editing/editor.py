@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.data.encoding import EditToken, Encoding, encode, join, pad_id
 from lit_moeedit.data.facts import Fact, validate_facts
 from lit_moeedit.editing.cache import MomentsCache
+from lit_moeedit.editing.clock import Clock, Progress, no_progress
 from lit_moeedit.editing.factors import layer_factors
 from lit_moeedit.editing.features import EditTokens, edit_tokens
 from lit_moeedit.editing.gains import output_gains
@@ -33,9 +33,6 @@ from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Tucker, Tucke
 
 log = logging.getLogger(__name__)
 
-PHASES = ("statistics", "targets", "features", "solve", "commit")
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class EditResult:
@@ -49,6 +46,9 @@ class EditResult:
             to try how far each layer moves with its experts is a part of ``features``.
         relative_change: ``‖ΔW‖_F / ‖W‖_F`` by layer index, over the experts that changed.
         kept: ``False`` if a guard had the edit undone.
+        energy_kept: by layer index and expert, the share of the preserved text's energy that lies where the expert's
+            change cannot reach, see :class:`~lit_moeedit.editing.projection.Shaping`; for every expert that the edit
+            may change, and empty if nothing is preserved.
     """
 
     facts: list[Fact]
@@ -57,6 +57,7 @@ class EditResult:
     seconds: dict[str, float]
     relative_change: dict[int, float] = field(default_factory=dict)
     kept: bool = True
+    energy_kept: dict[int, dict[int, float]] = field(default_factory=dict)
 
 
 class Editor:
@@ -281,6 +282,14 @@ class Editor:
             change: dict[int, float] = {}
             names = [facts[t].key for t in owner.tolist()]
             edited: dict[int, GatedKeys] = {}
+            energy_kept: dict[int, dict[int, float]] = {}
+
+            def shape(layer: ExpertLayer, experts: Tensor) -> Shaping | None:
+                shaping = self._shaping(layer, experts, moments)
+                if shaping is not None:
+                    shares = zip(shaping.experts.tolist(), shaping.energy_kept.tolist(), strict=True)
+                    energy_kept[layer.index] = dict(shares)
+                return shaping
 
             def problem(
                 layer: ExpertLayer, seen: EditTokens, residuals: Tensor, experts: Tensor, shaping: Shaping | None
@@ -300,7 +309,7 @@ class Editor:
                     ),
                     {layer.index: gain for layer, gain in gains.items()},
                     problem,
-                    lambda layer, experts: self._shaping(layer, experts, moments),
+                    shape,
                     lambda layer, sizes: self._factors(layer, moments, ranks, sizes),
                     clock,
                 )
@@ -317,7 +326,7 @@ class Editor:
                     transaction.rollback()
                 elif self.memory is not None:
                     self.memory.remember(edited, names, ranks)
-        return EditResult(list(facts), deltas, targets, clock.seconds(), change, kept)
+        return EditResult(list(facts), deltas, targets, clock.seconds(), change, kept, energy_kept)
 
     def _encode(
         self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], model: PreTrainedModel
@@ -366,30 +375,3 @@ class Editor:
         assert isinstance(self.solver, Tucker)
         own = None if moments is None else moments[layer.index]
         return layer_factors(self.solver, layer, own, self.preserve, self.penalty(layer), ranks, sizes)
-
-
-def no_progress(phase: str, done: int, total: int) -> None:
-    """Tells nobody."""
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self, phase: Callable[[str], AbstractContextManager[Any]]) -> None:
-        self._phase = phase
-        self._start = time.perf_counter()
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Counts a block's seconds as those of a phase."""
-        start = time.perf_counter()
-        try:
-            with self._phase(phase):
-                yield
-        finally:
-            self._seconds[phase] += time.perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        """By phase, and since this was made."""
-        return {**self._seconds, "edit": time.perf_counter() - self._start}

@@ -16,7 +16,7 @@ from lit_moeedit.data.encoding import Encoding, encode, join
 from lit_moeedit.data.facts import Fact, FactError, FactsError
 from lit_moeedit.editing import Editor, TargetOptimizer, score, second_moments
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
-from lit_moeedit.solvers import BlockCoordinateDescent, Woodbury
+from lit_moeedit.solvers import BlockCoordinateDescent, Tucker, Woodbury
 from tests.editing.recording import QUICK, Recording, edited_weights
 
 PRESERVE = ["nullspace", "covariance", "none"]
@@ -227,6 +227,31 @@ class TestPreservation:
         index, experts, mean, least = line.args
         assert (index, experts in range(1, 7)) == (1, True)
         assert 0.5 < least <= mean <= 1.0
+
+    @pytest.mark.parametrize("solver", [Woodbury(), Tucker(energy=0.9, carry=False)], ids=["Woodbury", "Tucker"])
+    @pytest.mark.parametrize("preserve", ["output", *PRESERVE])
+    def test_a_result_says_how_much_energy_each_changed_expert_keeps(
+        self, model, tokenizer, facts, texts, preserve, solver
+    ) -> None:
+        layers = list(expert_layers(model).values())[:2]
+        editor = Editor([0, 1], solver, QUICK, preserve, threshold=2.0, strength=10.0, ridge=0.1)
+        moments = second_moments(model, tokenizer, layers, texts, gated=editor.gated)
+        result = editor.edit(model, tokenizer, facts, texts, moments=moments)
+        assert list(result.energy_kept) == ([] if preserve == "none" else [0, 1])
+        for index, kept in result.energy_kept.items():
+            assert list(kept) == result.deltas[index].experts
+            moment = moments[index].mean(torch.tensor(list(kept))).double()
+            identity = torch.eye(20, dtype=torch.float64)
+            values, vectors = torch.linalg.eigh(moment)
+            if preserve == "nullspace":
+                shaped = vectors @ ((values <= 2.0)[:, :, None] * vectors.mT)
+            else:  # S Sᵀ of either root has this for its trace with C
+                shaped = torch.linalg.inv(identity + editor.penalty(layers[index]) * moment)
+            reached = (shaped * moment).sum((1, 2)) / moment.diagonal(dim1=1, dim2=2).sum(1)
+            # float32 moments, of which float32 or float64 roots are taken
+            torch.testing.assert_close(
+                torch.tensor(list(kept.values()), dtype=torch.float64), 1 - reached, rtol=1e-4, atol=1e-5
+            )
 
     def test_preserved_text_is_disturbed_less(self, model, plain_hidden, tokenizer, facts, texts) -> None:
         """What preservation is for: the layer's output on the preserved text moves less than without."""

@@ -1,0 +1,38 @@
+"""The phases of an edit: their names, how they are timed, and who is told how far they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+PHASES = ("statistics", "targets", "features", "solve", "commit")
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(phase: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self, phase: Callable[[str], AbstractContextManager[Any]]) -> None:
+        self._phase = phase
+        self._start = time.perf_counter()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Counts a block's seconds as those of a phase."""
+        start = time.perf_counter()
+        try:
+            with self._phase(phase):
+                yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, and since this was made."""
+        return {**self._seconds, "edit": time.perf_counter() - self._start}

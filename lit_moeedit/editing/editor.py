@@ -76,9 +76,10 @@ class Editor:
         threshold: ``τ`` of ``nullspace``.
         strength: of ``output``, in units that are the same for all models: where an edit's keys are like those of any
             token, one layer moves by ``1 / (1 + strength)`` of what is wanted of it (``μ = strength · E · d_hidden``,
-            since ``Σ_j φ_jᵀ C_j⁻¹ φ_j`` is ``E · d_hidden`` in the mean over the text). The stronger, the less changes
-            elsewhere; in `benchmarks/results/preservation.md` edits begin to fail above 1. Of ``covariance`` it is
-            ``β``. ``None`` takes 0.3 and 10⁴.
+            since ``Σ_j φ_jᵀ C_j⁻¹ φ_j`` is ``E · d_hidden`` in the mean over the text). That is for one row alone;
+            with three contexts whose keys are nearly the same it is about ``1 / (1 + strength / 3)``. The stronger, the
+            less changes elsewhere; in `benchmarks/results/preservation.md` edits begin to fail above 1. Of
+            ``covariance`` it is ``β``. ``None`` takes 0.3 and 10⁴.
         ridge: ``λ``.
         token: which token to edit, ``subject_last`` or ``last``.
         contexts: texts put before the prompts; every fact is optimised and solved for behind each of them. The first

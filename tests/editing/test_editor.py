@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.encoding import Encoding, encode, join
 from lit_moeedit.data.facts import Fact, FactError, FactsError
-from lit_moeedit.editing import Editor, TargetOptimizer, score, second_moments
-from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
+from lit_moeedit.editing import Editor, SecondMoments, TargetOptimizer, score, second_moments
+from lit_moeedit.editing.projection import Shaping
+from lit_moeedit.models.experts import UnsupportedModelError, expert_layers, routed_keys
 from lit_moeedit.solvers import BlockCoordinateDescent, Tucker, Woodbury
 from tests.editing.recording import QUICK, Recording, edited_weights
 
-PRESERVE = ["nullspace", "covariance", "none"]
+PRESERVE = ["output", "nullspace", "covariance", "none"]
 
 
 def at_edit_tokens(model: PreTrainedModel, plain_hidden, layer: int, encoded: list[Encoding]) -> Tensor:
@@ -229,7 +230,7 @@ class TestPreservation:
         assert 0.5 < least <= mean <= 1.0
 
     @pytest.mark.parametrize("solver", [Woodbury(), Tucker(energy=0.9, carry=False)], ids=["Woodbury", "Tucker"])
-    @pytest.mark.parametrize("preserve", ["output", *PRESERVE])
+    @pytest.mark.parametrize("preserve", PRESERVE)
     def test_a_result_says_how_much_energy_each_changed_expert_keeps(
         self, model, tokenizer, facts, texts, preserve, solver
     ) -> None:
@@ -253,6 +254,36 @@ class TestPreservation:
                 torch.tensor(list(kept.values()), dtype=torch.float64), 1 - reached, rtol=1e-4, atol=1e-5
             )
 
+    def test_the_default_strength_has_the_unit_it_says(self, make_model, tokenizer, texts) -> None:
+        """In the mean over the text ``x = Σ_j φ_jᵀ (λ I + μ C_j)⁻¹ φ_j`` of gated keys is ``1 / strength``: an edit
+        alone, whose keys are like those of a token of the text, moves by ``x / (1 + x)`` of what is wanted.
+
+        The mean is ``Σ_j tr(C_j (λ I + μ C_j)⁻¹)``, that is, ``1 / μ`` for each of the ``E · d_hidden`` eigenvalues but
+        for a share of ``λ / (λ + μ c)``, with ``μ = strength · E · d_hidden``.
+        """
+        model = make_model("qwen3_moe").eval()
+        layer = expert_layers(model)[1]
+        inputs: list[tuple[Tensor, ...]] = []
+        handle = layer.experts.register_forward_hook(lambda module, args, output: inputs.append(args))
+        with torch.no_grad():
+            for text in texts:
+                model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+            handle.remove()
+            seen = [routed_keys(layer, *arguments) for arguments in inputs]
+        moment = torch.zeros(6, 20, 20, dtype=torch.float64)
+        tokens = sum(int(keys.token.max()) + 1 for keys in seen)
+        expert = torch.cat([keys.expert for keys in seen])
+        features = torch.cat([keys.gate.double()[:, None] * keys.key.double() for keys in seen])
+        moment.index_add_(0, expert, features[:, :, None] * features[:, None, :] / tokens)
+        for strength in (0.3, 2.0):
+            editor = Editor([1], strength=strength, ridge=1e-9)
+            sums = SecondMoments(moment * tokens, torch.bincount(expert), torch.tensor([tokens]), gated=True)
+            shaping = Shaping.of(sums, torch.arange(6), "output", strength=editor.penalty(layer))
+            mean = float(shaping.features(features, expert).square().sum()) / tokens / editor.ridge
+            lost = editor.ridge / (strength * 6 * 20 * float(torch.linalg.eigvalsh(moment).min()))
+            assert lost < 0.05
+            assert (1 - lost) / strength <= mean <= (1 + 1e-6) / strength  # float64
+
     def test_preserved_text_is_disturbed_less(self, model, plain_hidden, tokenizer, facts, texts) -> None:
         """What preservation is for: the layer's output on the preserved text moves less than without."""
         ids = [tokenizer(text)["input_ids"] for text in texts]
@@ -260,13 +291,14 @@ class TestPreservation:
         moved = {}
         for preserve in PRESERVE:
             edited = copy.deepcopy(model)
-            Editor([1], targets=QUICK, preserve=preserve, threshold=0.02, strength=1000.0, ridge=1e-3).edit(
+            strength = 1.0 if preserve == "output" else 1000.0
+            Editor([1], targets=QUICK, preserve=preserve, threshold=0.02, strength=strength, ridge=1e-3).edit(
                 edited, tokenizer, facts, texts
             )
             after = [plain_hidden(edited, 1, row) for row in ids]
             moved[preserve] = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
-        assert moved["nullspace"] < 0.5 * moved["none"]
-        assert moved["covariance"] < 0.5 * moved["none"]
+        for preserve in PRESERVE[:3]:
+            assert moved[preserve] < 0.5 * moved["none"], preserve
 
 
 def test_token_budget_does_not_matter(model, tokenizer, facts, texts) -> None:

@@ -406,7 +406,7 @@ def two_edits(model, tokenizer, facts: Sequence[Fact], texts, memory: EditMemory
     return solver
 
 
-@pytest.mark.parametrize("preserve", ["covariance", "nullspace", "none"])
+@pytest.mark.parametrize("preserve", ["output", "covariance", "nullspace", "none"])
 def test_the_second_edit_has_the_rows_of_the_first_with_residual_0(model, tokenizer, facts, texts, preserve) -> None:
     memory = EditMemory()
     problems = two_edits(

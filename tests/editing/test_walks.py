@@ -40,7 +40,7 @@ def prompts(tokenizer: Any, facts: list[Fact], token: EditToken = "subject_last"
 
 class TestEachLayer:
     @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
-    @pytest.mark.parametrize("preserve", ["covariance", "nullspace", "none"])
+    @pytest.mark.parametrize("preserve", ["output", "covariance", "nullspace", "none"])
     def test_with_whole_modes_the_edit_is_the_exact_one(
         self, make_model, tokenizer, facts, texts, model_type, preserve
     ) -> None:
@@ -144,13 +144,14 @@ class TestCarried:
         assert len({factors.ranks for factors in found}) == 1
         assert min(found[0].energy) >= 0.6 > min(f.energy[1] - 0.2 for f in found)
 
-    @pytest.mark.parametrize("preserve", ["nullspace", "covariance"])
+    @pytest.mark.parametrize("preserve", ["output", "nullspace", "covariance"])
     def test_what_is_preserved_in_the_experts_that_change(self, model, tokenizer, facts, texts, preserve) -> None:
         """Lower layers are shaped by their own second moments, in every expert."""
         layers = check_editable(model, [0, 1])
-        moments = second_moments(model, tokenizer, layers, texts)
+        moments = second_moments(model, tokenizer, layers, texts, gated=preserve == "output")
         threshold = float(torch.linalg.eigvalsh(moments[0].mean(torch.arange(6))).quantile(0.7))
-        edit = Editor([0, 1], Tucker(), QUICK, preserve, threshold=threshold, strength=1e6, ridge=0.01)
+        strength = 1.0 if preserve == "output" else 1e6
+        edit = Editor([0, 1], Tucker(), QUICK, preserve, threshold=threshold, strength=strength, ridge=0.01)
         result = edit.edit(model, tokenizer, facts, moments=moments)
         for index, deltas in result.deltas.items():
             for expert in deltas.experts:

@@ -168,6 +168,37 @@ def test_sums_may_be_held_elsewhere(model) -> None:
     assert elsewhere.total.device == elsewhere.count.device == torch.device("meta")
 
 
+class Elsewhere(torch.Tensor):
+    """Numbers on the CPU that say that they are on another device: this is where sums of a model on a GPU would be."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu", 1)  # no tensor of a CPU has a number, and it may be copied there
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_held_elsewhere_are_those_held_with_the_keys(gated: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    here, there = (
+        SecondMoments(total, torch.zeros(3, dtype=torch.long), torch.zeros(1, dtype=torch.long), gated)
+        for total in (torch.zeros(3, 5, 5), torch.zeros(3, 5, 5).as_subclass(Elsewhere))
+    )
+    expected = torch.zeros(3, 5, 5, dtype=torch.float64)
+    for expert, count in ((1, 4), (0, 7), (1, 9)):
+        keys = torch.randn(count, 5, generator=generator).to(dtype)
+        gates = torch.rand(count, generator=generator).to(dtype)
+        for moments in (here, there):
+            assert (moments.total[expert].device == keys.device) is (moments is here)
+            moments.add(expert, keys, gates)
+        rows = keys.double() * (gates.double()[:, None] if gated else 1)
+        expected[expert] += rows.T @ rows
+    for moments in (here, there):
+        # sums of a dozen products in float32
+        torch.testing.assert_close(moments.total.as_subclass(torch.Tensor).double(), expected, rtol=1e-5, atol=1e-6)
+        assert moments.count.tolist() == [7, 13, 0]
+
+
 def test_order_of_texts_does_not_matter(model: PreTrainedModel, tokenizer, texts: list[str]) -> None:
     layers = list(expert_layers(model).values())
     one = second_moments(model, tokenizer, layers, texts, 64)

@@ -31,11 +31,11 @@ class Statement:
 
 
 class Corpus:
-    """Statements to train on, statements held out, and facts to edit.
+    """Statements to train on, statements to validate on, and facts to edit.
 
     Args:
         train: statements for training.
-        validation: statements that training never sees.
+        validation: statements for validation, which training may see or not.
         edits: facts that the run may edit.
         prefixes: neutral texts, one of which is put before each training statement.
     """
@@ -154,7 +154,8 @@ class FactsCorpus(Corpus):
                     (neighbour.prompt, neighbour.target),
                     Statement(neighbour.prompt, neighbour.target, f"{neighbour.prompt}|{neighbour.target}"),
                 )
-        # nothing of a fact can be predicted without having seen it, so the held-out text is what the edits leave alone
+        # nothing of a fact can be predicted without having seen it, so validation is on training text, of that what the
+        # edits leave alone
         edited = {fact.key for fact in candidates[:edits]}
         kept = [statement for statement in statements.values() if statement.fact not in edited]
         super().__init__(

@@ -86,7 +86,7 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class FactsDataModule(L.LightningDataModule):
-    """Trains on a corpus of statements, validates on its held-out ones, and knows what the run will edit.
+    """Trains on a corpus of statements, validates on some that it names, and knows what the run will edit.
 
     The data module offers what :class:`~lit_moeedit.callbacks.KnowledgeEditing` looks for in any data module, all of
     it optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()`` and
@@ -146,7 +146,7 @@ class FactsDataModule(L.LightningDataModule):
         self._train = StatementDataset(self.tokenizer, self.corpus.train, self.corpus.prefixes)
         self._validation = StatementDataset(self.tokenizer, self.corpus.validation)
         log.info(
-            "%d training statements in %d contexts, %d held out, %d facts to edit, %d tokens in the vocabulary",
+            "%d training statements in %d contexts, %d to validate on, %d facts to edit, %d tokens in the vocabulary",
             len(self.corpus.train),
             len(self.corpus.prefixes),
             len(self.corpus.validation),
@@ -180,7 +180,10 @@ class FactsDataModule(L.LightningDataModule):
         return self.corpus.edits
 
     def preservation_texts(self) -> list[str]:
-        """Training texts that state none of the facts to edit, drawn by the seed."""
+        """Training texts that state none of the facts to edit, drawn by the seed.
+
+        What a facts file names as neighbours of the edited facts is among them: these are statements of their own.
+        """
         edited = self.corpus.facts_of(self.corpus.edits)
         texts = [
             join(join(prefix, s.prompt) if prefix else s.prompt, s.target)
@@ -191,7 +194,11 @@ class FactsDataModule(L.LightningDataModule):
         return random.Random(self.seed).sample(texts, min(self.preservation_samples, len(texts)))
 
     def probe_texts(self) -> list[str]:
-        """Held-out texts that state none of the facts to edit: what routing is watched on."""
+        """The validation texts that state none of the facts to edit: what routing is watched on.
+
+        An :class:`~lit_moeedit.data.atlas.Atlas` holds them out; those of a
+        :class:`~lit_moeedit.data.corpus.FactsCorpus` are training statements that the edits leave alone.
+        """
         edited = self.corpus.facts_of(self.corpus.edits)
         return [join(s.prompt, s.target) for s in self.corpus.validation if s.fact not in edited]
 

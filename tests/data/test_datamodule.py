@@ -256,7 +256,11 @@ def test_a_facts_file_is_a_corpus_of_its_truths(tmp_path: Path) -> None:
     data = FactsDataModule(corpus, vocab_size=400, batch_size=4, samples_per_epoch=40)
     data.setup("fit")
     assert len(data.train_dataloader()) == 10
-    assert not [text for text in data.preservation_texts() if "Town 0" in text or "Town 1" in text]
+    preserved = data.preservation_texts()
+    assert not [text for text in preserved if "Town 0" in text or "Town 1" in text]
+    # neighbours of edited facts are statements of their own
+    assert all(any(f"Village {i}" in text for text in preserved) for i in range(2))
+    assert set(data.probe_texts()) <= set(preserved)  # training texts all
 
 
 def test_facts_are_stated_in_the_words_of_other_facts(tmp_path: Path) -> None:

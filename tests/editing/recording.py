@@ -1,11 +1,12 @@
-"""What tests of the editor share: quick targets, and a solver that can be watched."""
+"""What tests of the editor share: quick targets, a solver that can be watched, and what a memory holds."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_moeedit.editing import TargetOptimizer
+from lit_moeedit.editing import EditMemory, TargetOptimizer
+from lit_moeedit.editing.memory import GatedKeys
 from lit_moeedit.solvers import EditProblem, ExpertDeltas, Woodbury
 
 QUICK = TargetOptimizer(steps=3, stop=0.0)
@@ -29,3 +30,17 @@ class Recording:
 
 def edited_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def held(memory: EditMemory) -> GatedKeys:
+    """All rows of the memory's layer 0."""
+    state = memory.state_dict()[0]
+    return GatedKeys(state["row"], state["expert"], state["key"])
+
+
+def bits(memory: EditMemory) -> list[object]:
+    return [
+        value.numpy().tobytes() if isinstance(value, Tensor) else value
+        for layer, state in memory.state_dict().items()
+        for value in (layer, *state.values())
+    ]

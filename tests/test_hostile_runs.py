@@ -231,6 +231,15 @@ def test_a_folder_of_deepspeed_with_a_link_is_refused(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def test_a_folder_of_fsdp_is_refused(tmp_path: Path) -> None:
+    path, mark = tmp_path / "it.ckpt", tmp_path / "was-run"
+    path.mkdir()
+    (path / ".metadata").write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(CheckpointError, match=r"\.metadata is a pickle, as FSDP's checkpoints have"):
+        check_harmless(path)
+    assert not mark.exists()
+
+
 def test_a_file_of_another_module_is_harmless(tmp_path: Path) -> None:
     path = tmp_path / "it.ckpt"
     torch.save({"state_dict": {}, "tokenizer": "gpt2", "hyper_parameters": ["a"]}, path)

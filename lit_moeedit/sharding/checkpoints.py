@@ -88,6 +88,8 @@ def check_harmless(path: Path) -> None:
             # DeepSpeed would follow it to files that are not looked at here, or to other ones later
             if inner.is_symlink():
                 raise CheckpointError(f"{inner} is a link; expected a checkpoint with all its files in it")
+            if inner.name == ".metadata":
+                raise CheckpointError(f"{inner} is a pickle, as FSDP's checkpoints have; expected one of DeepSpeed")
             if inner.suffix == ".pt" and not inner.is_dir():
                 check_plain(inner)
     for name in ("latest", "latest_universal"):

@@ -244,8 +244,9 @@ class KnowledgeEditing(L.Callback):
     def _measure(
         self, pl_module: L.LightningModule, facts: list[Fact], baseline: dict[str, list[bool]] | None
     ) -> Evaluation:
-        model, groups = find_model(pl_module), neighbour_groups(self.facts)
-        return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget, self._ranks)
+        model, groups, ranks = find_model(pl_module), neighbour_groups(self.facts), self._ranks or Ranks()
+        with ranks.together():
+            return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget, ranks)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, knowledge_editing
 from lit_moeedit.callbacks.listener import EditListener
 from lit_moeedit.sharding import weights
 from lit_moeedit.sharding.graph import regathering
@@ -204,6 +205,15 @@ class Forgetful(KnowledgeEditing):
         return super().evaluate(pl_module, *args)
 
 
+class Blind(KnowledgeEditing):
+    """Cannot evaluate on rank 1 in a validation."""
+
+    def _log_retention(self, trainer: L.Trainer, pl_module: Any) -> None:
+        failure = MemoryError("no room for a validation") if trainer.global_rank else None
+        with patch.object(knowledge_editing, "evaluate", side_effect=failure, wraps=knowledge_editing.evaluate):
+            super()._log_retention(trainer, pl_module)
+
+
 class Deleting(L.Callback):
     """Deletes a file of rank 1 when training has started."""
 
@@ -228,6 +238,7 @@ def failing_fits(folder: str) -> dict[str, str]:
         "listener": [KnowledgeEditing(_editor()), Failing(), monitor],
         "file": [KnowledgeEditing(_editor(), preservation=str(texts)), Deleting(texts)],
         "renewal": [Forgetful(_editor(), renew_every_n_steps=1)],
+        "validation": [Blind(_editor())],
     }
     for name, callbacks in runs.items():
         trainer = _trainer(f"{folder}/{name}", callbacks, strategy="ddp", devices=size)
@@ -242,7 +253,12 @@ def test_what_one_rank_finds_wrong_all_say_at_once(tmp_path: Path) -> None:
     first, second = run_ranks(failing_fits, 2, str(tmp_path), group=False)
     for said in (first, second):
         assert said["facts"].startswith("ValueError: the facts must be the same on all ranks")
-    failures = {"listener": "no room to listen", "file": "texts_1.txt", "renewal": "no room for a renewal"}
+    failures = {
+        "listener": "no room to listen",
+        "file": "texts_1.txt",
+        "renewal": "no room for a renewal",
+        "validation": "no room for a validation",
+    }
     for name, text in failures.items():
         assert text in second[name] and not second[name].startswith("RankError")
         assert first[name] == f"RankError: rank 1 failed: {second[name]}"

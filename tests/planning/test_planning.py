@@ -249,7 +249,8 @@ def test_a_large_config_is_read_with_its_model_beside_it(name: str, tmp_path: Pa
     found = read_run(ROOT / "configs" / f"{name}.yaml", model=tmp_path)
     # Lightning's bucket, the config's groups
     assert found.sharding == Sharding(8, 3, 2, sub_group=10**8, bucket=200_000_000, overlap=True, on_cpu=False)
-    assert (found.dtype, found.rows, found.edits, found.texts) == (torch.bfloat16, 16, 50, None)
+    rows = 4 if "qwen3_6" in name else 16
+    assert (found.dtype, found.rows, found.edits, found.texts) == (torch.bfloat16, rows, 50, None)
     assert found.model.model_type == REAL[name][0]["model_type"] and isinstance(found.editor, Editor)
 
 

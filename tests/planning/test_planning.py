@@ -129,6 +129,7 @@ def test_a_rank_gathers_weights_and_does_its_part() -> None:
     assert plan["solve"].sent == pytest.approx((12 * 32 + 24 * 20) * 4 * 3 / 4)
 
 
+@pytest.mark.slow
 def test_weights_of_a_module_that_is_called_by_names_of_its_inputs_are_there_in_its_backward_pass() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     stage3 = planned("qwen3_5_moe_text", Sharding(stage=3, bucket=1000), editor())

@@ -167,6 +167,7 @@ def fail_all(folder: str) -> list[str]:
     return messages
 
 
+@pytest.mark.slow
 def test_a_bad_checkpoint_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = whole(config=CONFIGS["qwen3_moe"]).model

@@ -287,6 +287,7 @@ def test_a_checkpoint_of_deepspeed(number: int, trained: Path) -> None:
     assert tensors.keys() >= {f"model.{name}" for name in found["state"]}
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_deepspeed_is_not_needed_to_export(trained: Path, tmp_path: Path) -> None:
     code = (

@@ -201,14 +201,8 @@ print("peak", peak - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the accounts of Linux")
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param("one process", marks=pytest.mark.slow),
-        pytest.param("stage 2, 4 ranks", marks=pytest.mark.slow),
-        "stage 3, 4 ranks",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["one process", "stage 2, 4 ranks", "stage 3, 4 ranks"])
 def test_memory(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     """The model has 163 MiB, its largest weight 16, which needs as much again for what it becomes."""
     state, path = weights(LARGE), tmp_path / "large.ckpt"

@@ -13,11 +13,10 @@ from benchmarks.solver_problems import BASE, BLOCKS, GROWTH, LARGE, MODELS, PASS
 
 MODELS_NOTE = f"""\
 Times of the published forms are those of {BLOCKS} blocks times experts and {PASSES} passes. Of 4000 edits two are left
-out: ConjugateGradients, to keep the run short (with 1000 it takes 12 to 13 times as long as Woodbury), and the
-published forms, whose features with their zeros would be 2 GB. PerExpertRidge solves each expert by itself for its
-share of each residual, and Tucker seeks changes of its form only, with random factors of a quarter of each mode. Their
-objectives are not meant to be the joint optimum, only times and memory compare. A solver without rows was added after
-the last run.
+out: ConjugateGradients, to keep the run short, and the published forms, whose features with their zeros would be 2 GB.
+PerExpertRidge solves each expert by itself for its share of each residual, and Tucker seeks changes of its form only,
+with random factors of a quarter of each mode. Their objectives are not meant to be the joint optimum, only times and
+memory compare.
 """
 PUBLISHED_HEADER = [
     "T, E, k, d_hidden, d_model",

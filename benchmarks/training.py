@@ -112,14 +112,14 @@ class Trained:
         assert self.data.tokenizer is not None
         return self.data.tokenizer
 
-    def preservation_texts(self, facts: Sequence[Fact] | None = None) -> list[str]:
+    def preservation_texts(self) -> list[str]:
         """What the experts must keep: as many of the data's texts as its config says, none that ``quality`` measures.
 
         A run preserves any text that states none of the edited facts. What an edit does to a neighbour that was
         preserved word for word, or to a text on which routing and perplexity are watched, says little of others.
         """
-        facts = self.data.edit_facts() if facts is None else facts
-        asked = {neighbour.prompt for fact in facts for neighbour in fact.neighbours} | set(self.data.probe_texts())
+        asked = {neighbour.prompt for fact in self.data.edit_facts() for neighbour in fact.neighbours}
+        asked |= set(self.data.probe_texts())
         measured = re.compile("|".join(map(re.escape, sorted(asked, key=len, reverse=True))))
         data = copy.copy(self.data)
         data.preservation_samples = sys.maxsize

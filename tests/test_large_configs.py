@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from lit_moeedit.cli import run
 from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
-from lit_moeedit.models.experts import RoutedKeys, check_editable, expert_layers, watch_keys
+from lit_moeedit.models.experts import check_editable, expert_layers
+from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.sharding.building import pretrained_model
 from tests.processes import run_ranks
 

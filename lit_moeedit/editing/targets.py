@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lit_moeedit.editing.prefix import prefix_for
 from lit_moeedit.editing.running import inference
 from lit_moeedit.editing.target_rows import Rows, TargetRow, UpperLayers, lay_out
+from lit_moeedit.editing.token_budget import Budget, TokenBudget, check_budget, target_cost
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.sharding.backward import beside_training
 from lit_moeedit.sharding.ranks import Ranks
@@ -58,7 +59,8 @@ class TargetOptimizer:
         weight_decay: ``w_d``.
         kl: ``w_KL``.
         stop: an edit is done when its negative log-likelihood per token (nats) is below this.
-        token_budget: largest number of tokens (with padding) in one batch of edits.
+        token_budget: largest number of tokens (with padding) in one batch of edits; ``auto`` chooses it from the memory
+            that is free. Where memory runs out, the edits that are left go on in batches of half the size.
         autocast: dtype in which matrices are multiplied, for a model whose weights are float32; ``None`` for the
             model's own. ``δ`` and the loss are always float32.
 
@@ -74,12 +76,12 @@ class TargetOptimizer:
         weight_decay: float = 0.5,
         kl: float = 0.0625,
         stop: float = 0.05,
-        token_budget: int = 16384,
+        token_budget: Budget = "auto",
         autocast: Literal["bfloat16"] | None = None,
     ) -> None:
-        for name, value in (("steps", steps), ("token_budget", token_budget)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_budget(token_budget)
         for name, number in (("learning_rate", learning_rate), ("clamp", clamp)):
             if not number > 0:
                 raise ValueError(f"{name} must be positive, got {number}")
@@ -89,7 +91,8 @@ class TargetOptimizer:
         if autocast not in ("bfloat16", None):
             raise ValueError(f"autocast must be 'bfloat16' or None, got {autocast!r}")
         self.steps, self.learning_rate, self.clamp = steps, learning_rate, clamp
-        self.weight_decay, self.kl, self.stop, self.token_budget = weight_decay, kl, stop, token_budget
+        self.weight_decay, self.kl, self.stop = weight_decay, kl, stop
+        self.token_budget: Budget = token_budget
         self.autocast = autocast
 
     def optimize(
@@ -110,35 +113,68 @@ class TargetOptimizer:
             pad_token: id to pad with.
             progress: called with the edits done and all.
             ranks: the processes that share the work; each calls this with the same rows.
+
+        Raises:
+            TooLittleMemoryError: if there is no memory for a single edit.
         """
         ranks = ranks if ranks is not None else Ranks()
         by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
-        chunks = _chunks(by_edit, self.token_budget, -(-len(by_edit) // ranks.size))
-        parts, numbers, done = [], [], 0
-        with inference(model, gradients=True), beside_training(model):
-            for number, (chunk, mine) in enumerate(ranks.deal(chunks)):
-                parts.append(_Batch(self, model, layer, [by_edit[edit] for edit in chunk], pad_token).run(ranks, mine))
-                numbers.append(torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device))
-                done += sum(map(len, chunks[number * ranks.size : (number + 1) * ranks.size]))
-                if progress is not None:
-                    progress(done, len(by_edit))
-        ranks.agree()
+        parts: list[Targets] = []
+        numbers: list[Tensor] = []
+        left = list(range(len(by_edit)))
+
+        def run(tokens: int) -> None:
+            waiting = left.copy()
+            chunks = _chunks([by_edit[edit] for edit in waiting], tokens, -(-len(waiting) // ranks.size))
+            with inference(model, gradients=True), beside_training(model):
+                for number, (places, mine) in enumerate(ranks.deal(chunks)):
+                    chunk = [waiting[place] for place in places]
+                    part = _Batch(self, model, layer, [by_edit[e] for e in chunk], pad_token).run(ranks, mine)
+                    ranks.agree()  # a round counts on all ranks or on none
+                    parts.append(part)
+                    numbers.append(torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device))
+                    done = {waiting[i] for own in chunks[number * ranks.size : (number + 1) * ranks.size] for i in own}
+                    left[:] = [edit for edit in left if edit not in done]
+                    if progress is not None:
+                        progress(len(by_edit) - len(left), len(by_edit))
+            ranks.agree()
+
+        sizes = [_tokens(own) for own in by_edit]
+        budget = TokenBudget(self.token_budget, batch_cost(model, layer, by_edit), model.device, ranks)
+        budget.run("targets", run, least=max(sizes), most=sum(sizes))
         order = torch.argsort(ranks.concatenate(torch.cat(numbers)))
         results = (torch.cat([getattr(part, name) for part in parts]) for name in ("deltas", "nll", "steps"))
         return Targets(*(ranks.concatenate(result)[order] for result in results))
 
 
+def _extent(rows: Sequence[TargetRow]) -> tuple[int, int]:
+    """Tokens from the edit token on, and before it, in the longest of some rows."""
+    before, rest = zip(*(row.parts for row in rows), strict=True)
+    return max(map(len, rest)), max(map(len, before))
+
+
+def _tokens(rows: Sequence[TargetRow]) -> int:
+    """Tokens of one edit's rows, with padding."""
+    return len(rows) * sum(_extent(rows))
+
+
+def batch_cost(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequence[TargetRow]]) -> float:
+    """Bytes for each token of a batch, see :func:`~lit_moeedit.editing.token_budget.target_cost`."""
+    rows = [row for own in by_edit for row in own]
+    tokens = sum(map(_tokens, by_edit))
+    cut = prefix_for(model, 0) is not None
+    kept = sum(len(own) * _extent(own)[0] for own in by_edit) if cut else tokens
+    predictions = sum(1 if row.is_neutral else len(row.encoding.ids) - row.encoding.target_start for row in rows)
+    return target_cost(model, layer, kept / tokens, predictions / tokens)
+
+
 def _chunks(by_edit: Sequence[Sequence[TargetRow]], token_budget: int, limit: int) -> list[list[int]]:
     """Edits of similar lengths together: as many as the budget allows (at least one), at most ``limit``."""
-
-    def extent(edit: int) -> tuple[int, int]:
-        before, rest = zip(*(row.parts for row in by_edit[edit]), strict=True)
-        return max(map(len, rest)), max(map(len, before))
-
+    extents = [_extent(rows) for rows in by_edit]
     chunks: list[list[int]] = []
     rows, width = 0, (0, 0)
-    for edit in sorted(range(len(by_edit)), key=extent):
-        rest, before = extent(edit)
+    for edit in sorted(range(len(by_edit)), key=extents.__getitem__):
+        rest, before = extents[edit]
         rows, width = rows + len(by_edit[edit]), (max(width[0], rest), max(width[1], before))
         if not chunks or len(chunks[-1]) == limit or rows * sum(width) > token_budget:
             chunks.append([])

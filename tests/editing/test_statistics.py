@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
-from lit_moeedit.models import experts as experts_module
-from lit_moeedit.models.experts import expert_layers, routed_keys
+from lit_moeedit.models import keys as keys_module
+from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.models.keys import routed_keys
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def test_blocks_of_any_size_give_the_same_sums(monkeypatch, model, tokenizer, te
     layers = list(expert_layers(model).values())
     whole = second_moments(model, tokenizer, layers, texts)
     with monkeypatch.context() as patch:
-        patch.setitem(experts_module.BLOCK, "cpu", block)
+        patch.setitem(keys_module.BLOCK, "cpu", block)
         parts = second_moments(model, tokenizer, layers, texts, token_budget)
     for index, moments in whole.items():
         assert_same(parts[index], moments.total, moments.count)

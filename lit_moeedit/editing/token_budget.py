@@ -38,8 +38,12 @@ class TooLittleMemoryError(RuntimeError):
 
 def check_budget(budget: Budget) -> None:
     """Raise ``ValueError`` if a setting is no budget."""
-    if budget != "auto" and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-        raise ValueError(f"token_budget must be at least 1, or 'auto', got {budget!r}")
+    if budget == "auto":
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise ValueError(f"token_budget must be a whole number or 'auto', got {budget!r}")
+    if budget < 1:
+        raise ValueError(f"token_budget must be at least 1, got {budget}")
 
 
 class TokenBudget:

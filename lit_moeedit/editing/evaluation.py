@@ -51,8 +51,8 @@ def score(
     lengths = [len(e.ids) for e in encodings]
 
     def run(tokens: int) -> Scores:
-        log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.uint8)
         with inference(model):
+            log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.uint8)
             for chosen, mine in ranks.deal(list(token_batches(lengths, tokens))):
                 found = score_batch(model, [encodings[i] for i in chosen], pad_id(tokenizer))
                 if mine:

@@ -185,7 +185,10 @@ def test_one_gpu_edits_a_model_that_is_not_trained(
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "run")
     editing = config["trainer"]["callbacks"][0]["init_args"]
     editing["preservation"] = str(tmp_path / "text.txt")
-    editing["editor"]["init_args"]["layers"] = [0, 1]
+    # a small random model needs other settings than a trained one
+    editor = editing["editor"]["init_args"]
+    editor |= {"layers": [0, 1], "token": "last", "ridge": 1e-3}
+    editor["targets"]["init_args"] |= {"learning_rate": 0.5, "clamp": 8.0, "weight_decay": 0.0}
     config["model"]["init_args"]["pretrained"] = str(tmp_path / "model")
     data = config["data"]["init_args"]
     data["tokenizer"] = str(tmp_path / "model")

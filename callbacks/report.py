@@ -84,14 +84,13 @@ class EditReport(EditListener):
         self._failed: dict[str, str] = {}
         # of this run alone
         self._final: dict[str, float] | None = None
-        self._ranks: Ranks | None = None
         self._started = time.perf_counter()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # before any callback's on_validation_start or on_test_start, one of which may edit
         self._started = time.perf_counter()
-        self._final, self._ranks = None, Ranks()
+        self._final = None
         path = self._path(trainer)
         on_first_rank(trainer, lambda: check_writable(path))
 
@@ -128,11 +127,11 @@ class EditReport(EditListener):
             return
         self._ask(trainer, pl_module, editing.edited_facts, "at the end")
 
-        def evaluate(editing: KnowledgeEditing = editing) -> None:
+        def evaluate(_: Ranks, editing: KnowledgeEditing = editing) -> None:
             self._final = editing.evaluate(pl_module).metrics
 
         if editing.applied_facts:
-            self._attempt("after_training", evaluate)
+            self._attempt(trainer, "after_training", evaluate)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -207,14 +206,15 @@ class EditReport(EditListener):
             means[name] = weighted / total if total else math.nan
         return means
 
-    def _attempt(self, name: str, measure: Callable[[], object]) -> None:
+    def _attempt(self, trainer: L.Trainer, name: str, measure: Callable[[Ranks], object]) -> None:
         """Measure on all ranks or on none; a failure is noted under ``name`` and costs nothing else."""
-        ranks, error = self._ranks, None
-        assert ranks is not None, "the Trainer calls setup()"
+        editing, error = _only(trainer, KnowledgeEditing), None
+        # the ones that an evaluation meets in: a rank that fails must meet the others there
+        ranks = editing.ranks if editing is not None and editing.ranks is not None else Ranks()
         self._failed.pop(name, None)
         try:
             with ranks.together():
-                measure()
+                measure(ranks)
         except BaseException as caught:
             error = caught
         if error is None:
@@ -289,11 +289,11 @@ class EditReport(EditListener):
             return
         self._perplexity.pop(moment, None)
 
-        def measure() -> None:
+        def measure(ranks: Ranks) -> None:
             batches = itertools.chain(*loaders) if isinstance(loaders, list | tuple) else loaders
-            self._perplexity[moment] = perplexity(find_model(pl_module), batches, self._ranks)
+            self._perplexity[moment] = perplexity(find_model(pl_module), batches, ranks)
 
-        self._attempt(name, measure)
+        self._attempt(trainer, name, measure)
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], moment: str) -> None:
         editing = _only(trainer, KnowledgeEditing)
@@ -301,11 +301,11 @@ class EditReport(EditListener):
             return
         shown = facts[: self.max_rows]
 
-        def ask() -> None:
+        def ask(_: Ranks) -> None:
             said = answers(find_model(pl_module), editing.tokenizer, [fact.prompt for fact in shown])
             self._answers.setdefault(moment, {}).update(zip((fact.key for fact in shown), said, strict=True))
 
-        self._attempt(f"answers {moment}", ask)
+        self._attempt(trainer, f"answers {moment}", ask)
 
 
 def _only(trainer: L.Trainer, kind: type[C]) -> C | None:

@@ -206,10 +206,18 @@ class LitMoE(L.LightningModule):
         self.log(f"{stage}/perplexity", self.perplexity, prog_bar=True)
 
     def _perplexity_on(self, device: torch.device) -> Perplexity:
-        """The metric, where the logits are: DeepSpeed does not move it with a model that is sharded as it is made."""
-        if self.perplexity.device != device:
-            self.perplexity.to(device)
-        return self.perplexity
+        """The metric, where the logits are, with sums in float32.
+
+        Its state goes where the module goes: DeepSpeed does not move a module that is sharded as it is made, and
+        ``bf16-true`` or ``16-true`` would have it count tokens in 8 or 11 bits.
+        """
+        metric = self.perplexity
+        assert isinstance(metric.count, torch.Tensor)
+        if metric.device != device:
+            metric.to(device)
+        if metric.count.dtype != torch.float32:
+            metric.set_dtype(torch.float32)
+        return metric
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -173,7 +173,7 @@ def test_an_edit_under_all_settings_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("strategy", ["ddp", *ZERO, OFFLOADED])
+@pytest.mark.parametrize("strategy", ["ddp", *ZERO])
 def test_an_edit_under_all_settings_of_two_processes(tmp_path: Path, strategy: str) -> None:
     pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
     chosen = cases(strategy)

@@ -108,7 +108,7 @@ class KnowledgeEditing(L.Callback):
         self._tokenizer_source = tokenizer
         self._facts: list[Fact] | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._ranks: Ranks | None = None
+        self.ranks: Ranks | None = None  # the processes, known once the run has started
         # the state of the callback: which facts were edited, and what their neighbours said before
         self._applied: dict[str, list[bool]] = {}
         self._undone: set[str] = set()
@@ -167,7 +167,7 @@ class KnowledgeEditing(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # the next run may have another model, tokenizer or data module
-        self._facts = self._tokenizer = self._ranks = None
+        self._facts = self._tokenizer = self.ranks = None
         keep_experts_together(trainer, pl_module)
 
     @override
@@ -178,8 +178,8 @@ class KnowledgeEditing(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.ckpt_path is not None and trainer.strategy.restore_checkpoint_after_setup:
             # these weights were not there yet when the fit started
-            assert self._ranks is not None
-            check_finite(find_model(pl_module), self._ranks)
+            assert self.ranks is not None
+            check_finite(find_model(pl_module), self.ranks)
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -244,7 +244,7 @@ class KnowledgeEditing(L.Callback):
     def _measure(
         self, pl_module: L.LightningModule, facts: list[Fact], baseline: dict[str, list[bool]] | None
     ) -> Evaluation:
-        model, groups, ranks = find_model(pl_module), neighbour_groups(self.facts), self._ranks or Ranks()
+        model, groups, ranks = find_model(pl_module), neighbour_groups(self.facts), self.ranks or Ranks()
         with ranks.together():
             return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget, ranks)
 
@@ -276,19 +276,19 @@ class KnowledgeEditing(L.Callback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._facts is not None:
             return
-        self._ranks = Ranks()
+        self.ranks = Ranks()
         # files may be missing on one rank only
-        with self._ranks.together():
+        with self.ranks.together():
             try:
                 model = find_model(pl_module)
-                check_finite(model, self._ranks)
+                check_finite(model, self.ranks)
                 for layer in self.editor.check(model):
                     locate(layer.down_proj, self._optimizers(trainer))
             except (UnsupportedModelError, UnsupportedShardingError) as error:
                 raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
             self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "KnowledgeEditing")
             facts = self._find_facts(trainer)
-            self._ranks.check_same("the facts", [repr(fact) for fact in facts])
+            self.ranks.check_same("the facts", [repr(fact) for fact in facts])
             if self.schedule.moment == "validation" or trainer.training:
                 self.preservation_texts(trainer)
         self._facts = facts
@@ -313,9 +313,9 @@ class KnowledgeEditing(L.Callback):
     def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: list[Fact]) -> None:
         if not facts:
             return
-        assert self._ranks is not None
+        assert self.ranks is not None
         self._tell(trainer, "on_edit_start", pl_module, facts)
-        with self._ranks.together():
+        with self.ranks.together():
             before = self.evaluate(pl_module, facts)
             after: list[Evaluation] = []
 
@@ -330,11 +330,11 @@ class KnowledgeEditing(L.Callback):
         self._tell(trainer, "on_edit_end", pl_module, event)
 
     def _tell(self, trainer: L.Trainer, hook: str, *args: Any) -> None:
-        assert self._ranks is not None
+        assert self.ranks is not None
         for listener in callbacks_of(trainer):
             if isinstance(listener, EditListener):
                 # the next one may make forwards, which no rank may make alone
-                with self._ranks.together():
+                with self.ranks.together():
                     getattr(listener, hook)(trainer, *args)
 
     def _change(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: list[Fact], **kwargs: Any) -> EditResult:
@@ -345,7 +345,7 @@ class KnowledgeEditing(L.Callback):
                 facts,
                 self.preservation_texts(trainer),
                 optimizers=self._optimizers(trainer),
-                ranks=self._ranks,
+                ranks=self.ranks,
                 **kwargs,
             )
         except BaseException as error:
@@ -358,10 +358,10 @@ class KnowledgeEditing(L.Callback):
         return trainer.global_step - self._last_step >= self.renew_every_n_steps
 
     def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._ranks is not None
+        assert self.ranks is not None
         self._last_step = trainer.global_step
         facts = self.applied_facts
-        with self._ranks.together():
+        with self.ranks.together():
             faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
             if not faded:
                 return

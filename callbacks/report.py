@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from lit_moeedit.editing import PHASES, answers, perplexity
 from lit_moeedit.files import appearing, check_writable
 from lit_moeedit.foreign import printable
 from lit_moeedit.models.experts import find_model
+from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +51,16 @@ _SHOWN = (
 class EditReport(EditListener):
     """Reports on the edits of a :class:`~lit_moeedit.callbacks.KnowledgeEditing` in the same trainer.
 
-    At the end of ``fit``, ``validate`` or ``test`` it evaluates the edits once more, prints a table and writes
-    ``summary.json`` into the trainer's ``default_root_dir``. With a ``WandbLogger`` it logs a table of the edits
-    (prompt, old and new target, answers before, after and at the end) and, if there is a ``RoutingMonitor`` and
-    matplotlib, a plot of the routing similarity by layer.
+    When training ends it evaluates the edits once more. At the end of ``fit``, ``validate`` or ``test`` it prints a
+    table and writes ``summary.json`` into the trainer's ``default_root_dir``. With a ``WandbLogger`` it logs a table of
+    the edits (prompt, old and new target, answers before, after and at the end) and, if there is a ``RoutingMonitor``
+    and matplotlib, a plot of the routing similarity by layer.
+
+    A measurement that fails, on whichever rank, is logged and named in the summary's ``failed``; the run goes on, and
+    what else was measured is in the summary. A run that ends with an exception writes no summary.
+
+    Callbacks that change weights when training ends, such as Lightning's ``WeightAveraging``, belong before this one in
+    the trainer's list, so that it measures what they leave.
 
     Args:
         filename: name of the summary; it appears complete or not at all.
@@ -73,12 +81,16 @@ class EditReport(EditListener):
         self._edits: list[dict[str, Any]] = []
         self._answers: dict[str, dict[str, str]] = {}
         self._perplexity: dict[str, float] = {}
+        self._failed: dict[str, str] = {}
+        # of this run alone
+        self._final: dict[str, float] | None = None
         self._started = time.perf_counter()
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # before any callback's on_validation_start or on_test_start, one of which may edit
         self._started = time.perf_counter()
+        self._final = None
         path = self._path(trainer)
         on_first_rank(trainer, lambda: check_writable(path))
 
@@ -106,37 +118,57 @@ class EditReport(EditListener):
         self._ask(trainer, pl_module, event.result.facts, "after")
 
     @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._edits:
+            return
+        self._measure_perplexity(trainer, pl_module, "after_training")
+        editing = _only(trainer, KnowledgeEditing)
+        if editing is None:
+            return
+        self._ask(trainer, pl_module, editing.edited_facts, "at the end")
+
+        def evaluate(_: Ranks, editing: KnowledgeEditing = editing) -> None:
+            self._final = editing.evaluate(pl_module).metrics
+
+        if editing.applied_facts:
+            self._attempt(trainer, "after_training", evaluate)
+
+    @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._finish(trainer, pl_module, trained=True)
+        # behind the strategy's teardown: no weight may be used any more. All checkpoints have been written, so a full
+        # disk costs the summary only.
+        self._finish(trainer)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._finish(trainer, pl_module, trained=False)
+            self._finish(trainer)
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._finish(trainer, pl_module, trained=False)
+        self._finish(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"edits": self._edits, "answers": self._answers, "perplexity": self._perplexity}
+        measured = {"edits": self._edits, "answers": self._answers, "perplexity": self._perplexity}
+        return {**measured, "failed": self._failed} if self._failed else measured
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = states.report(state_dict, (*PHASES, "edit"))
         self._edits, self._answers = list(state["edits"]), dict(state["answers"])
         self._perplexity = dict(state["perplexity"])
+        self._failed = dict(state.get("failed") or {})
 
-    def summary(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: bool) -> dict[str, Any]:
-        """The content of ``summary.json``; what was not measured is ``None``.
+    def summary(self, trainer: L.Trainer) -> dict[str, Any]:
+        """The content of ``summary.json``, from what was measured before; what was not is ``None``.
 
         With several edits, ``before`` and ``after`` are means over the edits weighted by their numbers of facts,
-        seconds are sums, and ``routing`` is that of the last edit.
+        seconds are sums, and ``routing`` is that of the last edit. If measurements failed, ``failed`` has their names
+        and messages.
         """
         editing = _only(trainer, KnowledgeEditing)
         monitor = _only(trainer, RoutingMonitor)
-        final = editing.evaluate(pl_module).metrics if trained and editing and editing.applied_facts else None
         routing: dict[str, Any] = {"similarity": None, "kl": None, "per_layer": {}, "first_edited_layer": None}
         if monitor is not None and monitor.last_edit:
             layers = {k.rpartition("_")[2]: v for k, v in monitor.last_edit.items() if k.startswith("similarity/layer")}
@@ -153,11 +185,12 @@ class EditReport(EditListener):
             "solver": type(editing.editor.solver).__name__ if editing else None,
             "before": self._mean("before"),
             "after": self._mean("after"),
-            "after_training": final,
+            "after_training": self._final,
             "routing": routing,
             "perplexity": {moment: self._perplexity.get(moment) for moment in ("before", "after", "after_training")},
             "seconds": {"fit": time.perf_counter() - self._started, **phases},
             "renewals": editing.renewals if editing else 0,
+            **({"failed": dict(self._failed)} if self._failed else {}),
         }
 
     def _path(self, trainer: L.Trainer) -> Path:
@@ -173,16 +206,32 @@ class EditReport(EditListener):
             means[name] = weighted / total if total else math.nan
         return means
 
-    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule, trained: bool) -> None:
-        editing = _only(trainer, KnowledgeEditing)
-        facts = editing.edited_facts if editing is not None else []
+    def _attempt(self, trainer: L.Trainer, name: str, measure: Callable[[Ranks], object]) -> None:
+        """Measure on all ranks or on none; a failure is noted under ``name`` and costs nothing else."""
+        editing, error = _only(trainer, KnowledgeEditing), None
+        # the ones that an evaluation meets in: a rank that fails must meet the others there
+        ranks = editing.ranks if editing is not None and editing.ranks is not None else Ranks()
+        self._failed.pop(name, None)
+        try:
+            with ranks.together():
+                measure(ranks)
+        except BaseException as caught:
+            error = caught
+        if error is None:
+            return
+        # an interrupt is no failed measurement, whichever rank it came to
+        if ranks.any(not isinstance(error, Exception)):
+            raise error
+        self._failed[name] = f"{type(error).__name__}: {error}"
+        log.warning("EditReport could not measure %s: %s", name, self._failed[name])
+        log.debug("", exc_info=error)
+
+    def _finish(self, trainer: L.Trainer) -> None:
         if not self._edits:
             log.warning("no facts were edited in this run, so there is nothing to report")
             return
-        if trained:
-            self._measure_perplexity(trainer, pl_module, "after_training")
-            self._ask(trainer, pl_module, facts, "at the end")
-        self._write(trainer, self.summary(trainer, pl_module, trained), facts)
+        editing = _only(trainer, KnowledgeEditing)
+        self._write(trainer, self.summary(trainer), editing.edited_facts if editing is not None else [])
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, summary: dict[str, Any], facts: Sequence[Fact]) -> None:
@@ -234,17 +283,29 @@ class EditReport(EditListener):
     def _measure_perplexity(
         self, trainer: L.Trainer, pl_module: L.LightningModule, moment: str, again: bool = True
     ) -> None:
-        loader = trainer.val_dataloaders
-        if loader is not None and (again or moment not in self._perplexity):
-            self._perplexity[moment] = perplexity(find_model(pl_module), loader)
+        loaders, name = trainer.val_dataloaders, f"perplexity {moment}"
+        # a failed "before" cannot be made up for after an edit
+        if loaders is None or not (again or (moment not in self._perplexity and name not in self._failed)):
+            return
+        self._perplexity.pop(moment, None)
+
+        def measure(ranks: Ranks) -> None:
+            batches = itertools.chain(*loaders) if isinstance(loaders, list | tuple) else loaders
+            self._perplexity[moment] = perplexity(find_model(pl_module), batches, ranks)
+
+        self._attempt(trainer, name, measure)
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], moment: str) -> None:
         editing = _only(trainer, KnowledgeEditing)
         if editing is None or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
             return
         shown = facts[: self.max_rows]
-        said = answers(find_model(pl_module), editing.tokenizer, [fact.prompt for fact in shown])
-        self._answers.setdefault(moment, {}).update(zip((fact.key for fact in shown), said, strict=True))
+
+        def ask(_: Ranks) -> None:
+            said = answers(find_model(pl_module), editing.tokenizer, [fact.prompt for fact in shown])
+            self._answers.setdefault(moment, {}).update(zip((fact.key for fact in shown), said, strict=True))
+
+        self._attempt(trainer, f"answers {moment}", ask)
 
 
 def _only(trainer: L.Trainer, kind: type[C]) -> C | None:

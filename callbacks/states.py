@@ -38,6 +38,8 @@ def report(state: State, phases: Iterable[str]) -> State:
     _named(where, state, "perplexity", _NUMBER, "numbers")
     for answers in _named(where, state, "answers", dict, "answers").values():
         _named(where, {"answers": answers}, "answers", str, "texts")
+    if field(where, state, "failed", dict, optional=True):
+        _named(where, state, "failed", str, "texts")
     edits = field(where, state, "edits", list)
     for index, edit in enumerate(edits):
         inner = f"{where}, edits[{index}]"

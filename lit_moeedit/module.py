@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
@@ -23,6 +26,7 @@ from lit_moeedit.sharding.graph import regathering
 from lit_moeedit.sharding.resuming import mend_optimizer
 
 if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -192,7 +196,7 @@ class LitMoE(L.LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         logits, labels = self._run(batch).logits[:, :-1].float(), batch["labels"][:, 1:]
-        self.perplexity(logits, labels)
+        self._perplexity_on(logits.device)(logits, labels)
         counted = labels != IGNORED_LABEL
         size = int(counted.sum())
         accuracy = (logits.argmax(-1) == labels)[counted].float().mean()
@@ -200,6 +204,20 @@ class LitMoE(L.LightningModule):
         self.log(f"{stage}/loss", loss, batch_size=size, sync_dist=True)
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=size, sync_dist=True)
         self.log(f"{stage}/perplexity", self.perplexity, prog_bar=True)
+
+    def _perplexity_on(self, device: torch.device) -> Perplexity:
+        """The metric, where the logits are, with sums in float32.
+
+        Its state goes where the module goes: DeepSpeed does not move a module that is sharded as it is made, and
+        ``bf16-true`` or ``16-true`` would have it count tokens in 8 or 11 bits.
+        """
+        metric = self.perplexity
+        assert isinstance(metric.count, torch.Tensor)
+        if metric.device != device:
+            metric.to(device)
+        if metric.count.dtype != torch.float32:
+            metric.set_dtype(torch.float32)
+        return metric
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -213,7 +231,14 @@ class LitMoE(L.LightningModule):
         # DeepSpeed drops empty groups, and the scheduler would miss them
         groups = [group for group in groups if group["params"]]
         self._weight_decays = [group["weight_decay"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=self.hparams["betas"], fused=True)
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=self.hparams["learning_rate"],
+            betas=self.hparams["betas"],
+            eps=_epsilon(self.trainer.strategy, parameters),
+            fused=True if may_be_fused(self) else None,
+        )
+        _accept_on_cpu(self.trainer.strategy)
         total = self.trainer.estimated_stepping_batches
         steps = total if math.isfinite(total) else 10**9
         warmup = max(1, round(self.hparams["warmup"] * steps))
@@ -227,3 +252,39 @@ class LitMoE(L.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def may_be_fused(module: L.LightningModule) -> bool:
+    """Whether an optimizer of the module may take its step in one fused operation.
+
+    It may, unless the trainer's precision plugin unscales or clips gradients by itself under autocast. A fused
+    optimizer divides by the loss scale within its step, so a plugin with a ``GradScaler`` would leave that to it, and
+    clip (or show to ``on_before_optimizer_step``) gradients that are scaled still; ``MixedPrecision`` refuses to clip
+    for a fused optimizer even in bfloat16, which has no scale. DeepSpeed unscales and clips in its engine.
+
+    Args:
+        module: with its trainer.
+    """
+    plugin = module.trainer.precision_plugin
+    if getattr(plugin, "scaler", None) is not None:
+        return False
+    clips = module.trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", module, L.LightningModule)
+    return not (isinstance(plugin, MixedPrecision) and clips)
+
+
+def _epsilon(strategy: Strategy, parameters: Sequence[Tensor]) -> float:
+    """What keeps Adam from dividing by zero.
+
+    Squares of gradients below 2e-4 are zero in float16, as is Adam's usual 1e-8. DeepSpeed steps in float32.
+    """
+    in_half = any(parameter.dtype == torch.float16 for parameter in parameters)
+    return 1e-4 if in_half and not isinstance(strategy, DeepSpeedStrategy) else 1e-8
+
+
+def _accept_on_cpu(strategy: Strategy) -> None:
+    """Have DeepSpeed take an optimizer of torch for a state that is offloaded to the CPU.
+
+    DeepSpeed refuses those that it takes for slow there; a fused AdamW is not. Where a config says otherwise, it holds.
+    """
+    if isinstance(strategy, DeepSpeedStrategy) and isinstance(strategy.config, dict):
+        strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -163,6 +163,31 @@ def test_solver_and_memory_are_chosen_by_their_class(small, tmp_path):
     assert summary["solver"] == "BlockCoordinateDescent"
 
 
+def test_the_demo_runs_in_mixed_precision(tmp_path):
+    config = yaml.safe_load((ROOT / "configs" / "atlas.yaml").read_text(encoding="utf-8"))
+    config["trainer"] |= {"default_root_dir": str(tmp_path), "logger": False, "enable_progress_bar": False}
+    editing = config["trainer"]["callbacks"][0]["init_args"]
+    editing["at"] = {"epoch": 0}
+    # of an edit and its measurements, as little as there is
+    editing["editor"]["init_args"] |= {"preserve": "none", "contexts": [""]}
+    editing["editor"]["init_args"]["targets"]["init_args"]["steps"] = 3
+    config["trainer"]["callbacks"][1]["init_args"] = {"max_texts": 8}
+    config["data"]["init_args"]["corpus"]["init_args"]["edits"] = 4
+    path = tmp_path / "atlas.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    limits.append("--trainer.num_sanity_val_steps=0")
+    cli = run(args=["fit", f"--config={path}", "--trainer.precision=bf16-mixed", *limits])
+    assert cli.trainer.global_step == 2 and cli.trainer.gradient_clip_val == 1.0
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["edits"] == 4 and "failed" not in summary
+    assert summary["after_training"]["efficacy"] is not None
+
+
+def test_predict_runs(small):
+    run(args=["predict", f"--config={small}"])
+
+
 def test_callbacks_have_short_names(small, tmp_path):
     config = yaml.safe_load(small.read_text(encoding="utf-8"))
     config["trainer"]["callbacks"] = []

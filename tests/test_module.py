@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lit_moeedit.module import LitMoE
+from lit_moeedit.module import LitMoE, _epsilon, may_be_fused
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -261,3 +264,62 @@ def test_a_checkpoint_restores_the_module(tmp_path):
 
 def test_a_fresh_model_is_a_model_of_transformers():
     assert type(_module().model) is type(AutoModelForCausalLM.from_config(_module().model.config))
+
+
+class _Clipping(LitMoE):
+    def configure_gradient_clipping(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("plugin", "clip", "kind", "fused"),
+    [
+        (Precision(), 1.0, LitMoE, True),
+        (HalfPrecision("bf16-true"), 1.0, LitMoE, True),
+        (DeepSpeedPrecision("bf16-mixed"), 1.0, LitMoE, True),
+        (MixedPrecision("bf16-mixed", "cpu"), None, LitMoE, True),
+        (MixedPrecision("bf16-mixed", "cpu"), 0.0, LitMoE, True),
+        (MixedPrecision("bf16-mixed", "cpu"), 1.0, LitMoE, False),
+        (MixedPrecision("bf16-mixed", "cpu"), None, _Clipping, False),
+        (MixedPrecision("16-mixed", "cpu"), None, LitMoE, False),
+        (MixedPrecision("16-mixed", "cpu"), 1.0, LitMoE, False),
+    ],
+)
+def test_what_may_be_fused(plugin, clip, kind, fused):
+    module = kind(config=CONFIG)
+    module._trainer = SimpleNamespace(precision_plugin=plugin, gradient_clip_val=clip)
+    assert may_be_fused(module) is fused
+
+
+def test_a_loss_scale_is_taken_off_before_gradients_are_clipped(tmp_path):
+    # what a GPU does under 16-mixed, with the scaler of a CPU and bfloat16 in its place
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    seen = []
+
+    class Look(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append(max(float(p.grad.abs().max()) for p in pl_module.parameters() if p.grad is not None))
+
+    module = _module(learning_rate=1e-3)
+    before = [weight.detach().clone() for weight in module.parameters()]
+    trainer = _fit(module, tmp_path, epochs=2, gradient_clip_val=0.5, callbacks=[Look()], plugins=[plugin])
+    assert not trainer.optimizers[0].param_groups[0]["fused"]
+    # gradients of a loss of about 4 are far below the scale
+    assert seen and max(seen) < 2.0**5
+    assert any(not torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+
+
+def test_the_metric_follows_the_logits():
+    module = _module()
+    module.perplexity.set_dtype(torch.bfloat16)
+    assert module._perplexity_on(torch.device("cpu")).count.dtype == torch.float32
+    moved = module._perplexity_on(torch.device("meta"))
+    assert moved is module.perplexity and moved.count.device.type == "meta" and moved.count.dtype == torch.float32
+
+
+def test_epsilon_is_not_nothing_in_float16():
+    for dtype, epsilon in ((torch.float16, 1e-4), (torch.bfloat16, 1e-8), (torch.float32, 1e-8)):
+        weight = torch.ones(1, dtype=dtype)
+        assert _epsilon(SingleDeviceStrategy("cpu"), [weight]) == epsilon
+        assert torch.tensor(epsilon, dtype=dtype) > 0

@@ -165,7 +165,7 @@ class FactsDataModule(L.LightningDataModule):
         edited = self.corpus.facts_of(self.corpus.edits)
         kept = [i for i in range(len(self._validation)) if self._validation.fact(i) not in edited]
         subset = torch.utils.data.Subset(self._validation, kept)
-        return DataLoader(subset, 4 * self.batch_size, collate_fn=self._collate)
+        return DataLoader(subset, batch_size=4 * self.batch_size, collate_fn=self._collate)
 
     @override
     def test_dataloader(self) -> DataLoader[Encoding]:

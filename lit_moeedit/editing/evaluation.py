@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from lit_moeedit.editing.token_budget import Budget, TokenBudget, forward_cost, 
 from lit_moeedit.metrics import EditSuccess
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.sharding.ranks import Ranks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -185,15 +188,47 @@ def evaluate(
     )
 
 
-def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> float:
-    """Perplexity on batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``."""
+def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], ranks: Ranks | None = None) -> float:
+    """Perplexity on batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
+
+    Args:
+        model: the model.
+        batches: of this rank; as many or fewer than the others have.
+        ranks: the processes; each calls this with its own batches and gets the perplexity on all of them.
+
+    Raises:
+        ValueError: if a rank of several has no batch at all.
+    """
+    ranks = ranks if ranks is not None else Ranks()
     with inference(model):
         metric = Perplexity(ignore_index=IGNORED_LABEL).to(model.device)
-        for batch in batches:
+        for batch, mine in _in_step(batches, ranks):
             ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
             output = logits(model, ids, mask, position_ids(mask), keep=ids.shape[1])
-            metric.update(output[:, :-1].float(), labels[:, 1:])
-        return float(metric.compute())
+            if mine:
+                metric.update(output[:, :-1].float(), labels[:, 1:])
+        assert isinstance(metric.total_log_probs, Tensor) and isinstance(metric.count, Tensor)
+        totals = torch.stack([metric.total_log_probs, metric.count])
+        ranks.sum(totals)
+        return float((totals[0] / totals[1]).exp())
+
+
+def _in_step(batches: Iterable[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
+    """This rank's batches with ``mine`` true, then its last one with ``mine`` false while others still have some.
+
+    Before each the ranks agree that none has failed, as in :meth:`~lit_moeedit.sharding.ranks.Ranks.deal`; here the
+    batches differ, and nobody knows how many there are.
+    """
+    iterator, last = iter(batches), None
+    while True:
+        batch = next(iterator, None)
+        if not ranks.any(batch is not None):
+            return
+        if last is None and ranks.any(batch is None):
+            raise ValueError("a rank has no batch, while others have some")
+        last = batch if batch is not None else last
+        assert last is not None
+        yield last, batch is not None
 
 
 def answers(

@@ -13,6 +13,7 @@ from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import zero_3_partition
 
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SMALL_RANGE = "float16 holds numbers up to 65504, bfloat16 larger ones: "
 
 
 @torch.no_grad()
@@ -35,10 +36,13 @@ def check_finite(model: nn.Module, ranks: Ranks) -> None:
     """
     with ranks.together():
         tensors = itertools.chain(model.named_parameters(), _saved_buffers(model))
-        wrong = [name for name, tensor in tensors if not _is_finite(tensor)]
+        wrong = {name: tensor.dtype for name, tensor in tensors if not _is_finite(tensor)}
         if wrong:
-            shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            raise FloatingPointError(f"the model has weights or buffers that are not finite (NaN or infinity): {shown}")
+            shown = ", ".join([*wrong][:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            reason = _SMALL_RANGE if torch.float16 in wrong.values() else ""
+            raise FloatingPointError(
+                f"{reason}the model has weights or buffers that are not finite (NaN or infinity): {shown}"
+            )
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -68,6 +68,8 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     ("EditReport", "answers", {"before": "x"}, "'answers' should hold answers by names"),
     ("EditReport", "answers", {"before": {"a": 1}}, "'answers' should hold texts by names"),
     ("EditReport", "perplexity", {"before": None}, "'perplexity' should hold numbers by names"),
+    ("EditReport", "failed", ["x"], "'failed' should be a dict, but is a list"),
+    ("EditReport", "failed", {"after_training": 1}, "'failed' should hold texts by names"),
     ("RoutingMonitor", "probe", 7, "'probe' should be a str, but is a int"),
     ("RoutingMonitor", "last_edit", GONE, "'last_edit' should be a dict, but is missing"),
     ("RoutingMonitor", "experts", GONE, "'experts' should be a dict, but is missing"),

@@ -13,6 +13,7 @@ from lit_moeedit.data.encoding import encode
 from lit_moeedit.data.facts import Fact, Neighbour
 from lit_moeedit.editing.evaluation import answers, evaluate, neighbour_groups, perplexity, score
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.sharding.ranks import Ranks
 
 
 def questions(facts: list[Fact]) -> list[tuple[str, str]]:
@@ -211,3 +212,32 @@ def test_answers_are_what_generation_says(taught, tokenizer, facts, unchanged) -
     got = answers(taught, tokenizer, prompts, tokens=5)
     assert got == expected
     assert got[0].startswith("Italy")
+
+
+def test_a_rank_with_fewer_batches_runs_its_last_one_again_and_does_not_count_it(model, input_ids) -> None:
+    class Others(Ranks):
+        """Says that another rank has three batches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.said = iter((True, False, True, True, False))
+
+        def any(self, flag: bool) -> bool:
+            return next(self.said)
+
+    forwards = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
+    found = perplexity(model, [batch], Others())
+    handle.remove()
+    assert len(forwards) == 3
+    assert found == perplexity(model, [batch])
+
+
+def test_a_rank_without_a_batch_is_refused(model) -> None:
+    class Others(Ranks):
+        def any(self, flag: bool) -> bool:
+            return True
+
+    with pytest.raises(ValueError, match="a rank has no batch, while others have some"):
+        perplexity(model, [], Others())

@@ -1,4 +1,4 @@
-"""A GPU that is not there: real tensors in main memory that say they are on ``cuda:0``, and refuse what CUDA refuses."""
+"""A GPU that is not there: tensors in main memory that say they are on ``cuda:0``, and refuse what CUDA refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten._unsafe_index_put,
             aten._index_put_impl_)  # fmt: skip
 """Operations that take indices from the CPU into a tensor that is elsewhere."""
-VALUES = (aten.masked_fill, aten.masked_fill_, aten.index_fill, aten.index_fill_)
+VALUES = (aten.fill, aten.fill_, aten.masked_fill, aten.masked_fill_, aten.index_fill, aten.index_fill_)
 """Operations whose last tensor is one number, wherever it is."""
 
 
@@ -34,11 +34,16 @@ _real_to, _real_tensor, _real_deepcopy = Tensor.to, torch.tensor, Tensor.__deepc
 
 def device_of(tensor: Tensor) -> torch.device:
     """Where a tensor says that it is; views say what their storage says."""
+    return _label_of(tensor) or CPU
+
+
+def _label_of(tensor: Tensor) -> torch.device | None:
+    """Likewise; ``None`` for a tensor that can still be anywhere."""
     real = _real_device.__get__(tensor)
     return real if real.type != "cpu" else getattr(tensor.untyped_storage(), "pretended_device", CPU)
 
 
-def _label(tensor: Tensor, device: torch.device) -> Tensor:
+def _label(tensor: Tensor, device: torch.device | None) -> Tensor:
     tensor.untyped_storage().pretended_device = device  # type: ignore[attr-defined]
     return tensor
 
@@ -63,23 +68,23 @@ class _Moved(torch.autograd.Function):
 
 
 def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``Tensor.to``."""
-    if args and isinstance(args[0], Tensor) or "other" in kwargs:
-        other, args = (args[0], args[1:]) if args else (kwargs.pop("other"), args)
-        args, kwargs = (other.dtype, *args), {**kwargs, "device": device_of(other)}
-        device: torch.device | None = kwargs.pop("device")
-    elif args and not isinstance(args[0], torch.dtype):
-        device, args = args[0], args[1:]
-        device = None if device is None else _normal(device)
-    else:
-        device = kwargs.pop("device", None)
-        device = None if device is None else _normal(device)
-    if device is None or device == device_of(tensor):
-        return _real_to(tensor, *args, **kwargs)
+    """``Tensor.to``: of a device and a dtype, of a dtype, or of a tensor."""
+    if "other" in kwargs:
+        args = (kwargs.pop("other"), *args)
+    if args and isinstance(args[0], Tensor):
+        args = (device_of(args[0]), args[0].dtype, *args[1:])
+    elif args and isinstance(args[0], torch.dtype):
+        args = (None, *args)
+    names = ("device", "dtype", "non_blocking", "copy")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    device = given.pop("device", None)
+    device = device_of(tensor) if device is None else _normal(device)
+    options = {name: value for name, value in given.items() if value is not None}
+    if device == device_of(tensor):
+        return _real_to(tensor, **options) if options else tensor
     if device.type not in ("cpu", "cuda"):
-        return _real_to(tensor, device, *args, **kwargs)
-    dtype = args[0] if args and isinstance(args[0], torch.dtype) else kwargs.get("dtype")
-    return _Moved.apply(tensor, device, dtype)
+        return _real_to(tensor, device, **options)
+    return _Moved.apply(tensor, device, options.get("dtype"))
 
 
 def _tensor(data: Any, *, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
@@ -132,53 +137,60 @@ class _Checked(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         packet = func._overloadpacket
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        device = None if kwargs.get("device") is None else _normal(kwargs["device"])
+        device: torch.device | None = None if kwargs.get("device") is None else _normal(kwargs["device"])
         if device is not None and device.type == "cuda":
             kwargs["device"] = CPU
         elif tensors and (device is None or device.type == "cpu"):
-            # PyTorch's own code that asks for the device of a tensor, as the backward pass does, finds the CPU
             device = self._device(func, packet, tensors, args, kwargs)
-        device = CPU if device is None else device
-        generator = kwargs.get("generator")
-        if generator is not None and device.type != "cpu":
+        elif device is not None and device.type == "cpu" and "pin_memory" not in kwargs:
+            # PyTorch's own code asks for the device of a tensor that it has at hand, and finds the CPU
+            device = None
+        else:
+            device = CPU if device is None else device
+        if kwargs.get("generator") is not None and device is not None and device.type != "cpu":
             raise DeviceMismatchError(f"{func}: expected a generator on {device}, found one on the CPU")
         known = {tensor.untyped_storage()._cdata for tensor in tensors if _real_device.__get__(tensor).type == "cpu"}
-        if packet is aten.histc and device.type == "cuda":
+        if packet is aten.histc and device is not None and device.type == "cuda":
             # CUDA counts integers, too; up to 2^24 of them float32 is exact
             result = func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         else:
             result = func(*args, **kwargs)
-        if device.type == "cuda":
+        for tensor in tensors:
+            if _label_of(tensor) is None:
+                _label(tensor, device)
+        if device is None or device.type == "cuda":
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
                     _label(leaf, device)
         return result
 
-    def _device(self, func: Any, packet: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.device:
+    def _device(self, func: Any, packet: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:
+        """Where the result of an operation on tensors is."""
+        tensors = [tensor for tensor in tensors if _label_of(tensor) is not None]
         devices = {device_of(tensor) for tensor in tensors}
-        if len(devices) == 1:
-            return devices.pop()
+        if len(devices) <= 1:
+            return devices.pop() if devices else None
         first = device_of(tensors[0])
-        written = isinstance(args[0], Tensor) and func._schema.is_mutable or "out" in kwargs
         if packet in (aten.copy_, aten._to_copy, aten._copy_from):
             return first
         if packet in INDEXING:
             indices = [index for index in args[1] if index is not None]
-            wrong = [index for index in indices if device_of(index) not in (CPU, first)]
+            wrong = [index for index in indices if _label_of(index) not in (CPU, first, None)]
             values = [value for value in args[2:] if isinstance(value, Tensor) and value.ndim]
-            if not wrong and all(device_of(value) == first for value in values):
+            if not wrong and all(_label_of(value) in (first, None) for value in values):
                 return first
         elif packet in VALUES:
             if all(device_of(tensor) == first for tensor in tensors[:-1]) and tensors[-1].ndim == 0:
                 return first
         elif torch.Tag.pointwise in func.tags or packet.__name__.startswith("_foreach"):
-            numbers = [tensor for tensor in tensors if tensor.ndim == 0 and device_of(tensor) == CPU]
-            rest = {device_of(tensor) for tensor in tensors if not any(tensor is number for number in numbers)}
-            result = kwargs["out"] if "out" in kwargs else tensors[0]
-            if len(rest) == 1 and not (written and device_of(result) not in rest):
+            # a number of the CPU goes along, but is not written to
+            rest = {device_of(tensor) for tensor in tensors if tensor.ndim or device_of(tensor) != CPU}
+            written = kwargs.get("out", args[0] if func._schema.is_mutable else None)
+            places = {device_of(leaf) for leaf in tree_leaves(written) if isinstance(leaf, Tensor)}
+            if len(rest) == 1 and places <= rest:
                 return rest.pop()
-        places = ", ".join(f"{list(tensor.shape)} on {device_of(tensor)}" for tensor in tensors)
-        raise DeviceMismatchError(f"{func}: expected all tensors to be on the same device, got {places}")
+        found = ", ".join(f"{list(tensor.shape)} on {device_of(tensor)}" for tensor in tensors)
+        raise DeviceMismatchError(f"{func}: expected all tensors to be on the same device, got {found}")
 
 
 class _Autocast(torch.autocast):

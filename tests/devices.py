@@ -136,6 +136,8 @@ class _Checked(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         packet = func._overloadpacket
+        if packet is aten.set_:  # the tensor is where its new storage is
+            return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         device: torch.device | None = None if kwargs.get("device") is None else _normal(kwargs["device"])
         if device is not None and device.type == "cuda":
@@ -209,14 +211,8 @@ def pretended_cuda() -> Iterator[torch.device]:
     """A block in which ``cuda:0`` is a device: its tensors are in main memory and have their numbers.
 
     An operation that mixes devices raises :class:`DeviceMismatchError` where PyTorch with CUDA raises. Only tensors
-    that the block moves or makes there are on it. What is not modelled: sums over ranks, streams, kernels.
-
-    Example:
-        >>> with pretended_cuda() as device:
-        ...     torch.ones(2, device=device) + torch.ones(2)
-        Traceback (most recent call last):
-        tests.devices.DeviceMismatchError: aten.add.Tensor: expected all tensors to be on the same device, \
-got [2] on cuda:0, [2] on cpu
+    that the block moves or makes there are on it. Neither collectives nor streams are modelled, nor what a kernel of
+    CUDA does otherwise than that of the CPU: the dtypes that it takes, and rounding.
     """
     methods: dict[str, Any] = {
         "device": property(device_of),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,7 @@ LET_THROUGH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "factories": lambda x, y: torch.eye(3, device="cuda") + torch.full((3,), 1.0, device="cuda:0") + x,
     "arange": lambda x, y: x[torch.arange(3, device=x.device)],
     "padded": lambda x, y: torch.nn.utils.rnn.pad_sequence([x, x[:1]]) @ x[:2],
+    "a copy": lambda x, y: copy.deepcopy(x) + copy.deepcopy(torch.nn.Parameter(x)),
     "a half": lambda x, y: x.split([1, 2])[1] + x[1:],
 }
 
@@ -129,9 +131,9 @@ def test_behind_the_block_nothing_is_left_of_it() -> None:
 
 def test_a_metric_left_on_the_cpu(cuda) -> None:
     logits, labels = torch.randn(2, 4, 7, device=cuda), torch.ones(2, 4, dtype=torch.long, device=cuda)
-    left = Perplexity()
-    with pytest.raises(DeviceMismatchError):
-        left(logits, labels)
+    for use in (Perplexity().forward, Perplexity().update):
+        with pytest.raises(DeviceMismatchError):
+            use(logits, labels)
     moved = Perplexity().to(cuda)
     assert moved(logits, labels).device == cuda
 

@@ -16,6 +16,7 @@ from lit_moeedit.editing import (
     EditMemory,
     Editor,
     FineTuning,
+    MomentsCache,
     TargetOptimizer,
     answers,
     evaluate,
@@ -103,15 +104,18 @@ def test_evaluation(cuda, both, tokenizer, facts, texts) -> None:
 
 
 @pytest.mark.parametrize(("held", "gated"), [(None, True), ("cpu", False)])
-def test_second_moments(cuda, both, tokenizer, texts, held: str | None, gated: bool) -> None:
-    there, plain = (
-        second_moments(model, tokenizer, list(expert_layers(model).values())[:2], texts, 100, device=held, gated=gated)
-        for model in both()
-    )
-    for index, moments in there.items():
-        assert_same(moments, plain[index], CPU if held else cuda)
-        experts = torch.tensor([0, 2, 5])
-        assert_same(moments.mean(experts.to(cuda)), plain[index].mean(experts))
+def test_second_moments(cuda, both, tokenizer, texts, tmp_path, held: str | None, gated: bool) -> None:
+    results = []
+    for number, model in enumerate(both()):
+        # computed, with sums that are saved after each batch, and read again
+        cache = MomentsCache(str(tmp_path / str(number)), save_every=0.0)
+        layers = list(expert_layers(model).values())[:2]
+        options: dict[str, Any] = {"device": held, "gated": gated, "cache": cache}
+        results.append([second_moments(model, tokenizer, layers, texts, 100, **options) for _ in range(2)])
+    assert_same(*results, CPU if held else cuda)
+    experts = torch.tensor([0, 2, 5])
+    (there, _), (plain, _) = results
+    assert_same(there[0].mean(experts.to(cuda)), plain[0].mean(experts))
 
 
 @pytest.mark.parametrize("preserve", ["output", "covariance", "nullspace"])

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from lit_moeedit.data.corpus import train_tokenizer
 from lit_moeedit.data.facts import Fact, Neighbour
+from tests.devices import pretended_cuda
 
 VOCABULARY = 420
 COMMON: dict[str, Any] = {
@@ -198,3 +199,10 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture
+def cuda() -> Iterator[torch.device]:
+    """A GPU that is not there; see :func:`tests.devices.pretended_cuda`."""
+    with pretended_cuda() as device:
+        yield device

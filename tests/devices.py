@@ -10,10 +10,12 @@ from unittest import mock
 import torch
 import torch._dynamo  # it notes what functions of torch.cuda are: before these are replaced
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+_device_constructors()  # likewise, what functions make tensors: it is asked once and kept
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -237,6 +239,10 @@ def pretended_cuda() -> Iterator[torch.device]:
         "synchronize": _rest,
         "current_device": lambda: 0,
         "get_device_capability": lambda device=CUDA: (9, 0),
+        "mem_get_info": lambda device=CUDA: (2**36, 2**36),
+        "memory_reserved": lambda device=CUDA: 0,
+        "memory_allocated": lambda device=CUDA: 0,
+        "empty_cache": _rest,
     }
     methods |= {name: _placing(getattr(Tensor, name)) for name in ("new_empty", "new_full", "new_ones", "new_zeros")}
     alike = ("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like")

@@ -1,0 +1,193 @@
+"""Proofs on a card: the same edit as on the CPU, nothing left of an edit that is broken off, and exact second moments."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from benchmarks import gpu_models
+from lit_moeedit.data import Fact
+from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_ids
+from lit_moeedit.editing import Editor, TargetOptimizer, second_moments
+from lit_moeedit.editing.running import hidden_states, inference
+from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, expert_layers, watch_keys
+from lit_moeedit.solvers import BlockCoordinateDescent, ConjugateGradients, NormalEquations, Tucker, Woodbury
+
+EDIT_BOUND = 1e-3
+"""Largest difference of two edits in float32, relative to the largest change of a weight: rounding of sums in another
+order, through all steps of the targets and the solution of a system whose condition is up to 1e3 or so."""
+MOMENTS_BOUND = 1e-4
+"""Relative Frobenius error of second moments: float32 sums stay far below, products of 10 or 7 bits do not."""
+EDITED = (1, 2)
+_COMMON: dict[str, Any] = {
+    "vocab_size": gpu_models.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "head_dim": 16, "moe_intermediate_size": 20, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 2},
+    "deepseek_v3": {
+        "moe_intermediate_size": 20, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1,
+        "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1,
+        "num_key_value_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+    },
+}  # fmt: skip
+
+
+def editors() -> dict[str, Editor]:
+    """Five pairs of solver and preservation."""
+    common: dict[str, Any] = {
+        "layers": EDITED,
+        "targets": TargetOptimizer(steps=4, learning_rate=0.1, stop=0.0),
+    }
+    return {
+        "Woodbury, output": Editor(solver=Woodbury(), preserve="output", **common),
+        "BlockCoordinateDescent, covariance": Editor(solver=BlockCoordinateDescent(), preserve="covariance", **common),
+        # most of the directions of so few dimensions are in use
+        "NormalEquations, nullspace": Editor(solver=NormalEquations(), preserve="nullspace", threshold=0.5, **common),
+        "ConjugateGradients, none": Editor(solver=ConjugateGradients(), preserve="none", **common),
+        "Tucker, output": Editor(solver=Tucker(energy=0.9), preserve="output", **common),
+    }
+
+
+def check(name: str, value: float, bound: float, passed: bool | None = None) -> dict[str, Any]:
+    """What was found of a claim; by default it holds if the value is at most the bound, and a number."""
+    return {"name": name, "value": value, "bound": bound, "passed": value <= bound if passed is None else passed}
+
+
+def family_model(family: str) -> PreTrainedModel:
+    """A small random float32 model on the CPU."""
+    config = {"model_type": family, **_COMMON, **FAMILIES[family]}
+    # large enough for experts, gates, biases and attention to matter, small enough for sane activations
+    return gpu_models.random_model(config, torch.device("cpu"), torch.float32, deviation=0.3)
+
+
+def down_projections(model: PreTrainedModel) -> Tensor:
+    """Those of the edited layers, on the CPU, one behind the other."""
+    layers = expert_layers(model)
+    return torch.cat([layers[index].down_proj.detach().cpu().flatten() for index in EDITED])
+
+
+def compare_devices(device: torch.device, words: PreTrainedTokenizerFast, count: int) -> dict[str, Any]:
+    """Every pair of solver and preservation in every family, on the card and on the CPU."""
+    facts, texts = gpu_models.facts(count), gpu_models.texts(words, 600)
+    found = []
+    for family in FAMILIES:
+        original = family_model(family)
+        for name, editor in editors().items():
+            after = []
+            for where in (torch.device("cpu"), device):
+                model = copy.deepcopy(original).to(where)
+                editor.edit(model, words, facts, texts)
+                after.append(down_projections(model))
+            scale = float((after[0] - down_projections(original)).abs().max())
+            # an edit that changes nothing would be the same everywhere
+            difference = float((after[1] - after[0]).abs().max()) / scale if scale else float("nan")
+            found.append(check(f"{family}: {name}", difference, EDIT_BOUND))
+        found.append(broken_off(family, original.to(device), words, facts, texts))
+    return {"checks": found}
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all weights and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in _tensors(module)}
+
+
+def changed(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """Names of the weights and buffers of which a bit is not as it was."""
+
+    def raw(tensor: Tensor) -> Tensor:
+        return tensor.detach().reshape(-1).view(torch.uint8)
+
+    return [name for name, tensor in _tensors(module) if not torch.equal(raw(tensor), raw(before[name]))]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+class BrokenOffError(Exception):
+    """Raised by a guard, in the place of anything that may happen to a run."""
+
+
+def broken_off(
+    family: str, model: PreTrainedModel, words: PreTrainedTokenizerFast, facts: list[Fact], texts: list[str]
+) -> dict[str, Any]:
+    """Break an edit off when all its layers are committed: number of tensors that are not bit for bit as before."""
+    before = bits(model)
+    seen: list[str] = []
+
+    def guard() -> bool:
+        seen.extend(changed(model, before))
+        raise BrokenOffError
+
+    try:
+        Editor(EDITED, targets=TargetOptimizer(steps=2)).edit(model, words, facts, texts, guard=guard)
+    except BrokenOffError:
+        pass
+    left = len(changed(model, before))
+    return check(f"{family}: tensors changed by an edit that was broken off", left, 0, left == 0 and bool(seen))
+
+
+def compare_moments(
+    device: torch.device, words: PreTrainedTokenizerFast, case: gpu_models.Case, tokens: int
+) -> dict[str, Any]:
+    """Second moments of the first layer against float64 sums over the same keys.
+
+    What reaches the first layer does not depend on how experts are run, so that nothing but the sums is compared.
+    """
+    texts = gpu_models.texts(words, tokens)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = gpu_models.random_model({**case.config, "num_hidden_layers": 1}, device, dtype)
+        layer = expert_layers(model)[0]
+        for gated in (False, True):
+            measured = second_moments(model, words, [layer], texts, gated=gated)[0].total.double()
+            exact = exact_moments(model, words, layer, texts, gated)
+            error = float((measured - exact).norm() / exact.norm())
+            kind = "gated keys" if gated else "keys"
+            found.append(check(f"second moments of {kind} in {str(dtype)[6:]}", error, MOMENTS_BOUND))
+        del model, layer, measured, exact
+    return {"checks": found}
+
+
+def exact_moments(
+    model: PreTrainedModel, words: PreTrainedTokenizerFast, layer: ExpertLayer, texts: list[str], gated: bool
+) -> Tensor:
+    """``Σ k kᵀ`` or ``Σ g² k kᵀ`` of every expert in float64, ``[E, d_hidden, d_hidden]``; one text at a time."""
+    experts, _, d_hidden = layer.shape
+    total = torch.zeros(experts, d_hidden, d_hidden, dtype=torch.float64, device=layer.down_proj.device)
+
+    def observe(_: ExpertLayer, seen: RoutedKeys) -> None:
+        keys = seen.key.double() * (seen.gate.double()[:, None] if gated else 1)
+        for expert, rows in enumerate(keys.split(torch.bincount(seen.expert, minlength=experts).tolist())):
+            total[expert].addmm_(rows.T, rows)
+
+    with inference(model), watch_keys(model, [layer], lambda: None, observe):
+        for ids in token_ids(words, texts):
+            rows, mask = (x.to(total.device) for x in pad([ids[:512]], pad_id(words)))
+            hidden_states(model, layer, rows, mask, position_ids(mask))
+    return total

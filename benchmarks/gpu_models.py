@@ -158,14 +158,20 @@ def facts(count: int) -> list[Fact]:
     return found
 
 
+def statements(count: int | None = None) -> list[str]:
+    """Sentences of the atlas, all or some of them."""
+    found = [join(statement.prompt, statement.target) + "." for statement in Atlas(seed=0).train]
+    return found if count is None else random.Random(0).sample(found, count)
+
+
 def texts(words: PreTrainedTokenizerFast, tokens: int) -> list[str]:
     """Documents of 10 to 400 tokens or so, with ``tokens`` tokens in all, or a few more."""
-    statements = [join(statement.prompt, statement.target) + "." for statement in Atlas(seed=0).train]
-    lengths = [len(ids) - 1 for ids in token_ids(words, statements)]  # without what is put before a text
+    every = statements()
+    lengths = [len(ids) - 1 for ids in token_ids(words, every)]  # without what is put before a text
     draw, found, count = random.Random(0), [], 0
     while count < tokens:
-        chosen = draw.choices(range(len(statements)), k=draw.randint(1, 40))
-        found.append(" ".join(statements[i] for i in chosen))
+        chosen = draw.choices(range(len(every)), k=draw.randint(1, 40))
+        found.append(" ".join(every[i] for i in chosen))
         count += 1 + sum(lengths[i] for i in chosen)
     return found
 

@@ -81,9 +81,9 @@ def editors() -> dict[str, Editor]:
     }
 
 
-def check(name: str, value: float, bound: float, passed: bool | None = None) -> dict[str, Any]:
-    """What was found of a claim; by default it holds if the value is at most the bound, and a number."""
-    return {"name": name, "value": value, "bound": bound, "passed": value <= bound if passed is None else passed}
+def check(name: str, value: float, bound: float | None = None, passed: bool = True) -> dict[str, Any]:
+    """What was found of a claim; it does not hold if the value is above its bound, or not a number."""
+    return {"name": name, "value": value, "bound": bound, "passed": passed and (bound is None or value <= bound)}
 
 
 def family_model(family: str) -> PreTrainedModel:
@@ -188,7 +188,7 @@ def broken_off(
     except BrokenOffError:
         pass
     left = len(changed(model, before))
-    return check(f"{family}: tensors changed by an edit that was broken off", left, 0, left == 0 and bool(seen))
+    return check(f"{family}: tensors changed by an edit that was broken off", left, 0, passed=bool(seen))
 
 
 def compare_moments(

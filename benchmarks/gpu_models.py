@@ -20,6 +20,10 @@ MARGIN = 15e9
 """Bytes of a card that are kept free beside the weights: sums, activations, what an edit of 1,000 facts needs."""
 
 
+class LeftOutError(Exception):
+    """Something cannot be done here; the message says why."""
+
+
 class Case(NamedTuple):
     """A model's config, and which of its layers are edited."""
 

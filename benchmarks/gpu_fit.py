@@ -204,7 +204,7 @@ def measure(name: str, device: torch.device, case: gpu_models.Case) -> dict[str,
         found = {name: run[name] for name in ("seconds", "edit", "peak")}
         found |= {"layers": layers, "layers left out": wanted - layers}
         found["checks"] = [
-            check("number of edits made", run["edits made"], 1),
+            check("edits made", run["edits made"], passed=run["edits made"] == 1),
             check("facts in a summary without gaps", EDITS, passed=run["sound"]),
         ]
         needed = gpu_models.parameters_of(case.config, RESUMED_LAYERS) * SAVED[stage > 0]
@@ -226,7 +226,9 @@ def resume(
         "resume": {
             "layers": config["num_hidden_layers"],
             "seconds": [whole["seconds"], again["seconds"]],
-            "bit for bit": all(torch.equal(whole["weights"][name], again["weights"][name]) for name in whole["weights"]),
+            "bit for bit": all(
+                torch.equal(whole["weights"][name], again["weights"][name]) for name in whole["weights"]
+            ),
         },
         "checks": [
             *found["checks"],

@@ -15,7 +15,7 @@ from lit_moeedit.data.encoding import join, token_ids
 from lit_moeedit.foreign import config_of
 
 VOCABULARY = 2624
-"""Of the tokenizer, which is trained on the spot; the models' own vocabularies are larger, as the published ones are."""
+"""Of the tokenizer, which is trained on the spot; the models' own vocabularies are those of the published ones."""
 MARGIN = 15e9
 """Bytes of a card that are kept free beside the weights: sums, activations, what an edit of 1,000 facts needs."""
 

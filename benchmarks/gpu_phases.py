@@ -24,8 +24,6 @@ from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, ExpertDelta
 STEPS, PASSES = 25, 4
 SHORT, SOME_TEXTS = 64, 256
 """Number of texts where launches are counted, and of those whose moments are made for an edit without statistics."""
-MANY = 100
-"""Facts, from which on the launches of a step of the targets are not counted."""
 IMPLEMENTATIONS = ("grouped_mm", "eager")
 """Of the experts in transformers, those that can run batches of thousands of tokens."""
 Moments = dict[int, SecondMoments]
@@ -166,7 +164,9 @@ class Subject:
             room = gpu_models.free_memory(device) - gpu_models.MARGIN
             self.fit = gpu_models.layers_that_fit(case.config, wanted, room, bytes_per_parameter=2)
         if self.fit < top + 2:
-            raise gpu_models.LeftOutError(f"{self.fit} layers have room on this card; an edit of layer {top} needs {top + 2}")
+            raise gpu_models.LeftOutError(
+                f"{self.fit} layers have room on this card; an edit of layer {top} needs {top + 2}"
+            )
         config = {**case.config, "num_hidden_layers": self.fit}
         start = time.perf_counter()
         self.model: PreTrainedModel = gpu_models.random_model(config, device, torch.bfloat16)
@@ -184,16 +184,18 @@ class Subject:
         gated = editor(self.layers, 1).gated
         return second_moments(self.model, self.words, layers, self.texts[:SOME_TEXTS], gated=gated)
 
-    def edit(self, count: int, moments: Moments | None = None) -> dict[str, Any]:
+    def edit(self, count: int, moments: Moments | None = None, count_targets: bool = True) -> dict[str, Any]:
         """Edit so many facts, measured, behind short edits that count launches.
 
         Args:
             count: number of facts.
             moments: second moments, if they are not to be measured here.
+            count_targets: whether launches of the targets are counted; a step of many edits launches so much that a
+                profile of it takes longer than all of its steps.
         """
         facts, found = gpu_models.facts(count), dict[str, Any]()
         # what is slow only the first time is in these runs
-        found["launches"] = self._launches(count, moments)
+        found["launches"] = self._launches(count, moments, count_targets)
         free()
         recording, meter, batches = _Recording(), Meter(self.device), list[int]()
 
@@ -220,9 +222,8 @@ class Subject:
         passed = bool(torch.isfinite(whole).all() and (whole > 0).all())
         return [check("all edited layers changed, by finite numbers", float(whole.min()), passed=passed)]
 
-    def _launches(self, count: int, moments: Moments | None) -> dict[str, Any]:
-        """By phase; of the statistics for one batch, of the targets (unless there are many) for one step."""
-        many = count > MANY
+    def _launches(self, count: int, moments: Moments | None, count_targets: bool) -> dict[str, Any]:
+        """By phase; of the statistics for one batch, of the targets for one step."""
         facts, batches = gpu_models.facts(count), 0
 
         def progress(phase: str, done: int, total: int) -> None:
@@ -230,14 +231,13 @@ class Subject:
             batches += phase == "statistics"
 
         runs = []
-        for steps in (1,) if many else (1, 2):
-            # a step of many edits launches so much that a profile of it takes longer than all of its steps
-            launches = Launches(self.device, skipped="targets" if many else "")
+        for steps in (1, 2) if count_targets else (1,):
+            launches = Launches(self.device, skipped="" if count_targets else "targets")
             known = {"moments": moments} if moments is not None else {"progress": progress}
             editor(self.layers, steps).edit(self.model, self.words, facts, self.texts[:SHORT], phase=launches, **known)
             runs.append(launches.counts)
         found: dict[str, Any] = {name: runs[0][name] for name in ("features", "solve", "commit")}
-        if not many:
+        if count_targets:
             found["targets, a step"] = runs[1]["targets"] - runs[0]["targets"]
         if moments is None:
             # all runs made the same batches
@@ -308,4 +308,3 @@ class Subject:
             "objective above Woodbury's": excess,
             "launches, a layer": launches.counts["solve"],
         }
-

@@ -1,4 +1,4 @@
-"""Runs of `fit` on one card, edited in the middle, with a checkpoint and a resume: a process of its own of `benchmarks.gpu`.
+"""Runs of `fit` on one card, edited in the middle, saved and resumed: a process of its own of `benchmarks.gpu`.
 
 DeepSpeed leaves a process group and memory behind, and a run that hangs can be ended only from outside.
 """
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ STRATEGIES = {ONE: 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}
 LAYERS, RESUMED_LAYERS, LEAST_LAYERS = 6, 2, 2
 """Layers of the run that is measured, and of those that are saved and resumed; an edit needs a layer above its own."""
 EDITS, EPOCHS = 8, 3
-BYTES = {True: 24, False: 10}
+VOCABULARY = 32_768
+"""Smaller than the published one, whose embeddings would take the room of a layer."""
+BYTES = {True: 22, False: 10}
 """For each parameter while it is trained, with DeepSpeed (bfloat16 weights and gradients, float32 masters, gradients
 and moments) and without (all of it bfloat16), and what is used for some moments besides."""
 SAVED = {True: 14, False: 6}
@@ -147,7 +150,7 @@ def fit(
         gpu_models.small_corpus(EDITS),
         vocab_size=gpu_models.VOCABULARY,
         batch_size=16,
-        samples_per_epoch=64,
+        samples_per_epoch=32,
         preservation_samples=128,
     )
     if device.type == "cuda":
@@ -185,57 +188,53 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return (difference / sum(float(value.float().square().sum()) for value in first.values())) ** 0.5
 
 
-def measure(name: str, device: torch.device, case: gpu_models.Case) -> dict[str, Any]:
-    """The run that is measured, and one that is saved and resumed."""
+def measure(
+    name: str, device: torch.device, config: dict[str, Any], record: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """The run that is measured, which is also recorded at once, and one that is saved and resumed."""
     stage = STRATEGIES[name]
     missing = [package for package in ("deepspeed", "accelerate") if importlib.util.find_spec(package) is None]
     if stage and missing:
         raise gpu_models.LeftOutError(f"{' and '.join(missing)} not installed")
     room = gpu_models.free_memory(device) - BASE
-    wanted = min(LAYERS, case.config["num_hidden_layers"])
+    wanted = min(LAYERS, config["num_hidden_layers"])
     layers = wanted
     if device.type == "cuda":
-        layers = gpu_models.layers_that_fit(case.config, wanted, room, BYTES[stage > 0])
+        layers = gpu_models.layers_that_fit(config, wanted, room, BYTES[stage > 0])
     if layers < LEAST_LAYERS:
         raise gpu_models.LeftOutError(f"{layers} layers have room on this card; an edit needs {LEAST_LAYERS}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        run = fit(stage, device, {**case.config, "num_hidden_layers": layers}, folder / "measured")
+        config = {**config, "num_hidden_layers": layers}
+        # what is saved is small: writing and reading it takes longer than the runs
+        small = {**config, "num_hidden_layers": RESUMED_LAYERS}
+        run = fit(stage, device, config, folder / "measured", save=folder / "kept" if config == small else None)
         found = {name: run[name] for name in ("seconds", "edit", "peak")}
         found |= {"layers": layers, "layers left out": wanted - layers}
         found["checks"] = [
             check("edits made", run["edits made"], passed=run["edits made"] == 1),
             check("facts in a summary without gaps", EDITS, passed=run["sound"]),
         ]
-        needed = gpu_models.parameters_of(case.config, RESUMED_LAYERS) * SAVED[stage > 0]
+        needed = gpu_models.parameters_of(config, RESUMED_LAYERS) * SAVED[stage > 0]
         free = shutil.disk_usage(folder).free
         if needed > 0.8 * free:
             found["resume left out"] = f"a checkpoint has {needed / 1e9:.0f} GB, {folder.parent} {free / 1e9:.0f} free"
             return found
-        return found | resume(stage, device, {**case.config, "num_hidden_layers": RESUMED_LAYERS}, folder, found)
-
-
-def resume(
-    stage: int, device: torch.device, config: dict[str, Any], folder: Path, found: dict[str, Any]
-) -> dict[str, Any]:
-    """Save a run behind its edit and go on from there: how far its weights end from those of the uninterrupted run."""
-    whole = fit(stage, device, config, folder / "whole", save=folder / "kept")
-    again = fit(stage, device, config, folder / "again", resume=folder / "kept/kept.ckpt")
+        record(found | {"unfinished": True})
+        whole = run if config == small else fit(stage, device, small, folder / "whole", save=folder / "kept")
+        again = fit(stage, device, small, folder / "again", resume=folder / "kept/kept.ckpt")
     away = distance(whole["weights"], again["weights"])
-    return {
-        "resume": {
-            "layers": config["num_hidden_layers"],
-            "seconds": [whole["seconds"], again["seconds"]],
-            "bit for bit": all(
-                torch.equal(whole["weights"][name], again["weights"][name]) for name in whole["weights"]
-            ),
-        },
-        "checks": [
-            *found["checks"],
-            check("distance of a resumed run's weights from the uninterrupted one's", away, RESUME_BOUND),
-            check("edits made again by the resumed run", again["edits made"], 0),
-        ],
+    same = all(torch.equal(weight, again["weights"][name]) for name, weight in whole["weights"].items())
+    found["resume"] = {
+        "layers": RESUMED_LAYERS,
+        "seconds": [whole["seconds"], again["seconds"]],
+        "bit for bit": same,
     }
+    found["checks"] += [
+        check("distance of a resumed run's weights from the uninterrupted one's", away, RESUME_BOUND),
+        check("edits made again by the resumed run", again["edits made"], 0),
+    ]
+    return found
 
 
 def main() -> None:
@@ -248,16 +247,23 @@ def main() -> None:
     quiet()
     if arguments.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    case = gpu_models.case_of(gpu_models.QWEN3, arguments.tiny)
+    config = gpu_models.case_of(gpu_models.QWEN3, arguments.tiny).config
+    config = {**config, "vocab_size": min(VOCABULARY, config["vocab_size"])}
+    if arguments.tiny:
+        config["num_hidden_layers"] = RESUMED_LAYERS
     for name in arguments.strategies:
+        file = arguments.output / f"{name}.json"
+
+        def record(found: dict[str, Any], file: Path = file) -> None:
+            file.write_text(json.dumps(found), encoding="utf-8")
+
         try:
-            found = measure(name, torch.device(arguments.device), case)
+            record(measure(name, torch.device(arguments.device), config, record))
         except gpu_models.LeftOutError as error:
-            found = {"left out": str(error)}
+            record({"left out": str(error)})
         except Exception as error:  # the other strategies are run all the same
             sys.stderr.write(traceback.format_exc())
-            found = {"failed": traceback.format_exception_only(error)[-1].strip()}
-        (arguments.output / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+            record({"failed": traceback.format_exception_only(error)[-1].strip()})
 
 
 if __name__ == "__main__":

@@ -185,8 +185,8 @@ def descent(bcd: Found) -> str:
     above = bcd["objective above Woodbury's"]
     return (
         f"block coordinate descent solves the {bcd['layers']} problems in {bcd['seconds']:.3g} s "
-        f"({bcd['launches, a layer'] or 'not counted'} launches for the first), with objectives up to {above:.2g} above "
-        "Woodbury's, relative to these"
+        f"({bcd['launches, a layer'] or 'not counted'} launches for the first), with objectives up to "
+        f"{above:.2g} of Woodbury's above these"
     )
 
 

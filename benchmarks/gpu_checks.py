@@ -197,10 +197,12 @@ def compare_moments(
 
     What reaches the first layer does not depend on how experts are run, so that nothing but the sums is compared.
     """
+    # nothing is asked of the head
+    config = {**case.config, "num_hidden_layers": 1, "vocab_size": gpu_models.VOCABULARY}
     texts = gpu_models.texts(words, tokens)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = gpu_models.random_model({**case.config, "num_hidden_layers": 1}, device, dtype)
+        model = gpu_models.random_model(config, device, dtype)
         layer = expert_layers(model)[0]
         for gated in (False, True):
             measured = second_moments(model, words, [layer], texts, BUDGET, gated=gated)[0].total.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def parameters_of(config: dict[str, Any], layers: int) -> int:
 def layers_that_fit(config: dict[str, Any], wanted: int, room: float, bytes_per_parameter: float) -> int:
     """How many of the layers have room in so many bytes; none, if not even the embeddings have."""
     one, two = (parameters_of(config, layers) * bytes_per_parameter for layers in (1, 2))
-    return max(0, min(wanted, int((room - one) / (two - one)) + 1))
+    return max(0, min(wanted, math.floor((room - one) / (two - one)) + 1))
 
 
 def free_memory(device: torch.device) -> float:

@@ -140,7 +140,7 @@ class Parts:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What all of it is run on."""
+    """The card, the driver and the packages."""
     found: dict[str, Any] = {"python": platform.python_version()}
     for package in ("torch", "transformers", "lightning", "deepspeed"):
         try:
@@ -167,7 +167,7 @@ def driver() -> str | None:
 
 
 def run(name: str, part: Callable[[], dict[str, Any]], deadline: Deadline) -> dict[str, Any]:
-    """What was found, with the seconds that it took; why it was left out; or how it failed."""
+    """The outcome of a part: its findings, the reason why it was left out, or its error; and the seconds it took."""
     if deadline.left() < 0:
         return {"status": "left out", "reason": "the time was over"}
     start = time.perf_counter()

@@ -83,7 +83,7 @@ def editors() -> dict[str, Editor]:
 
 
 def check(name: str, value: float, bound: float | None = None, passed: bool = True) -> dict[str, Any]:
-    """What was found of a claim; it does not hold if the value is above its bound, or not a number."""
+    """The outcome of a claim, which does not hold if the value is above its bound, or not a number."""
     return {"name": name, "value": value, "bound": bound, "passed": passed and (bound is None or value <= bound)}
 
 
@@ -95,7 +95,7 @@ def family_model(family: str) -> PreTrainedModel:
 
 
 def decided(model: PreTrainedModel, words: PreTrainedTokenizerFast, texts: list[str]) -> list[bool]:
-    """Which of the texts have no token that is undecided between two experts.
+    """Tell which texts have no token that is undecided between two experts.
 
     Where two experts are equally good to a few roundings, the CPU may take one of them and a card the other, and both
     are right. So the routing of a text has to stay when every weight moves by much more than a rounding.

@@ -176,7 +176,7 @@ def fit(
 
 
 def sound(summary: dict[str, Any]) -> bool:
-    """Whether a summary holds the edit, and numbers of all that was measured around it."""
+    """Check that a summary holds the edit, and numbers of all that was measured around it."""
     numbers = [*summary["perplexity"].values(), summary["routing"]["similarity"], summary["after"]["efficacy"]]
     finite = all(number is not None and math.isfinite(number) for number in numbers)
     return summary["edits"] == EDITS and finite and summary["after_training"] is not None

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` works on: random models by their configs, facts in any number, and text in any amount."""
+"""Material of `benchmarks.gpu`: random models by their configs, facts in any number, and text in any amount."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def parameters_of(config: dict[str, Any], layers: int) -> int:
 
 
 def layers_that_fit(config: dict[str, Any], wanted: int, room: float, bytes_per_parameter: float) -> int:
-    """How many of the layers have room in so many bytes; none, if not even the embeddings have."""
+    """Number of the layers that have room in so many bytes; 0 if not even the embeddings have."""
     one, two = (parameters_of(config, layers) * bytes_per_parameter for layers in (1, 2))
     return max(0, min(wanted, math.floor((room - one) / (two - one)) + 1))
 

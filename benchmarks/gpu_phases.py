@@ -1,4 +1,4 @@
-"""What an edit costs on a card: seconds, peak memory and kernel launches by phase, beside a bare forward pass."""
+"""The cost of an edit on a card: seconds, peak memory and kernel launches by phase, beside a bare forward pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Moments = dict[int, SecondMoments]
 
 
 class Deadline:
-    """When to stop."""
+    """A moment at which to stop."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Tables and a picture of what was measured on a card."""
+"""Tables and a picture of measurements on a card."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def checks(results: Found) -> Iterator[tuple[str, Found]]:
 
 
 def sound(results: Found) -> bool:
-    """Whether no part failed and every check passed."""
+    """Check that no part failed and every check passed."""
     failed = any(part["status"] == "failed" for part in results["parts"].values())
     return not failed and all(one["passed"] for _, one in checks(results))
 
@@ -131,7 +131,7 @@ def measured(results: Found, goal: Goal) -> tuple[float | None, str]:
 
 
 def edits(results: Found) -> dict[str, Found]:
-    """What was found by the parts that are measured edits."""
+    """Findings of the parts that are measured edits."""
     done = {name: part["found"] for name, part in results["parts"].items() if part["status"] == "done"}
     return {name: found for name, found in done.items() if "seconds a step" in found}
 
@@ -160,7 +160,7 @@ def phases(results: Found) -> list[str]:
 
 
 def described(name: str, found: Found) -> str:
-    """What the table has no column for."""
+    """A sentence with all that the table has no column for."""
     said = [
         f"{found['edits']} facts in a model of {found['layers']} layers",
         f"{found['steps']} steps of the targets of {found['seconds a step']:.3g} s on average",
@@ -217,7 +217,7 @@ def fits(results: Found) -> list[str]:
 
 
 def parts(results: Found) -> list[str]:
-    """What became of every part, and how long it took."""
+    """The outcome of every part, and its seconds."""
     lines = ["## Parts", "", *header(["", "", "seconds", "checks passed"])]
     for name, part in results["parts"].items():
         said = part["status"] + (f": {part['reason']}" if "reason" in part else "")

@@ -1,4 +1,4 @@
-"""What only a card can show: the same edit as on the CPU, nothing left of one that is broken off, a run, exact sums."""
+"""Tests that need a card: the same edit as on the CPU, nothing left of one that is broken off, a run, exact sums."""
 
 from __future__ import annotations
 

@@ -173,7 +173,8 @@ def texts(words: PreTrainedTokenizerFast, tokens: int) -> list[str]:
     """Documents of 10 to 400 tokens or so, with ``tokens`` tokens in all, or a few more."""
     every = statements()
     lengths = [len(ids) - 1 for ids in token_ids(words, every)]  # without what is put before a text
-    draw, found, count = random.Random(0), [], 0
+    draw, count = random.Random(0), 0
+    found: list[str] = []
     while count < tokens:
         chosen = draw.choices(range(len(every)), k=draw.randint(1, 40))
         found.append(" ".join(every[i] for i in chosen))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks import gpu_models
 from benchmarks.gpu_checks import check
-from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_ids
+from lit_moeedit.data.encoding import pad_id, position_ids, token_ids
 from lit_moeedit.editing import Editor, EditResult, SecondMoments, TargetOptimizer, second_moments
 from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import expert_layers
@@ -65,10 +67,11 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.peaks = device, dict[str, int]()
+        self.device, self.peaks, self.phase = device, dict[str, int](), ""
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.phase = phase
         synchronize(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -111,8 +114,9 @@ class Launches:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 yield
                 synchronize(self.device)
-            # cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernel, cuLaunchKernelEx
-            count = sum(event.count for event in profile.key_averages() if "LaunchKernel" in event.key)
+            # cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernel, cuLaunchKernelEx, cudaGraphLaunch
+            launching = re.compile("LaunchKernel|GraphLaunch")
+            count = sum(event.count for event in profile.key_averages() if launching.search(event.key))
         else:
             with _Operations() as operations:
                 yield
@@ -197,16 +201,20 @@ class Subject:
         # what is slow only the first time is in these runs
         found["launches"] = self._launches(count, moments, count_targets)
         free()
-        recording, meter, batches = _Recording(), Meter(self.device), list[int]()
-
-        def progress(phase: str, done: int, total: int) -> None:
-            if phase == "statistics":
-                batches.append(done)
-            self.deadline.progress(phase, done, total)
-
-        result = editor(self.layers, STEPS, recording).edit(
-            self.model, self.words, facts, self.texts, moments=moments, phase=meter, progress=progress
-        )
+        recording, meter = _Recording(), Meter(self.device)
+        batches, handle = self._batches(meter)
+        try:
+            result = editor(self.layers, STEPS, recording).edit(
+                self.model,
+                self.words,
+                facts,
+                self.texts,
+                moments=moments,
+                phase=meter,
+                progress=self.deadline.progress,
+            )
+        finally:
+            handle.remove()
         found["edits"], found["seconds"], found["peak"] = count, result.seconds, meter.peaks
         found["checks"] = self._sound(result)
         steps = int(result.targets.steps.max())
@@ -215,6 +223,16 @@ class Subject:
             found["forward"] = self.bare_forward(batches)
         found["bcd"] = self._descend(recording.problems)
         return found
+
+    def _batches(self, meter: Meter) -> tuple[list[Tensor], RemovableHandle]:
+        """A list that will hold the token ids of all forwards of the statistics, and what ends that."""
+        batches: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if meter.phase == "statistics":
+                batches.append(inputs[0].clone())
+
+        return batches, self.model.get_input_embeddings().register_forward_pre_hook(keep)
 
     def _sound(self, result: EditResult) -> list[dict[str, Any]]:
         change = [result.relative_change[index] for index in self.layers]
@@ -244,32 +262,30 @@ class Subject:
             found["statistics, a batch"] = runs[0]["statistics"] / max(1, batches // len(runs))
         return found
 
-    def bare_forward(self, done: Sequence[int]) -> dict[str, Any]:
+    def bare_forward(self, batches: Sequence[Tensor]) -> dict[str, Any]:
         """Seconds of the layers up to the highest edited one over the same batches of text, and of tokenizing it.
 
         Args:
-            done: number of texts after each batch; batches go from short to long texts.
+            batches: token ids, each ``[texts, length]``.
         """
         start = time.perf_counter()
-        rows = [ids[:512] for ids in token_ids(self.words, self.texts)]
+        token_ids(self.words, self.texts)
         tokenizing = time.perf_counter() - start
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        bounds = itertools.pairwise([0, *done])
-        batches = [pad([rows[i] for i in order[first:last]], pad_id(self.words)) for first, last in bounds]
+        masks = [(ids != pad_id(self.words)).long() for ids in batches]
+        pairs = list(zip(batches, masks, strict=True))
         top, configured = expert_layers(self.model)[max(self.layers)], self.model.config._experts_implementation
 
         def run(some: Sequence[Any]) -> float:
             synchronize(self.device)
             start = time.perf_counter()
             with inference(self.model):
-                for batch in some:
-                    ids, mask = (x.to(self.device) for x in batch)
+                for ids, mask in some:
                     hidden_states(self.model, top, ids, mask, position_ids(mask))
             synchronize(self.device)
             return time.perf_counter() - start
 
         short: dict[str, float] = {}
-        middle = batches[len(batches) // 2 :][:1]
+        middle = pairs[len(pairs) // 2 :][:1]
         for kind in IMPLEMENTATIONS:
             # not every card has all of them
             with contextlib.suppress(RuntimeError, ValueError):
@@ -278,14 +294,14 @@ class Subject:
                 short[kind] = run(middle)
         best = min(short, key=short.__getitem__)
         self.model.set_experts_implementation(best)
-        seconds = run(batches)
+        seconds = run(pairs)
         self.model.set_experts_implementation(configured)
         return {
             "seconds": seconds,
             "experts": best,
             "one batch": short,
             "batches": len(batches),
-            "tokens": sum(map(len, rows)),
+            "tokens": sum(int(mask.sum()) for mask in masks),
             "seconds of tokenizing": tokenizing,
         }
 

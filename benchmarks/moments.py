@@ -31,7 +31,8 @@ from lit_moeedit.editing import SecondMoments, second_moments
 from lit_moeedit.editing.cache import MomentsCache
 from lit_moeedit.editing.projection import Shaping
 from lit_moeedit.editing.running import hidden_states, inference
-from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, expert_layers, watch_keys
+from lit_moeedit.models.experts import ExpertLayer, expert_layers
+from lit_moeedit.models.keys import RoutedKeys, watch_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 2624

@@ -27,7 +27,8 @@ from benchmarks.training import CONFIGS, Once, Trained, arguments_of, changed, h
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments
 from lit_moeedit.editing.running import hidden_states, inference
-from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, watch_keys
+from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.keys import RoutedKeys, watch_keys
 
 EDITS = 100
 SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from lit_moeedit.cli import run
 from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
-from lit_moeedit.models.experts import RoutedKeys, check_editable, expert_layers, watch_keys
+from lit_moeedit.models.experts import check_editable, expert_layers
+from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.sharding.building import pretrained_model
 from tests.processes import run_ranks
 
@@ -166,6 +168,35 @@ def test_the_papers_settings() -> None:
         (25, 0.1),
         (50, 0.2),
     ]
+
+
+def test_one_gpu_edits_a_model_that_is_not_trained(
+    tmp_path: Path, make_model: Any, facts: Any, texts: list[str], tokenizer: Any, own_process: None
+) -> None:
+    """The config for a single card, on a CPU with a small model of the family."""
+    small = make_model("qwen3_moe", moe_intermediate_size=24)
+    small.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [dataclasses.asdict(fact) for fact in facts[:3]]
+    (tmp_path / "facts.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
+    config = yaml.safe_load((ROOT / "configs" / "qwen3_30b_a3b_one_gpu.yaml").read_text(encoding="utf-8"))
+    config["trainer"] |= {"accelerator": "cpu", "default_root_dir": str(tmp_path / "run"), "enable_progress_bar": False}
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "run")
+    editing = config["trainer"]["callbacks"][0]["init_args"]
+    editing["preservation"] = str(tmp_path / "text.txt")
+    # a small random model needs other settings than a trained one
+    editor = editing["editor"]["init_args"]
+    editor |= {"layers": [0, 1], "token": "last", "ridge": 1e-3}
+    editor["targets"]["init_args"] |= {"learning_rate": 0.5, "clamp": 8.0, "weight_decay": 0.0}
+    config["model"]["init_args"]["pretrained"] = str(tmp_path / "model")
+    data = config["data"]["init_args"]
+    data["tokenizer"] = str(tmp_path / "model")
+    data["corpus"]["init_args"] |= {"path": str(tmp_path / "facts.json"), "edits": 3}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    run(args=["validate", f"--config={tmp_path / 'config.yaml'}"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["edits"] == 3 and summary["after"]["efficacy"] > summary["before"]["efficacy"]
 
 
 # -- GPT-OSS: weights as they are published ---------------------------------------------------------------------------

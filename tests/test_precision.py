@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_moeedit.editing import EditMemory, Editor, SecondMoments
 from lit_moeedit.editing.memory import GatedKeys
 from lit_moeedit.editing.projection import Shaping
-from lit_moeedit.precision import full_precision
+from lit_moeedit.precision import full_precision, rounded, tensor_core_precision
 from lit_moeedit.sharding.weights import delta_slice
 from lit_moeedit.solvers import (
     Auto,
@@ -238,3 +240,28 @@ def test_an_edit_solves_in_full_and_runs_the_model_as_the_run_does(
         assert seen[name].full > 0 and seen[name].coarse == 0, name
     assert seen["targets"].coarse > 0 and seen["targets"].full == 0
     assert seen["statistics"].coarse > 0 and seen["statistics"].full > 0
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False))
+def test_rounding_gives_the_nearest_number_that_tensor_cores_keep(value: float) -> None:
+    number = torch.tensor([value])
+    found = rounded(number)
+    assert int(found.view(torch.int32)) % 2**13 == 0
+    if bool(found.isfinite()):
+        # half of the last of 10 bits
+        assert abs(float(found) - float(number)) <= abs(float(number)) * 2.0**-11
+    assert torch.equal(rounded(found), found)
+
+
+def test_half_precision_is_not_rounded() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        numbers = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+        assert torch.equal(rounded(numbers), numbers)
+
+
+def test_products_on_tensor_cores_are_asked_for_in_the_block_only() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    with full_precision(), tensor_core_precision():
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # a CPU has no sums in full for it
+    assert torch.backends.cuda.matmul.fp32_precision == before

@@ -88,6 +88,7 @@ class FineTuning(Editor):
         if not stop >= 0:
             raise ValueError(f"stop must be at least 0, got {stop}")
         self.steps, self.learning_rate, self.norm_constraint, self.stop = steps, learning_rate, norm_constraint, stop
+        self.batch_tokens = token_budget
 
     @override
     def check(self, model: PreTrainedModel) -> list[ExpertLayer]:
@@ -183,7 +184,7 @@ class _Descent:
         self.weights = {f"{layer.name}.down_proj": layer.down_proj.detach() for layer in layers}
         self.deltas = [torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for w in self.weights.values()]
         self.nll = torch.zeros(len(texts), device=model.device)
-        self.batches = list(token_batches([len(text.ids) for text in texts], settings.token_budget))
+        self.batches = list(token_batches([len(text.ids) for text in texts], settings.batch_tokens))
 
     def run(self, ranks: Ranks, report: Callable[[int], None]) -> int:
         """Descend until the loss is low enough; return the number of steps that it took."""

@@ -24,6 +24,7 @@ from lit_moeedit.editing.projection import Preserve, Shaping, check_preserve
 from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
+from lit_moeedit.editing.token_budget import Budget, check_budget
 from lit_moeedit.editing.walks import Site, walk
 from lit_moeedit.foreign import check_vocabulary
 from lit_moeedit.models.experts import ExpertLayer, check_editable
@@ -86,7 +87,9 @@ class Editor:
             should be empty.
         neutral: a prompt with ``{}`` for the subject, whose next token must stay (the divergence term of the targets);
             empty to leave it out.
-        token_budget: largest number of tokens in one forward.
+        token_budget: largest number of tokens (with padding) in one forward. ``auto`` chooses it for each phase from
+            the memory that is free then, 16384 at most. A number is obeyed; where memory runs out all the same, the
+            phase goes on with half of it. That of target vectors is a setting of ``targets``.
         way: how to commit weights that are sharded, ``local`` or ``gather``; and
         reset_moments: whether Adam forgets the moments of the edited experts; see
             :class:`~lit_moeedit.sharding.weights.Transaction` for both.
@@ -115,7 +118,7 @@ class Editor:
         token: EditToken = "subject_last",
         contexts: Sequence[str] = ("",),
         neutral: str = "{} is a",
-        token_budget: int = 16384,
+        token_budget: Budget = "auto",
         way: Way = "local",
         reset_moments: bool = False,
         cache: str | None = None,
@@ -134,8 +137,7 @@ class Editor:
             raise ValueError("contexts needs at least one text (an empty one stands for the prompt alone)")
         if neutral and "{}" not in neutral:
             raise ValueError(f"neutral must hold {{}} for the subject, got {neutral!r}")
-        if token_budget < 1:
-            raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+        check_budget(token_budget)
         if way not in get_args(Way):
             raise ValueError(f"way must be one of {', '.join(get_args(Way))}, got {way!r}")
         self.layers = tuple(sorted(layers))
@@ -146,7 +148,7 @@ class Editor:
         self.token: EditToken = token
         self.contexts = tuple(contexts)
         self.neutral = neutral
-        self.token_budget = token_budget
+        self.token_budget: Budget = token_budget
         self.way: Way = way
         self.reset_moments = reset_moments
         self.cache = None if cache is None else MomentsCache(cache)
@@ -233,6 +235,7 @@ class Editor:
             FactError: if a fact cannot be edited.
             ValueError: if there is nothing to preserve, but ``preserve`` asks for it.
             FloatingPointError: if the model or the result is not finite.
+            TooLittleMemoryError: if memory has no room for a single row.
             RankError: if another rank failed.
         """
         ranks = ranks if ranks is not None else Ranks()

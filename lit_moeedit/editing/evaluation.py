@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.running import inference, logits
+from lit_moeedit.editing.token_budget import Budget, TokenBudget, forward_cost, logits_cost
 from lit_moeedit.metrics import EditSuccess
+from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.sharding.ranks import Ranks
 
 
@@ -36,21 +38,39 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     targets: Sequence[str],
-    token_budget: int = 16384,
+    token_budget: Budget = "auto",
     ranks: Ranks | None = None,
 ) -> Scores:
-    """Score targets as continuations of prompts, ``n`` of both; dealt to the ranks, each gets the result for all."""
+    """Score targets as continuations of prompts, ``n`` of both; dealt to the ranks, each gets the result for all.
+
+    Raises:
+        TooLittleMemoryError: if there is no memory for the longest prompt alone.
+    """
     ranks = ranks if ranks is not None else Ranks()
     encodings = encode(tokenizer, prompts, targets)
-    with inference(model):
-        log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.uint8)
-        for chosen, mine in ranks.deal(list(token_batches([len(e.ids) for e in encodings], token_budget))):
-            found = score_batch(model, [encodings[i] for i in chosen], pad_id(tokenizer))
-            if mine:
-                log_prob[chosen], exact[chosen] = found[0].cpu(), found[1].byte().cpu()
-        ranks.agree()
-        ranks.sum(log_prob, exact)
-    return Scores(log_prob, exact.bool())
+    lengths = [len(e.ids) for e in encodings]
+
+    def run(tokens: int) -> Scores:
+        with inference(model):
+            log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.uint8)
+            for chosen, mine in ranks.deal(list(token_batches(lengths, tokens))):
+                found = score_batch(model, [encodings[i] for i in chosen], pad_id(tokenizer))
+                if mine:
+                    log_prob[chosen], exact[chosen] = found[0].cpu(), found[1].byte().cpu()
+            ranks.agree()
+            ranks.sum(log_prob, exact)
+        return Scores(log_prob, exact.bool())
+
+    if not encodings:
+        return run(1)
+    scored = max(length - e.target_start for length, e in zip(lengths, encodings, strict=True))
+    budget = TokenBudget(token_budget, scoring_cost(model, scored / min(lengths)), model.device, ranks)
+    return budget.run("evaluation", run, least=max(lengths), most=max(lengths) * len(lengths))
+
+
+def scoring_cost(model: PreTrainedModel, scored: float) -> float:
+    """Bytes that a token takes at most in :func:`score`, if so many of its logits are wanted (a share)."""
+    return forward_cost(model, list(expert_layers(model).values())[-1]) + scored * logits_cost(model)
 
 
 def score_batch(
@@ -109,7 +129,7 @@ def evaluate(
     facts: Sequence[Fact],
     baseline: dict[str, list[bool]] | None = None,
     groups: Sequence[str] | None = None,
-    token_budget: int = 16384,
+    token_budget: Budget = "auto",
     ranks: Ranks | None = None,
 ) -> Evaluation:
     """Evaluate edits of ``facts``.
@@ -120,7 +140,7 @@ def evaluate(
         facts: the facts.
         baseline: ``neighbours_exact`` of these facts before the edit, for what neighbours retained.
         groups: groups of neighbours to tell apart; ``None`` for those that occur.
-        token_budget: largest number of tokens (with padding) in one forward.
+        token_budget: largest number of tokens (with padding) in one forward, or ``auto``.
         ranks: the processes that share the work; each calls this with the same facts and gets the same result.
     """
     # every rank counts all facts, so there is nothing to add up

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.editing.running import hidden_states, inference
-from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, watch_keys
+from lit_moeedit.editing.token_budget import Budget, TokenBudget, forward_cost
+from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.sharding.ranks import Ranks
 
 
@@ -34,7 +36,7 @@ def edit_tokens(
     target_layer: ExpertLayer,
     layer: ExpertLayer,
     pad_token: int,
-    token_budget: int = 16384,
+    token_budget: Budget = "auto",
     ranks: Ranks | None = None,
 ) -> EditTokens:
     """Run prompts up to the target layer; return its output and one layer's keys at the edit tokens.
@@ -47,12 +49,33 @@ def edit_tokens(
         target_layer: the layer whose output is wanted.
         layer: the layer whose keys are wanted, not above ``target_layer``.
         pad_token: id to pad with.
-        token_budget: largest number of tokens (with padding) in one forward.
+        token_budget: largest number of tokens (with padding) in one forward, or ``auto``.
         ranks: the processes that share the work; each calls this with the same prompts.
+
+    Raises:
+        TooLittleMemoryError: if there is no memory for the longest prompt alone.
     """
     ranks = ranks if ranks is not None else Ranks()
     longest = max(len(prompt.ids) for prompt in prompts)
-    size = max(1, min(token_budget // longest, -(-len(prompts) // ranks.size)))
+    budget = TokenBudget(token_budget, forward_cost(model, target_layer), model.device, ranks)
+
+    def run(tokens: int) -> EditTokens:
+        size = max(1, min(tokens // longest, -(-len(prompts) // ranks.size)))
+        return _edit_tokens(model, prompts, target_layer, layer, pad_token, size, ranks)
+
+    return budget.run("features", run, least=longest, most=longest * len(prompts))
+
+
+def _edit_tokens(
+    model: PreTrainedModel,
+    prompts: Sequence[Encoding],
+    target_layer: ExpertLayer,
+    layer: ExpertLayer,
+    pad_token: int,
+    size: int,
+    ranks: Ranks,
+) -> EditTokens:
+    """The same, with ``size`` prompts in a forward."""
     hidden: list[Tensor] = []
     numbers: list[Tensor] = []
     parts: list[RoutedKeys] = []

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lit_moeedit.models.experts import RoutedKeys
+from lit_moeedit.models.keys import RoutedKeys
 from lit_moeedit.precision import full_precision
 from lit_moeedit.sharding.files import CheckpointError, field
 from lit_moeedit.sharding.ranks import Ranks

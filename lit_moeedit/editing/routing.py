@@ -12,8 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids
 from lit_moeedit.editing.running import inference
-from lit_moeedit.models.experts import ExpertLayer, Routing, expert_layers, watch_routing
+from lit_moeedit.editing.token_budget import Budget, TokenBudget, forward_cost, logits_cost
+from lit_moeedit.models.experts import ExpertLayer, expert_layers
+from lit_moeedit.models.keys import Routing, watch_routing
 from lit_moeedit.sharding.forward import gathering_on_use
+from lit_moeedit.sharding.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def trace_routing(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    token_budget: int = 8192,
+    token_budget: Budget = "auto",
     max_length: int = 256,
 ) -> RoutingTrace:
     """Run texts through the model and record the routing of every layer with experts.
@@ -43,17 +46,29 @@ def trace_routing(
         model: the model.
         tokenizer: its tokenizer.
         texts: the probe; their order is the order of the tokens.
-        token_budget: largest number of tokens (with padding) in one forward.
+        token_budget: largest number of tokens (with padding) in one forward, or ``auto``.
         max_length: longer texts are cut.
 
     Raises:
         ValueError: if there is no text.
+        TooLittleMemoryError: if there is no memory for the longest text alone.
     """
     if not texts:
         raise ValueError("there is no probe text to trace the routing of")
-    layers = expert_layers(model)
     rows = [encoding.ids[:max_length] for encoding in encode(tokenizer, texts, [""] * len(texts))]
-    size = max(1, token_budget // max(map(len, rows)))
+    longest = max(map(len, rows))
+    cost = forward_cost(model, list(expert_layers(model).values())[-1]) + logits_cost(model)
+    budget = TokenBudget(token_budget, cost, model.device, Ranks())
+
+    def run(tokens: int) -> RoutingTrace:
+        return _trace(model, rows, max(1, tokens // longest), pad_id(tokenizer))
+
+    return budget.run("routing", run, least=longest, most=longest * len(rows))
+
+
+def _trace(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int, pad_token: int) -> RoutingTrace:
+    """The same for token ids, ``size`` rows in a forward."""
+    layers = expert_layers(model)
     experts: dict[int, list[Tensor]] = {index: [] for index in layers}
     probabilities: dict[int, list[Tensor]] = {index: [] for index in layers}
     real = torch.empty(0)
@@ -65,7 +80,7 @@ def trace_routing(
     returns_logits = "output_router_logits" in inspect.signature(model.forward).parameters
     with inference(model), watch_routing(model, list(layers.values()), observe):
         for start in range(0, len(rows), size):
-            ids, mask = (x.to(model.device) for x in pad(rows[start : start + size], pad_id(tokenizer)))
+            ids, mask = (x.to(model.device) for x in pad(rows[start : start + size], pad_token))
             real = mask.flatten().bool()
             with gathering_on_use(model):
                 outputs = model(

@@ -133,7 +133,13 @@ def experts_run_on(layers: Sequence[ExpertLayer], tokens: Tensor) -> Iterator[No
         layers: the layers.
         tokens: bool ``[batch, length]``, which ones.
     """
-    count, chosen = tokens.numel(), tokens.flatten().nonzero().squeeze(-1)
+    with experts_run_at(layers, tokens.flatten().nonzero().squeeze(-1), tokens.numel()):
+        yield
+
+
+@contextmanager
+def experts_run_at(layers: Sequence[ExpertLayer], chosen: Tensor, count: int) -> Iterator[None]:
+    """The same for tokens given by their places ``[n]`` among ``count``, for which nobody has to wait on a GPU."""
     with ExitStack() as stack:
         for layer in layers:
 

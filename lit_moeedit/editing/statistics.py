@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_batches, token_ids
 from lit_moeedit.editing.cache import MomentsCache, digest, moment_keys
 from lit_moeedit.editing.running import hidden_states, inference
-from lit_moeedit.models.experts import ExpertLayer, stream_keys
-from lit_moeedit.precision import full_precision
+from lit_moeedit.editing.token_budget import Budget, TokenBudget, forward_cost
+from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.keys import KeyRows, stream_keys
+from lit_moeedit.precision import full_precision, rounded, tensor_core_precision
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.solvers.batches import similar
 
 log = logging.getLogger(__name__)
+
+PADDED = 2**26
+"""Numbers of keys that are multiplied at once where all experts' are there: 256 MiB."""
+MANY = 512
+"""Rows of an expert from which on rounding them changes their sum by less than 1e-4 of it."""
 
 
 @dataclass
@@ -53,14 +61,43 @@ class SecondMoments:
     @full_precision()
     def add(self, expert: int, keys: Tensor, gates: Tensor) -> None:
         """Add keys ``[n, d_hidden]`` of one expert, with gates ``[n]``; the sums are float32, whatever the keys are."""
-        rows, total = keys.float(), self.total[expert]
-        if self.gated:
-            rows = rows * gates.float()[:, None]
+        rows, total = self._weighted(keys, gates), self.total[expert]
         if total.device == rows.device:
             total.addmm_(rows.T, rows)
         else:
             total += (rows.T @ rows).to(total.device)
         self.count[expert] += len(rows)
+
+    def add_all(self, rows: KeyRows) -> None:
+        """Add keys of several experts at once, in a few products of padded batches.
+
+        Keys of half precision are multiplied on tensor cores, which loses nothing of them. Gated ones have more bits:
+        where an expert has many they are rounded to what tensor cores keep, since errors of ``n`` rows average out to
+        ``2e-3 / sqrt(n)`` of their sum, and where it has few they are multiplied in full.
+        """
+        experts, counts = list(rows.counts), list(rows.counts.values())
+        keys = self._weighted(rows.key, rows.gate)
+        is_half = rows.key.dtype in (torch.bfloat16, torch.float16)
+        device = keys.device
+        expert, count = torch.tensor([experts, counts], device=device)
+        start = count.cumsum(0) - count
+        for batch in similar(counts, keys.shape[1], PADDED):
+            longest, shortest = counts[batch[0]], counts[batch[-1]]
+            chosen = torch.tensor(batch, device=device)
+            place = torch.arange(longest, device=device)
+            padded = keys[(start[chosen, None] + place).clamp_max(len(keys) - 1)]
+            if shortest < longest:
+                padded *= (place < count[chosen, None])[..., None]
+            rounds = is_half and self.gated and shortest >= MANY
+            with tensor_core_precision() if rounds or (is_half and not self.gated) else full_precision():
+                padded = rounded(padded) if rounds else padded
+                products = padded.mT @ padded
+            self.total.index_add_(0, expert[chosen].to(self.total.device), products.to(self.total.device))
+        self.count.index_add_(0, expert.to(self.count.device), count.to(self.count.device))
+
+    def _weighted(self, keys: Tensor, gates: Tensor) -> Tensor:
+        """Keys in float32, times their gates if these count."""
+        return keys.float() * gates.float()[:, None] if self.gated else keys.float()
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name."""
@@ -82,26 +119,28 @@ def second_moments(
     tokenizer: PreTrainedTokenizerBase,
     layers: Sequence[ExpertLayer],
     texts: Sequence[str],
-    token_budget: int = 8192,
+    token_budget: Budget = "auto",
     max_length: int = 512,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
     cache: MomentsCache | None = None,
     device: torch.device | str | None = None,
     gated: bool = False,
+    grouped: bool | None = None,
 ) -> dict[int, SecondMoments]:
     """Stream texts through the model and accumulate second moments of every expert in the given layers.
 
     Layers above the highest of ``layers``, and that one's down-projections, are not run. The texts are dealt to the
     ranks, and the sums added up. With a cache, layers that are in it are not computed, and an unfinished pass goes on
-    where it was last saved; the first rank reads and writes it.
+    where it was last saved; the first rank reads and writes it. If memory runs out, the pass begins again (or goes on
+    where it was saved) with fewer tokens in a forward; long texts come first, so that this happens early.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         layers: the layers to watch.
         texts: preservation text, one document each.
-        token_budget: largest number of tokens (with padding) in one forward.
+        token_budget: largest number of tokens (with padding) in one forward, or ``auto``.
         max_length: longer texts are cut.
         progress: called with the texts done and all.
         ranks: the processes that share the work; each calls this with the same texts.
@@ -109,10 +148,12 @@ def second_moments(
         device: where to hold the sums, ``E · d_hidden² · 4`` bytes for each layer; ``None`` for the layer's own device,
             ``"cpu"`` to save the memory of a GPU at the price of moving a product for each expert and batch.
         gated: whether to sum gated keys, as ``preserve="output"`` needs them.
+        grouped: see :func:`~lit_moeedit.models.keys.stream_keys`.
 
     Raises:
         ValueError: if there is no text.
         FloatingPointError: if a key is not finite.
+        TooLittleMemoryError: if there is no memory for the longest text alone.
     """
     ranks = ranks if ranks is not None else Ranks()
     if not texts:
@@ -122,19 +163,28 @@ def second_moments(
     sums = {i: x for i, x in moments.items() if cache is None or not cache.load(keys[i], x.tensors(), ranks)}
     if not sums:
         return moments
-    rows = list(_token_rows(tokenizer, texts, max_length))
-    batches = list(token_batches([len(row) for row in rows], token_budget))
-    unfinished = _Unfinished(sums, cache, digest([keys.get(i) for i in sums], token_budget), ranks)
-
-    def after(batch: int) -> None:
-        if progress is not None:
-            progress(sum(map(len, batches[:batch])), len(rows))
-        if batch < len(batches):
-            unfinished.save(batch)
-
-    first = unfinished.load()
+    # short to long; a pass begins at the end
+    rows = sorted(_token_rows(tokenizer, texts, max_length), key=len)
     watched = [layer for layer in layers if layer.index in sums]
-    _accumulate(model, watched, sums, rows, batches, first, pad_id(tokenizer), ranks, after)
+    unfinished = _Unfinished(sums, cache, digest([keys.get(i) for i in sums], "long texts first"), ranks)
+
+    def run(tokens: int) -> None:
+        left = rows[: len(rows) - unfinished.begin()]
+        batches = [[left[i] for i in batch] for batch in token_batches([len(row) for row in left], tokens)][::-1]
+
+        def after(count: int) -> None:
+            done = len(rows) - len(left) + sum(map(len, batches[:count]))
+            if progress is not None:
+                progress(done, len(rows))
+            if count < len(batches):
+                unfinished.save(done)
+
+        _accumulate(model, watched, sums, batches, pad_id(tokenizer), ranks, after, grouped)
+
+    if rows:
+        top = max(watched, key=lambda layer: layer.index)
+        budget = TokenBudget(token_budget, forward_cost(model, top), model.device, ranks)
+        budget.run("statistics", run, least=len(rows[-1]), most=len(rows) * len(rows[-1]))
     for index, summed in sums.items():
         ranks.sum(*summed.tensors().values())
         # a key that is not finite shows in its square
@@ -156,29 +206,32 @@ def _accumulate(
     model: PreTrainedModel,
     layers: Sequence[ExpertLayer],
     sums: Mapping[int, SecondMoments],
-    rows: Sequence[Sequence[int]],
-    batches: Sequence[Sequence[int]],
-    first: int,
+    batches: Sequence[Sequence[Sequence[int]]],
     pad_token: int,
     ranks: Ranks,
     after: Callable[[int], None],
+    grouped: bool | None,
 ) -> None:
-    """Add this rank's batches, beginning with the ``first``, to the sums; ``after`` is told how many are done."""
+    """Add this rank's batches of token ids to the sums; ``after`` is told how many of all batches are done."""
     top = max(layers, key=lambda layer: layer.index)
     positions = torch.empty(0)
 
-    def observe(layer: ExpertLayer, expert: int, keys: Tensor, gates: Tensor) -> None:
-        sums[layer.index].add(expert, keys, gates)
+    def observe(layer: ExpertLayer, rows: KeyRows) -> None:
+        if len(rows.counts) == 1:
+            ((expert, _),) = rows.counts.items()
+            sums[layer.index].add(expert, rows.key, rows.gate)
+        elif rows.counts:
+            sums[layer.index].add_all(rows)
 
-    with inference(model), stream_keys(model, layers, lambda: positions, observe, last=top):
-        for number, (batch, mine) in enumerate(ranks.deal(batches[first:]), 1):
-            ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_token))
+    with inference(model), stream_keys(model, layers, lambda: positions, observe, top, grouped):
+        for number, (batch, mine) in enumerate(ranks.deal(batches), 1):
+            ids, mask = (x.to(model.device) for x in pad(batch, pad_token))
             # the experts need not be run on padding, nor on what another rank counts
             positions = (mask * mine).flatten().nonzero().squeeze(-1)
             hidden_states(model, top, ids, mask, position_ids(mask))
             for summed in sums.values():
                 summed.tokens += len(positions)
-            after(min(first + number * ranks.size, len(batches)))
+            after(min(number * ranks.size, len(batches)))
     ranks.agree()
 
 
@@ -187,24 +240,26 @@ class _Unfinished:
 
     def __init__(self, sums: Mapping[int, SecondMoments], cache: MomentsCache | None, key: str, ranks: Ranks) -> None:
         self.sums, self.cache, self.key, self.ranks = sums, cache, key, ranks
-        self._batch = torch.zeros(1, dtype=torch.long)
+        self._texts = torch.zeros(1, dtype=torch.long)
         self._saved = time.monotonic()
 
-    def load(self) -> int:
-        """The batch to go on with: the sums are those of all before it."""
+    def begin(self) -> int:
+        """Set the sums to those that were saved, or to zero; give the number of texts that are in them."""
+        self._texts.zero_()
+        _clear(self.sums.values())
         if self.cache is not None and self.cache.load(self.key, self._tensors(), self.ranks):
             self._leave_to_first_rank()
-            log.info("second moments: going on where a pass was broken off, behind %d batches", int(self._batch))
-        return int(self._batch)
+            log.info("second moments: going on where a pass was broken off, after %d texts", int(self._texts))
+        return int(self._texts)
 
-    def save(self, batch: int) -> None:
-        """Save the sums of the batches before this one, if it is time to."""
+    def save(self, texts: int) -> None:
+        """Save the sums of so many texts, the longest, if it is time to."""
         if self.cache is None or not self.ranks.any(time.monotonic() - self._saved >= self.cache.save_every):
             return
         for summed in self.sums.values():
             self.ranks.sum(*summed.tensors().values())
         self._leave_to_first_rank()
-        self._batch.fill_(batch)
+        self._texts.fill_(texts)
         self.cache.save(self.key, self._tensors(), self.ranks)
         self._saved = time.monotonic()
 
@@ -215,11 +270,15 @@ class _Unfinished:
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"{index}.{name}": x for index, part in self.sums.items() for name, x in part.tensors().items()}
-        return {**named, "batch": self._batch}
+        return {**named, "texts": self._texts}
 
     def _leave_to_first_rank(self) -> None:
         # all hold the sums of all; the next sum over the ranks shall count them once
         if self.ranks.rank:
-            for summed in self.sums.values():
-                for tensor in summed.tensors().values():
-                    tensor.zero_()
+            _clear(self.sums.values())
+
+
+def _clear(sums: Iterable[SecondMoments]) -> None:
+    for summed in sums:
+        for tensor in summed.tensors().values():
+            tensor.zero_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lit_moeedit.editing.prefix import Prefix, logits_at
 from lit_moeedit.editing.running import (
     LayerOutput,
     decoder_layers,
+    experts_run_at,
     experts_run_on,
     layer_output,
     output_replaced,
@@ -84,6 +86,23 @@ class Rows:
     weight: Tensor
     prefix: Prefix | None = None
 
+    # places are found once for all steps: a GPU has to be waited for to know how many there are
+
+    @cached_property
+    def real(self) -> Tensor:
+        """Places of the tokens that are no padding, among all of the rows'."""
+        return self.mask[:, -self.ids.shape[1] :].flatten().nonzero().squeeze(-1)
+
+    @cached_property
+    def predicting(self) -> Tensor:
+        """Places of the tokens from which a prediction is made."""
+        return torch.unique(self.row * self.ids.shape[1] + self.column)
+
+    @cached_property
+    def neutral(self) -> Tensor:
+        """Numbers of the predictions that belong to neutral rows."""
+        return (self.label < 0).nonzero().squeeze(-1)
+
     def behind(self, prefix: Prefix) -> Rows:
         """The same rows from the edit token on."""
         prefix.fix()
@@ -127,22 +146,21 @@ class UpperLayers:
             deltas: ``δ`` of each edit of the batch, ``[T, d_model]``.
             record: gets the keys and values of what stands before the edit tokens of whole rows.
         """
-        hidden, length = rows.output.hidden, rows.ids.shape[1]
+        hidden = rows.output.hidden
         if deltas is not None:
             number = torch.arange(len(hidden), device=hidden.device)
             where = (number, torch.full_like(number, rows.token))
             hidden = hidden.index_put(where, deltas[rows.edit].to(hidden.dtype), accumulate=True)
         output = rows.output._replace(hidden=hidden)
-        real = rows.mask[:, -length:].bool()
-        # from the last layer's experts on, no token reads another one; the forward that records does not rely on that,
-        # since the first step is checked against it
-        predicting = torch.zeros_like(real).index_put((rows.row, rows.column), torch.ones_like(real[0, 0]))
         with ExitStack() as stack:
             stack.enter_context(skipped(self.below, lambda: output))
             stack.enter_context(output_replaced(self.layer, lambda: output))
             stack.enter_context(regathering(self.model))
-            stack.enter_context(experts_run_on(self.between, real))
-            stack.enter_context(experts_run_on(self.last, predicting if record is None else real))
+            stack.enter_context(experts_run_at(self.between, rows.real, rows.ids.numel()))
+            # from the last layer's experts on, no token reads another one; the forward that records does not rely on
+            # that, since the first step is checked against it
+            last = rows.predicting if record is None else rows.real
+            stack.enter_context(experts_run_at(self.last, last, rows.ids.numel()))
             prefix = record if record is not None else rows.prefix
             scores = logits_at(self.model, rows.ids, rows.mask, rows.positions, rows.row, rows.column, prefix)
         return scores.float().log_softmax(-1)

@@ -14,11 +14,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_moeedit.editing.prefix import prefix_for
+from lit_moeedit.editing.recorded_step import Step, record
 from lit_moeedit.editing.running import inference
 from lit_moeedit.editing.target_rows import Rows, TargetRow, UpperLayers, lay_out
+from lit_moeedit.editing.token_budget import Budget, TokenBudget, check_budget, target_cost
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.sharding.backward import beside_training
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.shards import is_partitioned
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +61,13 @@ class TargetOptimizer:
         weight_decay: ``w_d``.
         kl: ``w_KL``.
         stop: an edit is done when its negative log-likelihood per token (nats) is below this.
-        token_budget: largest number of tokens (with padding) in one batch of edits.
+        token_budget: largest number of tokens (with padding) in one batch of edits; ``auto`` chooses it from the memory
+            that is free. Where memory runs out, the edits that are left go on in batches of half the size.
         autocast: dtype in which matrices are multiplied, for a model whose weights are float32; ``None`` for the
             model's own. ``δ`` and the loss are always float32.
+        cuda_graphs: whether to record a step on a GPU as a CUDA graph, and replay that: a step of a deep model starts
+            some 10,000 kernels, and waits for Python to do so. The first replay is compared with the step itself, and
+            a step that cannot be recorded is run as ever. Off, until it has been run on a card.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -74,12 +81,13 @@ class TargetOptimizer:
         weight_decay: float = 0.5,
         kl: float = 0.0625,
         stop: float = 0.05,
-        token_budget: int = 16384,
+        token_budget: Budget = "auto",
         autocast: Literal["bfloat16"] | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
-        for name, value in (("steps", steps), ("token_budget", token_budget)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_budget(token_budget)
         for name, number in (("learning_rate", learning_rate), ("clamp", clamp)):
             if not number > 0:
                 raise ValueError(f"{name} must be positive, got {number}")
@@ -89,8 +97,9 @@ class TargetOptimizer:
         if autocast not in ("bfloat16", None):
             raise ValueError(f"autocast must be 'bfloat16' or None, got {autocast!r}")
         self.steps, self.learning_rate, self.clamp = steps, learning_rate, clamp
-        self.weight_decay, self.kl, self.stop, self.token_budget = weight_decay, kl, stop, token_budget
-        self.autocast = autocast
+        self.weight_decay, self.kl, self.stop = weight_decay, kl, stop
+        self.token_budget: Budget = token_budget
+        self.autocast, self.cuda_graphs = autocast, cuda_graphs
 
     def optimize(
         self,
@@ -110,41 +119,79 @@ class TargetOptimizer:
             pad_token: id to pad with.
             progress: called with the edits done and all.
             ranks: the processes that share the work; each calls this with the same rows.
+
+        Raises:
+            TooLittleMemoryError: if there is no memory for a single edit.
         """
         ranks = ranks if ranks is not None else Ranks()
         by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
-        chunks = _chunks(by_edit, self.token_budget, -(-len(by_edit) // ranks.size))
-        parts, numbers, done = [], [], 0
-        with inference(model, gradients=True), beside_training(model):
-            for number, (chunk, mine) in enumerate(ranks.deal(chunks)):
-                parts.append(_Batch(self, model, layer, [by_edit[edit] for edit in chunk], pad_token).run(ranks, mine))
-                numbers.append(torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device))
-                done += sum(map(len, chunks[number * ranks.size : (number + 1) * ranks.size]))
-                if progress is not None:
-                    progress(done, len(by_edit))
-        ranks.agree()
+        parts: list[Targets] = []
+        numbers: list[Tensor] = []
+        left = list(range(len(by_edit)))
+
+        def run(tokens: int) -> None:
+            waiting = left.copy()
+            chunks = _chunks([by_edit[edit] for edit in waiting], tokens, -(-len(waiting) // ranks.size))
+            with inference(model, gradients=True), beside_training(model):
+                for number, (places, mine) in enumerate(ranks.deal(chunks)):
+                    chunk = [waiting[place] for place in places]
+                    part = _Batch(self, model, layer, [by_edit[e] for e in chunk], pad_token).run(ranks, mine)
+                    ranks.agree()  # a round counts on all ranks or on none
+                    parts.append(part)
+                    numbers.append(torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device))
+                    done = {waiting[i] for own in chunks[number * ranks.size : (number + 1) * ranks.size] for i in own}
+                    left[:] = [edit for edit in left if edit not in done]
+                    if progress is not None:
+                        progress(len(by_edit) - len(left), len(by_edit))
+            ranks.agree()
+
+        sizes = [_tokens(own) for own in by_edit]
+        budget = TokenBudget(self.token_budget, batch_cost(model, layer, by_edit), model.device, ranks)
+        budget.run("targets", run, least=max(sizes), most=sum(sizes))
         order = torch.argsort(ranks.concatenate(torch.cat(numbers)))
         results = (torch.cat([getattr(part, name) for part in parts]) for name in ("deltas", "nll", "steps"))
         return Targets(*(ranks.concatenate(result)[order] for result in results))
 
 
+def _extent(rows: Sequence[TargetRow]) -> tuple[int, int]:
+    """Tokens from the edit token on, and before it, in the longest of some rows."""
+    before, rest = zip(*(row.parts for row in rows), strict=True)
+    return max(map(len, rest)), max(map(len, before))
+
+
+def _tokens(rows: Sequence[TargetRow]) -> int:
+    """Tokens of one edit's rows, with padding."""
+    return len(rows) * sum(_extent(rows))
+
+
+def batch_cost(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequence[TargetRow]]) -> float:
+    """Bytes for each token of a batch, see :func:`~lit_moeedit.editing.token_budget.target_cost`."""
+    rows = [row for own in by_edit for row in own]
+    tokens = sum(map(_tokens, by_edit))
+    cut = prefix_for(model, 0) is not None
+    kept = sum(len(own) * _extent(own)[0] for own in by_edit) if cut else tokens
+    predictions = sum(1 if row.is_neutral else len(row.encoding.ids) - row.encoding.target_start for row in rows)
+    return target_cost(model, layer, kept / tokens, predictions / tokens)
+
+
 def _chunks(by_edit: Sequence[Sequence[TargetRow]], token_budget: int, limit: int) -> list[list[int]]:
     """Edits of similar lengths together: as many as the budget allows (at least one), at most ``limit``."""
-
-    def extent(edit: int) -> tuple[int, int]:
-        before, rest = zip(*(row.parts for row in by_edit[edit]), strict=True)
-        return max(map(len, rest)), max(map(len, before))
-
+    extents = [_extent(rows) for rows in by_edit]
     chunks: list[list[int]] = []
     rows, width = 0, (0, 0)
-    for edit in sorted(range(len(by_edit)), key=extent):
-        rest, before = extent(edit)
+    for edit in sorted(range(len(by_edit)), key=extents.__getitem__):
+        rest, before = extents[edit]
         rows, width = rows + len(by_edit[edit]), (max(width[0], rest), max(width[1], before))
         if not chunks or len(chunks[-1]) == limit or rows * sum(width) > token_budget:
             chunks.append([])
             rows, width = len(by_edit[edit]), (rest, before)
         chunks[-1].append(edit)
     return chunks
+
+
+def can_record(model: PreTrainedModel, layer: ExpertLayer) -> bool:
+    """Tell whether steps can be CUDA graphs. Under ZeRO-3 a step gathers weights, which cannot be recorded."""
+    return model.device.type == "cuda" and not is_partitioned(layer.down_proj)
 
 
 class _Batch:
@@ -167,9 +214,11 @@ class _Batch:
         # the edit's own h is that of its first row, which has no context before it
         first = torch.searchsorted(rows.edit, torch.arange(self.count, device=rows.edit.device))
         self.norm = rows.output.hidden[first, rows.token].float().norm(dim=-1)
-        self.reference = output[rows.label < 0]
+        self.reference = output.index_select(0, rows.neutral)
         self.start = self._nll(rows, output)
         self.whole, self.rows = rows, rows if prefix is None else rows.behind(prefix)
+        self._records = settings.cuda_graphs and can_record(model, layer)
+        self._recorded: Step | None = None
 
     def run(self, ranks: Ranks, mine: bool) -> Targets:
         """Optimise, step by step with the other ranks; the result of a batch that is not ``mine`` is empty."""
@@ -180,20 +229,19 @@ class _Batch:
         steps = torch.zeros(self.count, dtype=torch.long, device=norm.device)
         active = torch.full((self.count,), mine, device=norm.device)
         for step in range(settings.steps + 1):
-            variable = deltas.detach().requires_grad_(True)
-            loss, now = self._loss(variable)
+            now, gradient_of_loss = self._step(deltas, is_first=step == 0)
             if step == 0 and self.rows is not self.whole and ranks.any(not self._same(now)):
                 log.warning(
                     "%s does not say the same from the kept keys and values as from whole rows; whole rows are run",
                     type(self.upper.model).__name__,
                 )
                 self.rows = self.whole
-                loss, now = self._loss(variable)
+                now, gradient_of_loss = self._step(deltas, is_first=True)
             nll = torch.where(active, now, nll)
             active = active & (nll > settings.stop)
             if not ranks.any(step < settings.steps and bool(active.any())):
                 break
-            (gradient,) = torch.autograd.grad(loss, variable)
+            gradient = gradient_of_loss()
             # Adam by hand: edits that are done must not move, and each edit has its own step count
             chosen = active[:, None]
             moment = torch.where(chosen, 0.9 * moment + 0.1 * gradient, moment)
@@ -209,11 +257,29 @@ class _Batch:
         done = self.count if mine else 0
         return Targets(deltas[:done], nll[:done], steps[:done])
 
+    def _step(self, deltas: Tensor, is_first: bool) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Negative log-likelihoods ``[T]`` with ``deltas``, and how to get the gradient of the loss."""
+        if not is_first and self._records and self._recorded is None:
+            self._recorded = record(self.whole_step, deltas)
+            self._records = self._recorded is not None
+        if not is_first and self._recorded is not None:
+            now, gradient = self._recorded(deltas)
+            return now, lambda: gradient
+        variable = deltas.detach().requires_grad_(True)
+        loss, now = self._loss(variable)
+        return now, lambda: torch.autograd.grad(loss, variable)[0]
+
+    def whole_step(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihoods and gradient; nothing in it waits for a GPU."""
+        now, gradient_of_loss = self._step(deltas, is_first=True)
+        return now, gradient_of_loss()
+
     def _loss(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
         with self.precision:
             output = self.upper.log_probabilities(self.rows, deltas)
         nll = self._nll(self.rows, output)
-        divergence = F.kl_div(output[self.rows.label < 0], self.reference, log_target=True, reduction="none").sum()
+        neutral = output.index_select(0, self.rows.neutral)
+        divergence = F.kl_div(neutral, self.reference, log_target=True, reduction="none").sum()
         # the small constant keeps the gradient of the norm finite at zero
         decay = ((deltas.square().sum(-1) + 1e-12).sqrt() / self.norm**2).sum()
         loss = nll.sum() + self.settings.kl * divergence + self.settings.weight_decay * decay
@@ -235,8 +301,11 @@ class _Batch:
     def _drop(self, active: Tensor) -> None:
         """Leave the rows of finished edits out. A rank that is done runs one row along with the others."""
         kept = active[self.rows.edit]
-        if bool(kept.all()):
+        # to record anew costs as much as some steps
+        enough = 2 * int(kept.sum()) > len(kept) if self._recorded is not None else bool(kept.all())
+        if enough or len(kept) == 1:
             return
+        self._recorded = None
         if not bool(kept.any()):
             kept[0] = True
         neutral = self.rows.label < 0

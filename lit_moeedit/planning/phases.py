@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,10 @@ from transformers.initialization import no_init_weights
 from lit_moeedit.data import Fact, Neighbour
 from lit_moeedit.data.encoding import IGNORED_LABEL, pad_id, token_batches
 from lit_moeedit.editing import PHASES, Editor, evaluate
+from lit_moeedit.editing.evaluation import scoring_cost
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
+from lit_moeedit.editing.targets import TargetRow, batch_cost
+from lit_moeedit.editing.token_budget import LARGEST, Budget, fitting, forward_cost
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.numberless import Cost, Numberless, Tally
@@ -67,6 +71,54 @@ class Workload:
         return facts
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """Largest numbers of tokens in one forward, as a run has them.
+
+    Attributes:
+        forward: of statistics and features.
+        targets: of batches of edits.
+        evaluation: of prompts that are scored.
+    """
+
+    forward: int
+    targets: int
+    evaluation: int
+
+    @classmethod
+    def of(
+        cls,
+        editor: Editor,
+        model: PreTrainedModel,
+        layer: ExpertLayer,
+        rows: Sequence[Sequence[TargetRow]],
+        work: Workload,
+        free: float | None,
+    ) -> Budgets:
+        """What the settings of an editor say, or what ``auto`` chooses.
+
+        Args:
+            editor: of the run.
+            model: with or without numbers.
+            layer: the target layer.
+            rows: of each edit, for its target.
+            work: what the run works on.
+            free: bytes that a device has free; ``None`` for as many as are wanted.
+        """
+
+        def chosen(given: Budget, cost: float) -> int:
+            if isinstance(given, int):
+                return given
+            return LARGEST if free is None else fitting(cost, free)
+
+        scored = work.target_tokens / (work.prompt_tokens + work.target_tokens)
+        return cls(
+            chosen(editor.token_budget, forward_cost(model, layer)),
+            chosen(editor.targets.token_budget, batch_cost(model, layer, rows)),
+            chosen(editor.token_budget, scoring_cost(model, scored)),
+        )
+
+
 class Words:
     """A tokenizer to which every word is a token."""
 
@@ -97,14 +149,20 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> Iterator[PreTra
         yield AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def rehearse(module: LitMoE, editor: Editor, sharding: Sharding, work: Workload) -> list[Cost]:
-    """What every phase takes on one rank, in the order of a run that edits behind some training step.
+def rehearse(
+    module: LitMoE, editor: Editor, sharding: Sharding, work: Workload, card: float | None = None
+) -> tuple[list[Cost], Budgets]:
+    """Run every phase of a run that edits after some training step, as one of its ranks, without numbers.
 
     Args:
         module: with a ``model`` that :func:`empty_model` made, within its block.
         editor: of the run.
         sharding: how it is sharded.
         work: what it works on.
+        card: bytes of memory of a device, by which token budgets that are ``auto`` are chosen; ``None`` for no limit.
+
+    Returns:
+        what each phase takes, in order; and the token budgets of the edit.
 
     Raises:
         UnsupportedModelError: if a layer cannot be edited.
@@ -118,14 +176,15 @@ def rehearse(module: LitMoE, editor: Editor, sharding: Sharding, work: Workload)
         with tally:
             _train(module, sharding, work, tally)
             with sharded(model, sharding, tally.send):
-                _edit(model, layers, editor, sharding, work, tally)
+                budgets = _edit(model, layers, editor, sharding, work, tally, card)
     passes = tally.phases.pop("training step")
-    return [
+    costs = [
         building_cost(size, sharding, module.hparams["pretrained"] is not None),
         training_cost(size, sharding, passes),
         *(tally.phases[name] for name in (*PHASES, "evaluation") if name in tally.phases),
         checkpoint_cost(size, sharding),
     ]
+    return costs, budgets
 
 
 def _train(module: LitMoE, sharding: Sharding, work: Workload, tally: Tally) -> None:
@@ -154,7 +213,8 @@ def _edit(
     sharding: Sharding,
     work: Workload,
     tally: Tally,
-) -> None:
+    card: float | None = None,
+) -> Budgets:
     def ranks(rounds: int | None = None) -> RehearsedRanks:
         return RehearsedRanks(sharding, tally.send, tally.repeated, rounds)
 
@@ -164,25 +224,36 @@ def _edit(
     editor.memory, editor.solver = None, copy(editor.solver)
     if isinstance(editor.solver, Tucker):
         editor.solver.cache = None
+    rows = editor._encode(tokenizer, facts, model)[0]
+    by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
+    free = None if card is None else max(0.0, card - tally.alive)
+    budgets = Budgets.of(editor, model, layers[-1], by_edit, work, free)
+    steps, editor.targets = editor.targets.steps, copy(editor.targets)
+    editor.token_budget, editor.targets.token_budget = budgets.forward, budgets.targets
     moments: dict[int, SecondMoments] | None = None
     if editor.needs_moments:
-        batches = list(token_batches([work.text_tokens] * work.texts, editor.token_budget))
+        batches = list(token_batches([work.text_tokens] * work.texts, budgets.forward))
         texts = [" ".join(["word"] * work.text_tokens)] * len(batches[0])
         rounds = -(-len(batches) // sharding.ranks)
         with tally.phase("statistics"):
             moments = second_moments(
-                model, tokenizer, layers, texts, editor.token_budget, ranks=ranks(rounds), gated=editor.gated
+                model,
+                tokenizer,
+                layers,
+                texts,
+                budgets.forward,
+                ranks=ranks(rounds),
+                gated=editor.gated,
+                grouped=not sharding.on_cpu,
             )
             if editor.moments_on_cpu and not sharding.on_cpu:
                 tally.offload(sum(summed.total.nbytes for summed in moments.values()))
 
     def guard() -> bool:
         with tally.phase("evaluation"):
-            evaluate(model, tokenizer, facts, token_budget=editor.token_budget, ranks=ranks())
+            evaluate(model, tokenizer, facts, token_budget=budgets.evaluation, ranks=ranks())
         return True
 
-    steps, editor.targets = editor.targets.steps, copy(editor.targets)
-    rows = editor._encode(tokenizer, facts, model)[0]
     editor.targets.steps = 1
     with tally.phase("targets"):
         editor.targets.optimize(model, layers[-1], rows, pad_id(tokenizer), ranks=ranks())
@@ -194,3 +265,4 @@ def _edit(
     two = tally.phases["targets"]
     sent, flops = one.sent + (steps - 1) * (two.sent - one.sent), one.flops + (steps - 1) * (two.flops - one.flops)
     tally.phases["targets"] = replace(two, sent=sent, flops=flops)
+    return budgets

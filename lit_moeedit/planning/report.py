@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lit_moeedit.files import appearing
 from lit_moeedit.planning.numberless import Cost
-from lit_moeedit.planning.phases import Workload, empty_model, rehearse
+from lit_moeedit.planning.phases import Budgets, Workload, empty_model, rehearse
 from lit_moeedit.planning.reading import Run, read_run
 
 
@@ -44,7 +44,7 @@ def plan(
         config: a config of lit-moeedit fit.
         ranks: number of processes; by default as many as the config says.
         edits: number of facts to edit; by default as many as the config's data has.
-        card: memory of a device in GB, to say what does not fit.
+        card: memory of a device in GB, to say what does not fit, and which token budgets auto would choose there.
         prompt_tokens: length of a fact's prompt.
         target_tokens: length of a target.
         questions: prompts that an evaluation asks for each fact, with its paraphrases and neighbours (CounterFact: 13).
@@ -79,16 +79,18 @@ def plan(
     with _silent(), empty_model(run.model, run.dtype) as empty:
         parameters = empty.num_parameters()
         run.module.model = empty
-        costs = rehearse(run.module, run.editor, run.sharding, work)
+        room = None if card is None else card * 1e9
+        costs, budgets = rehearse(run.module, run.editor, run.sharding, work, room)
     console = Console()
     console.print(table(costs, run, parameters))
-    for line in remarks(costs, run, work, card):
+    for line in remarks(costs, run, work, budgets, card):
         console.print(line, highlight=False)
     if json is not None:
         content = {
             "parameters": parameters,
             "sharding": asdict(run.sharding),
             "work": asdict(work),
+            "token_budgets": asdict(budgets),
             "phases": {cost.phase: asdict(cost) for cost in costs},
         }
         with appearing(json) as beside:
@@ -138,8 +140,8 @@ def table(costs: Sequence[Cost], run: Run, parameters: int) -> Table:
     return result
 
 
-def remarks(costs: Sequence[Cost], run: Run, work: Workload, card: float | None = None) -> list[str]:
-    """What was assumed, which phase decides the peak, and whether a device with ``card`` GB has room for all phases."""
+def remarks(costs: Sequence[Cost], run: Run, work: Workload, budgets: Budgets, card: float | None = None) -> list[str]:
+    """Say what was assumed, which phase decides the peak, and whether a device with ``card`` GB has room for all."""
     editor = run.editor
     texts = "no texts" if editor.preserve == "none" else f"{work.texts:,} texts of {work.text_tokens} tokens"
     most = max(costs, key=lambda cost: cost.peak)
@@ -148,6 +150,7 @@ def remarks(costs: Sequence[Cost], run: Run, work: Workload, card: float | None 
         f"{work.target_tokens} tokens behind {len(editor.contexts)} context(s), {editor.targets.steps} steps for their "
         f"targets, {work.questions} questions each; {texts}; layers {', '.join(map(str, editor.layers))}; "
         f"commit {editor.way}.",
+        _budgets_line(budgets, run, card),
         f"The peak is that of: {most.phase}, {size(most.peak)} per rank.",
     ]
     if card is not None:
@@ -157,6 +160,18 @@ def remarks(costs: Sequence[Cost], run: Run, work: Workload, card: float | None 
             f"A device with {card:g} GB: " + (f"too small for {', '.join(missing)}." if missing else f"{fits}.")
         )
     return lines
+
+
+def _budgets_line(budgets: Budgets, run: Run, card: float | None) -> str:
+    """Name the token budgets, and who chose them."""
+    given = {"forward": run.editor.token_budget, "targets": run.editor.targets.token_budget}
+    parts = {"statistics and features": "forward", "targets": "targets", "evaluation": "evaluation"}
+    named = [
+        f"{name} {getattr(budgets, field):,}{' (auto)' if given.get(field, given['forward']) == 'auto' else ''}"
+        for name, field in parts.items()
+    ]
+    hint = " Give --card for what auto would choose on a device." if card is None and "auto" in given.values() else ""
+    return f"Tokens at a time: {', '.join(named)}.{hint}"
 
 
 def size(number: int) -> str:

@@ -19,6 +19,26 @@ class RankError(RuntimeError):
     """Another rank failed, so that nothing may be changed on this one either."""
 
 
+class RankOutOfMemoryError(RankError):
+    """Other ranks ran out of memory, and no rank failed otherwise."""
+
+
+_OUT_OF_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, on this rank or another: an error that less work at a time may not meet."""
+    if isinstance(error, torch.OutOfMemoryError | RankOutOfMemoryError):
+        return True
+    # libraries on the device and the CPU's allocator raise a plain error
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
 class Ranks:
     """All processes of a run, or one process alone.
 
@@ -69,22 +89,32 @@ class Ranks:
             whether the flag is set on some rank.
 
         Raises:
-            RankError: naming the rank that failed and its message.
+            RankError: naming the rank that failed and its message. A :class:`RankOutOfMemoryError` if memory is all
+                that any rank lacked; where another rank failed otherwise, one that lacked memory raises a plain one,
+                so that it does not try again alone.
         """
         if self.size > 1:
             flags = torch.tensor([int(error is not None), int(flag)])
             dist.all_reduce(flags, group=self._control)
             if flags[0]:
-                found: list[str | None] = [None] * self.size
-                text = None if error is None else f"{type(error).__name__}: {error}"
-                dist.all_gather_object(found, text, group=self._control)
-                failed = [f"rank {rank} failed: {text}" for rank, text in enumerate(found) if text is not None]
-                error = error if error is not None else RankError("; ".join(failed))
+                error = self._everybodys(error)
             flag = bool(flags[1])
         if error is not None:
             self._known = error
             raise error
         return flag
+
+    def _everybodys(self, error: BaseException | None) -> BaseException:
+        """The error to raise on this rank when some rank has one."""
+        found: list[tuple[str, bool] | None] = [None] * self.size
+        own = None if error is None else (f"{type(error).__name__}: {error}", is_out_of_memory(error))
+        dist.all_gather_object(found, own, group=self._control)
+        failed = {rank: state for rank, state in enumerate(found) if state is not None}
+        message = "; ".join(f"rank {rank} failed: {text}" for rank, (text, _) in failed.items())
+        is_memory = all(lacked for _, lacked in failed.values())
+        if error is not None and (is_memory or not is_out_of_memory(error)):
+            return error
+        return RankOutOfMemoryError(message) if is_memory else RankError(message)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -101,6 +131,15 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank."""
         return self.agree(flag=flag)
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        self.agree()
+        smallest = torch.tensor(number)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._control)
+        return int(smallest)
 
     def check_same(self, what: str, values: Sequence[str]) -> None:
         """Check that all ranks hold the same texts.

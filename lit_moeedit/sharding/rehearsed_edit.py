@@ -48,6 +48,10 @@ class RehearsedRanks(Ranks):
         return flag
 
     @override
+    def least(self, number: int) -> int:
+        return number
+
+    @override
     def check_same(self, what: str, values: Sequence[str]) -> None:
         return
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,16 +39,10 @@ def expert_batches(problem: EditProblem) -> Iterator[ExpertBatch]:
 
     A Python step per expert costs more than the products of experts that few edits visit: they go together.
     """
-    groups = sorted((pairs for _, pairs in problem.experts()), key=len, reverse=True)
-    start = 0
-    while start < len(groups):
-        longest = len(groups[start])
-        most = max(1, BUDGET // (longest * max(longest, problem.features.shape[1])))
-        stop = start + 1
-        while stop < min(len(groups), start + most) and 5 * len(groups[stop]) >= 4 * longest:
-            stop += 1
-        chosen = groups[start:stop]
-        start = stop
+    groups = [pairs for _, pairs in problem.experts()]
+    for batch in similar([len(pairs) for pairs in groups], problem.features.shape[1], BUDGET):
+        chosen = [groups[i] for i in batch]
+        longest = len(chosen[0])
         if len(chosen[-1]) == longest:
             pairs, valid = torch.stack(chosen), None
         else:
@@ -56,3 +50,27 @@ def expert_batches(problem: EditProblem) -> Iterator[ExpertBatch]:
             pairs = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
             valid = torch.arange(longest, device=counts.device) < counts[:, None]
         yield ExpertBatch(pairs, problem.edit_index[pairs], valid)
+
+
+def similar(lengths: Sequence[int], width: int, budget: int) -> Iterator[list[int]]:
+    """Indices of rows of similar lengths, the longest first: no batch has one that is more than a fifth shorter.
+
+    Args:
+        lengths: of the rows, positive.
+        width: numbers of each entry; a row of length ``n`` is taken to have ``n · max(n, width)``.
+        budget: largest number of numbers in a batch of several rows, padded to the longest.
+
+    Example:
+        >>> list(similar([9, 1, 10, 5], width=1, budget=1000))
+        [[2, 0], [3], [1]]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    start = 0
+    while start < len(order):
+        longest = lengths[order[start]]
+        most = max(1, budget // (longest * max(longest, width)))
+        stop = start + 1
+        while stop < min(len(order), start + most) and 5 * lengths[order[stop]] >= 4 * longest:
+            stop += 1
+        yield order[start:stop]
+        start = stop

@@ -201,7 +201,7 @@ def test_a_pass_that_was_broken_off_goes_on(run, folder: Path, at: int, caplog) 
     assert run()[1] == 0
 
 
-def test_an_unfinished_pass_over_other_batches_is_not_gone_on_with(run, folder: Path) -> None:
+def test_an_unfinished_pass_goes_on_in_other_batches(run, folder: Path) -> None:
     cache, seen = MomentsCache(folder, save_every=0.0), list[int]()
 
     def fail(done: int, total: int) -> None:
@@ -213,8 +213,11 @@ def test_an_unfinished_pass_over_other_batches_is_not_gone_on_with(run, folder: 
         run(cache=cache, progress=fail)
     plain, forwards = run(cache=None, token_budget=50)
     found, again = run(cache=cache, token_budget=50)
-    assert again == forwards
-    assert_equal(found, plain)
+    assert again < forwards
+    for one, other in zip(found.values(), plain.values(), strict=True):
+        assert torch.equal(one.count, other.count)
+        # float32 sums in another order
+        torch.testing.assert_close(one.total, other.total, rtol=1e-4, atol=1e-5 * float(other.total.abs().max()))
 
 
 def test_nothing_is_saved_before_its_time(run, folder: Path) -> None:

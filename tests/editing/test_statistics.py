@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
-from lit_moeedit.models import experts as experts_module
-from lit_moeedit.models.experts import expert_layers, routed_keys
+from lit_moeedit.models import keys as keys_module
+from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.models.keys import KeyRows, routed_keys
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def test_blocks_of_any_size_give_the_same_sums(monkeypatch, model, tokenizer, te
     layers = list(expert_layers(model).values())
     whole = second_moments(model, tokenizer, layers, texts)
     with monkeypatch.context() as patch:
-        patch.setitem(experts_module.BLOCK, "cpu", block)
+        patch.setitem(keys_module.BLOCK, "cpu", block)
         parts = second_moments(model, tokenizer, layers, texts, token_budget)
     for index, moments in whole.items():
         assert_same(parts[index], moments.total, moments.count)
@@ -245,3 +246,38 @@ def test_mean_divides_by_the_tokens_of_each_expert() -> None:
     torch.testing.assert_close(mean[1], torch.zeros(2, 2))
     torch.testing.assert_close(mean[2], torch.tensor([[9 / 3, 0.0], [0.0, (4 + 4) / 3]]))
     assert torch.equal(moments.mean(torch.tensor([2])), mean[2:])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_all_experts_at_once_give_the_same_sums(make_model, tokenizer, texts, model_type: str, gated: bool) -> None:
+    model = make_model(model_type)
+    layers = [expert_layers(model)[index] for index in (1, 2)]
+    one = second_moments(model, tokenizer, layers, texts, 120, gated=gated, grouped=False)
+    other = second_moments(model, tokenizer, layers, texts, 120, gated=gated, grouped=True)
+    for index, moments in one.items():
+        assert torch.equal(other[index].tokens, moments.tokens)
+        assert_same(other[index], moments.total, moments.count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [200, 2000, 20000])
+def test_sums_of_several_experts_are_within_1e_4_of_float64(dtype: torch.dtype, gated: bool, tokens: int) -> None:
+    """Experts of very different sizes, some without tokens; what tensor cores would multiply is rounded here, too."""
+    draw = torch.Generator().manual_seed(0)
+    shares = torch.tensor([0.3, 0.0, 0.25, 0.2, 0.1, 0.0, 0.1, 0.05])
+    counts = (shares * tokens).long().tolist()
+    keys = (torch.randn(sum(counts), 48, generator=draw) * 3).to(dtype)
+    gates = torch.rand(len(keys), generator=draw)
+    moments = SecondMoments(torch.zeros(8, 48, 48), torch.zeros(8, dtype=torch.long), torch.zeros(1), gated)
+    for _ in range(2):
+        moments.add_all(KeyRows({j: count for j, count in enumerate(counts) if count}, keys, gates))
+    assert moments.count.tolist() == [2 * count for count in counts]
+    rows = keys.double() * (gates.double()[:, None] if gated else 1.0)
+    exact = torch.stack([2 * own.T @ own for own in rows.split(counts)])
+    difference = (moments.total.double() - exact).flatten(1).norm(dim=1)
+    assert float(difference.norm() / exact.norm()) <= 1e-4
+    assert bool((difference <= 1e-4 * exact.flatten(1).norm(dim=1)).all())
+    eigenvalues = torch.linalg.eigvalsh(moments.total.double())
+    assert float(eigenvalues.min()) >= -1e-6 * float(eigenvalues.max())

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.data.encoding import EditToken, Encoding, encode, join
 from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing import targets as targets_module
+from lit_moeedit.editing.running import inference
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets, _chunks
 from lit_moeedit.models.experts import expert_layers
 
@@ -294,3 +298,66 @@ def test_without_contexts_and_neutral_prompts(model: PreTrainedModel, plain_hidd
 def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TargetOptimizer(**arguments)
+
+
+class Waiting(TorchDispatchMode):
+    """Notes the operations for whose result a GPU has to be waited for, or which move data between devices."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "lift_fresh", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        masks = [i for i in (args[1] if name == "index" else ()) if i is not None and i.dtype is torch.bool]
+        if masks or any(name.startswith(part) or name.startswith(f"_{part}") for part in self.NAMES):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "olmoe"])
+def test_a_step_waits_for_nothing(make_model, tokenizer, facts, monkeypatch, model_type: str) -> None:
+    """So that it can be recorded as a CUDA graph; of the mask transformers does not ask while it is recorded."""
+    model = make_model(model_type)
+    model.set_experts_implementation("grouped_mm")
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts)
+    by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor=None: True)
+    with inference(model, gradients=True):
+        batch = targets_module._Batch(TargetOptimizer(steps=1), model, layer, by_edit, 0)
+        deltas = torch.zeros(len(by_edit), 32)
+        batch.whole_step(deltas)  # places are found once
+        with Waiting() as waiting:
+            batch.whole_step(deltas)
+    assert not waiting.found
+
+
+def test_recorded_steps_are_replayed_until_half_of_the_rows_are_done(model, tokenizer, facts, monkeypatch) -> None:
+    recorded: list[int] = []
+
+    def record(step, example):
+        recorded.append(len(example))
+        return step
+
+    monkeypatch.setattr(targets_module, "can_record", lambda model, layer: True)
+    monkeypatch.setattr(targets_module, "record", record)
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts)
+    settings = {"steps": 12, "learning_rate": 0.5, "clamp": 4.0, "weight_decay": 0.0, "stop": 1.5}
+    expected = TargetOptimizer(**settings).optimize(model, layer, rows, 0)
+    assert not recorded
+    found = TargetOptimizer(**settings, cuda_graphs=True).optimize(model, layer, rows, 0)
+    assert 1 <= len(recorded) < int(expected.steps.max())
+    assert torch.equal(found.steps, expected.steps)
+    # rows of finished edits run along, which changes the order of sums
+    torch.testing.assert_close(found.deltas, expected.deltas, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_that_cannot_be_recorded_is_run_as_ever(model, tokenizer, facts, monkeypatch) -> None:
+    monkeypatch.setattr(targets_module, "can_record", lambda model, layer: True)
+    monkeypatch.setattr(targets_module, "record", lambda step, example: None)
+    layer, rows = expert_layers(model)[1], rows_of(tokenizer, facts)
+    expected = TargetOptimizer(steps=3, stop=0.0).optimize(model, layer, rows, 0)
+    found = TargetOptimizer(steps=3, stop=0.0, cuda_graphs=True).optimize(model, layer, rows, 0)
+    assert torch.equal(found.deltas, expected.deltas)

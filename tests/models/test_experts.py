@@ -13,20 +13,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lit_moeedit.models import experts as experts_module
-from lit_moeedit.models.experts import (
-    ExpertLayer,
-    RoutedKeys,
-    Routing,
-    UnsupportedModelError,
-    check_editable,
-    expert_layers,
-    find_model,
-    routed_keys,
-    stream_keys,
-    watch_keys,
-    watch_routing,
-)
+from lit_moeedit.models import keys as keys_module
+from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError, check_editable, expert_layers, find_model
+from lit_moeedit.models.keys import RoutedKeys, Routing, routed_keys, stream_keys, watch_keys, watch_routing
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "mixtral", "olmoe", "deepseek_v3"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # the same sums of some dozens of float32 products, in another order
@@ -187,7 +176,7 @@ def test_streamed_keys_are_those_that_are_watched(make_model, input_ids: Tensor,
 @torch.no_grad()
 def test_streaming_leaves_out_what_is_not_wanted(model: PreTrainedModel, input_ids: Tensor, monkeypatch) -> None:
     model.eval()
-    monkeypatch.setitem(experts_module.BLOCK, "cpu", 2)
+    monkeypatch.setitem(keys_module.BLOCK, "cpu", 2)
     layers, sizes, chosen = list(expert_layers(model).values()), [], torch.tensor([0, 1, 9, 10])
     outputs: list[Tensor] = []
     handles = [layer.experts.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in layers]

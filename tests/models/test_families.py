@@ -21,8 +21,9 @@ from lit_moeedit.editing.routing import trace_routing
 from lit_moeedit.editing.running import decoder_layers, inference, logits
 from lit_moeedit.editing.target_rows import TargetRow, UpperLayers, lay_out
 from lit_moeedit.models import families as module
-from lit_moeedit.models.experts import ExpertLayer, RoutedKeys, UnsupportedModelError, expert_layers, watch_keys
+from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError, expert_layers
 from lit_moeedit.models.families import Family, families, small_model
+from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.module import LitMoE
 
 pytestmark = pytest.mark.families

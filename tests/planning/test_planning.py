@@ -53,7 +53,7 @@ def planned(family: str, sharding: Sharding, editor: Editor, work: Workload = WO
     keys = keys_of(family)
     module, dtype = LitMoE(config=keys), torch.float32 if sharding.itemsize == 4 else torch.bfloat16
     with empty_model(AutoConfig.for_model(**keys), dtype) as module.model:
-        costs = {cost.phase: cost for cost in rehearse(module, editor, sharding, work)}
+        costs = {cost.phase: cost for cost in rehearse(module, editor, sharding, work)[0]}
         # no trace of the rehearsal is left in the model
         for part in module.model.modules():
             assert not (part._forward_pre_hooks or part._backward_pre_hooks or part._backward_hooks)

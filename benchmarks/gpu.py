@@ -35,6 +35,7 @@ from benchmarks.gpu_phases import Deadline, Subject, free
 from benchmarks.gpu_report import FEW, MANY
 from benchmarks.training import RESULTS, ROOT, quiet, write
 
+GRAPHS = f"{FEW}, CUDA graphs"
 SIZES = {FEW: (50, 6), MANY: (1000, 12)}
 """Facts that are edited, and how many with tiny models."""
 TOKENS = {"whole": 439_000, "one layer": 50_000, "moments": 30_000}
@@ -66,6 +67,8 @@ class Parts:
             MANY: self.many,
             "one layer of GPT-OSS-20B": lambda: self.one_layer(gpu_models.GPT_OSS),
             "one layer of Qwen3.6-35B-A3B": lambda: self.one_layer(gpu_models.QWEN36),
+            # behind the others on the card, which a failed recording may leave unusable
+            GRAPHS: self.graphs,
             **{f"fit, {name}": lambda name=name: self.fit(name) for name in STRATEGIES},
         }
 
@@ -83,6 +86,16 @@ class Parts:
         """An edit of many facts with second moments of less text."""
         subject = self._subject()
         return subject.found | subject.edit(self._count(MANY), subject.some_moments(), count_targets=False)
+
+    def graphs(self) -> dict[str, Any]:
+        """Targets whose steps are recorded: proofs as before, and an edit."""
+        if self.device.type != "cuda":
+            raise gpu_models.LeftOutError("a CPU records no CUDA graphs")
+        proved = gpu_checks.compare_devices(self.device, self.words, 4, gpu_checks.recording_editor)
+        self.drop()
+        subject = self._subject()
+        found = subject.edit(self._count(FEW), subject.some_moments(), count_targets=False, cuda_graphs=True)
+        return subject.found | found | {"checks": proved["checks"] + found["checks"]}
 
     def one_layer(self, case: gpu_models.Case) -> dict[str, Any]:
         """An edit of one layer of another model, with another one above it."""

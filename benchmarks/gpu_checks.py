@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -128,8 +128,19 @@ def down_projections(model: PreTrainedModel) -> Tensor:
     return torch.cat([layers[index].down_proj.detach().cpu().flatten() for index in EDITED])
 
 
-def compare_devices(device: torch.device, words: PreTrainedTokenizerFast, count: int) -> dict[str, Any]:
-    """Every pair of solver and preservation in every family, on the card and on the CPU."""
+def recording_editor() -> dict[str, Editor]:
+    """An editor whose steps of the targets are recorded as CUDA graphs on a card, and run as ever on a CPU."""
+    targets = TargetOptimizer(steps=4, learning_rate=0.1, stop=0.0, cuda_graphs=True)
+    return {"Woodbury, output, CUDA graphs": Editor(EDITED, targets=targets)}
+
+
+def compare_devices(
+    device: torch.device,
+    words: PreTrainedTokenizerFast,
+    count: int,
+    make_editors: Callable[[], dict[str, Editor]] = editors,
+) -> dict[str, Any]:
+    """Some editors in every family, on the card and on the CPU; and an edit of each family that is broken off."""
     candidates, statements = gpu_models.facts(3 * count), gpu_models.statements(100)
     found = []
     for family in FAMILIES:
@@ -137,7 +148,7 @@ def compare_devices(device: torch.device, words: PreTrainedTokenizerFast, count:
         clear = decided(original, words, [join(fact.prompt, fact.target_new) for fact in candidates])
         facts = list(itertools.compress(candidates, clear))[:count]
         texts = list(itertools.compress(statements, decided(original, words, statements)))
-        for name, editor in editors().items():
+        for name, editor in make_editors().items():
             after = []
             for where in (torch.device("cpu"), device):
                 model = copy.deepcopy(original).to(where)

@@ -136,9 +136,9 @@ class _Recording:
         return deltas
 
 
-def editor(layers: Sequence[int], steps: int, solver: Any = None) -> Editor:
+def editor(layers: Sequence[int], steps: int, solver: Any = None, cuda_graphs: bool = False) -> Editor:
     """The editor that is measured; its targets take all their steps."""
-    targets = TargetOptimizer(steps=steps, learning_rate=0.1, clamp=0.75, stop=0.0)
+    targets = TargetOptimizer(steps=steps, learning_rate=0.1, clamp=0.75, stop=0.0, cuda_graphs=cuda_graphs)
     return Editor(layers, solver if solver is not None else Woodbury(), targets)
 
 
@@ -188,7 +188,9 @@ class Subject:
         gated = editor(self.layers, 1).gated
         return second_moments(self.model, self.words, layers, self.texts[:SOME_TEXTS], gated=gated)
 
-    def edit(self, count: int, moments: Moments | None = None, count_targets: bool = True) -> dict[str, Any]:
+    def edit(
+        self, count: int, moments: Moments | None = None, count_targets: bool = True, cuda_graphs: bool = False
+    ) -> dict[str, Any]:
         """Edit so many facts, measured, behind short edits that count launches.
 
         Args:
@@ -196,6 +198,7 @@ class Subject:
             moments: second moments, if they are not to be measured here.
             count_targets: whether launches of the targets are counted; a step of many edits launches so much that a
                 profile of it takes longer than all of its steps.
+            cuda_graphs: whether steps of the targets are recorded as CUDA graphs.
         """
         facts, found = gpu_models.facts(count), dict[str, Any]()
         # what is slow only the first time is in these runs
@@ -204,7 +207,7 @@ class Subject:
         recording, meter = _Recording(), Meter(self.device)
         batches, handle = self._batches(meter)
         try:
-            result = editor(self.layers, STEPS, recording).edit(
+            result = editor(self.layers, STEPS, recording, cuda_graphs).edit(
                 self.model,
                 self.words,
                 facts,

@@ -49,7 +49,7 @@ def test_the_whole_command_with_tiny_models(tmp_path: Path) -> None:
     assert {part["status"] for part in results["parts"].values()} <= {"done", "left out"}
     left_out = [name for name, part in results["parts"].items() if part["status"] == "left out"]
     if results["machine"]["deepspeed"]:
-        assert not left_out
+        assert left_out == [gpu.GRAPHS]
     checks = list(gpu_report.checks(results))
     assert all(check["passed"] for _, check in checks)
     families = {check["name"].partition(":")[0] for name, check in checks if name == "CPU against GPU"}

@@ -80,6 +80,14 @@ def _build(model_type: str, **changes: Any) -> PreTrainedModel:
     return model.train()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch.cuda.is_available() is false"))
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., PreTrainedModel]:
     """``make_model(model_type, **config)``: a random float32 model in training mode, the same at every call."""

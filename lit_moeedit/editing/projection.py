@@ -129,10 +129,14 @@ class Shaping:
     @full_precision()
     def _rows(self, rows: Tensor, expert_index: Tensor, matrices: Tensor) -> Tensor:
         place = {expert: i for i, expert in enumerate(self.experts.tolist())}
-        shaped = torch.empty_like(rows)
-        for expert, positions in group_positions(expert_index):
-            shaped[positions] = rows[positions] @ matrices[place[expert]].to(rows)
-        return shaped
+        groups = list(group_positions(expert_index))
+        if not groups:
+            return torch.empty_like(rows)
+        # sorted once, so that an expert is a slice and one product, which is all that a GPU has to start for it
+        order = torch.cat([positions for _, positions in groups])
+        slices = rows[order].split([len(positions) for _, positions in groups])
+        products = [own @ matrices[place[expert]].to(rows) for (expert, _), own in zip(groups, slices, strict=True)]
+        return torch.empty_like(rows).index_copy_(0, order, torch.cat(products))
 
 
 def _by_eigenvectors(moment: Tensor, device: torch.device, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -130,13 +130,14 @@ class Shaping:
     def _rows(self, rows: Tensor, expert_index: Tensor, matrices: Tensor) -> Tensor:
         place = {expert: i for i, expert in enumerate(self.experts.tolist())}
         groups = list(group_positions(expert_index))
-        if not groups:
-            return torch.empty_like(rows)
-        # sorted once, so that an expert is a slice and one product, which is all that a GPU has to start for it
-        order = torch.cat([positions for _, positions in groups])
-        slices = rows[order].split([len(positions) for _, positions in groups])
-        products = [own @ matrices[place[expert]].to(rows) for (expert, _), own in zip(groups, slices, strict=True)]
-        return torch.empty_like(rows).index_copy_(0, order, torch.cat(products))
+        # sorted once, so that an expert is a slice and one product: all that a GPU has to start for it
+        order = torch.cat([expert_index[:0], *(positions for _, positions in groups)])
+        given = rows[order]
+        shaped, sizes = torch.empty_like(given), [len(positions) for _, positions in groups]
+        for (expert, _), own, result in zip(groups, given.split(sizes), shaped.split(sizes), strict=True):
+            torch.mm(own, matrices[place[expert]].to(rows), out=result)
+        given[order] = shaped
+        return given
 
 
 def _by_eigenvectors(moment: Tensor, device: torch.device, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ from lit_moeedit.solvers.problem import EditProblem, cholesky, is_sound
 from lit_moeedit.solvers.rounding import working_dtype
 
 MARGIN = 300.0
-"""By how much pivots must stand out of rounding for the system of an expert to be inverted in a batch.
+"""How many times the noise of rounding all pivots of an expert's system must be for it to be inverted in a batch.
 
-The error of an inverse in float32 adds about the inverse square of it to the objective: 1e-5, and less for more edits.
-Systems that are nearer to singular are inverted one by one, where :func:`cholesky` chooses the precision.
+The error of such an inverse in float32 adds at most about ``1 / MARGIN²`` of it to the objective, 1e-5. Systems that
+are nearer to singular are inverted one by one, where :func:`cholesky` chooses the precision.
 """
 
 
@@ -197,6 +197,7 @@ class _Block:
 
 
 def _blocks(problem: EditProblem) -> list[_Block]:
+    """The experts that are visited, in ascending order, none of them changed yet."""
     experts, dimensions = problem.experts(), problem.features.shape[1]
     counts = [len(pairs) for _, pairs in experts]
     order = torch.cat([problem.edit_index[:0], *(pairs for _, pairs in experts)])
@@ -234,7 +235,7 @@ def _dual_inverses(problem: EditProblem) -> dict[int, Tensor]:
         for i, own in zip(sound, inverse, strict=True):
             member = batch.members[i]
             size = len(problem.experts()[member][1])
-            inverses[member] = own[:size, :size].contiguous()
+            inverses[member] = own if sizes is None else own[:size, :size].clone()  # a view would keep the padding
     return inverses
 
 

@@ -191,6 +191,19 @@ def test_features_that_are_nearly_dependent(make_problem, edits: int, d_hidden: 
     assert problem.objective(deltas) == pytest.approx(expected, rel=1e-5)
 
 
+def test_only_experts_that_need_it_are_solved_in_float64(make_problem) -> None:
+    """Experts with four and five edits share a batch; in one of them two edits all but repeat each other."""
+    some = make_problem(25, 1, 40, ridge=1e-3, share=1.0)
+    expert = torch.tensor([0] * 4 + [1] * 5 + [2] * 4 + [3] * 5 + [4] * 4 + [5] * 3)
+    features = 30 * some.features
+    features[12] = 1.001 * features[9]
+    problem = EditProblem(torch.arange(25), expert, features, some.residuals, 6, ridge=1e-3)
+    assert [block.inverse.dtype == torch.float64 for block in _blocks(problem)] == [False, False, True] + 3 * [False]
+    deltas = BlockCoordinateDescent(passes=2, seed=1).solve(problem)
+    expected = problem.objective(dense_deltas(published(problem, 2, 1)))
+    assert problem.objective(deltas) == pytest.approx(expected, rel=1e-5)
+
+
 def test_inverses_have_no_more_numbers_than_features(make_problem) -> None:
     problem = make_problem(20, 6, 9, seed=4, share=0.45)
     blocks = _blocks(problem)

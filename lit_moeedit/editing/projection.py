@@ -129,10 +129,15 @@ class Shaping:
     @full_precision()
     def _rows(self, rows: Tensor, expert_index: Tensor, matrices: Tensor) -> Tensor:
         place = {expert: i for i, expert in enumerate(self.experts.tolist())}
-        shaped = torch.empty_like(rows)
-        for expert, positions in group_positions(expert_index):
-            shaped[positions] = rows[positions] @ matrices[place[expert]].to(rows)
-        return shaped
+        groups = list(group_positions(expert_index))
+        # sorted once, so that an expert is a slice and one product: all that a GPU has to start for it
+        order = torch.cat([expert_index[:0], *(positions for _, positions in groups)])
+        given = rows[order]
+        shaped, sizes = torch.empty_like(given), [len(positions) for _, positions in groups]
+        for (expert, _), own, result in zip(groups, given.split(sizes), shaped.split(sizes), strict=True):
+            torch.mm(own, matrices[place[expert]].to(rows), out=result)
+        given[order] = shaped
+        return given
 
 
 def _by_eigenvectors(moment: Tensor, device: torch.device, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

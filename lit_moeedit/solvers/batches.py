@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,11 +20,13 @@ class ExpertBatch:
     """Pairs of ``B`` experts, padded to the ``M`` of the one with the most.
 
     Attributes:
+        members: ``B`` positions of the experts in ``problem.experts()``.
         pairs: ``[B, M]`` positions of the pairs in the problem; any position where ``valid`` is false.
         edits: ``[B, M]`` the edits of these pairs.
         valid: ``[B, M]``, or ``None`` if nothing is padded.
     """
 
+    members: Sequence[int]
     pairs: Tensor
     edits: Tensor
     valid: Tensor | None
@@ -40,16 +43,19 @@ def expert_batches(problem: EditProblem) -> Iterator[ExpertBatch]:
     A Python step per expert costs more than the products of experts that few edits visit: they go together.
     """
     groups = [pairs for _, pairs in problem.experts()]
-    for batch in similar([len(pairs) for pairs in groups], problem.features.shape[1], BUDGET):
-        chosen = [groups[i] for i in batch]
+    for members in similar([len(pairs) for pairs in groups], problem.features.shape[1], BUDGET):
+        chosen = [groups[member] for member in members]
         longest = len(chosen[0])
         if len(chosen[-1]) == longest:
             pairs, valid = torch.stack(chosen), None
         else:
-            counts = torch.tensor([len(pairs) for pairs in chosen], device=chosen[0].device)
-            pairs = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
-            valid = torch.arange(longest, device=counts.device) < counts[:, None]
-        yield ExpertBatch(pairs, problem.edit_index[pairs], valid)
+            # one copy and an index: on a GPU pad_sequence starts a kernel for each expert
+            sizes = [len(pairs) for pairs in chosen]
+            ends = torch.tensor([sizes, list(accumulate(sizes))], device=chosen[0].device)[:, :, None]
+            places = torch.arange(longest, device=ends.device)
+            valid = places < ends[0]
+            pairs = torch.cat(chosen)[torch.where(valid, ends[1] - ends[0] + places, 0)]
+        yield ExpertBatch(members, pairs, problem.edit_index[pairs], valid)
 
 
 def similar(lengths: Sequence[int], width: int, budget: int) -> Iterator[list[int]]:

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.precision import full_precision
+from lit_moeedit.solvers.batches import expert_batches
 from lit_moeedit.solvers.deltas import ExpertDeltas
-from lit_moeedit.solvers.problem import EditProblem, cholesky
+from lit_moeedit.solvers.problem import EditProblem, cholesky, is_sound
 from lit_moeedit.solvers.rounding import working_dtype
+
+MARGIN = 300.0
+"""How many times the noise of rounding all pivots of an expert's system must be for it to be inverted in a batch.
+
+The error of such an inverse in float32 adds at most about ``1 / MARGIN²`` of it to the objective, 1e-5. Systems that
+are nearer to singular are inverted one by one, where :func:`cholesky` chooses the precision.
+"""
 
 
 class BlockCoordinateDescent:
@@ -74,90 +82,161 @@ class BlockCoordinateDescent:
                 f"start must have {problem.num_experts} experts of shape {shape}, "
                 f"got {start.num_experts} of {start.shape}"
             )
-        blocks = [_Block(problem, expert, pairs) for expert, pairs in problem.experts()]
+        blocks = _blocks(problem)
         running = problem.residuals.to(working_dtype(problem), copy=True)
-        objective = float(running.double().square().sum())
         if start is not None:
-            objective = problem.objective(start)
             for block in blocks:
-                block.start = start.rows(block.expert)
-                if block.start is not None:
-                    running[block.edits] -= block.effect(problem).to(running.dtype)
+                block.begin(start.rows(block.expert), running)
+        # the objective, and by how much a pass lowers it, stay on the device, and are read only for the tolerance
+        objective, fall = 0.0, None
+        if self.tolerance:
+            objective = float(running.double().square().sum()) if start is None else problem.objective(start)
+            fall = running.new_zeros((), dtype=torch.float64)
         generator = torch.Generator().manual_seed(self.seed)
         for number in range(self.passes):
-            fall = 0.0
             for i in torch.randperm(len(blocks), generator=generator).tolist():
-                fall += blocks[i].update(problem, running)
+                blocks[i].update(running, fall)
                 if self.on_block is not None:
                     self.on_block(problem.objective(_collect(problem, blocks)))
-            if self.tolerance:
+            if fall is not None:
+                fallen = float(fall)
                 if start is not None and number == 0:  # blocks know only how far they fell from nothing
-                    fall = objective - problem.objective(_collect(problem, blocks))
-                if fall <= self.tolerance * objective:
+                    fallen = objective - problem.objective(_collect(problem, blocks))
+                if fallen <= self.tolerance * objective:
                     break
-                objective -= fall
+                objective -= fallen
+                fall.zero_()
         return _collect(problem, blocks)
 
 
 class _Block:
-    """One expert: the inverse of its system, and its current delta ``leftᵀ right``."""
+    """One expert: the inverse of its system, and its current delta ``leftᵀ right``.
 
-    def __init__(self, problem: EditProblem, expert: int, pairs: Tensor) -> None:
-        self.expert, self.pairs, self.edits, self.ridge = expert, pairs, problem.edit_index[pairs], problem.ridge
-        given = problem.features[pairs]
-        count, dimensions = given.shape
-        what = f"the system of expert {expert} at ridge {problem.ridge:g}"
+    Args:
+        expert: which.
+        edits: ``[T_j]``, those that visit it.
+        features: ``[T_j, d_hidden]``, theirs.
+        left: zeros ``[min(T_j, d_hidden), d_model]`` to hold the left factor.
+        ridge: ``λ``.
+        inverse: of the system in the dual form, if it is known and good enough.
+    """
+
+    def __init__(
+        self, expert: int, edits: Tensor, features: Tensor, left: Tensor, ridge: float, inverse: Tensor | None
+    ) -> None:
+        self.expert, self.edits, self.given, self.ridge = expert, edits, features, ridge
+        count, dimensions = features.shape
+        what = f"the system of expert {expert} at ridge {ridge:g}"
 
         def invert(rows: Tensor, dtype: torch.dtype) -> Tensor:
             def system(dtype: torch.dtype) -> Tensor:
                 matrix = rows.to(dtype) @ rows.to(dtype).T
-                matrix.diagonal().add_(problem.ridge)
+                matrix.diagonal().add_(ridge)
                 return matrix
 
             return torch.cholesky_inverse(cholesky(system, dtype, what))
 
         self.dual = count <= dimensions
-        self.right, features = given, given
-        self.inverse = invert(features if self.dual else features.T, working_dtype(problem))
+        self.right = features
+        if inverse is None:
+            inverse = invert(features if self.dual else features.T, left.dtype)
         if not self.dual:
             # a delta that is dense has the identity for its basis
-            self.right = torch.eye(dimensions).to(given)
-        elif self.inverse.dtype != working_dtype(problem):
+            self.right = torch.eye(dimensions, dtype=features.dtype, device=features.device)
+        elif inverse.dtype != left.dtype:
             # features that are nearly dependent make large rows that cancel: take an orthonormal basis of them
-            basis, mixture = torch.linalg.qr(given.double().T)
-            self.dual, self.right, features = False, basis.T.to(given.dtype), mixture.T
-            self.inverse = invert(mixture, torch.float64)
-        self.features = features.to(self.inverse.dtype)
-        self.left = self.inverse.new_zeros(len(self.right), problem.residuals.shape[1])
+            basis, mixture = torch.linalg.qr(features.double().T)
+            self.dual, self.right, features = False, basis.T.to(features.dtype), mixture.T
+            inverse = invert(mixture, torch.float64)
+        self.inverse, self.features, self.left = inverse, features.to(inverse.dtype), left.to(inverse.dtype)
         self.start: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, start: tuple[Tensor, Tensor] | None, running: Tensor) -> None:
+        """Start from these factors instead of none: what they predict is taken off the running residual."""
+        self.start = start
+        if start is not None:
+            running.index_add_(0, self.edits, self._effect(start).to(running.dtype), alpha=-1)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Factors of the current delta; before the first update those to start from."""
         return (self.left, self.right) if self.start is None else self.start
 
-    def effect(self, problem: EditProblem) -> Tensor:
+    def _effect(self, start: tuple[Tensor, Tensor]) -> Tensor:
         """What the deltas to start from predict for the edits of this expert, ``[T_j, d_model]``."""
-        assert self.start is not None
-        left, right = (factor.to(self.inverse.dtype) for factor in self.start)
-        return (problem.features[self.pairs].to(right.dtype) @ right.T) @ left
+        left, right = (factor.to(self.inverse.dtype) for factor in start)
+        return (self.given.to(right.dtype) @ right.T) @ left
 
-    def update(self, problem: EditProblem, running: Tensor) -> float:
-        """Solve the block exactly and bring the running residual ``[T, d_model]`` up to date.
+    def update(self, running: Tensor, fall: Tensor | None = None) -> None:
+        """Solve the block exactly and bring the running residual up to date, waiting for no number.
 
-        Returns:
-            By how much the objective is now below that of no delta (first update) or of the one before.
+        On a GPU what counts is the number of operations: every one is a kernel to start.
+
+        Args:
+            running: the running residual ``[T, d_model]``.
+            fall: if given, is raised by how much the objective is now below that of no delta (first update) or of the
+                one before.
         """
         if self.start is not None:
-            running.index_add_(0, self.edits, self.effect(problem).to(running.dtype))
+            running.index_add_(0, self.edits, self._effect(self.start).to(running.dtype))
             self.start = None
-        missing = running.index_select(0, self.edits).to(self.left.dtype)
-        slope = torch.sub(missing if self.dual else self.features.T @ missing, self.left, alpha=self.ridge)
-        step = self.inverse @ slope
-        self.left += step
-        # in the dual form what a step predicts, Φ_j Φ_jᵀ step, follows from the system that it solves
-        moved = torch.sub(slope, step, alpha=self.ridge) if self.dual else self.features @ step
-        running.index_add_(0, self.edits, moved.to(running.dtype), alpha=-1)
-        return float(((moved if self.dual else step) * slope).sum())
+        missing = running.index_select(0, self.edits)
+        if self.dual:
+            slope = torch.sub(missing, self.left, alpha=self.ridge)
+            self.left.addmm_(self.inverse, slope)
+            left_over = self.ridge * self.left
+            running.index_copy_(0, self.edits, left_over)
+            if fall is not None:
+                fall += ((missing - left_over) * slope).sum()
+        else:
+            slope = torch.addmm(self.left, self.features.T, missing.to(self.left.dtype), beta=-self.ridge)
+            step = self.inverse @ slope
+            self.left += step
+            running.index_add_(0, self.edits, (self.features @ step).to(running.dtype), alpha=-1)
+            if fall is not None:
+                fall += (step * slope).sum()
+
+
+def _blocks(problem: EditProblem) -> list[_Block]:
+    """The experts that are visited, in ascending order, none of them changed yet."""
+    experts, dimensions = problem.experts(), problem.features.shape[1]
+    counts = [len(pairs) for _, pairs in experts]
+    order = torch.cat([problem.edit_index[:0], *(pairs for _, pairs in experts)])
+    edits, features = problem.edit_index[order].split(counts), problem.features[order].split(counts)
+    sizes = [min(count, dimensions) for count in counts]
+    left = problem.residuals.new_zeros(sum(sizes), problem.residuals.shape[1], dtype=working_dtype(problem))
+    inverses = _dual_inverses(problem)
+    blocks = zip(experts, edits, features, left.split(sizes), strict=True)
+    return [
+        _Block(expert, visitors, own, zeros, problem.ridge, inverses.get(i))
+        for i, ((expert, _), visitors, own, zeros) in enumerate(blocks)
+    ]
+
+
+def _dual_inverses(problem: EditProblem) -> dict[int, Tensor]:
+    """``(Φ_j Φ_jᵀ + λI)⁻¹`` of the experts, by position, for which the dual form and the working dtype will do."""
+    inverses: dict[int, Tensor] = {}
+    dtype, dimensions = working_dtype(problem), problem.features.shape[1]
+    for batch in expert_batches(problem):
+        if batch.pairs.shape[1] > dimensions:
+            continue  # all are about as large, and by themselves no slower
+        features = batch.features(problem, dtype)
+        matrix = features @ features.mT
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        sizes = None
+        if batch.valid is not None:
+            # the systems are padded with the largest entry of their diagonals: no pivot is larger
+            diagonal += diagonal.amax(dim=1, keepdim=True) * ~batch.valid
+            sizes = batch.valid.sum(dim=1)
+        diagonal += problem.ridge
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        sound = [i for i, good in enumerate(is_sound(matrix, factor, info, MARGIN, sizes).tolist()) if good]
+        # those that are left out are done with more care, one by one: a singular factor would be an error here
+        inverse = torch.cholesky_inverse(factor if len(sound) == len(factor) else factor[sound])
+        for i, own in zip(sound, inverse, strict=True):
+            member = batch.members[i]
+            size = len(problem.experts()[member][1])
+            inverses[member] = own if sizes is None else own[:size, :size].clone()  # a view would keep the padding
+    return inverses
 
 
 def _collect(problem: EditProblem, blocks: list[_Block]) -> ExpertDeltas:

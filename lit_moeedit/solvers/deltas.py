@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,9 +16,8 @@ from lit_moeedit.solvers.files import read_tensors, write_tensors
 def group_positions(index: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Distinct values of ``index [N]`` in ascending order, each with the positions where it stands."""
     order = torch.argsort(index, stable=True)
-    values, counts = torch.unique_consecutive(index[order], return_counts=True)
-    for value, positions in zip(values.tolist(), order.split(counts.tolist()), strict=True):
-        yield int(value), positions
+    values, counts = torch.stack(torch.unique_consecutive(index[order], return_counts=True)).tolist()
+    yield from zip(values, order.split(counts), strict=True)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class ExpertDeltas:
     left: Tensor
     right: Tensor
     num_experts: int
-    _groups: dict[int, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not len(self.expert_index) == len(self.row_index) == len(self.right):
@@ -50,7 +49,11 @@ class ExpertDeltas:
                 "expert_index, row_index and right must have one entry per term, "
                 f"got {len(self.expert_index)}, {len(self.row_index)} and {len(self.right)}"
             )
-        object.__setattr__(self, "_groups", dict(group_positions(self.expert_index)))
+
+    @cached_property
+    def _groups(self) -> dict[int, Tensor]:
+        """The terms of each expert; found when they are first asked for, since a device has to be waited for then."""
+        return dict(group_positions(self.expert_index))
 
     @property
     def experts(self) -> list[int]:
@@ -80,20 +83,20 @@ class ExpertDeltas:
 
     def square_norm(self) -> float:
         """``Σ_j ‖ΔW_j‖_F²`` from the factors' Gram matrices, without making a delta dense."""
-        total = 0.0
+        total = self.left.new_zeros((), dtype=torch.float64)
         for expert in self._groups:
             rows = self.rows(expert)
             assert rows is not None
             left, right = rows[0].double(), rows[1].double()
             if len(left) > min(self.shape):
-                total += float((left.T @ right).square().sum())
+                total += (left.T @ right).square().sum()
             else:
-                total += float(((left @ left.T) * (right @ right.T)).sum())
-        return total
+                total += ((left @ left.T) * (right @ right.T)).sum()
+        return float(total)
 
     def is_finite(self) -> bool:
         """Whether every number is finite."""
-        return bool(torch.isfinite(self.left).all()) and bool(torch.isfinite(self.right).all())
+        return bool(torch.isfinite(self.left).all() & torch.isfinite(self.right).all())
 
     def with_right(self, right: Tensor) -> ExpertDeltas:
         """The same deltas with other right factors ``[M, d_hidden]``."""
@@ -104,7 +107,7 @@ class ExpertDeltas:
         """Dense deltas ``[n, d_model, d_hidden]`` of ``experts [n]``, as terms of the smaller dimension's rank."""
         count, d_model, d_hidden = dense.shape
         rank = min(d_model, d_hidden)
-        basis = torch.eye(rank).to(dense)
+        basis = torch.eye(rank, dtype=dense.dtype, device=dense.device)
         terms = torch.arange(count * rank, device=dense.device)
         owners = experts.repeat_interleave(rank)
         if d_model <= d_hidden:

@@ -136,17 +136,32 @@ def cholesky(system: Callable[[torch.dtype], Tensor], dtype: torch.dtype, what: 
     for precision in dict.fromkeys((torch.promote_types(dtype, torch.float32), torch.float64)):
         matrix = system(precision)
         factor, info = torch.linalg.cholesky_ex(matrix)
-        # a factor can "succeed" and still be useless, if rounding left pivots of the size of the noise; in float32 they
-        # must stand out by two digits, because a second try is still to come
+        # in float32 pivots must stand out by two digits, because a second try is still to come
         margin = 1.0 if precision == torch.float64 else 100.0
-        noise = torch.finfo(precision).eps * len(matrix) * matrix.diagonal().max()
-        pivots = factor.diagonal() ** 2
-        if int(info) == 0 and bool(pivots.min() > margin * noise):
+        if bool(is_sound(matrix, factor, info, margin)):
             return factor
-    pivot = int(info) if int(info) else int(pivots.argmin()) + 1
+    pivot = int(info) if int(info) else int(factor.diagonal().abs().argmin()) + 1
     raise torch.linalg.LinAlgError(
         f"{what} is singular (pivot {pivot} of {len(matrix)}): edits share the same features; use a larger ridge"
     )
+
+
+def is_sound(matrix: Tensor, factor: Tensor, info: Tensor, margin: float, sizes: Tensor | None = None) -> Tensor:
+    """Whether Cholesky factors are of use, one truth value per matrix.
+
+    A factor can "succeed" and still be useless, if rounding left pivots of the size of the noise.
+
+    Args:
+        matrix: ``[..., n, n]``.
+        factor: its factor.
+        info: what ``torch.linalg.cholesky_ex`` says of it.
+        margin: how many times the noise each pivot must be.
+        sizes: of the matrices, if they are padded to ``n`` with the largest entries of their diagonals.
+    """
+    largest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1)
+    noise = torch.finfo(matrix.dtype).eps * (matrix.shape[-1] if sizes is None else sizes) * largest
+    pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
+    return (info == 0) & (pivots.amin(-1) > margin * noise)
 
 
 def solve_factored(factor: Tensor, right_hand: Tensor) -> Tensor:

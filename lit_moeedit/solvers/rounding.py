@@ -66,7 +66,7 @@ def _in_bases(problem: EditProblem, left: Tensor) -> ExpertDeltas:
             basis, mixture = torch.linalg.qr(features.T)
             rows, right = mixture @ rows, basis.T
         else:
-            rows, right = features.T @ rows, torch.eye(features.shape[1]).to(features)
+            rows, right = features.T @ rows, torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
         lefts.append(rows.to(problem.residuals.dtype))
         rights.append(right.to(problem.residuals.dtype))
         experts += [expert] * len(right)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, ExpertDeltas, Woodbury
-from lit_moeedit.solvers.bcd import _Block, _collect
+from lit_moeedit.solvers.bcd import _blocks, _collect
 
 
 @settings(deadline=None, derandomize=True, max_examples=30)
@@ -56,11 +56,11 @@ def test_one_expert_is_solved_in_one_block(make_problem, solution, stacked) -> N
 
 def test_running_residual_is_what_is_left(make_problem) -> None:
     problem = make_problem(12, 3, 6, seed=2)  # experts with fewer and with more edits than dimensions
-    blocks = [_Block(problem, expert, pairs) for expert, pairs in problem.experts()]
+    blocks = _blocks(problem)
     assert {block.dual for block in blocks} == {True, False}
     running = problem.residuals.clone()
     for turn in (0, 1, 2, 1, 0, 0, 2):
-        blocks[turn].update(problem, running)
+        blocks[turn].update(running)
         left = problem.residuals - problem.prediction(_collect(problem, blocks))
         torch.testing.assert_close(running, left, rtol=1e-4, atol=1e-5)  # float32 sums taken in another order
 
@@ -75,11 +75,14 @@ def test_primal_and_dual_agree(make_problem) -> None:
         torch.cat([small.residuals, torch.zeros(1, 5)]),
         1,
     )
-    dual, primal = (_Block(problem, *problem.experts()[0]) for problem in (small, padded))
+    [dual], [primal] = _blocks(small), _blocks(padded)
     assert dual.dual
     assert not primal.dual
-    falls = [dual.update(small, small.residuals.clone()), primal.update(padded, padded.residuals.clone())]
-    assert falls[0] == pytest.approx(falls[1], rel=1e-5)  # float32
+    falls = torch.zeros(2, dtype=torch.float64)
+    dual.update(small.residuals.clone(), falls[0])
+    primal.update(padded.residuals.clone(), falls[1])
+    expected = small.residuals.double().square().sum() - small.objective(_collect(small, [dual]))
+    torch.testing.assert_close(falls, expected.expand(2), rtol=1e-5, atol=0)  # float32
     torch.testing.assert_close(dual.left.T @ dual.right, primal.left.T @ primal.right, rtol=1e-4, atol=1e-5)  # float32
 
 
@@ -188,11 +191,26 @@ def test_features_that_are_nearly_dependent(make_problem, edits: int, d_hidden: 
     assert problem.objective(deltas) == pytest.approx(expected, rel=1e-5)
 
 
+def test_only_experts_that_need_it_are_solved_in_float64(make_problem) -> None:
+    """Experts with four and five edits share a batch; in one of them two edits all but repeat each other."""
+    some = make_problem(25, 1, 40, ridge=1e-3, share=1.0)
+    expert = torch.tensor([0] * 4 + [1] * 5 + [2] * 4 + [3] * 5 + [4] * 4 + [5] * 3)
+    features = 30 * some.features
+    features[12] = 1.001 * features[9]
+    problem = EditProblem(torch.arange(25), expert, features, some.residuals, 6, ridge=1e-3)
+    assert [block.inverse.dtype == torch.float64 for block in _blocks(problem)] == [False, False, True] + 3 * [False]
+    deltas = BlockCoordinateDescent(passes=2, seed=1).solve(problem)
+    expected = problem.objective(dense_deltas(published(problem, 2, 1)))
+    assert problem.objective(deltas) == pytest.approx(expected, rel=1e-5)
+
+
 def test_inverses_have_no_more_numbers_than_features(make_problem) -> None:
     problem = make_problem(20, 6, 9, seed=4, share=0.45)
-    blocks = [_Block(problem, expert, pairs) for expert, pairs in problem.experts()]
+    blocks = _blocks(problem)
     assert {block.dual for block in blocks} == {True, False}
-    assert sum(block.inverse.numel() for block in blocks) <= problem.features.numel()
+    kept = {block.inverse.data_ptr(): block.inverse.untyped_storage() for block in blocks}
+    kept = {storage.data_ptr(): storage for storage in kept.values()}  # of the batches that they were computed in
+    assert sum(storage.nbytes() for storage in kept.values()) <= problem.features.nbytes
 
 
 @pytest.mark.parametrize("edits", [6, 30])  # dual, primal

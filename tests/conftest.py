@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from lit_moeedit.data.corpus import train_tokenizer
 from lit_moeedit.data.facts import Fact, Neighbour
 from tests.devices import pretended_cuda
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # each of several test processes has a core, and threads that wait for each other would take those of the others
+    torch.set_num_threads(1)
 
 VOCABULARY = 420
 COMMON: dict[str, Any] = {

@@ -95,6 +95,8 @@ class Editor:
             :class:`~lit_moeedit.sharding.weights.Transaction` for both.
         cache: a folder to keep second moments in, see :class:`~lit_moeedit.editing.cache.MomentsCache`; a pass over the
             text that was broken off goes on from there. ``None`` keeps nothing.
+        max_tokens: largest number of tokens of preservation text of which second moments are taken, drawn evenly from
+            all of it; ``None`` for all. `benchmarks/results/moment_tokens.md` has what less text does to an edit.
         moments_on_cpu: whether the sums of a model on a GPU are held on the CPU.
         memory: keeps later edits from undoing earlier ones; an edit enters it if it is kept. ``None`` for no memory.
 
@@ -124,6 +126,7 @@ class Editor:
         cache: str | None = None,
         moments_on_cpu: bool = False,
         memory: EditMemory | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         if not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
             raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
@@ -152,7 +155,9 @@ class Editor:
         self.way: Way = way
         self.reset_moments = reset_moments
         self.cache = None if cache is None else MomentsCache(cache)
-        self.moments_on_cpu = moments_on_cpu
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, or None for all, got {max_tokens}")
+        self.moments_on_cpu, self.max_tokens = moments_on_cpu, max_tokens
         self.memory = memory
 
     @property
@@ -267,6 +272,7 @@ class Editor:
                         cache=self.cache,
                         device="cpu" if self.moments_on_cpu else None,
                         gated=self.gated,
+                        max_tokens=self.max_tokens,
                     )
             rows, prompts, owner = self._encode(tokenizer, facts, model)
             with clock("targets"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,6 +128,7 @@ def second_moments(
     device: torch.device | str | None = None,
     gated: bool = False,
     grouped: bool | None = None,
+    max_tokens: int | None = None,
 ) -> dict[int, SecondMoments]:
     """Stream texts through the model and accumulate second moments of every expert in the given layers.
 
@@ -149,6 +151,8 @@ def second_moments(
             ``"cpu"`` to save the memory of a GPU at the price of moving a product for each expert and batch.
         gated: whether to sum gated keys, as ``preserve="output"`` needs them.
         grouped: see :func:`~lit_moeedit.models.keys.stream_keys`.
+        max_tokens: take no more texts, drawn evenly (and the same every time), once they have so many tokens; ``None``
+            for all.
 
     Raises:
         ValueError: if there is no text.
@@ -160,11 +164,13 @@ def second_moments(
         raise ValueError("there is no preservation text: second moments need at least one")
     moments = {layer.index: SecondMoments.zeros(layer, device, gated) for layer in layers}
     keys = {} if cache is None else moment_keys(model, tokenizer, layers, texts, max_length, gated, ranks)
+    if max_tokens is not None:
+        keys = {index: digest(key, max_tokens) for index, key in keys.items()}
     sums = {i: x for i, x in moments.items() if cache is None or not cache.load(keys[i], x.tensors(), ranks)}
     if not sums:
         return moments
     # short to long; a pass begins at the end
-    rows = sorted(_token_rows(tokenizer, texts, max_length), key=len)
+    rows = sorted(_sample(list(_token_rows(tokenizer, texts, max_length)), max_tokens), key=len)
     watched = [layer for layer in layers if layer.index in sums]
     unfinished = _Unfinished(sums, cache, digest([keys.get(i) for i in sums], "long texts first"), ranks)
 
@@ -200,6 +206,19 @@ def _token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_le
     """Token ids of the texts that have any, small in memory; lists of numbers for some texts at a time."""
     for start in range(0, len(texts), 1024):
         yield from (array("i", ids[:max_length]) for ids in token_ids(tokenizer, texts[start : start + 1024]) if ids)
+
+
+def _sample(rows: Sequence[array[int]], max_tokens: int | None) -> Sequence[array[int]]:
+    """Draw rows, the same every time, until they have so many tokens; take all if they have fewer."""
+    if max_tokens is None or sum(map(len, rows)) <= max_tokens:
+        return rows
+    chosen, tokens = list[array[int]](), 0
+    for row in random.Random(0).sample(rows, len(rows)):
+        if tokens >= max_tokens:
+            break
+        chosen.append(row)
+        tokens += len(row)
+    return chosen
 
 
 def _accumulate(

@@ -232,15 +232,18 @@ def _edit(
     editor.token_budget, editor.targets.token_budget = budgets.forward, budgets.targets
     moments: dict[int, SecondMoments] | None = None
     if editor.needs_moments:
-        batches = list(token_batches([work.text_tokens] * work.texts, budgets.forward))
-        texts = [" ".join(["word"] * work.text_tokens)] * len(batches[0])
+        texts = work.texts
+        if editor.max_tokens is not None:
+            texts = min(texts, -(-editor.max_tokens // work.text_tokens))
+        batches = list(token_batches([work.text_tokens] * texts, budgets.forward))
+        batch = [" ".join(["word"] * work.text_tokens)] * len(batches[0])
         rounds = -(-len(batches) // sharding.ranks)
         with tally.phase("statistics"):
             moments = second_moments(
                 model,
                 tokenizer,
                 layers,
-                texts,
+                batch,
                 budgets.forward,
                 ranks=ranks(rounds),
                 gated=editor.gated,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lit_moeedit.editing.cache import MomentsCache
 from lit_moeedit.editing.statistics import SecondMoments, second_moments
 from lit_moeedit.models import keys as keys_module
 from lit_moeedit.models.experts import expert_layers
@@ -281,3 +282,18 @@ def test_sums_of_several_experts_are_within_1e_4_of_float64(dtype: torch.dtype, 
     assert bool((difference <= 1e-4 * exact.flatten(1).norm(dim=1)).all())
     eigenvalues = torch.linalg.eigvalsh(moments.total.double())
     assert float(eigenvalues.min()) >= -1e-6 * float(eigenvalues.max())
+
+
+def test_a_part_of_the_text_is_drawn_evenly_and_the_same_every_time(model, tokenizer, texts, tmp_path) -> None:
+    layer, many = expert_layers(model)[0], texts * 20
+    cache = MomentsCache(tmp_path)
+    found = [second_moments(model, tokenizer, [layer], many, max_tokens=500, cache=cache)[0] for _ in range(2)]
+    assert torch.equal(found[0].total, found[1].total)
+    longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
+    assert 500 <= int(found[0].tokens) < 500 + longest
+    whole = second_moments(model, tokenizer, [layer], many, cache=cache)[0]
+    assert int(whole.tokens) == 20 * sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+    assert torch.equal(second_moments(model, tokenizer, [layer], many, max_tokens=10**6)[0].tokens, whole.tokens)
+    # means over a sample of the same text
+    one, other = (moments.total / int(moments.tokens) for moments in (found[0], whole))
+    assert float((one - other).norm() / other.norm()) < 0.5

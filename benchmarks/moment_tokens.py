@@ -1,0 +1,82 @@
+"""How much text second moments need: edits with parts of it, against the edit with all of it.
+
+Run from the root of the repository, with the package installed:
+
+    python -m benchmarks.moment_tokens
+
+The target vectors are the same in all rows. Writes ``moment_tokens.json`` and ``moment_tokens.md`` into
+``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.training import Once, Trained, arguments_of, changed, header, quiet, row, trained, write
+from lit_moeedit.data import Fact
+from lit_moeedit.solvers import ExpertDeltas
+
+PARTS = (250, 500, 1000, 2000, 4000, 8000, 16000, None)
+"""Tokens; ``None`` for all."""
+SHOWN = ("efficacy_accuracy", "generalization", "specificity_retained", "routing", "perplexity")
+
+
+def difference(deltas: dict[int, ExpertDeltas], whole: dict[int, ExpertDeltas]) -> float:
+    """``‖ΔW − ΔW_all‖_F / ‖ΔW_all‖_F`` over all layers and experts."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for index, other in whole.items():
+        for expert in sorted({*other.experts, *deltas[index].experts}):
+            dense = other.dense(expert).double()
+            squares[0] += (deltas[index].dense(expert).double() - dense).square().sum()
+            squares[1] += dense.square().sum()
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def measure(found: Trained) -> dict[str, dict[str, float]]:
+    """By number of tokens, metrics of the edit, its seconds of statistics, and how far it is from the whole edit."""
+    editor = changed(found.editor, targets=Once(found.editor.targets))
+    texts, results = found.preservation_texts(), {}
+    made: dict[Any, dict[int, ExpertDeltas]] = {}
+
+    def edit(model: PreTrainedModel, facts: Sequence[Fact]) -> dict[str, float]:
+        result = changed(editor, max_tokens=part).edit(model, found.tokenizer, facts, texts)
+        made[part] = result.deltas
+        return result.seconds
+
+    for part in PARTS:
+        quality = found.quality(edit)
+        results[str(part)] = {name: quality[name] for name in SHOWN} | {"seconds": quality["seconds"]["statistics"]}
+    for part in PARTS:
+        results[str(part)]["difference"] = difference(made[part], made[None])
+    return results
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--names", nargs="+", default=["atlas", "counterfact"])
+    arguments = parser.parse_args()
+    quiet()
+    results: dict[str, Any] = {}
+    lines = header(["model", "tokens", "difference of ΔW", *SHOWN, "statistics, s"])
+    for name in arguments.names:
+        by_seed = [measure(trained(name, seed, arguments.models)) for seed in arguments.seeds]
+        results[name] = dict(zip(map(str, arguments.seeds), by_seed, strict=True))
+        for part in map(str, PARTS):
+            mean = {key: statistics.mean(found[part][key] for found in by_seed) for key in by_seed[0][part]}
+            cells = [f"{mean[key]:.3f}" for key in ("difference", *SHOWN, "seconds")]
+            lines.append(row([name, "all" if part == "None" else part, *cells]))
+    text = "\n".join(lines)
+    sys.stdout.write(text + "\n")
+    seeds = " ".join(map(str, arguments.seeds))
+    command = f"`python -m benchmarks.moment_tokens --seeds {seeds}`, {torch.get_num_threads()} thread(s)"
+    write("moment_tokens", command, text, results, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -36,6 +36,12 @@ class ExpertBatch:
         features = problem.features.index_select(0, self.pairs.flatten()).view(*self.pairs.shape, -1).to(dtype)
         return features if self.valid is None else features.mul_(self.valid[..., None])
 
+    def part(self, rows: list[int]) -> ExpertBatch:
+        """Some of the experts, padded as they are."""
+        index = torch.tensor(rows, device=self.pairs.device)
+        valid = None if self.valid is None else self.valid[index]
+        return ExpertBatch([self.members[row] for row in rows], self.pairs[index], self.edits[index], valid)
+
 
 def expert_batches(problem: EditProblem) -> Iterator[ExpertBatch]:
     """All visited experts, those with most pairs first; padding makes no batch more than a quarter longer.

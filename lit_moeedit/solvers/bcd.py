@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lit_moeedit.precision import full_precision
-from lit_moeedit.solvers.batches import expert_batches
+from lit_moeedit.solvers.batches import ExpertBatch, expert_batches
 from lit_moeedit.solvers.deltas import ExpertDeltas
 from lit_moeedit.solvers.problem import EditProblem, cholesky, is_sound
 from lit_moeedit.solvers.rounding import working_dtype
@@ -17,7 +18,7 @@ MARGIN = 300.0
 """How many times the noise of rounding all pivots of an expert's system must be for it to be inverted in a batch.
 
 The error of such an inverse in float32 adds at most about ``1 / MARGIN²`` of it to the objective, 1e-5. Systems that
-are nearer to singular are inverted one by one, where :func:`cholesky` chooses the precision.
+are nearer to singular are solved in float64.
 """
 
 
@@ -110,7 +111,7 @@ class BlockCoordinateDescent:
 
 
 class _Block:
-    """One expert: the inverse of its system, and its current delta ``leftᵀ right``.
+    """One expert: the inverse of its system, and its current delta.
 
     Args:
         expert: which.
@@ -118,37 +119,32 @@ class _Block:
         features: ``[T_j, d_hidden]``, theirs.
         left: zeros ``[min(T_j, d_hidden), d_model]`` to hold the left factor.
         ridge: ``λ``.
-        inverse: of the system in the dual form, if it is known and good enough.
+        system: of the dual form, if it has been solved.
     """
 
     def __init__(
-        self, expert: int, edits: Tensor, features: Tensor, left: Tensor, ridge: float, inverse: Tensor | None
+        self, expert: int, edits: Tensor, features: Tensor, left: Tensor, ridge: float, system: _Dual | None
     ) -> None:
-        self.expert, self.edits, self.given, self.ridge = expert, edits, features, ridge
-        count, dimensions = features.shape
-        what = f"the system of expert {expert} at ridge {ridge:g}"
+        self.expert, self.edits, self.right, self.ridge = expert, edits, features, ridge
+        self.dual, self.mixture = features.shape[0] <= features.shape[1], None
+        if system is None:
 
-        def invert(rows: Tensor, dtype: torch.dtype) -> Tensor:
-            def system(dtype: torch.dtype) -> Tensor:
-                matrix = rows.to(dtype) @ rows.to(dtype).T
-                matrix.diagonal().add_(ridge)
-                return matrix
+            def make(dtype: torch.dtype) -> Tensor:
+                rows = (features if self.dual else features.T).to(dtype)
+                system = rows @ rows.T
+                system.diagonal().add_(ridge)
+                return system
 
-            return torch.cholesky_inverse(cholesky(system, dtype, what))
-
-        self.dual = count <= dimensions
-        self.right = features
-        if inverse is None:
-            inverse = invert(features if self.dual else features.T, left.dtype)
+            what = f"the system of expert {expert} at ridge {ridge:g}"
+            self.inverse = torch.cholesky_inverse(cholesky(make, left.dtype, what))
+        else:
+            self.inverse, self.mixture = system.inverse, system.mixture
+            self.right = features if system.right is None else system.right
         if not self.dual:
             # a delta that is dense has the identity for its basis
-            self.right = torch.eye(dimensions, dtype=features.dtype, device=features.device)
-        elif inverse.dtype != left.dtype:
-            # features that are nearly dependent make large rows that cancel: take an orthonormal basis of them
-            basis, mixture = torch.linalg.qr(features.double().T)
-            self.dual, self.right, features = False, basis.T.to(features.dtype), mixture.T
-            inverse = invert(mixture, torch.float64)
-        self.inverse, self.features, self.left = inverse, features.to(inverse.dtype), left.to(inverse.dtype)
+            self.right = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
+        self.features = features if self.dual else features.to(self.inverse.dtype)
+        self.left = left.to(self.inverse.dtype)
         self.start: tuple[Tensor, Tensor] | None = None
 
     def begin(self, start: tuple[Tensor, Tensor] | None, running: Tensor) -> None:
@@ -159,12 +155,14 @@ class _Block:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Factors of the current delta; before the first update those to start from."""
-        return (self.left, self.right) if self.start is None else self.start
+        if self.start is not None:
+            return self.start
+        return (self.left if self.mixture is None else self.mixture @ self.left), self.right
 
     def _effect(self, start: tuple[Tensor, Tensor]) -> Tensor:
         """What the deltas to start from predict for the edits of this expert, ``[T_j, d_model]``."""
         left, right = (factor.to(self.inverse.dtype) for factor in start)
-        return (self.given.to(right.dtype) @ right.T) @ left
+        return (self.features.to(right.dtype) @ right.T) @ left
 
     def update(self, running: Tensor, fall: Tensor | None = None) -> None:
         """Solve the block exactly and bring the running residual up to date, waiting for no number.
@@ -181,9 +179,9 @@ class _Block:
             self.start = None
         missing = running.index_select(0, self.edits)
         if self.dual:
-            slope = torch.sub(missing, self.left, alpha=self.ridge)
+            slope = torch.sub(missing.to(self.left.dtype), self.left, alpha=self.ridge)
             self.left.addmm_(self.inverse, slope)
-            left_over = self.ridge * self.left
+            left_over = (self.ridge * self.left).to(running.dtype)
             running.index_copy_(0, self.edits, left_over)
             if fall is not None:
                 fall += ((missing - left_over) * slope).sum()
@@ -204,39 +202,77 @@ def _blocks(problem: EditProblem) -> list[_Block]:
     edits, features = problem.edit_index[order].split(counts), problem.features[order].split(counts)
     sizes = [min(count, dimensions) for count in counts]
     left = problem.residuals.new_zeros(sum(sizes), problem.residuals.shape[1], dtype=working_dtype(problem))
-    inverses = _dual_inverses(problem)
+    systems = _dual_systems(problem)
     blocks = zip(experts, edits, features, left.split(sizes), strict=True)
     return [
-        _Block(expert, visitors, own, zeros, problem.ridge, inverses.get(i))
+        _Block(expert, visitors, own, zeros, problem.ridge, systems.get(i))
         for i, ((expert, _), visitors, own, zeros) in enumerate(blocks)
     ]
 
 
-def _dual_inverses(problem: EditProblem) -> dict[int, Tensor]:
-    """``(Φ_j Φ_jᵀ + λI)⁻¹`` of the experts, by position, for which the dual form and the working dtype will do."""
-    inverses: dict[int, Tensor] = {}
-    dtype, dimensions = working_dtype(problem), problem.features.shape[1]
+@dataclass(frozen=True)
+class _Dual:
+    """The system ``K = Φ Φᵀ + λI`` of an expert in the dual form, solved.
+
+    Where features are nearly dependent, large rows of ``B`` would cancel in the delta ``Bᵀ Φ`` once they are rounded.
+    With ``K = L Lᵀ`` its factors ``Lᵀ B`` and ``L⁻¹ Φ`` are of moderate size.
+
+    Attributes:
+        inverse: ``K⁻¹``, in float64 if need be; then there are, too:
+        mixture: ``Lᵀ``.
+        right: ``L⁻¹ Φ`` in the problem's dtype.
+    """
+
+    inverse: Tensor
+    mixture: Tensor | None = None
+    right: Tensor | None = None
+
+
+def _dual_systems(problem: EditProblem) -> dict[int, _Dual]:
+    """Those of the experts, by position, that have one which is not singular, solved in batches."""
+    systems: dict[int, _Dual] = {}
+    experts, dimensions = problem.experts(), problem.features.shape[1]
     for batch in expert_batches(problem):
         if batch.pairs.shape[1] > dimensions:
             continue  # all are about as large, and by themselves no slower
-        features = batch.features(problem, dtype)
-        matrix = features @ features.mT
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        sizes = None
-        if batch.valid is not None:
-            # the systems are padded with the largest entry of their diagonals: no pivot is larger
-            diagonal += diagonal.amax(dim=1, keepdim=True) * ~batch.valid
-            sizes = batch.valid.sum(dim=1)
-        diagonal += problem.ridge
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        sound = [i for i, good in enumerate(is_sound(matrix, factor, info, MARGIN, sizes).tolist()) if good]
-        # those that are left out are done with more care, one by one: a singular factor would be an error here
-        inverse = torch.cholesky_inverse(factor if len(sound) == len(factor) else factor[sound])
-        for i, own in zip(sound, inverse, strict=True):
-            member = batch.members[i]
-            size = len(problem.experts()[member][1])
-            inverses[member] = own if sizes is None else own[:size, :size].clone()  # a view would keep the padding
-    return inverses
+        _, factor, sound = _factors(problem, batch, working_dtype(problem), MARGIN)
+        good = [i for i, fine in enumerate(sound) if fine]
+        # the factors of others may be singular, which would be an error here
+        some = factor if len(good) == len(sound) else factor[torch.tensor(good, dtype=torch.long, device=factor.device)]
+        inverse = torch.cholesky_inverse(some)
+        for i, own in zip(good, inverse, strict=True):
+            size = len(experts[batch.members[i]][1])
+            # a view would keep the padding
+            systems[batch.members[i]] = _Dual(own if batch.valid is None else own[:size, :size].clone())
+        if len(good) == len(sound):
+            continue
+        batch = batch.part([i for i, fine in enumerate(sound) if not fine])
+        features, factor, sound = _factors(problem, batch, torch.float64, 1.0)
+        if all(sound):  # else the expert is named where it is solved by itself
+            inverse = torch.cholesky_inverse(factor)
+            right = torch.linalg.solve_triangular(factor, features, upper=False).to(problem.features.dtype)
+            for i, member in enumerate(batch.members):
+                size = len(experts[member][1])
+                own, mixture = inverse[i, :size, :size].clone(), factor[i, :size, :size].mT.clone()
+                systems[member] = _Dual(own, mixture, right[i, :size])
+    return systems
+
+
+def _factors(
+    problem: EditProblem, batch: ExpertBatch, dtype: torch.dtype, margin: float
+) -> tuple[Tensor, Tensor, list[bool]]:
+    """The features of a batch, the Cholesky factors of its systems, and which of these are of use."""
+    features = batch.features(problem, dtype)
+    matrix = features @ features.mT
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    sizes = None
+    if batch.valid is not None:
+        # the systems are padded with the largest entry of their diagonals: no pivot is larger
+        diagonal += diagonal.amax(dim=1, keepdim=True) * ~batch.valid
+        sizes = batch.valid.sum(dim=1)
+    diagonal += problem.ridge
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return features, factor, is_sound(matrix, factor, info, margin, sizes).tolist()
 
 
 def _collect(problem: EditProblem, blocks: list[_Block]) -> ExpertDeltas:

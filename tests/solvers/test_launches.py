@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lit_moeedit.editing.projection import Shaping
 from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, Solver, Woodbury
 from lit_moeedit.solvers.batches import expert_batches
+from lit_moeedit.solvers.bcd import _blocks
 from lit_moeedit.solvers.conjugate import ConjugateGradients
 from lit_moeedit.solvers.normal import NormalEquations
 from lit_moeedit.solvers.per_expert import PerExpertRidge
@@ -115,6 +116,16 @@ def counted(work: Callable[[EditProblem], Any], problem: EditProblem) -> tuple[A
     return result, gpu.kernels.total(), gpu.waits
 
 
+def nearly_dependent(problem: EditProblem) -> EditProblem:
+    """The same problem, but in every other expert the features of two edits all but repeat each other."""
+    features = problem.features.clone()
+    for _, pairs in problem.experts()[::2]:
+        features[pairs[-1]] = 1.0001 * features[pairs[0]]
+    return EditProblem(
+        problem.edit_index, problem.expert_index, features, problem.residuals, problem.num_experts, ridge=1e-5
+    )
+
+
 @pytest.mark.parametrize(("edits", "d_hidden", "each"), [(20, 40, 5), (40, 6, 6)])  # dual, primal
 @pytest.mark.parametrize("tolerance", [0.0, 1e-9])
 def test_a_pass_of_block_coordinate_descent(make_problem, edits: int, d_hidden: int, each: int, tolerance) -> None:
@@ -136,6 +147,12 @@ def test_inverses_take_kernels_and_waits_per_batch(make_problem) -> None:
     assert waits <= batches
     # a copy of each inverse besides, without its padding; and a little before and after
     assert kernels <= (5 + 1) * 60 + 30 * batches + 20
+    # where float32 will not do, the systems are made a second time, and rows are changed to ones of moderate size
+    nearly = nearly_dependent(problem)
+    assert any(block.mixture is not None for block in _blocks(nearly))
+    _, kernels, waits = counted(BlockCoordinateDescent(passes=1).solve, nearly)
+    assert waits <= 2 * batches
+    assert kernels <= (7 + 4) * 60 + 60 * batches + 20
 
 
 @pytest.mark.parametrize("edits", [6, 30])  # experts in dual and in primal form
@@ -151,9 +168,10 @@ def test_inverses_take_kernels_and_waits_per_batch(make_problem) -> None:
     ],
     ids=lambda solver: type(solver).__name__,
 )
-@pytest.mark.parametrize("ridge", [1.0, 1e-6])  # float32 will do, and will not
-def test_everything_is_on_the_device(make_problem, solver: Solver, edits: int, ridge: float) -> None:
-    problem = make_problem(edits, 4, 10, ridge=ridge)
+@pytest.mark.parametrize("float32_will_do", [True, False])
+def test_everything_is_on_the_device(make_problem, solver: Solver, edits: int, float32_will_do: bool) -> None:
+    problem = make_problem(edits, 4, 10)
+    problem = problem if float32_will_do else nearly_dependent(problem)
     found, _, _ = counted(solver.solve, problem)
     expected = solver.solve(problem)
     for name in ("expert_index", "row_index", "left", "right"):

@@ -33,8 +33,8 @@ class BlockCoordinateDescent:
               \rho_j \leftarrow \lambda B_j
 
     and else in the primal form, with ``(Φ_jᵀΦ_j + λI)⁻¹ (Φ_jᵀρ_j − λ ΔW_jᵀ)``. The inverses are computed once and kept
-    for all passes. They have ``min(T_j, d_hidden)²`` elements each, together no more than the features; where float64 is
-    needed, the factor of the system is kept beside its inverse. The objective falls or stays with every block.
+    for all passes. They have ``min(T_j, d_hidden)²`` elements each, together no more than the features; where float64
+    is needed, a factor is kept beside the inverse. The objective falls or stays with every block.
 
     Args:
         passes: how often each expert is visited.

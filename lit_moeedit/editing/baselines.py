@@ -136,7 +136,7 @@ class FineTuning(Editor):
         """
         ranks = ranks if ranks is not None else Ranks()
         report = progress if progress is not None else no_progress
-        clock = Clock(phase)
+        clock = Clock(phase, model.device)
         with ranks.together():
             layers = self.check(model)
             facts = validate_facts(facts, tokenizer=tokenizer)

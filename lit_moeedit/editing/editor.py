@@ -245,7 +245,7 @@ class Editor:
         """
         ranks = ranks if ranks is not None else Ranks()
         report = progress if progress is not None else no_progress
-        clock = Clock(phase)
+        clock = Clock(phase, model.device)
         # a rank that fails anywhere in here meets the others where they agree next: before each forward, and before
         # anything is exchanged
         with ranks.together():

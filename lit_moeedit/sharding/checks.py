@@ -25,16 +25,12 @@ class Checks:
         self._equal: list[Tensor] = []
         self._norms: list[Tensor] = []
 
-    def change(self, experts: Sequence[int], delta: Tensor, before: Tensor, after: Tensor) -> None:
-        """Note a change of several experts, or of a run of one.
-
-        Args:
-            experts: ``n`` of them.
-            delta: what is added, counted in the norms; of any shape.
-            before: what it is added to, likewise.
-            after: ``[n, k]``, the new weights, which must be finite.
-        """
+    def measure(self, delta: Tensor, before: Tensor) -> None:
+        """Note what is added, and what it is added to."""
         self._norms += [torch.linalg.vector_norm(numbers, dtype=torch.float64) for numbers in (delta, before)]
+
+    def change(self, experts: Sequence[int], after: Tensor) -> None:
+        """Note what must be finite: new weights ``[n, k]`` of ``n`` experts, or of a run of one."""
         self._changed += experts
         # NaN is the least and the greatest of what it is among, and no tensor of the weights' size is made
         self._extremes += [after.amin(1), after.amax(1)]

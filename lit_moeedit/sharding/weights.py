@@ -318,8 +318,8 @@ class _Commit:
             held = self._keep_rows(batch, self.shard.working, working)
             self.checks.compare(batch.experts, old.to(held.dtype), held)
         delta = batches.dense(batch).view(old.shape)
-        new = self._add(old, delta)
-        self.checks.change(batch.experts, delta, old, new.to(self.shard.dtype))
+        self.checks.measure(delta, old)
+        new = self._add(batch.experts, old, delta)
         source.index_copy_(0, batch.rows, new.to(source.dtype))
         if working is not None:
             working.index_copy_(0, batch.rows, new.to(working.dtype))
@@ -328,13 +328,16 @@ class _Commit:
         """``old``, the run of the source that begins at ``start``, with the delta added."""
         stop, offset = start + len(old), expert * self.size
         delta = delta_slice(self.deltas, expert, start - offset, stop - offset, self.transposed).to(old.device)
-        new = self._add(old, delta)
         first, last = (x - start for x in self._own_part(start, stop))
-        self.checks.change([expert], delta[first:last], old[first:last], new.to(self.shard.dtype)[None])
-        return new
+        self.checks.measure(delta[first:last], old[first:last])
+        return self._add([expert], old[None], delta[None])[0]
 
-    def _add(self, old: Tensor, delta: Tensor) -> Tensor:
-        return old.to(torch.promote_types(torch.promote_types(old.dtype, delta.dtype), torch.float32)) + delta
+    def _add(self, experts: list[int], old: Tensor, delta: Tensor) -> Tensor:
+        """The sum, in the place of the delta if its precision is enough, ``[n, k]`` for ``n`` experts."""
+        precision = torch.promote_types(torch.promote_types(old.dtype, delta.dtype), torch.float32)
+        new = delta.to(precision).add_(old)
+        self.checks.change(experts, new.to(self.shard.dtype))
+        return new
 
     def _write(self, expert: int, start: int, source: Tensor, new: Tensor) -> None:
         """Write an owned run that begins at ``start`` into the source and the working copy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,8 +34,7 @@ def check_finite(model: nn.Module, ranks: Ranks) -> None:
         >>> check_finite(nn.Linear(2, 2), Ranks())
     """
     with ranks.together():
-        tensors = itertools.chain(model.named_parameters(), _saved_buffers(model))
-        wrong = [name for name, tensor in tensors if not _is_finite(tensor)]
+        wrong = _not_finite(itertools.chain(model.named_parameters(), _saved_buffers(model)))
         if wrong:
             shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             raise FloatingPointError(f"the model has weights or buffers that are not finite (NaN or infinity): {shown}")
@@ -49,9 +48,20 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def _is_finite(weight: Any) -> bool:
-    numbers = zero_3_partition(weight)[1] if hasattr(weight, "ds_id") else weight
-    if numbers.dtype not in _CHECKED or not numbers.numel():
-        return True
-    # the largest magnitude, of which NaN is one: no tensor of the weights' size is made
-    return bool(torch.linalg.vector_norm(numbers, float("inf")).isfinite())
+def _not_finite(tensors: Iterable[tuple[str, Any]]) -> list[str]:
+    """Names of those with values that are not finite, looked at together: each look waits for the device."""
+    names: list[str] = []
+    extremes: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
+    for name, weight in tensors:
+        numbers = zero_3_partition(weight)[1] if hasattr(weight, "ds_id") else weight
+        if numbers.dtype in _CHECKED and numbers.numel():
+            places, found = extremes.setdefault((numbers.device, numbers.dtype), ([], []))
+            places.append(len(names))
+            # NaN is the least and the greatest of what it is among, and no tensor of the weights' size is made
+            found += [numbers.amin(), numbers.amax()]
+            names.append(name)
+    wrong: list[int] = []
+    for places, found in extremes.values():
+        finite = torch.stack(found).isfinite().view(-1, 2).all(1).tolist()
+        wrong += [place for place, is_finite in zip(places, finite, strict=True) if not is_finite]
+    return [names[place] for place in sorted(wrong)]

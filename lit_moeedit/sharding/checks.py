@@ -1,4 +1,4 @@
-"""What a commit finds out about the weights that it changes, without waiting for their device."""
+"""Checks and norms of the weights that a commit changes, taken without waiting for their device."""
 
 from __future__ import annotations
 

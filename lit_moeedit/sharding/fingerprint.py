@@ -1,4 +1,4 @@
-"""What tells one state of a model's weights from another, however they are sharded."""
+"""Fingerprints that tell one state of a model's weights from another, however they are sharded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 2**18
 BLOCKS = {"cpu": 1}
 """Blocks that are summed at a time, by the kind of device; :data:`MANY_BLOCKS` on others."""
 MANY_BLOCKS = 128
-"""Where starting an operation takes longer than computing it: 256 MiB of products."""
+"""Blocks where starting an operation takes longer than computing it: 256 MiB of products."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

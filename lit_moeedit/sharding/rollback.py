@@ -1,4 +1,4 @@
-"""What a transaction changes, copied before: where the copies are kept, and how they are put back."""
+"""Copies of weights for a rollback: where they are kept, and how they are put back."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Store:
 
 
 class Saved:
-    """What this rank held of one expert, in all copies."""
+    """The numbers of one expert that this rank held before, in all copies."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight

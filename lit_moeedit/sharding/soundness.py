@@ -1,4 +1,4 @@
-"""Whether weights and buffers are numbers."""
+"""Check that weights and buffers are numbers."""
 
 from __future__ import annotations
 

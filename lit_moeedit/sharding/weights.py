@@ -26,7 +26,7 @@ What a commit needs besides its copies for the rollback does not grow with the p
 bytes, or 32 in float64, and the factors of its delta.
 """
 LARGE_BLOCK = 2**25
-"""Where starting an operation takes longer than computing it: 512 MiB for the work of a commit."""
+"""A block where starting an operation takes longer than computing it: 512 MiB for the work of a commit."""
 
 
 class Deltas(Terms, Protocol):
@@ -306,7 +306,7 @@ class _Commit:
         return self.shard.working.read()
 
     def _is_batched(self, source: Tensor) -> bool:
-        """Whether several experts are changed at once: one accelerator has all of them, and none fills a block."""
+        """Tell if several experts are changed at once: one accelerator has all of them, and none fills a block."""
         on_accelerator = source.device.type not in BLOCK and self.device == source.device
         return on_accelerator and len(source) == self.shard.shape.numel() and self.size <= LARGE_BLOCK
 

@@ -1,9 +1,9 @@
-"""Whether weights and buffers are numbers."""
+"""Check that weights and buffers are numbers."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,8 +35,7 @@ def check_finite(model: nn.Module, ranks: Ranks) -> None:
         >>> check_finite(nn.Linear(2, 2), Ranks())
     """
     with ranks.together():
-        tensors = itertools.chain(model.named_parameters(), _saved_buffers(model))
-        wrong = {name: tensor.dtype for name, tensor in tensors if not _is_finite(tensor)}
+        wrong = _not_finite(itertools.chain(model.named_parameters(), _saved_buffers(model)))
         if wrong:
             shown = ", ".join([*wrong][:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             reason = _SMALL_RANGE if torch.float16 in wrong.values() else ""
@@ -53,9 +52,20 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def _is_finite(weight: Any) -> bool:
-    numbers = zero_3_partition(weight)[1] if hasattr(weight, "ds_id") else weight
-    if numbers.dtype not in _CHECKED or not numbers.numel():
-        return True
-    # the largest magnitude, of which NaN is one: no tensor of the weights' size is made
-    return bool(torch.linalg.vector_norm(numbers, float("inf")).isfinite())
+def _not_finite(tensors: Iterable[tuple[str, Any]]) -> dict[str, torch.dtype]:
+    """Names and dtypes of those with values that are not finite, looked at together: each look waits for the device."""
+    dtypes: dict[str, torch.dtype] = {}
+    extremes: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
+    for name, weight in tensors:
+        numbers = zero_3_partition(weight)[1] if hasattr(weight, "ds_id") else weight
+        if numbers.dtype in _CHECKED and numbers.numel():
+            names, found = extremes.setdefault((numbers.device, numbers.dtype), ([], []))
+            names.append(name)
+            # NaN is the least and the greatest of what it is among, and no tensor of the weights' size is made
+            found += [numbers.amin(), numbers.amax()]
+            dtypes[name] = numbers.dtype
+    wrong: set[str] = set()
+    for names, found in extremes.values():
+        finite = torch.stack(found).isfinite().view(-1, 2).all(1).tolist()
+        wrong |= {name for name, is_finite in zip(names, finite, strict=True) if not is_finite}
+    return {name: dtype for name, dtype in dtypes.items() if name in wrong}

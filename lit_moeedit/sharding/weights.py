@@ -11,16 +11,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_moeedit.precision import full_precision
+from lit_moeedit.sharding.batches import Batch, Batches, Terms
+from lit_moeedit.sharding.checks import Checks
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.rollback import Saved, Store
 from lit_moeedit.sharding.shards import Copy, Shard, locate
 
 Way = Literal["local", "gather"]
 
-BLOCK = 2**19
-"""Numbers that are changed at once: what a commit needs besides its copies for the rollback does not grow with them."""
+BLOCK = {"cpu": 2**19}
+"""Numbers that are changed at once, by the kind of device; :data:`LARGE_BLOCK` on others.
+
+What a commit needs besides its copies for the rollback does not grow with the parameter: for each number of a block 16
+bytes, or 32 in float64, and the factors of its delta.
+"""
+LARGE_BLOCK = 2**25
+"""A block where starting an operation takes longer than computing it: 512 MiB for the work of a commit."""
 
 
-class Deltas(Protocol):
+class Deltas(Terms, Protocol):
     """What a commit needs to know of low-rank deltas: the experts that change, and each one's factors."""
 
     @property
@@ -65,8 +74,9 @@ class Transaction:
     lost with the optimizer's next step, or seen only after it.) The sum is taken in the precision of the master, and
     the working copy is ``round(master + delta)``, which is what the optimizer itself would write.
 
-    Before an expert is changed, this rank's numbers of it are copied to memory; :meth:`rollback` puts them back bit by
-    bit, and needs no other rank for it. Leaving the ``with`` block by an exception rolls back, whatever it is.
+    Before an expert is changed, this rank's numbers of it are copied, see
+    :class:`~lit_moeedit.sharding.rollback.Store`; :meth:`rollback` puts them back bit by bit, and needs no other rank
+    for it. Leaving the ``with`` block by an exception rolls back, whatever it is.
 
     Args:
         optimizers: those that train the weights now, as ``trainer.optimizers`` has them; none outside of training.
@@ -101,7 +111,8 @@ class Transaction:
         self.optimizers = list(optimizers)
         self.ranks = ranks if ranks is not None else Ranks()
         self.way, self.reset_moments = way, reset_moments
-        self._saved: dict[tuple[int, int], _Saved] = {}
+        self._saved: dict[tuple[int, int], Saved] = {}
+        self._store = Store()
 
     def __enter__(self) -> Self:
         return self
@@ -111,7 +122,7 @@ class Transaction:
     ) -> None:
         if kind is not None:
             self.rollback()
-        self._saved.clear()
+        self._forget()
 
     @property
     def touched(self) -> int:
@@ -143,7 +154,9 @@ class Transaction:
             with self.ranks.together():
                 if not deltas.is_finite():
                     raise FloatingPointError("a delta has values that are not finite")
-                commit = _Commit(weight, locate(weight, self.optimizers), deltas, transposed)
+                commit = _Commit(weight, locate(weight, self.optimizers), deltas, transposed, self._store)
+                held = sum(saved.held(commit.device) for saved in self._saved.values())
+                self._store.begin(commit.device, commit.size_of_copies(self.reset_moments), held)
                 if self.way == "local" or commit.shard.group is None:
                     commit.add_own()
             if commit.shard.group is not None:
@@ -171,51 +184,48 @@ class Transaction:
         """Put back what every changed expert held before, bit by bit."""
         for saved in self._saved.values():
             saved.restore()
+        self._forget()
+
+    def _forget(self) -> None:
         self._saved.clear()
-
-
-class _Saved:
-    """What this rank held of one expert, in all copies."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        self.weight = weight
-        self._numbers: list[tuple[Copy, int, Tensor]] = []
-
-    def keep(self, copy: Copy, numbers: Tensor, start: int, stop: int) -> None:
-        """Note the run ``[start, stop)`` of the flattened parameter, of what ``copy`` read."""
-        self._numbers.append((copy, start, numbers[start - copy.start : stop - copy.start].to("cpu", copy=True)))
-
-    def restore(self) -> None:
-        drop_gathered(self.weight)
-        for copy, start, saved in self._numbers:
-            numbers = copy.read()
-            numbers[start - copy.start :][: len(saved)] = saved.to(numbers.device)
-            copy.write(numbers)
-
-
-def drop_gathered(weight: Any) -> None:
-    """Forget a gathered copy of a ZeRO-3 parameter, which no longer shows what its partitions hold."""
-    if hasattr(weight, "ds_id") and weight.ds_status.name == "AVAILABLE":
-        weight.partition()
+        self._store = Store()
 
 
 class _Commit:
     """The change of one parameter by one set of deltas, on this rank, block by block."""
 
-    def __init__(self, weight: nn.Parameter, shard: Shard, deltas: Deltas, transposed: bool) -> None:
+    def __init__(self, weight: nn.Parameter, shard: Shard, deltas: Deltas, transposed: bool, store: Store) -> None:
         self.weight, self.shard, self.deltas, self.transposed = weight, shard, deltas, transposed
         self.size = shard.shape[1] * shard.shape[2]
-        self.saved: dict[int, _Saved] = {expert: _Saved(weight) for expert in deltas.experts}
-        self.squares = [0.0, 0.0]
+        self.saved: dict[int, Saved] = {expert: Saved(weight) for expert in deltas.experts}
+        self.checks, self._store = Checks(shard.dtype), store
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank holds the weights that the model computes with."""
+        return (self.shard.working or self.shard.source).read().device
+
+    def size_of_copies(self, with_moments: bool) -> int:
+        """Bytes of the copies for a rollback, if all of them are on the weights' device."""
+        parts = [self._own_part(expert * self.size, (expert + 1) * self.size) for expert in self.deltas.experts]
+        own = sum(stop - start for start, stop in parts)
+        working = len(parts) * self.size if self._is_shared() else own
+        masters = (self.shard.working is not None) + (len(self.shard.moments) if with_moments else 0)
+        return working * self.shard.dtype.itemsize + masters * own * torch.float32.itemsize
 
     def add_own(self) -> None:
-        """Change what this rank owns, in the source and in the working copy."""
+        """Change what this rank owns, in the source and in the working copy, and check it."""
         source = self.shard.source.read()
-        for expert, first, last in self._blocks():
-            start, stop = self._own_part(first, last)
-            if start < stop:
-                new = self._sum(expert, start, source[self._within(start, stop)])
-                self._write(expert, start, source, new)
+        if self._is_batched(source):
+            batches = Batches(self.deltas, source.device, self.transposed, LARGE_BLOCK)
+            for batch in batches:
+                self._add_batch(batches, batch, source.view(-1, self.size))
+        else:
+            for expert, first, last in self._blocks(source.device):
+                start, stop = self._own_part(first, last)
+                if start < stop:
+                    self._write(expert, start, source, self._sum(expert, start, source[self._within(start, stop)]))
+        self.checks.verify()
         self.shard.source.write(source)
 
     def send_working(self, ranks: Ranks) -> None:
@@ -223,7 +233,7 @@ class _Commit:
         if not self._is_shared():
             return
         working = self._working()
-        for expert, first, last in self._blocks():
+        for expert, first, last in self._blocks(self.weight.device):
             start, stop = self._own_part(first, last)
             whole = torch.zeros(last - first, dtype=self.shard.dtype, device=working.device)
             whole[start - first : stop - first] = working[start:stop]
@@ -234,7 +244,7 @@ class _Commit:
     def gather_and_add(self, ranks: Ranks) -> None:
         """Gather the source, change it, and keep what this rank needs of it."""
         source = self.shard.source.read()
-        for expert, first, last in self._blocks():
+        for expert, first, last in self._blocks(self.weight.device):
             start, stop = self._own_part(first, last)
             # an offloaded master is on the CPU, which the model's group may not serve
             whole = torch.zeros(last - first, dtype=source.dtype, device=self.weight.device)
@@ -245,6 +255,7 @@ class _Commit:
             self._write(expert, start, source, new[start - first : stop - first])
             if self._is_shared():
                 self._write_others(expert, first, new.to(self.shard.dtype))
+        self.checks.verify()
         self.shard.source.write(source)
 
     def reset_moments(self) -> None:
@@ -253,13 +264,13 @@ class _Commit:
             numbers = moment.read()
             for expert in self.deltas.experts:
                 start, stop = self._own_part(expert * self.size, (expert + 1) * self.size)
-                self.saved[expert].keep(moment, numbers, start, stop)
+                self._keep(expert, moment, numbers, start, stop)
                 numbers[start - moment.start : stop - moment.start] = 0
             moment.write(numbers)
 
     def relative_change(self) -> float:
         """``‖ΔW‖_F / ‖W‖_F`` over the experts that changed, on all ranks together."""
-        squares = torch.tensor(self.squares, dtype=torch.float64, device=self.weight.device)
+        squares = self.checks.squares(self.weight.device)
         if self.shard.group is not None:
             dist.all_reduce(squares, group=self.shard.group)
         change, before = squares.tolist()
@@ -270,11 +281,12 @@ class _Commit:
         for saved in self.saved.values():
             saved.restore()
 
-    def _blocks(self) -> Iterator[tuple[int, int, int]]:
-        """The changed experts and runs of their numbers, the same on all ranks."""
+    def _blocks(self, device: torch.device) -> Iterator[tuple[int, int, int]]:
+        """The changed experts and runs of their numbers, the same on all ranks for the same kind of device."""
+        block = BLOCK.get(device.type, LARGE_BLOCK)
         for expert in self.deltas.experts:
-            for first in range(expert * self.size, (expert + 1) * self.size, BLOCK):
-                yield expert, first, min(first + BLOCK, (expert + 1) * self.size)
+            for first in range(expert * self.size, (expert + 1) * self.size, block):
+                yield expert, first, min(first + block, (expert + 1) * self.size)
 
     def _own_part(self, first: int, last: int) -> tuple[int, int]:
         """What this rank owns of a run; empty if that is nothing."""
@@ -293,17 +305,38 @@ class _Commit:
         assert self.shard.working is not None
         return self.shard.working.read()
 
+    def _is_batched(self, source: Tensor) -> bool:
+        """Tell if several experts are changed at once: one accelerator has all of them, and none fills a block."""
+        on_accelerator = source.device.type not in BLOCK and self.device == source.device
+        return on_accelerator and len(source) == self.shard.shape.numel() and self.size <= LARGE_BLOCK
+
+    def _add_batch(self, batches: Batches, batch: Batch, source: Tensor) -> None:
+        """Change whole experts in the source ``[E, n]`` and in the working copy."""
+        old = self._keep_rows(batch, self.shard.source, source)
+        working = None if self.shard.working is None else self._working().view(source.shape)
+        if self.shard.working is not None and working is not None:
+            held = self._keep_rows(batch, self.shard.working, working)
+            self.checks.compare(batch.experts, old.to(held.dtype), held)
+        delta = batches.dense(batch).view(old.shape)
+        self.checks.measure(delta, old)
+        new = self._add(batch.experts, old, delta)
+        source.index_copy_(0, batch.rows, new.to(source.dtype))
+        if working is not None:
+            working.index_copy_(0, batch.rows, new.to(working.dtype))
+
     def _sum(self, expert: int, start: int, old: Tensor) -> Tensor:
         """``old``, the run of the source that begins at ``start``, with the delta added."""
         stop, offset = start + len(old), expert * self.size
         delta = delta_slice(self.deltas, expert, start - offset, stop - offset, self.transposed).to(old.device)
-        precision = torch.promote_types(torch.promote_types(old.dtype, delta.dtype), torch.float32)
-        new = old.to(precision) + delta
-        if not bool(torch.isfinite(new.to(self.shard.dtype)).all()):
-            raise FloatingPointError(f"the changed weights of expert {expert} are not finite in {self.shard.dtype}")
         first, last = (x - start for x in self._own_part(start, stop))
-        for i, numbers in enumerate((delta, old)):
-            self.squares[i] += float(torch.linalg.vector_norm(numbers[first:last], dtype=torch.float64)) ** 2
+        self.checks.measure(delta[first:last], old[first:last])
+        return self._add([expert], old[None], delta[None])[0]
+
+    def _add(self, experts: list[int], old: Tensor, delta: Tensor) -> Tensor:
+        """The sum, in the place of the delta if its precision is enough, ``[n, k]`` for ``n`` experts."""
+        precision = torch.promote_types(torch.promote_types(old.dtype, delta.dtype), torch.float32)
+        new = delta.to(precision).add_(old)
+        self.checks.change(experts, new.to(self.shard.dtype))
         return new
 
     def _write(self, expert: int, start: int, source: Tensor, new: Tensor) -> None:
@@ -313,16 +346,24 @@ class _Commit:
         if working is not None:
             numbers = self._working()
             held = slice(start - working.start, stop - working.start)
-            if not torch.equal(source[own].to(numbers), numbers[held]):
-                raise RuntimeError(
-                    f"the optimizer's master copy of expert {expert} is not that of the weights; "
-                    "give the optimizers that train them now"
-                )
-            self.saved[expert].keep(working, numbers, start, stop)
-        self.saved[expert].keep(self.shard.source, source, start, stop)
-        source[own] = new.to(source.dtype)
+            if start < stop:
+                self.checks.compare([expert], source[own].to(numbers)[None], numbers[held][None])
+            self._keep(expert, working, numbers, start, stop)
+        self._keep(expert, self.shard.source, source, start, stop)
+        source[own] = new
         if working is not None:
-            numbers[held] = new.to(self.shard.dtype)
+            numbers[held] = new
+
+    def _keep(self, expert: int, copy: Copy, numbers: Tensor, start: int, stop: int) -> None:
+        """Copy the run ``[start, stop)`` of the flattened parameter, of what ``copy`` read."""
+        self.saved[expert].add(copy, start, self._store.copy(numbers[start - copy.start : stop - copy.start]))
+
+    def _keep_rows(self, batch: Batch, copy: Copy, numbers: Tensor) -> Tensor:
+        """Copy the experts of a batch; gives them where ``numbers [E, n]`` are."""
+        kept = self._store.copy(numbers, batch.rows)
+        for expert, row in zip(batch.experts, kept, strict=True):
+            self.saved[expert].add(copy, expert * self.size, row)
+        return kept if kept.device == numbers.device else numbers[batch.rows]
 
     def _write_others(self, expert: int, first: int, whole: Tensor) -> None:
         """Write what other ranks own of the run that begins at ``first`` into the working copy."""
@@ -331,5 +372,5 @@ class _Commit:
         start, stop = self._own_part(first, last)
         for begin, end in ((first, start), (stop, last)) if start < stop else ((first, last),):
             if begin < end:
-                self.saved[expert].keep(self.shard.working, working, begin, end)
+                self._keep(expert, self.shard.working, working, begin, end)
                 working[begin:end] = whole[begin - first : end - first]

@@ -18,6 +18,7 @@ from lit_moeedit.sharding import fingerprint
 from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.ranks import Ranks
 from tests.processes import run_ranks
+from tests.sharding.looking import counted
 from tests.sharding.test_parallel_edit import TEXTS, model, prepared, tokenizer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool]
@@ -47,8 +48,45 @@ def test_sums_of_parts_are_that_of_the_whole(size: int, cuts: list[int]) -> None
     edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fingerprint, "BLOCK", 16)
-        parts = sum(fingerprint._sum(numbers[a:b], a) for a, b in itertools.pairwise(edges))
-        assert int(parts) == int(fingerprint._sum(numbers, 0))
+        weights = fingerprint._weights(16, numbers.device)
+        parts = sum(fingerprint._sum(numbers[a:b], a, weights) for a, b in itertools.pairwise(edges))
+        assert int(parts) == int(fingerprint._sum(numbers, 0, weights))
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(start=st.integers(0, 40), size=st.integers(0, 200), dtype=st.sampled_from(DTYPES), many=st.integers(2, 5))
+def test_many_blocks_at_once_are_summed_as_one_by_one(start: int, size: int, dtype: torch.dtype, many: int) -> None:
+    numbers = torch.randn(size, generator=torch.Generator().manual_seed(size)).mul(100).to(dtype)
+    sums = []
+    for blocks in ({"cpu": 1}, {"cpu": many}):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fingerprint, "BLOCK", 16)
+            patch.setattr(fingerprint, "BLOCKS", blocks)
+            sums.append(int(fingerprint._sum(numbers, start, fingerprint._weights(16, numbers.device))))
+    assert sums[0] == sums[1]
+    # the definition, in whole numbers
+    signed = numbers.view(fingerprint._BITS[numbers.element_size()]).tolist()
+    weights = fingerprint._weights(16, numbers.device).tolist()
+    places = range(start, start + size)
+    wanted = sum(n * weights[p % 16] * fingerprint._factor(p // 16) for n, p in zip(signed, places, strict=True))
+    assert (sums[0] - wanted) % 2**64 == 0
+
+
+@pytest.mark.parametrize("blocks", [1, 128])
+def test_fingerprints_stay_what_they_were(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+    """They are kept in files, so they must be those of the first version."""
+    monkeypatch.setattr(fingerprint, "BLOCKS", {"cpu": blocks})
+    assert of(torch.arange(10.0)) == "[10] torch.float32 4de1c4e69a300000"
+    assert of((torch.arange(3 * 2**18 + 5) * 37).to(torch.int32)) == "[786437] torch.int32 -3ee77f2470dd689e"
+    assert of(torch.arange(2**18 + 9).bfloat16()) == "[262153] torch.bfloat16 52dfd341a4662c9c"
+
+
+def test_the_device_is_waited_for_once() -> None:
+    tensors = {f"{i}": torch.randn(3 + i) for i in range(20)}
+    with counted() as operations:
+        fingerprints(tensors, Ranks())
+    assert operations.waited == {"tolist": 1}
+    assert operations.started["aten.copy_"] == 0  # of a single sum to main memory
 
 
 def test_shape_and_dtype_count() -> None:

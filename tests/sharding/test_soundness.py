@@ -8,6 +8,7 @@ from torch import nn
 
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.soundness import check_finite
+from tests.sharding.looking import counted
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -48,6 +49,19 @@ def test_a_few_of_many_are_named() -> None:
     model = module(**{f"w{i}": torch.tensor([torch.nan]) for i in range(8)})
     with pytest.raises(FloatingPointError, match="w0, w1, w2, w3, w4 and 3 more"):
         check_finite(model, Ranks())
+
+
+def test_the_device_is_waited_for_once_for_each_dtype() -> None:
+    model = module(**{f"w{i}": torch.ones(2, dtype=DTYPES[i % 4]) for i in range(40)})
+    with counted() as operations:
+        check_finite(model, Ranks())
+    assert operations.waited == {"tolist": 4}
+
+
+def test_names_come_in_the_order_of_the_model() -> None:
+    wrong = {f"w{i}": torch.tensor([torch.nan], dtype=DTYPES[i % 3]) for i in range(5)}
+    with pytest.raises(FloatingPointError, match=r"w0, w1, w2, w3, w4$"):
+        check_finite(module(**wrong), Ranks())
 
 
 def test_buffers_that_are_saved_are_checked() -> None:

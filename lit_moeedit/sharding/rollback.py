@@ -1,0 +1,119 @@
+"""Copies of weights for a rollback: where they are kept, and how they are put back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_moeedit.sharding.shards import Copy
+
+log = logging.getLogger(__name__)
+
+RESERVE = 2**32
+"""Free bytes of an accelerator that copies leave alone."""
+PINNED = 2**32
+"""Most bytes of copies in pinned memory; PyTorch keeps what was pinned once until the process ends."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that no process has taken on an accelerator; 0 where that is not known, and for main memory.
+
+    What PyTorch's allocator holds without using it is not free: the forwards of the phases before needed it, and so
+    will those to come.
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def pinned_like(numbers: Tensor) -> Tensor | None:
+    """Pinned main memory for a copy of an accelerator's numbers; ``None`` where there is none."""
+    if numbers.device.type == "cpu":
+        return None
+    try:
+        return torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+    except RuntimeError:  # no more memory that can be pinned, or a device without such
+        return None
+
+
+def select(numbers: Tensor, rows: Tensor | None) -> Tensor:
+    """A new tensor of all numbers, or of some rows ``[n]`` of them, on their own device."""
+    return numbers.clone() if rows is None else numbers.index_select(0, rows)
+
+
+class Store:
+    """Memory for the copies of one transaction.
+
+    They stay on the weights' device if they, together with the copies of the commits before, leave :data:`RESERVE` of
+    what was free there at the first commit, and of what is free now. That is decided once for each commit. If memory
+    runs out all the same, the rest of them goes to main memory, as they do where there is no room: pinned up to
+    :data:`PINNED`, so that the device does not wait for them. Numbers in main memory are copied there.
+
+    A copy to pinned memory may still be under way when :meth:`copy` returns. What overwrites the numbers, and what
+    puts them back if the commit fails, is queued behind it on the same stream; and a commit that succeeds has read a
+    result of that stream after its last copy.
+    """
+
+    def __init__(self) -> None:
+        self._room: dict[torch.device, int] = {}
+        self._near: torch.device | None = None
+        self._pinned = 0
+
+    def begin(self, device: torch.device, size: int, held: int) -> None:
+        """Decide where the copies of a commit go.
+
+        Args:
+            device: the weights'.
+            size: bytes of the copies that it will ask for there.
+            held: bytes of the copies there of the commits before.
+        """
+        free = free_memory(device) - RESERVE
+        room = self._room.setdefault(device, free) - held
+        self._near = device if size <= min(free, room) else None
+
+    def copy(self, numbers: Tensor, rows: Tensor | None = None) -> Tensor:
+        """A copy of numbers, or of some rows ``[n]`` of them."""
+        if numbers.device == self._near:
+            try:
+                return select(numbers, rows)
+            except torch.OutOfMemoryError:
+                log.info("no room on %s: what a rollback needs is kept in main memory", self._near)
+                self._room[numbers.device], self._near = 0, None
+        if rows is not None:
+            numbers = select(numbers, rows)
+        pinned = pinned_like(numbers) if self._pinned + numbers.nbytes <= PINNED else None
+        if pinned is None:
+            return numbers if rows is not None and numbers.device.type == "cpu" else numbers.to("cpu", copy=True)
+        self._pinned += numbers.nbytes
+        return pinned.copy_(numbers, non_blocking=True)
+
+
+class Saved:
+    """The numbers of one expert that this rank held before, in all copies."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight = weight
+        self._numbers: list[tuple[Copy, int, Tensor]] = []
+
+    def add(self, copy: Copy, start: int, numbers: Tensor) -> None:
+        """Note what the run of the flattened parameter held that begins at ``start``."""
+        self._numbers.append((copy, start, numbers))
+
+    def held(self, device: torch.device) -> int:
+        """Bytes that this takes on a device."""
+        return sum(numbers.nbytes for _, _, numbers in self._numbers if numbers.device == device)
+
+    def restore(self) -> None:
+        """Put all of it back, without further memory on the weights' device."""
+        drop_gathered(self.weight)
+        for copy, start, saved in self._numbers:
+            numbers = copy.read()
+            numbers[start - copy.start :][: len(saved)].copy_(saved)
+            copy.write(numbers)
+
+
+def drop_gathered(weight: Any) -> None:
+    """Forget a gathered copy of a ZeRO-3 parameter, which no longer shows what its partitions hold."""
+    if hasattr(weight, "ds_id") and weight.ds_status.name == "AVAILABLE":
+        weight.partition()

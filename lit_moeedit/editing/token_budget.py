@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -16,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.editing.running import decoder_layers
 from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.sharding.device_memory import free_memory
 from lit_moeedit.sharding.ranks import Ranks, is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -111,29 +110,6 @@ def fitting(cost: float, free: float) -> int:
         (4000, 16384, 1)
     """
     return max(1, min(LARGEST, int(SHARE * free / max(cost, 1.0))))
-
-
-def free_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that new tensors may take on a device.
-
-    Args:
-        device: a GPU, whose caches count as free, or the CPU.
-        processes: number of processes that share a CPU's memory.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _available() // max(1, processes)
-
-
-def _available() -> int:
-    """Bytes of main memory that are free, or are when caches of files are dropped."""
-    table = Path("/proc/meminfo")
-    if table.is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text(encoding="ascii", errors="replace"))
-        if found:
-            return int(found[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def release(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_moeedit.sharding import device_memory
 from lit_moeedit.sharding.shards import Copy
 
 log = logging.getLogger(__name__)
@@ -19,12 +20,12 @@ PINNED = 2**32
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that no process has taken on an accelerator; 0 where that is not known, and for main memory.
+    """Bytes that are free on an accelerator; 0 where that is not known, and for main memory.
 
-    What PyTorch's allocator holds without using it is not free: the forwards of the phases before needed it, and so
-    will those to come.
+    What PyTorch's allocator holds without using it is free: a forward that comes while there are copies (of a guard)
+    finds out how much room is left.
     """
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return device_memory.free_memory(device) if device.type == "cuda" else 0
 
 
 def pinned_like(numbers: Tensor) -> Tensor | None:

@@ -242,7 +242,7 @@ class EditReport(EditListener):
         console.print(self._table(summary))
         with appearing(path) as beside:
             beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        console.print(f"Summary: {path}", markup=False)
+        console.print(f"Summary: {path}", markup=False, soft_wrap=True)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log_to_wandb(logger, trainer, facts)

@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lit_moeedit.models import keys as keys_module
 from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError, check_editable, expert_layers, find_model
-from lit_moeedit.models.keys import RoutedKeys, Routing, routed_keys, stream_keys, watch_keys, watch_routing
+from lit_moeedit.models.keys import KeyRows, RoutedKeys, Routing, routed_keys, stream_keys, watch_keys, watch_routing
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "mixtral", "olmoe", "deepseek_v3"]
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # the same sums of some dozens of float32 products, in another order
@@ -155,9 +155,10 @@ def test_streamed_keys_are_those_that_are_watched(make_model, input_ids: Tensor,
     parts: dict[tuple[int, int], list[Tensor]] = {}
     factors: dict[tuple[int, int], list[Tensor]] = {}
 
-    def observe(layer: ExpertLayer, expert: int, keys: Tensor, gates: Tensor) -> None:
-        parts.setdefault((layer.index, expert), []).append(keys)
-        factors.setdefault((layer.index, expert), []).append(gates)
+    def observe(layer: ExpertLayer, rows: KeyRows) -> None:
+        (expert,) = rows.counts  # on a CPU, one at a time
+        parts.setdefault((layer.index, expert), []).append(rows.key)
+        factors.setdefault((layer.index, expert), []).append(rows.gate)
 
     with stream_keys(model, list(expert_layers(model).values()), lambda: None, observe):
         logits = model(input_ids=input_ids).logits
@@ -181,7 +182,7 @@ def test_streaming_leaves_out_what_is_not_wanted(model: PreTrainedModel, input_i
     outputs: list[Tensor] = []
     handles = [layer.experts.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in layers]
     model(input_ids=input_ids)
-    with stream_keys(model, layers[::2], lambda: chosen, lambda *args: sizes.append(len(args[2])), last=layers[2]):
+    with stream_keys(model, layers[::2], lambda: chosen, lambda _, rows: sizes.append(len(rows.key)), last=layers[2]):
         model(input_ids=input_ids)
     for handle in handles:
         handle.remove()

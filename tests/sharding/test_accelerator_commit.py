@@ -272,8 +272,9 @@ def test_the_device_is_waited_for_a_few_times_whatever_there_is_to_do(
     few, many = (operations(monkeypatch, Held(torch.bfloat16, **case, experts=n), n) for n in (8, 128))
     assert few.started.total() < many.started.total()
     assert few.waited == many.waited
-    # two looks at the factors, one or two at the weights, one at the norms; and two to sort the terms into batches
-    assert many.waited.total() <= 7
+    # one look at the factors, one or two at the weights, one at the norms; two to group the terms by experts, where
+    # nobody has asked for that before, and two to sort them into batches
+    assert many.waited.total() <= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -212,7 +212,8 @@ def _sample(rows: Sequence[array[int]], max_tokens: int | None) -> Sequence[arra
     """Draw rows, the same every time, until they have so many tokens; take all if they have fewer."""
     if max_tokens is None or sum(map(len, rows)) <= max_tokens:
         return rows
-    chosen, tokens = list[array[int]](), 0
+    chosen: list[array[int]] = []
+    tokens = 0
     for row in random.Random(0).sample(rows, len(rows)):
         if tokens >= max_tokens:
             break

@@ -57,6 +57,7 @@ class Parts:
         self.words = gpu_models.tokenizer()
         self.folder = tempfile.TemporaryDirectory()
         self._whole: Subject | None = None
+        self._ended = False, "it was not started"
 
     def all(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """The parts, in order; what is large goes before what a hanging process could delay."""
@@ -110,7 +111,7 @@ class Parts:
         On a card each has a process of its own, so that the next one finds all of its memory free.
         """
         self.drop()
-        file, late = Path(self.folder.name) / f"{name}.json", False
+        file = Path(self.folder.name) / f"{name}.json"
         if not file.exists():
             wanted = [name] if self.device.type == "cuda" else list(STRATEGIES)[list(STRATEGIES).index(name) :]
             command = [sys.executable, "-m", "benchmarks.gpu_fit", "--device", str(self.device)]
@@ -118,11 +119,14 @@ class Parts:
             try:
                 seconds = max(1.0, self.deadline.left())
                 done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, check=False)
-                said = f"its process ended with exit code {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"
+                last = (done.stderr.splitlines() or [""])[-1]
+                self._ended = False, f"its process ended with exit code {done.returncode}: {last}"
             except subprocess.TimeoutExpired:
-                late, said = True, "the time was over before it was done"
-            if not file.exists():
-                raise gpu_models.LeftOutError(said) if late else RuntimeError(said)
+                self._ended = True, "the time was over before it was done"
+        # of the process that had this run to make, maybe as one of several
+        late, said = self._ended
+        if not file.exists():
+            raise gpu_models.LeftOutError(said) if late else RuntimeError(said)
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.pop("unfinished", False):
             if not late:
@@ -215,7 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = Parts(device, options.tiny, deadline)
     results: dict[str, Any] = {"tiny": options.tiny, "device": options.device, "machine": machine(device), "parts": {}}
     command = "`python -m benchmarks.gpu" + (" --device cpu" if options.device == "cpu" else "")
-    command += (" --tiny" if options.tiny else "") + "`"
+    command += " --tiny" if options.tiny else ""
+    command += f" --seconds {options.seconds:g}" if options.seconds != parser.get_default("seconds") else ""
+    # without all parts this is no report of the card
+    command += f" --parts {' '.join(options.parts)}`" if options.parts else "`"
     for name, part in parts.all().items():
         if options.parts and not any(some in name for some in options.parts):
             results["parts"][name] = {"status": "left out", "reason": "not asked for"}

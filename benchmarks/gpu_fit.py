@@ -189,7 +189,7 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 
 def measure(
-    name: str, device: torch.device, config: dict[str, Any], record: Callable[[dict[str, Any]], object]
+    name: str, device: torch.device, config: dict[str, Any], parent: Path, record: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
     """The run that is measured, which is also recorded at once, and one that is saved and resumed."""
     stage = STRATEGIES[name]
@@ -203,7 +203,8 @@ def measure(
         layers = gpu_models.layers_that_fit(config, wanted, room, BYTES[stage > 0])
     if layers < LEAST_LAYERS:
         raise gpu_models.LeftOutError(f"{layers} layers have room on this card; an edit needs {LEAST_LAYERS}")
-    with tempfile.TemporaryDirectory() as temporary:
+    # within the folder of the parent, which removes it if this process is killed
+    with tempfile.TemporaryDirectory(dir=parent) as temporary:
         folder = Path(temporary)
         config = {**config, "num_hidden_layers": layers}
         # what is saved is small: writing and reading it takes longer than the runs
@@ -258,7 +259,7 @@ def main() -> None:
             file.write_text(json.dumps(found), encoding="utf-8")
 
         try:
-            record(measure(name, torch.device(arguments.device), config, record))
+            record(measure(name, torch.device(arguments.device), config, arguments.output, record))
         except gpu_models.LeftOutError as error:
             record({"left out": str(error)})
         except Exception as error:  # the other strategies are run all the same

@@ -68,6 +68,8 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.peaks, self.phase = device, dict[str, int](), ""
+        # of all phases, with what the allocator holds for later
+        self.reserved = 0
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -80,6 +82,7 @@ class Meter:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
             self.peaks[phase] = max(peak, self.peaks.get(phase, 0))
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
 
 
 class _Operations(TorchDispatchMode):
@@ -117,6 +120,8 @@ class Launches:
             # cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernel, cuLaunchKernelEx, cudaGraphLaunch
             launching = re.compile("LaunchKernel|GraphLaunch")
             count = sum(event.count for event in profile.key_averages() if launching.search(event.key))
+            if not count:
+                raise RuntimeError(f"the profiler saw no launch in {phase}")
         else:
             with _Operations() as operations:
                 yield
@@ -219,6 +224,7 @@ class Subject:
         finally:
             handle.remove()
         found["edits"], found["seconds"], found["peak"] = count, result.seconds, meter.peaks
+        found["reserved"] = meter.reserved
         found["checks"] = self._sound(result)
         steps = int(result.targets.steps.max())
         found["seconds a step"], found["steps"] = result.seconds["targets"] / steps, steps
@@ -288,21 +294,28 @@ class Subject:
             return time.perf_counter() - start
 
         short: dict[str, float] = {}
+        failed: dict[str, str] = {}
         middle = pairs[len(pairs) // 2 :][:1]
-        for kind in IMPLEMENTATIONS:
-            # not every card has all of them
-            with contextlib.suppress(RuntimeError, ValueError):
-                self.model.set_experts_implementation(kind)
-                run(middle)
-                short[kind] = run(middle)
-        best = min(short, key=short.__getitem__)
-        self.model.set_experts_implementation(best)
-        seconds = run(pairs)
-        self.model.set_experts_implementation(configured)
+        try:
+            for kind in IMPLEMENTATIONS:
+                try:
+                    self.model.set_experts_implementation(kind)
+                    run(middle)
+                    short[kind] = run(middle)
+                except (RuntimeError, ValueError) as error:  # not every card has all of them
+                    failed[kind] = str(error).split("\n")[0]
+            if not short:
+                raise RuntimeError(f"no implementation of the experts runs: {failed}")
+            best = min(short, key=short.__getitem__)
+            self.model.set_experts_implementation(best)
+            seconds = run(pairs)
+        finally:
+            self.model.set_experts_implementation(configured)
         return {
             "seconds": seconds,
             "experts": best,
             "one batch": short,
+            "failed": failed,
             "batches": len(batches),
             "tokens": sum(int(mask.sum()) for mask in masks),
             "seconds of tokenizing": tokenizing,

@@ -1,4 +1,4 @@
-"""How much text second moments need: edits with parts of it, against the edit with all of it.
+"""Edits whose second moments are of a part of the text, against the edit with all of it.
 
 Run from the root of the repository, with the package installed:
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,11 +77,11 @@ layers = list(expert_layers(model).values())
 fastest("statistics, 64 experts of 256", lambda: second_moments(model, tokenizer, layers[1:3], texts[:40], 8192))
 print(json.dumps(found))
 """
-"""What each version runs; it uses nothing but what both have."""
+"""Program that each version runs; it uses nothing but what both have."""
 
 
 def measured(python: str, arguments: list[str], folder: Path) -> dict[str, Any]:
-    """What a version printed; run where the other version's source is not found."""
+    """Run a version where the source of the other is not found; give what it printed."""
     command = [python, "-c", CHILD, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -100,7 +101,8 @@ def main() -> None:
     trained("atlas", 1, arguments.models)
     config = Path(__file__).resolve().parents[1] / "configs/atlas.yaml"
     given = [str(config), str((arguments.models / "atlas, seed 1.safetensors").resolve()), str(arguments.repeats)]
-    pythons = {"before": arguments.before, "now": sys.executable}
+    # not resolved: the link belongs to its environment
+    pythons = {"before": os.path.abspath(arguments.before), "now": sys.executable}  # noqa: PTH100
     results: dict[str, dict[str, Any]] = {name: {"seconds": {}} for name in pythons}
     for _ in range(arguments.rounds):
         for name, python in pythons.items():

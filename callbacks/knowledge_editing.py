@@ -20,6 +20,7 @@ from lit_moeedit.callbacks.resources import (
     find_tokenizer,
     from_datamodule,
     keep_experts_together,
+    ranks_of,
     read_documents,
 )
 from lit_moeedit.callbacks.schedule import Schedule
@@ -276,7 +277,7 @@ class KnowledgeEditing(L.Callback):
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._facts is not None:
             return
-        self.ranks = Ranks()
+        self.ranks = ranks_of(trainer)
         # files may be missing on one rank only
         with self.ranks.together():
             try:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
-from lit_moeedit.callbacks.resources import callbacks_of, on_first_rank
+from lit_moeedit.callbacks.resources import callbacks_of, on_first_rank, ranks_of
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import PHASES, answers, perplexity
@@ -208,14 +208,15 @@ class EditReport(EditListener):
 
     def _attempt(self, trainer: L.Trainer, name: str, measure: Callable[[Ranks], object]) -> None:
         """Measure on all ranks or on none; a failure is noted under ``name`` and costs nothing else."""
-        editing, error = _only(trainer, KnowledgeEditing), None
-        # the ones that an evaluation meets in: a rank that fails must meet the others there
-        ranks = editing.ranks if editing is not None and editing.ranks is not None else Ranks()
+        ranks, error, is_done = ranks_of(trainer), None, False
         self._failed.pop(name, None)
         try:
             with ranks.together():
                 measure(ranks)
+            is_done = True
         except BaseException as caught:
+            if is_done:  # an interrupt of this rank alone: the others have gone on
+                raise
             error = caught
         if error is None:
             return

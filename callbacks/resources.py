@@ -13,11 +13,21 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_moeedit.foreign import blamed_on, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers, find_model
+from lit_moeedit.sharding.ranks import Ranks
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     """All callbacks of the trainer."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def ranks_of(trainer: L.Trainer) -> Ranks:
+    """The processes as the callback that edits has them, if there is one; else made anew, by all of them together.
+
+    A rank that fails meets the others where they agree next, so all callbacks must agree in the same place.
+    """
+    found = (getattr(callback, "ranks", None) for callback in callbacks_of(trainer))
+    return next((ranks for ranks in found if isinstance(ranks, Ranks)), None) or Ranks()
 
 
 def on_first_rank(trainer: L.Trainer, work: Callable[[], object]) -> None:

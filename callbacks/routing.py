@@ -16,11 +16,12 @@ from typing_extensions import override
 
 from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
-from lit_moeedit.callbacks.resources import find_tokenizer, from_datamodule
+from lit_moeedit.callbacks.resources import find_tokenizer, from_datamodule, ranks_of
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.routing import RoutingTrace, trace_routing
 from lit_moeedit.metrics import ExpertLoad, RoutingDivergence, RoutingSimilarity
 from lit_moeedit.models.experts import expert_layers, find_model
+from lit_moeedit.sharding.ranks import Ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +60,8 @@ class RoutingMonitor(EditListener):
         self._tokenizer_source = tokenizer
         self._probe: list[str] = []
         self._has_begun = False
+        self.ranks: Ranks | None = None
+        """The processes, known once routing has been traced."""
         self._tokenizer: Any = None
         self._start: RoutingTrace | None = None
         self._digest = ""
@@ -68,18 +71,18 @@ class RoutingMonitor(EditListener):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._probe, self._has_begun = [], False
+        self._probe, self._has_begun, self.ranks = [], False, None
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._find(trainer, pl_module)
         if not trainer.strategy.restore_checkpoint_after_setup:
-            self._begin(pl_module)
+            self._begin(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # DeepSpeed restores weights and states between the start of the fit and here
-        self._begin(pl_module)
+        self._begin(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -94,19 +97,19 @@ class RoutingMonitor(EditListener):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or self._start is None:
             return
-        shift = self.compare(pl_module, self._start, self._trace(pl_module))
+        shift = self.compare(pl_module, self._start, self._trace(trainer, pl_module))
         named = {f"routing/{name}": value for name, value in shift.items()}
         pl_module.log_dict(named, sync_dist=trainer.world_size > 1)
 
     @override
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
         self._prepare(trainer, pl_module)
-        self._before_edit = self._trace(pl_module)
+        self._before_edit = self._trace(trainer, pl_module)
 
     @override
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
         assert self._before_edit is not None
-        self.last_edit = self.compare(pl_module, self._before_edit, self._trace(pl_module))
+        self.last_edit = self.compare(pl_module, self._before_edit, self._trace(trainer, pl_module))
         self._before_edit = None
         for logger in trainer.loggers:
             metrics = {f"routing_edit/{name}": value for name, value in self.last_edit.items()}
@@ -163,7 +166,7 @@ class RoutingMonitor(EditListener):
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._find(trainer, pl_module)
-        self._begin(pl_module)
+        self._begin(trainer, pl_module)
 
     def _find(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the probe and the tokenizer, once in a run."""
@@ -181,7 +184,7 @@ class RoutingMonitor(EditListener):
             )
         self._probe = list(texts)[: self.max_texts]
 
-    def _begin(self, pl_module: L.LightningModule) -> None:
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Trace the run's start, once, unless a checkpoint brought one that can be compared with."""
         if self._has_begun:
             return
@@ -192,10 +195,12 @@ class RoutingMonitor(EditListener):
             self._start = None
         self._digest = digest
         if self._start is None:
-            self._start = self._trace(pl_module)
+            self._start = self._trace(trainer, pl_module)
 
-    def _trace(self, pl_module: L.LightningModule) -> RoutingTrace:
-        return trace_routing(find_model(pl_module), self._tokenizer, self._probe)
+    def _trace(self, trainer: L.Trainer, pl_module: L.LightningModule) -> RoutingTrace:
+        # making ranks is a collective operation, and leaves a process group behind
+        self.ranks = self.ranks if self.ranks is not None else ranks_of(trainer)
+        return trace_routing(find_model(pl_module), self._tokenizer, self._probe, ranks=self.ranks)
 
 
 def _is_of(trace: RoutingTrace, pl_module: L.LightningModule) -> bool:

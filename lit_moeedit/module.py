@@ -103,6 +103,7 @@ class LitMoE(L.LightningModule):
         self.perplexity = Perplexity(ignore_index=IGNORED_LABEL)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._weight_decays: list[float] = []
+        self._eps: float | None = None
 
     @override
     def configure_model(self) -> None:
@@ -149,6 +150,9 @@ class LitMoE(L.LightningModule):
     def on_train_start(self) -> None:
         for optimizer in self.trainer.optimizers:
             mend_optimizer(optimizer, self._weight_decays)
+            # a checkpoint of a run in another precision brings that run's
+            for group in optimizer.param_groups if self._eps is not None else ():
+                group["eps"] = self._eps
 
     @override
     def forward(self, **inputs: Tensor) -> Any:
@@ -231,11 +235,12 @@ class LitMoE(L.LightningModule):
         # DeepSpeed drops empty groups, and the scheduler would miss them
         groups = [group for group in groups if group["params"]]
         self._weight_decays = [group["weight_decay"] for group in groups]
+        self._eps = _epsilon(self.trainer.strategy, parameters)
         optimizer = torch.optim.AdamW(
             groups,
             lr=self.hparams["learning_rate"],
             betas=self.hparams["betas"],
-            eps=_epsilon(self.trainer.strategy, parameters),
+            eps=self._eps,
             fused=True if may_be_fused(self) else None,
         )
         _accept_on_cpu(self.trainer.strategy)
@@ -255,7 +260,7 @@ class LitMoE(L.LightningModule):
 
 
 def may_be_fused(module: L.LightningModule) -> bool:
-    """Whether an optimizer of the module may take its step in one fused operation.
+    """Tell whether an optimizer of the module may take its step in one fused operation.
 
     It may, unless the trainer's precision plugin unscales or clips gradients by itself under autocast. A fused
     optimizer divides by the loss scale within its step, so a plugin with a ``GradScaler`` would leave that to it, and
@@ -273,7 +278,7 @@ def may_be_fused(module: L.LightningModule) -> bool:
 
 
 def _epsilon(strategy: Strategy, parameters: Sequence[Tensor]) -> float:
-    """What keeps Adam from dividing by zero.
+    """Choose what keeps Adam from dividing by zero.
 
     Squares of gradients below 2e-4 are zero in float16, as is Adam's usual 1e-8. DeepSpeed steps in float32.
     """

@@ -55,7 +55,8 @@ def rounded(numbers: Tensor) -> Tensor:
         [1.0, 1.0009765625, 1.0, 1.0]
     """
     bits = numbers.view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    result = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    return torch.where(numbers.isfinite(), result, numbers)  # of a GPU's NaN all bits are set, and would overflow
 
 
 @contextmanager

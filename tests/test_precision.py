@@ -265,3 +265,11 @@ def test_products_on_tensor_cores_are_asked_for_in_the_block_only() -> None:
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # a CPU has no sums in full for it
     assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -0x400000, 0x7F800000, -0x800000])
+def test_rounding_keeps_what_is_not_finite(bits: int) -> None:
+    """A NaN of a GPU, two of a CPU, and infinities."""
+    number = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    found = rounded(number)
+    assert torch.equal(found, number) or bool(found.isnan() & number.isnan())

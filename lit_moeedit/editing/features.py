@@ -75,7 +75,7 @@ def _edit_tokens(
     size: int,
     ranks: Ranks,
 ) -> EditTokens:
-    """The same, with ``size`` prompts in a forward."""
+    """Run prompts, ``size`` of them in a forward; see :func:`edit_tokens`."""
     hidden: list[Tensor] = []
     numbers: list[Tensor] = []
     parts: list[RoutedKeys] = []

@@ -35,15 +35,17 @@ class RecordedStep:
 
     def __init__(self, step: Step, example: Tensor) -> None:
         self._argument = example.clone()
-        beside, current = torch.cuda.Stream(example.device), torch.cuda.current_stream(example.device)
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UPS):
-                expected = [result.clone() for result in step(self._argument)]
-        current.wait_stream(beside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._results = step(self._argument)
+        with torch.cuda.device(example.device):
+            beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    expected = [result.clone() for result in step(self._argument)]
+            current.wait_stream(beside)
+            self._graph = torch.cuda.CUDAGraph()
+            # other threads, of a data loader say, may call the driver meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._results = step(self._argument)
         for one, other in zip(self(example), expected, strict=True):
             if not bool((one - other).abs().amax() <= TOLERANCE * other.abs().amax()):
                 raise RuntimeError("a replay gives something else than the step that was recorded")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids
 from lit_moeedit.editing.running import inference
-from lit_moeedit.editing.token_budget import Budget, TokenBudget, forward_cost, logits_cost
+from lit_moeedit.editing.token_budget import TokenBudget
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import Routing, watch_routing
 from lit_moeedit.sharding.forward import gathering_on_use
@@ -37,8 +37,9 @@ def trace_routing(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    token_budget: Budget = "auto",
+    token_budget: int = 8192,
     max_length: int = 256,
+    ranks: Ranks | None = None,
 ) -> RoutingTrace:
     """Run texts through the model and record the routing of every layer with experts.
 
@@ -46,8 +47,11 @@ def trace_routing(
         model: the model.
         tokenizer: its tokenizer.
         texts: the probe; their order is the order of the tokens.
-        token_budget: largest number of tokens (with padding) in one forward, or ``auto``.
+        token_budget: largest number of tokens (with padding) in one forward. Traces that are compared are made with the
+            same, since a router's near ties can fall otherwise in batches of another shape; only where memory runs out
+            it is halved.
         max_length: longer texts are cut.
+        ranks: the processes that trace the same texts; each calls this.
 
     Raises:
         ValueError: if there is no text.
@@ -57,8 +61,7 @@ def trace_routing(
         raise ValueError("there is no probe text to trace the routing of")
     rows = [encoding.ids[:max_length] for encoding in encode(tokenizer, texts, [""] * len(texts))]
     longest = max(map(len, rows))
-    cost = forward_cost(model, list(expert_layers(model).values())[-1]) + logits_cost(model)
-    budget = TokenBudget(token_budget, cost, model.device, Ranks())
+    budget = TokenBudget(token_budget, 0.0, model.device, ranks if ranks is not None else Ranks())
 
     def run(tokens: int) -> RoutingTrace:
         return _trace(model, rows, max(1, tokens // longest), pad_id(tokenizer))
@@ -67,7 +70,7 @@ def trace_routing(
 
 
 def _trace(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int, pad_token: int) -> RoutingTrace:
-    """The same for token ids, ``size`` rows in a forward."""
+    """Trace rows of token ids, ``size`` of them in a forward."""
     layers = expert_layers(model)
     experts: dict[int, list[Tensor]] = {index: [] for index in layers}
     probabilities: dict[int, list[Tensor]] = {index: [] for index in layers}

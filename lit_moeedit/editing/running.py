@@ -139,7 +139,10 @@ def experts_run_on(layers: Sequence[ExpertLayer], tokens: Tensor) -> Iterator[No
 
 @contextmanager
 def experts_run_at(layers: Sequence[ExpertLayer], chosen: Tensor, count: int) -> Iterator[None]:
-    """The same for tokens given by their places ``[n]`` among ``count``, for which nobody has to wait on a GPU."""
+    """Run the routed experts at some places ``[n]`` among ``count`` tokens only, as :func:`experts_run_on` does.
+
+    Places are known beforehand: to count true values in a mask, a GPU has to be waited for.
+    """
     with ExitStack() as stack:
         for layer in layers:
 

@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 PADDED = 2**26
 """Numbers of keys that are multiplied at once where all experts' are there: 256 MiB."""
-MANY = 512
-"""Rows of an expert from which on rounding them changes their sum by less than 1e-4 of it."""
 
 
 @dataclass
@@ -72,9 +70,9 @@ class SecondMoments:
     def add_all(self, rows: KeyRows) -> None:
         """Add keys of several experts at once, in a few products of padded batches.
 
-        Keys of half precision are multiplied on tensor cores, which loses nothing of them. Gated ones have more bits:
-        where an expert has many they are rounded to what tensor cores keep, since errors of ``n`` rows average out to
-        ``2e-3 / sqrt(n)`` of their sum, and where it has few they are multiplied in full.
+        Keys of half precision are multiplied on tensor cores, which keep all of their bits. Gated ones have more: they
+        are split into what tensor cores keep and the rest, ``R = H + L``, and the sum is ``HᵀH + HᵀL + LᵀH``; what is
+        left out is 2⁻²² of it.
         """
         experts, counts = list(rows.counts), list(rows.counts.values())
         keys = self._weighted(rows.key, rows.gate)
@@ -89,10 +87,13 @@ class SecondMoments:
             padded = keys[(start[chosen, None] + place).clamp_max(len(keys) - 1)]
             if shortest < longest:
                 padded *= (place < count[chosen, None])[..., None]
-            rounds = is_half and self.gated and shortest >= MANY
-            with tensor_core_precision() if rounds or (is_half and not self.gated) else full_precision():
-                padded = rounded(padded) if rounds else padded
-                products = padded.mT @ padded
+            with tensor_core_precision() if is_half else full_precision():
+                high = rounded(padded) if is_half and self.gated else padded
+                products = high.mT @ high
+                if high is not padded:
+                    mixed = high.mT @ (padded - high)
+                    products += mixed
+                    products += mixed.mT
             self.total.index_add_(0, expert[chosen].to(self.total.device), products.to(self.total.device))
         self.count.index_add_(0, expert.to(self.count.device), count.to(self.count.device))
 

@@ -136,10 +136,12 @@ class TargetOptimizer:
                 for number, (places, mine) in enumerate(ranks.deal(chunks)):
                     chunk = [waiting[place] for place in places]
                     part = _Batch(self, model, layer, [by_edit[e] for e in chunk], pad_token).run(ranks, mine)
+                    own = torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device)
                     ranks.agree()  # a round counts on all ranks or on none
                     parts.append(part)
-                    numbers.append(torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device))
-                    done = {waiting[i] for own in chunks[number * ranks.size : (number + 1) * ranks.size] for i in own}
+                    numbers.append(own)
+                    rounds = chunks[number * ranks.size : (number + 1) * ranks.size]
+                    done = {waiting[place] for places in rounds for place in places}
                     left[:] = [edit for edit in left if edit not in done]
                     if progress is not None:
                         progress(len(by_edit) - len(left), len(by_edit))
@@ -190,7 +192,7 @@ def _chunks(by_edit: Sequence[Sequence[TargetRow]], token_budget: int, limit: in
 
 
 def can_record(model: PreTrainedModel, layer: ExpertLayer) -> bool:
-    """Tell whether steps can be CUDA graphs. Under ZeRO-3 a step gathers weights, which cannot be recorded."""
+    """Tell whether steps can be CUDA graphs: what gathers sharded weights cannot be recorded."""
     return model.device.type == "cuda" and not is_partitioned(layer.down_proj)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
+import traceback
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
@@ -24,7 +25,7 @@ Budget = int | Literal["auto"]
 """Largest number of tokens (with padding) in one forward; ``auto`` chooses it from free memory."""
 
 LARGEST = 16384
-"""What ``auto`` chooses where memory has room: more tokens at once make no forward faster per token."""
+"""Tokens that ``auto`` chooses at most."""
 SHARE = 0.8
 """Share of the free memory that ``auto`` fills: kernels' work space and fragments of the allocator come on top."""
 FLOAT = 4
@@ -32,7 +33,7 @@ FLOAT = 4
 
 
 class TooLittleMemoryError(RuntimeError):
-    """Memory has no room for the smallest batch; no weight has been changed."""
+    """Memory has no room for the smallest batch."""
 
 
 def check_budget(budget: Budget) -> None:
@@ -48,7 +49,9 @@ def check_budget(budget: Budget) -> None:
 class TokenBudget:
     """The largest number of tokens in one forward of a phase, the same on all ranks.
 
-    Making one with ``auto`` is a collective operation.
+    Making one with ``auto`` is a collective operation. Under ZeRO stage 3 a forward is one, too: there ranks go on with
+    fewer tokens if memory runs out on all of them at the same place. If it runs out on one alone, the others wait for
+    it in that forward, see :class:`~lit_moeedit.sharding.ranks.Ranks`.
 
     Args:
         given: a number, which is obeyed as long as memory does not run out, or ``auto``.
@@ -85,7 +88,9 @@ class TokenBudget:
                 if not is_out_of_memory(error):
                     raise
                 message = str(error).split("\n")[0]
-            # behind the handler: an exception holds the frames in which the memory is in use
+                # the frames of the failed forward hold what it has filled memory with
+                traceback.clear_frames(error.__traceback__)
+            self.ranks.forget()
             release(self.device)
             if self.tokens <= least:
                 self._give_up(phase, least, message)
@@ -98,7 +103,7 @@ class TokenBudget:
         need = f"{wanted[1]} were asked for, {free:.2f} GiB are free" if wanted else f"{free:.2f} GiB are free"
         raise TooLittleMemoryError(
             f"{phase}: {self.device} has no room for the smallest batch, {least} tokens ({need}): use a larger card, "
-            f"shorter texts, or a model that is sharded over more cards. No weight has been changed. ({message})"
+            f"shorter texts, or a model that is sharded over more cards. ({message})"
         )
 
 

@@ -22,7 +22,7 @@ BLOCK = {"cpu": 512}
 LARGE_BLOCK = 4096
 """The same on any other device."""
 ALIGNMENT = 16
-"""Rows of grouped products begin at multiples of so many bytes."""
+"""Bytes at multiples of which grouped products want matrices and their rows to begin."""
 
 # where torch 2.9 has it
 _grouped_mm: Callable[..., Tensor] = getattr(nn.functional, "grouped_mm", None) or torch._grouped_mm
@@ -182,9 +182,11 @@ def can_group(layer: ExpertLayer) -> bool:
     weight = layer.down_proj
     if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 0):
         return False
-    names = (_up_name(layer), "down_proj")
-    shapes = (getattr(weight, "ds_shape", weight.shape) for weight in (getattr(layer.experts, name) for name in names))
-    return all(size * weight.element_size() % ALIGNMENT == 0 for shape in shapes for size in shape[1:])
+    weights = [getattr(layer.experts, name) for name in (_up_name(layer), "down_proj")]
+    sizes = (size for weight in weights for size in getattr(weight, "ds_shape", weight.shape)[1:])
+    # a weight within a flat buffer, of DeepSpeed say, can begin anywhere
+    begins = all(weight.data_ptr() % ALIGNMENT == 0 for weight in weights)
+    return begins and all(size * weight.element_size() % ALIGNMENT == 0 for size in sizes)
 
 
 def _run_grouped(
@@ -202,8 +204,9 @@ def _run_grouped(
         return torch.zeros_like(hidden)
     output = _grouped_project(layer, "down_proj", key, pairs)
     # each pair back to its place and then a sum: unlike adding by index, this is the same in every run
-    k = len(gates) // len(hidden)
-    placed = output.new_zeros(len(gates), output.shape[-1]).index_copy_(0, pairs.slot, output * gate[:, None])
+    weighted = output * gate[:, None]  # of the wider dtype: some routers hand over float32
+    k = len(gates) // max(1, len(hidden))
+    placed = weighted.new_zeros(len(gates), output.shape[-1]).index_copy_(0, pairs.slot, weighted)
     return placed.view(len(hidden), k, -1).sum(1, dtype=torch.float32).to(hidden.dtype)
 
 

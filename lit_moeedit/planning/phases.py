@@ -95,7 +95,7 @@ class Budgets:
         work: Workload,
         free: float | None,
     ) -> Budgets:
-        """What the settings of an editor say, or what ``auto`` chooses.
+        """The numbers in the settings of an editor, or those that ``auto`` chooses.
 
         Args:
             editor: of the run.
@@ -226,7 +226,9 @@ def _edit(
         editor.solver.cache = None
     rows = editor._encode(tokenizer, facts, model)[0]
     by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
-    free = None if card is None else max(0.0, card - tally.alive)
+    # a run has its second moments before it asks what is free
+    held = sum(4 * layer.num_experts * layer.shape[2] ** 2 for layer in layers) if editor.needs_moments else 0
+    free = None if card is None else max(0.0, card - tally.alive - (0 if editor.moments_on_cpu else held))
     budgets = Budgets.of(editor, model, layers[-1], by_edit, work, free)
     steps, editor.targets = editor.targets.steps, copy(editor.targets)
     editor.token_budget, editor.targets.token_budget = budgets.forward, budgets.targets

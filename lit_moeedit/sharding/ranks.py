@@ -26,6 +26,8 @@ class RankOutOfMemoryError(RankError):
 _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for its work space
+    "CUDNN_STATUS_ALLOC_FAILED",
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate memory",
 )
@@ -115,6 +117,10 @@ class Ranks:
         if error is not None and (is_memory or not is_out_of_memory(error)):
             return error
         return RankOutOfMemoryError(message) if is_memory else RankError(message)
+
+    def forget(self) -> None:
+        """Drop the last failure, with the frames in which it happened and all that these hold."""
+        self._known = None
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_moeedit.sharding import device_memory
+from lit_moeedit.sharding.ranks import is_out_of_memory
 from lit_moeedit.sharding.shards import Copy
 
 log = logging.getLogger(__name__)
@@ -73,19 +75,35 @@ class Store:
         room = self._room.setdefault(device, free) - held
         self._near = device if size <= min(free, room) else None
 
-    def copy(self, numbers: Tensor, rows: Tensor | None = None) -> Tensor:
-        """A copy of numbers, or of some rows ``[n]`` of them."""
-        if numbers.device == self._near:
-            try:
-                return select(numbers, rows)
-            except torch.OutOfMemoryError:
-                log.info("no room on %s: what a rollback needs is kept in main memory", self._near)
-                self._room[numbers.device], self._near = 0, None
-        if rows is not None:
-            numbers = select(numbers, rows)
+    def copy(self, numbers: Tensor) -> Tensor:
+        """A copy of numbers."""
+        near = self._copy_near(numbers, None)
+        return self._beside(numbers) if near is None else near
+
+    def copy_rows(self, numbers: Tensor, rows: Tensor, places: Sequence[int]) -> Tensor | list[Tensor]:
+        """Copies of some rows ``[n]`` of numbers, also given as ``places``: one tensor near, or a list beside them."""
+        near = self._copy_near(numbers, rows)
+        # row by row: the device may have no room for all of them once more
+        return [self._beside(numbers[place]) for place in places] if near is None else near
+
+    def _copy_near(self, numbers: Tensor, rows: Tensor | None) -> Tensor | None:
+        """A copy on the numbers' own device; ``None`` if it is not to be there, or has no room."""
+        if numbers.device != self._near:
+            return None
+        try:
+            return select(numbers, rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            log.info("no room on %s: what a rollback needs is kept in main memory", self._near)
+            self._room[numbers.device], self._near = 0, None
+            return None
+
+    def _beside(self, numbers: Tensor) -> Tensor:
+        """A copy in main memory."""
         pinned = pinned_like(numbers) if self._pinned + numbers.nbytes <= PINNED else None
         if pinned is None:
-            return numbers if rows is not None and numbers.device.type == "cpu" else numbers.to("cpu", copy=True)
+            return numbers.to("cpu", copy=True)
         self._pinned += numbers.nbytes
         return pinned.copy_(numbers, non_blocking=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import zero_3_partition
@@ -58,6 +59,8 @@ def _not_finite(tensors: Iterable[tuple[str, Any]]) -> dict[str, torch.dtype]:
     extremes: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
     for name, weight in tensors:
         numbers = zero_3_partition(weight)[1] if hasattr(weight, "ds_id") else weight
+        # each rank looks at its own shard
+        numbers = numbers.to_local() if isinstance(numbers, DTensor) else numbers
         if numbers.dtype in _CHECKED and numbers.numel():
             names, found = extremes.setdefault((numbers.device, numbers.dtype), ([], []))
             names.append(name)

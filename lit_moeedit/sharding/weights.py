@@ -111,7 +111,8 @@ class Transaction:
         self.optimizers = list(optimizers)
         self.ranks = ranks if ranks is not None else Ranks()
         self.way, self.reset_moments = way, reset_moments
-        self._saved: dict[tuple[int, int], Saved] = {}
+        # what each commit changes, by expert, known here before anything is written
+        self._journal: list[dict[int, Saved]] = []
         self._store = Store()
 
     def __enter__(self) -> Self:
@@ -120,14 +121,18 @@ class Transaction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:
+        try:
+            if kind is not None:
+                self.rollback()
+        except KeyboardInterrupt:  # between the lines that hold one back
             self.rollback()
+            raise
         self._forget()
 
     @property
     def touched(self) -> int:
         """Number of experts changed so far."""
-        return len(self._saved)
+        return sum(map(len, self._journal))
 
     @torch.no_grad()
     def commit(self, weight: nn.Parameter, deltas: Deltas, transposed: bool = False) -> float:
@@ -149,13 +154,14 @@ class Transaction:
             RuntimeError: if the optimizer's master copy is not that of the weights.
             RankError: if another rank failed.
         """
-        commit: _Commit | None = None
+        done = len(self._journal)
         try:
             with self.ranks.together():
                 if not deltas.is_finite():
                     raise FloatingPointError("a delta has values that are not finite")
                 commit = _Commit(weight, locate(weight, self.optimizers), deltas, transposed, self._store)
-                held = sum(saved.held(commit.device) for saved in self._saved.values())
+                held = sum(saved.held(commit.device) for entry in self._journal for saved in entry.values())
+                self._journal.append(commit.saved)
                 self._store.begin(commit.device, commit.size_of_copies(self.reset_moments), held)
                 if self.way == "local" or commit.shard.group is None:
                     commit.add_own()
@@ -171,23 +177,35 @@ class Transaction:
             change = commit.relative_change()
             self.ranks.agree()
         except BaseException:
-            if commit is not None:
-                commit.undo()
+            self._restore(done)
             raise
-        for expert, saved in commit.saved.items():
-            # an expert that was changed before goes back to what it was at first
-            self._saved.setdefault((id(weight), expert), saved)
+        # an expert that was changed before goes back to what it was at first
+        first = {expert for entry in self._journal[:done] for expert, saved in entry.items() if saved.weight is weight}
+        for expert in first & commit.saved.keys():
+            del commit.saved[expert]
         return change
 
     @torch.no_grad()
     def rollback(self) -> None:
-        """Put back what every changed expert held before, bit by bit."""
-        for saved in self._saved.values():
-            saved.restore()
+        """Put back what every changed expert held before, bit by bit; an interrupt waits until that is done."""
+        self._restore(0)
         self._forget()
 
+    def _restore(self, commits: int) -> None:
+        """Undo all but so many commits, the last first. To put something back twice does no harm."""
+        interrupt: KeyboardInterrupt | None = None
+        while len(self._journal) > commits:
+            try:
+                for saved in self._journal[-1].values():
+                    saved.restore()
+                self._journal.pop()
+            except KeyboardInterrupt as caught:
+                interrupt = caught
+        if interrupt is not None:
+            raise interrupt
+
     def _forget(self) -> None:
-        self._saved.clear()
+        self._journal.clear()
         self._store = Store()
 
 
@@ -202,7 +220,7 @@ class _Commit:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank holds the weights that the model computes with."""
+        """Device on which this rank holds the weights that the model computes with."""
         return (self.shard.working or self.shard.source).read().device
 
     def size_of_copies(self, with_moments: bool) -> int:
@@ -275,11 +293,6 @@ class _Commit:
             dist.all_reduce(squares, group=self.shard.group)
         change, before = squares.tolist()
         return (change / before) ** 0.5 if before else 0.0
-
-    def undo(self) -> None:
-        """Put back what was changed so far."""
-        for saved in self.saved.values():
-            saved.restore()
 
     def _blocks(self, device: torch.device) -> Iterator[tuple[int, int, int]]:
         """The changed experts and runs of their numbers, the same on all ranks for the same kind of device."""
@@ -360,10 +373,10 @@ class _Commit:
 
     def _keep_rows(self, batch: Batch, copy: Copy, numbers: Tensor) -> Tensor:
         """Copy the experts of a batch; gives them where ``numbers [E, n]`` are."""
-        kept = self._store.copy(numbers, batch.rows)
+        kept = self._store.copy_rows(numbers, batch.rows, batch.experts)
         for expert, row in zip(batch.experts, kept, strict=True):
             self.saved[expert].add(copy, expert * self.size, row)
-        return kept if kept.device == numbers.device else numbers[batch.rows]
+        return kept if isinstance(kept, Tensor) else numbers[batch.rows]
 
     def _write_others(self, expert: int, first: int, whole: Tensor) -> None:
         """Write what other ranks own of the run that begins at ``first`` into the working copy."""

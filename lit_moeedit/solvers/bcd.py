@@ -15,7 +15,7 @@ from lit_moeedit.solvers.problem import EditProblem, cholesky, is_sound
 from lit_moeedit.solvers.rounding import working_dtype
 
 MARGIN = 300.0
-"""How many times the noise of rounding all pivots of an expert's system must be for it to be inverted in a batch.
+"""Least ratio of the pivots of an expert's system to the noise of rounding for it to be inverted in float32.
 
 The error of such an inverse in float32 adds at most about ``1 / MARGIN²`` of it to the objective, 1e-5. Systems that
 are nearer to singular are solved in float64.

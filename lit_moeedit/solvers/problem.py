@@ -147,7 +147,7 @@ def cholesky(system: Callable[[torch.dtype], Tensor], dtype: torch.dtype, what: 
 
 
 def is_sound(matrix: Tensor, factor: Tensor, info: Tensor, margin: float, sizes: Tensor | None = None) -> Tensor:
-    """Whether Cholesky factors are of use, one truth value per matrix.
+    """Tell whether Cholesky factors are of use, one truth value per matrix.
 
     A factor can "succeed" and still be useless, if rounding left pivots of the size of the noise.
 

@@ -263,14 +263,19 @@ def test_all_experts_at_once_give_the_same_sums(make_model, tokenizer, texts, mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tokens", [200, 2000, 20000])
-def test_sums_of_several_experts_are_within_1e_4_of_float64(dtype: torch.dtype, gated: bool, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [200, 2000])
+@pytest.mark.parametrize("alike", [False, True])
+def test_sums_of_several_experts_are_within_1e_4_of_float64(
+    dtype: torch.dtype, gated: bool, tokens: int, alike: bool
+) -> None:
     """Experts of very different sizes, some without tokens; what tensor cores would multiply is rounded here, too."""
     draw = torch.Generator().manual_seed(0)
     shares = torch.tensor([0.3, 0.0, 0.25, 0.2, 0.1, 0.0, 0.1, 0.05])
     counts = (shares * tokens).long().tolist()
     keys = (torch.randn(sum(counts), 48, generator=draw) * 3).to(dtype)
     gates = torch.rand(len(keys), generator=draw)
+    if alike:  # as of a first token, whose key is the same in all texts: errors of rounding do not average out
+        keys, gates = keys[:1].expand_as(keys).clone(), gates[:1].expand_as(gates).clone()
     moments = SecondMoments(torch.zeros(8, 48, 48), torch.zeros(8, dtype=torch.long), torch.zeros(1), gated)
     for _ in range(2):
         moments.add_all(KeyRows({j: count for j, count in enumerate(counts) if count}, keys, gates))
@@ -278,8 +283,8 @@ def test_sums_of_several_experts_are_within_1e_4_of_float64(dtype: torch.dtype, 
     rows = keys.double() * (gates.double()[:, None] if gated else 1.0)
     exact = torch.stack([2 * own.T @ own for own in rows.split(counts)])
     difference = (moments.total.double() - exact).flatten(1).norm(dim=1)
-    assert float(difference.norm() / exact.norm()) <= 1e-4
-    assert bool((difference <= 1e-4 * exact.flatten(1).norm(dim=1)).all())
+    # float32 sums of up to 1,200 rows
+    assert bool((difference <= 1e-5 * exact.flatten(1).norm(dim=1)).all())
     eigenvalues = torch.linalg.eigvalsh(moments.total.double())
     assert float(eigenvalues.min()) >= -1e-6 * float(eigenvalues.max())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -119,7 +120,7 @@ def test_where_one_row_is_too_much_the_phase_says_what_is_missing(
 
 def test_an_edit_that_lacks_memory_for_a_row_changes_nothing(model, tokenizer, facts, texts, unchanged) -> None:
     unchanged(model)
-    with memory_for(model, 20), pytest.raises(TooLittleMemoryError, match="No weight has been changed"):
+    with memory_for(model, 20), pytest.raises(TooLittleMemoryError, match="no room for the smallest batch"):
         Editor([0, 1], targets=TargetOptimizer(steps=2)).edit(model, tokenizer, facts, texts)
 
 
@@ -237,3 +238,20 @@ def test_all_ranks_go_on_with_fewer_tokens_together() -> None:
     # the rank that lacked memory does not try again alone
     assert found[0][1] == "KeyError 'a key'"
     assert found[1][1].startswith("RankError rank 0 failed: KeyError: 'a key'; rank 1 failed: OutOfMemoryError")
+
+
+def test_what_a_failed_try_has_filled_memory_with_is_free_before_the_next(model) -> None:
+    ranks, alive = Ranks(), []
+    tensors: list[weakref.ref[torch.Tensor]] = []
+
+    def work(tokens: int) -> int:
+        alive.append(sum(tensor() is not None for tensor in tensors))
+        large = torch.zeros(1000)
+        tensors.append(weakref.ref(large))
+        if tokens > 20:
+            raise torch.OutOfMemoryError("no room")
+        return tokens
+
+    assert TokenBudget(64, 1.0, model.device, ranks).run("features", work, 1, 64) == 16
+    assert alive == [0, 0, 0]
+    assert not any(tensor() is not None for tensor in tensors)

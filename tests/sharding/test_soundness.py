@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.sharding.soundness import check_finite
+from tests.processes import run_ranks
 from tests.sharding.looking import counted
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -76,3 +78,26 @@ def test_buffers_that_are_saved_are_checked() -> None:
     model.own[2] = torch.inf
     with pytest.raises(FloatingPointError, match=r"weights or buffers that are not finite .*: own, inner\.bias$"):
         check_finite(model, Ranks())
+
+
+def _shards() -> list[str]:
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    mesh, said = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    for value in (1.0, float("nan")):
+        layer = nn.Linear(2, 4)
+        whole = torch.ones(4, 2)
+        whole[3] = value  # on the second rank
+        layer.weight = nn.Parameter(distribute_tensor(whole, mesh))
+        try:
+            check_finite(layer, Ranks())
+            said.append("finite")
+        except (FloatingPointError, RankError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_each_rank_looks_at_its_shard() -> None:
+    first, second = run_ranks(_shards, 2)
+    assert first[0] == second[0] == "finite"
+    assert first[1].startswith("RankError: rank 1 failed: FloatingPointError") and "weight" in second[1]

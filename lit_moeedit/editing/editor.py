@@ -29,6 +29,7 @@ from lit_moeedit.editing.walks import Site, walk
 from lit_moeedit.foreign import check_vocabulary
 from lit_moeedit.models.experts import ExpertLayer, check_editable
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.shards import locate
 from lit_moeedit.sharding.weights import Transaction, Way
 from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Tucker, TuckerFactors, Woodbury
 
@@ -182,6 +183,7 @@ class Editor:
 
         Raises:
             UnsupportedModelError: if one of them cannot be edited.
+            UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
             FloatingPointError: if the model is not finite.
         """
         return list(self._gains(model))
@@ -189,6 +191,8 @@ class Editor:
     def _gains(self, model: PreTrainedModel, ranks: Ranks | None = None) -> dict[ExpertLayer, Tensor]:
         """The layers to edit, ascending, and how far each one's output moves with that of its experts."""
         layers = check_editable(model, self.layers)
+        for layer in layers:
+            locate(layer.down_proj)  # refused before a forward, which may fail for the same reason in its own words
         if ranks is not None:
             ranks.agree()
         gains = output_gains(model, layers)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+UNLIMITED = 2**62
+"""Bytes that no machine has."""
+
 
 def free_memory(device: torch.device, processes: int = 1) -> int:
     """Bytes that new tensors may take on a device.
@@ -23,7 +26,28 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
 
 
 def _available() -> int:
-    """Bytes of main memory that are free, or are when caches of files are dropped."""
+    """Bytes of main memory that are free, or are when caches of files are dropped, within a container's limit."""
+    return min(_available_of_machine(), _left_of_container(Path("/sys/fs/cgroup")))
+
+
+def _left_of_container(folder: Path) -> int:
+    """Bytes that a control group may still take; more than any machine has without a limit."""
+    for limit, used, statistics in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            # a group without a limit says "max", or a number beyond all memory
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            # files that were read count as used, and make room when it is wanted
+            files = re.findall(r"^(?:in)?active_file (\d+)$", (folder / statistics).read_text(), re.MULTILINE)
+            return max(0, left + sum(map(int, files)))
+        except (OSError, ValueError):
+            continue
+    return UNLIMITED
+
+
+def _available_of_machine() -> int:
     table = Path("/proc/meminfo")
     if table.is_file():
         found = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text(encoding="ascii", errors="replace"))

@@ -26,20 +26,28 @@ def test_a_whole_parameter() -> None:
     assert moments == {optimizer.state[weight][name].data_ptr() for name in ("exp_avg", "exp_avg_sq")}
 
 
-def distributed_tensor() -> str:
+def distributed_tensor() -> list[str]:
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
+    from lit_moeedit.editing import Editor
+    from tests.conftest import _build
+
+    model, said = _build("qwen3_moe"), []
+    experts = model.model.layers[1].mlp.experts
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weight = nn.Parameter(distribute_tensor(torch.randn(2, 3, 4), mesh))
-    try:
-        locate(weight)
-    except UnsupportedShardingError as error:
-        return str(error)
-    return ""
+    experts.down_proj = nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh))
+    model.model.register_forward_pre_hook(lambda *args: said.append("a forward"))
+    for refuse in (lambda: locate(experts.down_proj), lambda: Editor([1]).check(model)):
+        try:
+            refuse()
+        except UnsupportedShardingError as error:
+            said.append(str(error))
+    return said
 
 
-def test_dtensors_are_refused() -> None:
-    assert all("DTensor" in message for message in run_ranks(distributed_tensor, 1))
+def test_dtensors_are_refused_before_any_forward() -> None:
+    (said,) = run_ranks(distributed_tensor, 1)
+    assert len(said) == 2 and all("DTensor" in message for message in said)
 
 
 def test_an_optimizer_that_keeps_master_copies_in_an_unknown_way_is_refused() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,13 +60,16 @@ def measure(found: Trained) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = arguments_of(__doc__)
-    parser.add_argument("--names", nargs="+", default=["atlas", "counterfact"])
+    parser.add_argument("--facts", type=Path, help="a CounterFact file, for a second model")
     arguments = parser.parse_args()
     quiet()
     results: dict[str, Any] = {}
     lines = header(["model", "tokens", "difference of ΔW", *SHOWN, "statistics, s"])
-    for name in arguments.names:
-        by_seed = [measure(trained(name, seed, arguments.models)) for seed in arguments.seeds]
+    models: dict[str, list[str]] = {"atlas": []}
+    if arguments.facts is not None:
+        models["counterfact"] = [f"--data.init_args.corpus.init_args.path={arguments.facts.resolve()}"]
+    for name, given in models.items():
+        by_seed = [measure(trained(name, seed, arguments.models, *given)) for seed in arguments.seeds]
         results[name] = dict(zip(map(str, arguments.seeds), by_seed, strict=True))
         for part in map(str, PARTS):
             mean = {key: statistics.mean(found[part][key] for found in by_seed) for key in by_seed[0][part]}

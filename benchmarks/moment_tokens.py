@@ -78,7 +78,8 @@ def main() -> None:
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")
     seeds = " ".join(map(str, arguments.seeds))
-    command = f"`python -m benchmarks.moment_tokens --seeds {seeds}`, {torch.get_num_threads()} thread(s)"
+    facts = " --facts counterfact.json" if arguments.facts is not None else ""
+    command = f"`python -m benchmarks.moment_tokens{facts} --seeds {seeds}`, {torch.get_num_threads()} thread(s)"
     write("moment_tokens", command, text, results, arguments.output)
 
 

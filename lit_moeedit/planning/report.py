@@ -37,8 +37,9 @@ def plan(
 
     Nothing is loaded or downloaded: the run's own code runs with tensors that have shapes and no numbers, as the first
     of its ranks. Counted is what tensors hold; libraries, the allocator's and NCCL's buffers, and kernels' work space
-    come on top. Every expert is taken to get as many tokens as any other, targets to need all of their steps, and a
-    system to be solved at the first try, without the float64 that rounding may ask for.
+    come on top. Copies for a rollback are counted as main memory; a GPU keeps them while it has room. Every expert is
+    taken to get as many tokens as any other, targets to need all of their steps, and a system to be solved at the first
+    try, without the float64 that rounding may ask for.
 
     Args:
         config: a config of lit-moeedit fit.

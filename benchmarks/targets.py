@@ -114,7 +114,11 @@ def shares(
         ("… without kept keys and values", patch.object(targets, "prefix_for", lambda model, length: None)),
         (
             "… and experts on padding and where nothing is predicted",
-            patch.object(target_rows, "experts_run_on", lambda layers, tokens: nullcontext()),
+            patch.multiple(
+                target_rows,
+                experts_run_on=lambda layers, tokens: nullcontext(),
+                experts_run_at=lambda layers, chosen, count: nullcontext(),
+            ),
         ),
         ("… and logits at all positions", patch.object(target_rows, "logits_at", logits_everywhere)),
         ("… and finished edits stay", patch.object(targets._Batch, "_drop", lambda self, active: None)),

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_moeedit.editing.running import decoder_layers
-from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.experts import ExpertLayer, experts_per_token
 from lit_moeedit.sharding.device_memory import free_memory
 from lit_moeedit.sharding.ranks import Ranks, is_out_of_memory
 
@@ -161,14 +161,6 @@ def logits_cost(model: PreTrainedModel) -> int:
     """Bytes that the logits of one position take with their logarithms, and with the gradients of both."""
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     return 4 * FLOAT * int(vocabulary)
-
-
-def experts_per_token(model: PreTrainedModel) -> int:
-    """``k``, from the model's config; 8 where it does not say."""
-    config = model.config.get_text_config()
-    names = ("num_experts_per_tok", "moe_top_k", "moe_topk", "top_k")
-    found = next((value for name in names if isinstance(value := getattr(config, name, None), int)), 8)
-    return max(1, found)
 
 
 def _widths(layer: torch.nn.Module, k: int) -> int:

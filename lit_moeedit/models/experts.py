@@ -18,6 +18,10 @@ LISTED = "the command 'lit-moeedit families' lists the models that can be edited
 """Ends a message that refuses a whole family."""
 
 
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""Names under which configs of families have ``k``, the number of experts that a token is sent to."""
+
+
 class UnsupportedModelError(ValueError):
     """The model, or one of its layers, cannot be edited; the message says why and what could."""
 
@@ -108,6 +112,12 @@ def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
 def _is_experts(module: nn.Module) -> bool:
     weight = getattr(module, "down_proj", None)
     return isinstance(weight, nn.Parameter) and hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def experts_per_token(model: PreTrainedModel) -> int:
+    """``k``, the number of experts that a token is sent to, from the model's config; 8 where it does not say."""
+    config = model.config.get_text_config()
+    return next((value for name in PER_TOKEN if isinstance(value := getattr(config, name, None), int)), 8)
 
 
 def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[ExpertLayer]:

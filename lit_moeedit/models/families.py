@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lit_moeedit.models.experts import PER_TOKEN
+
 NOT_MADE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ImportError)
 """What configs and models of families raise that want to be made otherwise, or something to be installed."""
 
@@ -77,7 +79,7 @@ _SMALL: dict[str, Any] = {
     "num_hidden_layers": 3,
     # experts under the names that families have for them
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 3),
+    **dict.fromkeys(PER_TOKEN, 3),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("n_group", "num_expert_group"), 2),
     "topk_group": 1,

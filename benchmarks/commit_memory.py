@@ -24,7 +24,7 @@ from torch import nn
 
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import locate
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
 
 ROOT = Path(__file__).resolve().parents[1]

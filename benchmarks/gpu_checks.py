@@ -16,10 +16,10 @@ from benchmarks import gpu_models
 from lit_moeedit.data import Fact
 from lit_moeedit.data.encoding import join, pad, pad_id, position_ids, token_batches, token_ids
 from lit_moeedit.editing import Editor, TargetOptimizer, second_moments
-from lit_moeedit.editing.routing import trace_routing
-from lit_moeedit.editing.running import hidden_states, inference
+from lit_moeedit.editing.routing_trace import trace_routing
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
+from lit_moeedit.models.partial_forward import hidden_states, inference
 from lit_moeedit.solvers import BlockCoordinateDescent, ConjugateGradients, NormalEquations, Tucker, Woodbury
 
 EDIT_BOUND = 1e-3

@@ -34,7 +34,7 @@ from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
-from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
 ONE = "one device"
 STRATEGIES = {ONE: 0, "ZeRO 1": 1, "ZeRO 2": 2, "ZeRO 3": 3}

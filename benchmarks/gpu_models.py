@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from lit_moeedit.data import Atlas, Corpus, Fact
 from lit_moeedit.data.atlas import TEMPLATES, read_table
 from lit_moeedit.data.encoding import join, token_ids
-from lit_moeedit.foreign import config_of
+from lit_moeedit.pretrained import config_of
 
 VOCABULARY = 2624
 """Of the tokenizer, which is trained on the spot; the models' own vocabularies are those of the published ones."""

@@ -19,8 +19,8 @@ from benchmarks import gpu_models
 from benchmarks.gpu_checks import check
 from lit_moeedit.data.encoding import pad_id, position_ids, token_ids
 from lit_moeedit.editing import Editor, EditResult, SecondMoments, TargetOptimizer, second_moments
-from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.models.partial_forward import hidden_states, inference
 from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, ExpertDeltas, Woodbury
 
 STEPS, PASSES = 25, 4

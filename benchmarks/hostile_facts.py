@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.training import RESULTS, header, row, write
 from lit_moeedit.cli import run
 from lit_moeedit.data.corpus import train_tokenizer
-from lit_moeedit.data.problems import visible
+from lit_moeedit.data.errors import visible
 
 ROW: dict[str, Any] = {"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain", "target_true": "Italy"}
 LINE = json.dumps(ROW)
@@ -109,7 +109,7 @@ def say(name: str, options: list[str]) -> tuple[int, list[str]]:
 WATCHED = """
 import sys
 from pathlib import Path
-from lit_moeedit.data.files import load_rows
+from lit_moeedit.data.row_files import load_rows
 def peak():  # the highest since it was reset, in KiB
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 Path("/proc/self/clear_refs").write_text("5")

@@ -19,10 +19,10 @@ from fsspec.implementations.local import LocalFileOpener
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_moeedit import careful_yaml
+from lit_moeedit import safe_yaml
 from lit_moeedit.editing import TargetOptimizer
 from lit_moeedit.module import LitMoE
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.transaction import Transaction
 
 
 class Payload:
@@ -166,7 +166,7 @@ def deepspeed(work: Work) -> None:
     folder.mkdir(parents=True)
     (folder.parent / "latest").write_text("checkpoint", "utf-8")
     torch.save({"module": Payload(work.mark)}, folder / "mp_rank_00_model_states.pt")
-    work.config["trainer"]["strategy"] = {"class_path": "lit_moeedit.sharding.strategy.DeepSpeedCPUStrategy"}
+    work.config["trainer"]["strategy"] = {"class_path": "lit_moeedit.sharding.cpu_strategy.DeepSpeedCPUStrategy"}
     work.read(path="zero.ckpt")
 
 
@@ -368,7 +368,7 @@ INPUTS: dict[str, Spoil] = {
     "a disk that is full in the middle of a checkpoint": lambda w: (
         patched(LocalFileOpener, "write", full)(w), w.config["trainer"].update(enable_checkpointing=True)),
     # Ctrl-C
-    "Ctrl-C while the config is read": interrupted(careful_yaml, "check", 1),
+    "Ctrl-C while the config is read": interrupted(safe_yaml, "check", 1),
     "Ctrl-C while the model trains": interrupted(LitMoE, "training_step", 2),
     "Ctrl-C while target vectors are found": interrupted(TargetOptimizer, "optimize", 1),
     "Ctrl-C between the commits of two layers": interrupted(Transaction, "commit", 2),

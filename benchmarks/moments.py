@@ -28,11 +28,11 @@ from benchmarks.commit_memory import peak
 from lit_moeedit.data import Atlas
 from lit_moeedit.data.encoding import encode, pad, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments, second_moments
-from lit_moeedit.editing.cache import MomentsCache
-from lit_moeedit.editing.projection import Shaping
-from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
+from lit_moeedit.models.partial_forward import hidden_states, inference
+from lit_moeedit.preservation.moments_cache import MomentsCache
+from lit_moeedit.preservation.shaping import Shaping
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 2624

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_moeedit.data.encoding import pad
-from lit_moeedit.editing.running import inference
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
 from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.partial_forward import inference
 
 
 def reference_targets(

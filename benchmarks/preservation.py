@@ -26,9 +26,9 @@ from torch import Tensor
 from benchmarks.training import CONFIGS, Once, Trained, arguments_of, changed, header, quiet, row, trained, write
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments
-from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
+from lit_moeedit.models.partial_forward import hidden_states, inference
 
 EDITS = 100
 SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")

@@ -29,8 +29,8 @@ from benchmarks.training import MODELS, RESULTS, header, quiet, row, trained, wr
 from lit_moeedit.data import Atlas
 from lit_moeedit.data.encoding import EditToken
 from lit_moeedit.editing import Editor, TargetOptimizer, targets
-from lit_moeedit.editing.running import logits
 from lit_moeedit.editing.targets import TargetRow, Targets
+from lit_moeedit.models.partial_forward import logits
 
 CONTEXTS = ("", "Note:", "As we know,")
 DEMO = TargetOptimizer(steps=60, learning_rate=0.5, clamp=2.0, weight_decay=0.05, stop=0.05)

@@ -28,7 +28,7 @@ from lit_moeedit.cli import EditingCLI
 from lit_moeedit.data import Fact, FactsDataModule
 from lit_moeedit.editing import Editor, Evaluation, evaluate
 from lit_moeedit.editing.evaluation import perplexity
-from lit_moeedit.editing.routing import RoutingTrace, trace_routing
+from lit_moeedit.editing.routing_trace import RoutingTrace, trace_routing
 from lit_moeedit.metrics import RoutingSimilarity
 from lit_moeedit.module import LitMoE
 

@@ -1,6 +1,6 @@
 """Callbacks for the Lightning Trainer."""
 
-import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies for CPUs known by their names
+import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies for CPUs known by their names
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.callbacks.report import EditReport

@@ -27,9 +27,9 @@ from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import Fact, read_facts, validate_facts
 from lit_moeedit.editing import Editor, EditResult, Evaluation, evaluate, neighbour_groups
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
+from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError, locate
-from lit_moeedit.sharding.soundness import check_finite
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
+from lit_moeedit.atomic_files import appearing, check_writable
 from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
@@ -26,9 +27,8 @@ from lit_moeedit.callbacks.resources import callbacks_of, on_first_rank, ranks_o
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import PHASES, answers, perplexity
-from lit_moeedit.files import appearing, check_writable
-from lit_moeedit.foreign import printable
 from lit_moeedit.models.experts import find_model
+from lit_moeedit.pretrained import printable
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)

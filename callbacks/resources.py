@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedTokenizerBase
 
-from lit_moeedit.foreign import blamed_on, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers, find_model
+from lit_moeedit.pretrained import blamed_on, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.ranks import Ranks
 
 

@@ -18,7 +18,7 @@ from lit_moeedit.callbacks import states
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.callbacks.resources import find_tokenizer, from_datamodule, ranks_of
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing.routing import RoutingTrace, trace_routing
+from lit_moeedit.editing.routing_trace import RoutingTrace, trace_routing
 from lit_moeedit.metrics import ExpertLoad, RoutingDivergence, RoutingSimilarity
 from lit_moeedit.models.experts import expert_layers, find_model
 from lit_moeedit.sharding.ranks import Ranks

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_moeedit.sharding.files import CheckpointError, field
+from lit_moeedit.checkpoint_fields import CheckpointError, field
 
 State = Mapping[str, Any]
 _NUMBER = (int, float)

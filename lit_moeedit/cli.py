@@ -20,18 +20,18 @@ from rich.logging import RichHandler
 from typing_extensions import override
 
 import lit_moeedit.callbacks  # noqa: F401 - makes callbacks and strategies known by their short names
-from lit_moeedit import careful_yaml
+from lit_moeedit import safe_yaml
+from lit_moeedit.atomic_files import appearing
 from lit_moeedit.callbacks.resources import on_first_rank
+from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.checkpoints.export import export
+from lit_moeedit.checkpoints.read import check_harmless
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.data.check import check
-from lit_moeedit.files import appearing
-from lit_moeedit.foreign import printable
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.families import families
 from lit_moeedit.planning.report import plan
-from lit_moeedit.sharding.checkpoints import check_harmless
-from lit_moeedit.sharding.export import export
-from lit_moeedit.sharding.files import CheckpointError
+from lit_moeedit.pretrained import printable
 
 log = logging.getLogger("lit_moeedit.cli")  # not "__main__", which python -m would make of it
 
@@ -151,7 +151,7 @@ def run(args: ArgsType = None) -> EditingCLI | None:
     # what all ranks would say, the first one says
     level = "INFO" if getattr(rank_zero_only, "rank", 0) in (None, 0) else "WARNING"
     logging.getLogger("lit_moeedit").setLevel(os.environ.get("LIT_MOEEDIT_LOG", level).upper())
-    careful_yaml.use()
+    safe_yaml.use()
     given = sys.argv[1:] if args is None else args
     for name in COMMANDS:
         words = name.split()

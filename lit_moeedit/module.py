@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL
-from lit_moeedit.foreign import blamed_on, check_vocabulary, config_of, pretrained_tokenizer
 from lit_moeedit.losses import balancing_loss, next_token_loss
-from lit_moeedit.sharding.building import fresh_model, pretrained_model, whole_shape
-from lit_moeedit.sharding.graph import regathering
-from lit_moeedit.sharding.resuming import mend_optimizer
+from lit_moeedit.pretrained import blamed_on, check_vocabulary, config_of, pretrained_tokenizer
+from lit_moeedit.sharding.loading import fresh_model, pretrained_model, whole_shape
+from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
+from lit_moeedit.sharding.zero3_passes import regathering
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PURE = {"data", "solvers", "models", "sharding", "metrics"}
-LEAVES = {"files", "foreign", "careful_yaml", "precision"}
+LEAVES = {"atomic_files", "checkpoint_fields", "pretrained", "safe_yaml", "precision"}
+PURE = {"data", "solvers", "metrics", "sharding"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "cli": {"callbacks", "planning", "module", "editing", *PURE, *LEAVES},
-    "planning": {"module", "editing", *PURE, *LEAVES},
-    "callbacks": {"module", "editing", *PURE, *LEAVES},
+    "cli": {"callbacks", "planning", "module", "editing", "preservation", "checkpoints", "models", *PURE, *LEAVES},
+    "planning": {"module", "editing", "preservation", "models", *PURE, *LEAVES},
+    "callbacks": {"module", "editing", "preservation", "models", *PURE, *LEAVES},
     "module": {"data", "losses", "models", "sharding", *LEAVES},
     "losses": {"data"},
-    "editing": {*PURE, *LEAVES},
+    "editing": {"preservation", "models", *PURE, *LEAVES},
+    "preservation": {"models", "data", "solvers", "sharding", *LEAVES},
+    "checkpoints": {"sharding", *LEAVES},
+    "models": {"data", "sharding", *LEAVES},
     **{name: LEAVES for name in PURE},
     **{name: set() for name in (*LEAVES, "__init__")},
 }
@@ -119,7 +122,9 @@ def test_callbacks_are_imported_by_their_real_name(name: str) -> None:
 @every_file
 def test_only_sharding_writes_through_data(name: str) -> None:
     lines = writes(tree(name))
-    assert part(name) == "sharding" or not lines, f"{name} writes through .data in lines {lines}"
+    # the parameters of the simulator hold no elements
+    may_write = part(name) == "sharding" or name == "lit_moeedit.planning.simulated_zero"
+    assert may_write or not lines, f"{name} writes through .data in lines {lines}"
 
 
 @every_file

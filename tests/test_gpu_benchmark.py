@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu, gpu_checks, gpu_models, gpu_report
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.transaction import Transaction
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--tiny"]

@@ -20,13 +20,13 @@ import torch
 import yaml
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from tests.test_foreign import Payload
 
 from lit_moeedit import cli
+from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.checkpoints.read import check_harmless
 from lit_moeedit.module import LitMoE
-from lit_moeedit.sharding.checkpoints import check_harmless
-from lit_moeedit.sharding.files import CheckpointError
-from tests.sharding.zero_files import write_checkpoint
-from tests.test_foreign import Payload
+from tests.checkpoints.zero_files import write_checkpoint
 
 pytestmark = [pytest.mark.usefixtures("own_process"), pytest.mark.filterwarnings("ignore:.*ckpt_path")]
 CONFIG = {
@@ -368,7 +368,7 @@ def test_ctrl_c_while_it_trains(run: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_before_there_is_a_trainer(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.careful_yaml, "check", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(cli.safe_yaml, "check", lambda _: signal.raise_signal(signal.SIGINT))
     assert run() == 130
 
 

@@ -19,7 +19,7 @@ from lit_moeedit.cli import run
 from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
 from lit_moeedit.models.experts import check_editable, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
-from lit_moeedit.sharding.building import pretrained_model
+from lit_moeedit.sharding.loading import pretrained_model
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -296,7 +296,7 @@ def train_and_edit(root: str) -> int:
     from lit_moeedit.callbacks import EditReport, KnowledgeEditing
     from lit_moeedit.data import Atlas, FactsDataModule
     from lit_moeedit.module import LitMoE
-    from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+    from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
     data = FactsDataModule(Atlas(edits=4), vocab_size=420, batch_size=4, samples_per_epoch=16, preservation_samples=32)
     module = LitMoE(config={"model_type": "qwen3_5_moe_text", **SMALL_QWEN}, router_loss=0.0)

@@ -118,7 +118,7 @@ class Watch(L.Callback):
 
 def train(strategy: str, ranks: int, folder: str) -> dict[str, Any]:
     """Three steps of four statements each; the weights behind them."""
-    import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies known
+    import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies known
     from tests.callbacks.conftest import CONFIG, _data, _trainer
 
     L.seed_everything(0, verbose=False)

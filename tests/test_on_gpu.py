@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_batches, token_ids
 from lit_moeedit.editing import Editor, TargetOptimizer, second_moments
-from lit_moeedit.editing.running import hidden_states, inference
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
+from lit_moeedit.models.partial_forward import hidden_states, inference
 
 pytestmark = pytest.mark.gpu
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_moeedit.editing import EditMemory, Editor, SecondMoments
 from lit_moeedit.editing.memory import GatedKeys
-from lit_moeedit.editing.projection import Shaping
 from lit_moeedit.precision import full_precision, rounded, tensor_core_precision
-from lit_moeedit.sharding.weights import delta_slice
+from lit_moeedit.preservation.shaping import Shaping
+from lit_moeedit.sharding.transaction import delta_slice
 from lit_moeedit.solvers import (
     Auto,
     BlockCoordinateDescent,

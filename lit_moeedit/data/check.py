@@ -11,10 +11,10 @@ from unicodedata import is_normalized
 from rich.console import Console
 
 from lit_moeedit.data.encoding import is_within_word, subject_span
+from lit_moeedit.data.errors import FactError, short, visible
 from lit_moeedit.data.facts import Checker, Fact, choose_format
-from lit_moeedit.data.files import load_rows
-from lit_moeedit.data.problems import FactError, short, visible
-from lit_moeedit.foreign import pretrained_tokenizer
+from lit_moeedit.data.row_files import load_rows
+from lit_moeedit.pretrained import pretrained_tokenizer
 
 _EXAMPLES = 2
 _ROWS = 8

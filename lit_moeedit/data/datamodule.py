@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, join, pad
-from lit_moeedit.foreign import pretrained_tokenizer
+from lit_moeedit.pretrained import pretrained_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

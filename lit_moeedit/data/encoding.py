@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lit_moeedit.data.problems import short
+from lit_moeedit.data.errors import short
 
 if TYPE_CHECKING:
     from torch import Tensor

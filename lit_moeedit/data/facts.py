@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from unicodedata import normalize
 
 from lit_moeedit.data.encoding import encode
-from lit_moeedit.data.files import load_rows
+from lit_moeedit.data.errors import FactError, FactsError, short, typed, visible
 from lit_moeedit.data.formats import (
     FORMATS,
     NATIVE_FIELDS,
@@ -32,7 +32,7 @@ from lit_moeedit.data.formats import (
     named_columns,
     read_complete,
 )
-from lit_moeedit.data.problems import FactError, FactsError, short, typed, visible
+from lit_moeedit.data.row_files import load_rows
 from lit_moeedit.data.rows import Row
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_moeedit.data.problems import FactError, short, typed, visible
+from lit_moeedit.data.errors import FactError, short, typed, visible
 from lit_moeedit.data.rows import Row
 
 PLACEHOLDER = "{}"

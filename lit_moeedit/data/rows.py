@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_moeedit.data.problems import short, typed
+from lit_moeedit.data.errors import short, typed
 
 TEXT_LIMIT = 2**16
 """Characters of a text: no prompt is as long, and a tokenizer or model should not have to find out."""

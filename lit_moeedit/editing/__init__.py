@@ -1,13 +1,13 @@
 """Editing facts into the weights of routed experts."""
 
-from lit_moeedit.editing.baselines import FineTuning
-from lit_moeedit.editing.cache import MomentsCache
-from lit_moeedit.editing.clock import PHASES
 from lit_moeedit.editing.editor import Editor, EditResult
 from lit_moeedit.editing.evaluation import Evaluation, answers, evaluate, neighbour_groups, perplexity, score
+from lit_moeedit.editing.fine_tuning import FineTuning
 from lit_moeedit.editing.memory import EditMemory
-from lit_moeedit.editing.statistics import SecondMoments, second_moments
+from lit_moeedit.editing.phases import PHASES
 from lit_moeedit.editing.targets import TargetOptimizer, Targets
+from lit_moeedit.preservation.moments_cache import MomentsCache
+from lit_moeedit.preservation.second_moments import SecondMoments, second_moments
 
 __all__ = [
     "PHASES",

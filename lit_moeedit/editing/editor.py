@@ -14,23 +14,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import EditToken, Encoding, encode, join, pad_id
 from lit_moeedit.data.facts import Fact, validate_facts
-from lit_moeedit.editing.cache import MomentsCache
-from lit_moeedit.editing.clock import Clock, Progress, no_progress
-from lit_moeedit.editing.factors import layer_factors
-from lit_moeedit.editing.features import EditTokens, edit_tokens
-from lit_moeedit.editing.gains import output_gains
+from lit_moeedit.editing.edit_tokens import EditTokens, edit_tokens
 from lit_moeedit.editing.memory import EditMemory, GatedKeys
-from lit_moeedit.editing.projection import Preserve, Shaping, check_preserve
-from lit_moeedit.editing.running import decoder_layers
-from lit_moeedit.editing.statistics import SecondMoments, second_moments
+from lit_moeedit.editing.phases import Clock, Progress, no_progress
+from lit_moeedit.editing.spread import Site, walk
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
-from lit_moeedit.editing.token_budget import Budget, check_budget
-from lit_moeedit.editing.walks import Site, walk
-from lit_moeedit.foreign import check_vocabulary
+from lit_moeedit.editing.tucker_factors import layer_factors
 from lit_moeedit.models.experts import ExpertLayer, check_editable
+from lit_moeedit.models.output_scale import output_gains
+from lit_moeedit.models.partial_forward import decoder_layers
+from lit_moeedit.models.token_budget import Budget, check_budget
+from lit_moeedit.preservation.moments_cache import MomentsCache
+from lit_moeedit.preservation.second_moments import SecondMoments, second_moments
+from lit_moeedit.preservation.shaping import Preserve, Shaping, check_preserve
+from lit_moeedit.pretrained import check_vocabulary
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import locate
-from lit_moeedit.sharding.weights import Transaction, Way
+from lit_moeedit.sharding.transaction import Transaction, Way
 from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Tucker, TuckerFactors, Woodbury
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class EditResult:
         relative_change: ``‖ΔW‖_F / ‖W‖_F`` by layer index, over the experts that changed.
         kept: ``False`` if a guard had the edit undone.
         energy_kept: by layer index and expert, the share of the preserved text's energy that lies where the expert's
-            change cannot reach, see :class:`~lit_moeedit.editing.projection.Shaping`; for every expert that the edit
+            change cannot reach, see :class:`~lit_moeedit.preservation.shaping.Shaping`; for every expert that the edit
             may change, and empty if nothing is preserved.
     """
 
@@ -67,14 +67,14 @@ class Editor:
 
     The way of MEMIT and MoEEdit: target vectors are found at the highest edited layer; then the layers are walked
     upwards, and each takes ``1 / (layers left)`` of what is still missing there. With a
-    :class:`~lit_moeedit.solvers.Tucker` that carries its core, see :func:`~lit_moeedit.editing.walks.carried` instead.
+    :class:`~lit_moeedit.solvers.Tucker` that carries its core, see :func:`~lit_moeedit.editing.spread.carried` instead.
 
     Args:
         layers: indices of the decoder layers to edit; the highest is the target layer.
         solver: of the joint problem over a layer's experts.
         targets: how target vectors are found.
         preserve: ``output``, ``covariance``, ``nullspace`` or ``none``; see
-            :meth:`~lit_moeedit.editing.projection.Shaping.of`.
+            :meth:`~lit_moeedit.preservation.shaping.Shaping.of`.
         threshold: ``τ`` of ``nullspace``.
         strength: of ``output``, in units that are the same for all models: where an edit's keys are like those of any
             token, one layer moves by ``1 / (1 + strength)`` of what is wanted of it (``μ = strength · E · d_hidden``,
@@ -93,9 +93,10 @@ class Editor:
             phase goes on with half of it. That of target vectors is a setting of ``targets``.
         way: how to commit weights that are sharded, ``local`` or ``gather``; and
         reset_moments: whether Adam forgets the moments of the edited experts; see
-            :class:`~lit_moeedit.sharding.weights.Transaction` for both.
-        cache: a folder to keep second moments in, see :class:`~lit_moeedit.editing.cache.MomentsCache`; a pass over the
-            text that was broken off goes on from there. ``None`` keeps nothing.
+            :class:`~lit_moeedit.sharding.transaction.Transaction` for both.
+        cache: a folder to keep second moments in, see
+            :class:`~lit_moeedit.preservation.moments_cache.MomentsCache`; a pass over the text that was broken off goes
+            on from there. ``None`` keeps nothing.
         max_tokens: largest number of tokens of preservation text of which second moments are taken, drawn evenly from
             all of it; ``None`` for all. `benchmarks/results/moment_tokens.md` has what less text does to an edit.
         moments_on_cpu: whether the sums of a model on a GPU are held on the CPU.
@@ -194,7 +195,7 @@ class Editor:
         for layer in layers:
             locate(layer.down_proj)  # refused before a forward, which may fail for the same reason in its own words
         if ranks is not None:
-            ranks.agree()
+            ranks.check_errors()
         gains = output_gains(model, layers)
         if self.token == "subject_last" and decoder_layers(model, layers[-1])[-1] is layers[-1].layer:
             log.warning(
@@ -329,8 +330,8 @@ class Editor:
                 )
                 for number, (layer, solved) in enumerate(walk(self.solver, site)):
                     with clock("solve"):
-                        ranks.agree()
-                        ranks.equalise(solved.left, solved.right)
+                        ranks.check_errors()
+                        ranks.broadcast(solved.left, solved.right)
                     with clock("commit"):
                         change[layer.index] = transaction.commit(layer.down_proj, solved, layer.is_transposed)
                     deltas[layer.index] = solved

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing.running import inference, logits
-from lit_moeedit.editing.token_budget import Budget, TokenBudget, forward_cost, logits_cost
 from lit_moeedit.metrics import EditSuccess
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.models.partial_forward import inference, logits
+from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost, logits_cost
 from lit_moeedit.sharding.ranks import Ranks
 
 T = TypeVar("T")
@@ -56,12 +56,12 @@ def score(
     def run(tokens: int) -> Scores:
         with inference(model):
             log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.uint8)
-            for chosen, mine in ranks.deal(list(token_batches(lengths, tokens))):
+            for chosen, mine in ranks.shard(list(token_batches(lengths, tokens))):
                 found = score_batch(model, [encodings[i] for i in chosen], pad_id(tokenizer))
                 if mine:
                     log_prob[chosen], exact[chosen] = found[0].cpu(), found[1].byte().cpu()
-            ranks.agree()
-            ranks.sum(log_prob, exact)
+            ranks.check_errors()
+            ranks.all_reduce(log_prob, exact)
         return Scores(log_prob, exact.bool())
 
     if not encodings:
@@ -209,14 +209,14 @@ def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], ran
                 metric.update(output[:, :-1].float(), labels[:, 1:])
         assert isinstance(metric.total_log_probs, Tensor) and isinstance(metric.count, Tensor)
         totals = torch.stack([metric.total_log_probs, metric.count])
-        ranks.sum(totals)
+        ranks.all_reduce(totals)
         return float((totals[0] / totals[1]).exp())
 
 
 def _in_step(batches: Iterable[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
     """This rank's batches with ``mine`` true, then its last one with ``mine`` false while others still have some.
 
-    Before each the ranks agree that none has failed, as in :meth:`~lit_moeedit.sharding.ranks.Ranks.deal`; here the
+    Before each the ranks agree that none has failed, as in :meth:`~lit_moeedit.sharding.ranks.Ranks.shard`; here the
     batches differ, and nobody knows how many there are.
     """
     iterator, last = iter(batches), None

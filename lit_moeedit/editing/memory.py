@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lit_moeedit.checkpoint_fields import CheckpointError, field
 from lit_moeedit.models.keys import RoutedKeys
 from lit_moeedit.precision import full_precision
-from lit_moeedit.sharding.files import CheckpointError, field
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers.deltas import group_positions
 
@@ -228,10 +228,10 @@ class EditMemory:
             known = self._layers.get(layer)
             known = _Remembered(new.select(new.row < 0)) if known is None else known.without(new, facts)
             layers[layer] = _compress(known.and_then(new, facts), self.limit)
-        ranks.agree()
+        ranks.check_errors()
         for layer in edit:
             # singular vectors that are computed twice may differ in the last bit
-            ranks.equalise(layers[layer].rows.row, layers[layer].rows.expert, layers[layer].rows.key)
+            ranks.broadcast(layers[layer].rows.row, layers[layer].rows.expert, layers[layer].rows.key)
         self._layers = layers
 
     def state_dict(self) -> dict[int, dict[str, Any]]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
-from lit_moeedit.editing.prefix import Prefix, logits_at
-from lit_moeedit.editing.running import (
+from lit_moeedit.editing.kv_prefix import Prefix, logits_at
+from lit_moeedit.models.experts import ExpertLayer, expert_layers
+from lit_moeedit.models.partial_forward import (
     LayerOutput,
     decoder_layers,
     experts_run_at,
@@ -23,8 +24,7 @@ from lit_moeedit.editing.running import (
     output_replaced,
     skipped,
 )
-from lit_moeedit.models.experts import ExpertLayer, expert_layers
-from lit_moeedit.sharding.graph import regathering
+from lit_moeedit.sharding.zero3_passes import regathering
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lit_moeedit.editing.prefix import prefix_for
+from lit_moeedit.editing.kv_prefix import prefix_for
 from lit_moeedit.editing.recorded_step import Step, record
-from lit_moeedit.editing.running import inference
 from lit_moeedit.editing.target_rows import Rows, TargetRow, UpperLayers, lay_out
-from lit_moeedit.editing.token_budget import Budget, TokenBudget, check_budget, target_cost
 from lit_moeedit.models.experts import ExpertLayer
-from lit_moeedit.sharding.backward import beside_training
+from lit_moeedit.models.partial_forward import inference
+from lit_moeedit.models.token_budget import Budget, TokenBudget, check_budget, target_cost
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import is_partitioned
+from lit_moeedit.sharding.zero3_passes import beside_training
 
 log = logging.getLogger(__name__)
 
@@ -133,11 +133,11 @@ class TargetOptimizer:
             waiting = left.copy()
             chunks = _chunks([by_edit[edit] for edit in waiting], tokens, -(-len(waiting) // ranks.size))
             with inference(model, gradients=True), beside_training(model):
-                for number, (places, mine) in enumerate(ranks.deal(chunks)):
+                for number, (places, mine) in enumerate(ranks.shard(chunks)):
                     chunk = [waiting[place] for place in places]
                     part = _Batch(self, model, layer, [by_edit[e] for e in chunk], pad_token).run(ranks, mine)
                     own = torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device)
-                    ranks.agree()  # a round counts on all ranks or on none
+                    ranks.check_errors()  # a round counts on all ranks or on none
                     parts.append(part)
                     numbers.append(own)
                     rounds = chunks[number * ranks.size : (number + 1) * ranks.size]
@@ -145,14 +145,14 @@ class TargetOptimizer:
                     left[:] = [edit for edit in left if edit not in done]
                     if progress is not None:
                         progress(len(by_edit) - len(left), len(by_edit))
-            ranks.agree()
+            ranks.check_errors()
 
         sizes = [_tokens(own) for own in by_edit]
         budget = TokenBudget(self.token_budget, batch_cost(model, layer, by_edit), model.device, ranks)
         budget.run("targets", run, least=max(sizes), most=sum(sizes))
-        order = torch.argsort(ranks.concatenate(torch.cat(numbers)))
+        order = torch.argsort(ranks.all_gather(torch.cat(numbers)))
         results = (torch.cat([getattr(part, name) for part in parts]) for name in ("deltas", "nll", "steps"))
-        return Targets(*(ranks.concatenate(result)[order] for result in results))
+        return Targets(*(ranks.all_gather(result)[order] for result in results))
 
 
 def _extent(rows: Sequence[TargetRow]) -> tuple[int, int]:
@@ -167,7 +167,7 @@ def _tokens(rows: Sequence[TargetRow]) -> int:
 
 
 def batch_cost(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequence[TargetRow]]) -> float:
-    """Bytes for each token of a batch, see :func:`~lit_moeedit.editing.token_budget.target_cost`."""
+    """Bytes for each token of a batch, see :func:`~lit_moeedit.models.token_budget.target_cost`."""
     rows = [row for own in by_edit for row in own]
     tokens = sum(map(_tokens, by_edit))
     cut = prefix_for(model, 0) is not None

@@ -1,6 +1,6 @@
 """What an edit did to the facts and to the routing: torchmetrics classes and their functional twins."""
 
-from lit_moeedit.metrics.editing import EditSuccess, edit_success
+from lit_moeedit.metrics.edit_success import EditSuccess, edit_success
 from lit_moeedit.metrics.load import ExpertLoad, expert_load
 from lit_moeedit.metrics.routing import (
     RoutingDivergence,

@@ -15,12 +15,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_moeedit.editing.gains import output_gains
-from lit_moeedit.editing.running import inference
 from lit_moeedit.models.experts import LISTED, ExpertLayer, UnsupportedModelError, check_editable, expert_layers
-from lit_moeedit.models.families import NOT_MADE, Family, small_model
-from lit_moeedit.models.families import families as all_families
 from lit_moeedit.models.keys import Routing, watch_routing
+from lit_moeedit.models.output_scale import output_gains
+from lit_moeedit.models.partial_forward import inference
+from lit_moeedit.planning.family_catalog import NOT_MADE, Family, small_model
+from lit_moeedit.planning.family_catalog import families as all_families
 
 TESTED_WITH = "5.23.0"
 """The version of transformers with which the proofs of every family were run."""

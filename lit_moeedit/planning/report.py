@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lit_moeedit.files import appearing
-from lit_moeedit.planning.numberless import Cost
-from lit_moeedit.planning.phases import Budgets, Workload, empty_model, rehearse
-from lit_moeedit.planning.reading import Run, read_run
+from lit_moeedit.atomic_files import appearing
+from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model, rehearse
+from lit_moeedit.planning.fake_tensors import Cost
+from lit_moeedit.planning.run_config import Run, read_run
 
 
 def plan(

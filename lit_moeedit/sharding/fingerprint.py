@@ -58,8 +58,8 @@ def fingerprints(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
         found.setdefault(numbers.device, {})[i] = _sum(numbers, start, own)
     for totals in found.values():  # one look at each device: it waits for all that the device was given
         sums[list(totals)] = torch.stack(list(totals.values())).cpu()
-    ranks.agree()  # its sum must not meet the flags of a rank that has failed
-    ranks.sum(sums)
+    ranks.check_errors()  # its sum must not meet the flags of a rank that has failed
+    ranks.all_reduce(sums)
     shapes = [f"{list(getattr(tensor, 'ds_shape', tensor.shape))} {tensor.dtype}" for tensor in tensors.values()]
     return {name: f"{shape} {value:x}" for name, shape, value in zip(tensors, shapes, sums.tolist(), strict=True)}
 

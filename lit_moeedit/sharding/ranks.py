@@ -44,8 +44,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Ranks:
     """All processes of a run, or one process alone.
 
-    Work is dealt in rounds, so that every rank makes the same number of forwards: under ZeRO-3 a forward is a
-    collective operation. Between forwards the ranks :meth:`agree` that none of them has failed; that goes through a
+    Work is sharded in rounds, so that every rank makes the same number of forwards: under ZeRO-3 a forward is a
+    collective operation. Between forwards :meth:`check_errors` makes sure that no rank has failed; that goes through a
     group of its own on the CPU, so it cannot be mixed up with what the model's forward sends.
 
     A rank that fails *within* a collective forward cannot be told from a slow one: the others wait for at most
@@ -59,7 +59,7 @@ class Ranks:
 
     Example:
         >>> ranks = Ranks()
-        >>> [(batch, mine) for batch, mine in ranks.deal(["a", "b"])], ranks.any(False)
+        >>> [(batch, mine) for batch, mine in ranks.shard(["a", "b"])], ranks.any(False)
         ([('a', True), ('b', True)], False)
     """
 
@@ -77,7 +77,7 @@ class Ranks:
 
     # -- failing together ---------------------------------------------------------------------------------------------
 
-    def agree(self, error: BaseException | None = None, flag: bool = False) -> bool:
+    def check_errors(self, error: BaseException | None = None, flag: bool = False) -> bool:
         """Go on if no rank has an error, else raise on all of them.
 
         Every exchange on the way of an edit is this one, so a rank that fails meets the others wherever they are.
@@ -132,17 +132,17 @@ class Ranks:
             if caught is self._known:
                 raise
             error = caught
-        self.agree(error)
+        self.check_errors(error)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank."""
-        return self.agree(flag=flag)
+        return self.check_errors(flag=flag)
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
         if self.size == 1:
             return number
-        self.agree()
+        self.check_errors()
         smallest = torch.tensor(number)
         dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._control)
         return int(smallest)
@@ -155,7 +155,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        self.agree()
+        self.check_errors()
         digest = sha256("\0".join(values).encode()).hexdigest()
         found: list[str] = [""] * self.size
         dist.all_gather_object(found, digest, group=self._control)
@@ -164,7 +164,7 @@ class Ranks:
 
     # -- sharing work -------------------------------------------------------------------------------------------------
 
-    def deal(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    def shard(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
         """This rank's batches, in rounds: as many on every rank.
 
         Before each the ranks agree that none has failed. Where there are fewer batches than ranks left, a rank gets a
@@ -178,20 +178,20 @@ class Ranks:
         """
         for start in range(0, len(batches), self.size):
             index = start + self.rank
-            self.agree()
+            self.check_errors()
             yield (batches[index], True) if index < len(batches) else (batches[start], False)
 
-    def sum(self, *tensors: Tensor) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Add up tensors over the ranks, in place."""
         for tensor in tensors if self.size > 1 else ():
             dist.all_reduce(tensor, group=self._group_for(tensor))
 
-    def equalise(self, *tensors: Tensor) -> None:
+    def broadcast(self, *tensors: Tensor) -> None:
         """Give all ranks the first rank's numbers, in place: what is solved twice may differ in the last bit."""
         for tensor in tensors if self.size > 1 else ():
             dist.broadcast(tensor, self._first, group=self._group_for(tensor))
 
-    def concatenate(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors one after the other; they may differ in their first dimension.
 
         Args:
@@ -204,7 +204,7 @@ class Ranks:
             return tensor
         lengths = torch.zeros(self.size, dtype=torch.long, device=tensor.device)
         lengths[self.rank] = len(tensor)
-        self.sum(lengths)
+        self.all_reduce(lengths)
         padded = tensor.new_zeros((int(lengths.max()), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.size)]

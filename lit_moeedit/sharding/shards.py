@@ -91,7 +91,7 @@ def locate(weight: nn.Parameter, optimizers: Sequence[Any] = ()) -> Shard:
             "the parameter is a DTensor (FSDP2, tensor parallelism); supported are no sharding, DDP, and DeepSpeed "
             "ZeRO stages 0 to 3"
         )
-    if hasattr(weight, "rehearsed"):  # by a process that stands for many, see lit_moeedit.sharding.rehearsed_edit
+    if hasattr(weight, "rehearsed"):  # by a process that stands for many, see lit_moeedit.planning.simulated_ranks
         shard: Shard = weight.rehearsed(optimizers)
         return shard
     holder = next((optimizer for optimizer in optimizers if _holds(optimizer, weight)), None)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_moeedit.solvers.files import read_tensors, write_tensors
+from lit_moeedit.atomic_files import read_tensors, write_tensors
 
 
 def group_positions(index: Tensor) -> Iterator[tuple[int, Tensor]]:

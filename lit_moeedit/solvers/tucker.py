@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lit_moeedit.atomic_files import read_tensors, write_tensors
 from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.deltas import ExpertDeltas
-from lit_moeedit.solvers.files import read_tensors, write_tensors
 from lit_moeedit.solvers.problem import EditProblem, cholesky
 from lit_moeedit.solvers.woodbury import Woodbury
 
@@ -227,7 +227,7 @@ class Tucker:
     nothing at the edit tokens; it is not left out, because nobody knows which experts an edit visits at lower layers.
 
     An editor finds the factors of each layer, and with ``carry`` it collects activations at the highest edited layer
-    only; see :func:`lit_moeedit.editing.walks.carried` for what the lower layers then get. Without factors
+    only; see :func:`lit_moeedit.editing.spread.carried` for what the lower layers then get. Without factors
     (:meth:`with_factors`) the modes are whole.
 
     Args:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.data import FactsError
 from lit_moeedit.editing import Editor
-from lit_moeedit.models.families import small_model
+from lit_moeedit.planning.family_catalog import small_model
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")

@@ -75,7 +75,7 @@ class Watch(EditListener):
 
 
 def fit(case: Case, folder: str) -> dict[str, Any]:
-    from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+    from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
     from tests.callbacks.conftest import _data, _editor, _module, _trainer
 
     # Lightning takes WORLD_SIZE out of the environment when a run ends

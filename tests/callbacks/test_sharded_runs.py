@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, knowledge_editing
 from lit_moeedit.callbacks.listener import EditListener
 from lit_moeedit.sharding import weights
-from lit_moeedit.sharding.graph import regathering
+from lit_moeedit.sharding.zero3_passes import regathering
 from tests.processes import run_ranks, start_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
@@ -43,7 +43,7 @@ def fit(
     strategy: Any, folder: str, checkpoint: str | None = None, precision: str = "32-true", epochs: int = 3
 ) -> dict[str, Any]:
     """Train for a few epochs, edit before the second, and keep a checkpoint of each."""
-    import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies known
+    import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies known
     from tests.callbacks.conftest import _data, _editor, _module, _trainer
 
     torch.use_deterministic_algorithms(True)
@@ -145,7 +145,7 @@ def resumed_from(folder: str, universal: dict[int, str], plain: list[str]) -> di
     """Resumes of runs of two ranks from checkpoints of both kinds; what DeepSpeed says if it refuses."""
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-    from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+    from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
     found: dict[Any, Any] = {}
     for stage, checkpoint in universal.items():
@@ -269,7 +269,7 @@ def test_what_one_rank_finds_wrong_all_say_at_once(tmp_path: Path) -> None:
 
 def fit_of_another_module(folder: str) -> int:
     """A module that calls its model, not itself, with experts that run one by one and batches that use few of them."""
-    import lit_moeedit.sharding.strategy  # noqa: F401 - makes the strategies known
+    import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies known
     from tests.callbacks.conftest import _data, _editor, _trainer
     from tests.conftest import _build
 

@@ -11,7 +11,7 @@ import yaml
 
 from lit_moeedit.data import FactsCorpus
 from lit_moeedit.data.facts import Fact, FactError, FactsError, Neighbour, read_facts
-from lit_moeedit.data.files import load_rows
+from lit_moeedit.data.row_files import load_rows
 from tests.data.rows import (
     COUNTERFACT,
     EXPECTED,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_moeedit.data.facts import Fact, FactError, FactsError, Neighbour, read_facts, validate_facts
-from lit_moeedit.data.files import load_rows
+from lit_moeedit.data.row_files import load_rows
 from tests.data.rows import EXPECTED, FLAT, NATIVE, ROWS, ZSRE, changed, problems_of, write
 
 REAL_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"

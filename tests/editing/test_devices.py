@@ -24,13 +24,13 @@ from lit_moeedit.editing import (
     score,
     second_moments,
 )
-from lit_moeedit.editing.factors import layer_factors
-from lit_moeedit.editing.features import edit_tokens
-from lit_moeedit.editing.gains import output_gains
+from lit_moeedit.editing.edit_tokens import edit_tokens
 from lit_moeedit.editing.memory import GatedKeys
-from lit_moeedit.editing.projection import Shaping
-from lit_moeedit.editing.routing import trace_routing
+from lit_moeedit.editing.routing_trace import trace_routing
+from lit_moeedit.editing.tucker_factors import layer_factors
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.models.output_scale import output_gains
+from lit_moeedit.preservation.shaping import Shaping
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import Auto, BlockCoordinateDescent, ConjugateGradients, PerExpertRidge, Tucker, Woodbury
 from tests.conftest import FAMILIES
@@ -125,8 +125,8 @@ def test_second_moments(cuda, both, tokenizer, texts, tmp_path, held: str | None
 def test_shaping(
     cuda, both, tokenizer, texts, monkeypatch, preserve: Any, symmetric: bool, held: str | None, largest: int
 ) -> None:
-    monkeypatch.setattr("lit_moeedit.editing.projection.EIGH_ON_CPU", largest)
-    monkeypatch.setattr("lit_moeedit.editing.projection.BLOCK", 800)
+    monkeypatch.setattr("lit_moeedit.preservation.shaping.EIGH_ON_CPU", largest)
+    monkeypatch.setattr("lit_moeedit.preservation.shaping.BLOCK", 800)
     results = []
     for model, device in zip(both(), (cuda, CPU), strict=True):
         layer = expert_layers(model)[1]

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.encoding import Encoding, encode, join
 from lit_moeedit.data.facts import Fact, FactError, FactsError
 from lit_moeedit.editing import Editor, SecondMoments, TargetOptimizer, score, second_moments
-from lit_moeedit.editing.projection import Shaping
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
 from lit_moeedit.models.keys import routed_keys
+from lit_moeedit.preservation.shaping import Shaping
 from lit_moeedit.solvers import BlockCoordinateDescent, Tucker, Woodbury
 from tests.editing.recording import QUICK, Recording, edited_weights
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.editing import Editor
 from lit_moeedit.models.experts import expert_layers
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import EditProblem, ExpertDeltas
 from tests.editing.recording import QUICK, Recording, edited_weights
 

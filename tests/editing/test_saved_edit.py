@@ -9,9 +9,9 @@ from pathlib import Path
 
 import lightning as L
 
+from lit_moeedit.checkpoints.export import export
 from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
-from lit_moeedit.sharding.export import export
 
 PLAIN = """
 import json, sys

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lit_moeedit.data.encoding import EditToken, Encoding, encode, join
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import targets as targets_module
-from lit_moeedit.editing.running import inference
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets, _chunks
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.models.partial_forward import inference
 
 CONTEXTS = ("", "Here is a fact.")
 # float32 through three layers, then a few steps of Adam, whose first steps are of the size of the learning rate

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_moeedit.editing.running import inference
 from lit_moeedit.models import keys as keys_module
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import KeyRows, routed_keys, stream_keys
+from lit_moeedit.models.partial_forward import inference
 
 
 def run(model, ids: Tensor, grouped: bool, positions: Tensor | None = None) -> tuple[Tensor, dict[int, list[Tensor]]]:

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning import Cost, Tally, Workload, empty_model, rehearse
-from lit_moeedit.sharding.rehearsal import Sharding
+from lit_moeedit.planning.simulated_zero import Sharding
 from tests.processes import run_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
@@ -77,7 +77,7 @@ def measured(stage: int, way: str, precision: str, root: str) -> tuple[dict[str,
     from lit_moeedit.callbacks import KnowledgeEditing, knowledge_editing
     from lit_moeedit.data import Atlas, FactsDataModule
     from lit_moeedit.editing import evaluation
-    from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+    from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
     meter, lengths = Meter(), dict[str, int]()
     encode, evaluate, encode_texts = Editor._encode, knowledge_editing.evaluate, evaluation.encode

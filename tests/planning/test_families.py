@@ -6,9 +6,9 @@ import pytest
 import transformers
 
 from lit_moeedit.cli import run
-from lit_moeedit.models.families import Family
 from lit_moeedit.planning import families as module
 from lit_moeedit.planning.families import TESTED_WITH, finding
+from lit_moeedit.planning.family_catalog import Family
 
 pytestmark = pytest.mark.families
 

@@ -18,11 +18,11 @@ from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.models.experts import UnsupportedModelError, check_editable
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning import Cost, Tally, Workload, empty_model, phases, rehearse
-from lit_moeedit.planning.reading import read_run
 from lit_moeedit.planning.report import size
-from lit_moeedit.planning.training import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
-from lit_moeedit.sharding.rehearsal import Sharding
-from lit_moeedit.sharding.rehearsed_edit import RehearsedRanks
+from lit_moeedit.planning.run_config import read_run
+from lit_moeedit.planning.simulated_ranks import RehearsedRanks
+from lit_moeedit.planning.simulated_zero import Sharding
+from lit_moeedit.planning.zero_costs import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
 from lit_moeedit.solvers import BlockCoordinateDescent, Tucker
 from tests.conftest import COMMON, FAMILIES
 from tests.test_large_configs import REAL, SMALL_QWEN
@@ -160,14 +160,14 @@ def test_ranks_of_a_rehearsal_stand_for_all() -> None:
     with tally:
         batches = [range(0, 3), range(3, 6), range(6, 9), range(9, 12), range(12, 14)]
         dealt = []
-        for batch, mine in ranks.deal(batches):
+        for batch, mine in ranks.shard(batches):
             dealt.append((batch, mine))
             tally.send(10)
         # two rounds of this rank, and the rest for nothing
         assert dealt == [(range(0, 3), True), (range(3, 14), True)] and tally.sent == 20
-        ranks.sum(torch.ones(4))
-        ranks.equalise(torch.ones(4))
-        assert torch.equal(ranks.concatenate(torch.ones(4)), torch.ones(4))
+        ranks.all_reduce(torch.ones(4))
+        ranks.broadcast(torch.ones(4))
+        assert torch.equal(ranks.all_gather(torch.ones(4)), torch.ones(4))
     assert tally.sent == 20 + 2 * 12 + 12 + 12
     with pytest.raises(KeyError), ranks.together():
         raise KeyError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
 
 EXPERTS, D_MODEL, D_HIDDEN = 5, 7, 3

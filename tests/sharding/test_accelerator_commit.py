@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.commit_memory import peak
 from lit_moeedit.sharding import rollback, weights
 from lit_moeedit.sharding.shards import Copy, Shard
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
 from tests.sharding.looking import Operations, counted
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_moeedit.module import LitMoE
-from lit_moeedit.sharding.backward import beside_training
+from lit_moeedit.sharding.zero3_passes import beside_training
 from tests.conftest import COMMON, FAMILIES
 from tests.processes import run_ranks
 
@@ -52,7 +52,7 @@ class Beside(L.Callback):
 def train(stage: int, active: bool) -> tuple[list[float], list[Tensor], int]:
     from deepspeed.utils import get_z3_leaf_modules
 
-    from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+    from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
     L.seed_everything(0, verbose=False)
     ids = torch.randint(3, 60, (16, 7), generator=torch.Generator().manual_seed(1))

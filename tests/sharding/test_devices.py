@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.sharding.test_weights import EXPERTS, some_deltas, weight
 from torch import Tensor, nn
 
+from lit_moeedit.sharding.expert_reader import ExpertReader
 from lit_moeedit.sharding.fingerprint import fingerprints
+from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.sharding.reading import ExpertReader
-from lit_moeedit.sharding.soundness import check_finite
-from lit_moeedit.sharding.weights import Transaction
+from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
-from tests.sharding.test_weights import EXPERTS, some_deltas, weight
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def places(cuda: torch.device) -> Iterator[tuple[torch.device, torch.device]]:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_transaction(cuda, monkeypatch, dtype: torch.dtype, transposed: bool) -> None:
-    monkeypatch.setattr("lit_moeedit.sharding.weights.BLOCK", {"cpu": 7})
+    monkeypatch.setattr("lit_moeedit.sharding.transaction.BLOCK", {"cpu": 7})
     found: list[Tensor] = []
     for device, beside in places(cuda):
         parameter = nn.Parameter(weight(dtype, transposed).detach().to(device))
@@ -88,6 +88,6 @@ def test_a_model_that_is_not_finite(cuda) -> None:
 
 def test_ranks(cuda) -> None:
     tensor, ranks = torch.arange(3, device=cuda), Ranks()
-    ranks.sum(tensor)
-    ranks.equalise(tensor)
-    assert ranks.concatenate(tensor).device == cuda
+    ranks.all_reduce(tensor)
+    ranks.broadcast(tensor)
+    assert ranks.all_gather(tensor).device == cuda

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_moeedit.editing import second_moments
-from lit_moeedit.editing.cache import MomentsCache
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.preservation.moments_cache import MomentsCache
 from lit_moeedit.sharding import fingerprint
 from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.ranks import Ranks

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lit_moeedit.callbacks import KnowledgeEditing, RoutingMonitor
-from lit_moeedit.sharding.forward import gathering_on_use
+from lit_moeedit.sharding.zero3_passes import gathering_on_use
 from tests.processes import run_ranks
 from tests.test_large_configs import SMALL_QWEN
 
@@ -20,7 +20,7 @@ MOMENTS: dict[str, Any] = {"never": None, "validation": "validation", "fit_start
 
 def run(moment: str, folder: str, ranks: int) -> dict[str, Any]:
     """Train or validate Qwen3.5's text model, with an edit at the moment; what was logged, and the weights' state."""
-    from lit_moeedit.sharding.strategy import DeepSpeedCPUStrategy
+    from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
     from tests.callbacks.conftest import _data, _editor, _module, _trainer
 
     module = _module(config={**SMALL_QWEN, "model_type": "qwen3_5_moe_text", "num_hidden_layers": 2})

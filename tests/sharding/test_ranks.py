@@ -16,11 +16,11 @@ from tests.processes import run_each, run_ranks, start_ranks
 
 def test_one_process_alone_does_everything() -> None:
     ranks = Ranks()
-    assert list(ranks.deal([1, 2, 3])) == [(1, True), (2, True), (3, True)]
+    assert list(ranks.shard([1, 2, 3])) == [(1, True), (2, True), (3, True)]
     tensor = torch.arange(3)
-    ranks.sum(tensor)
-    ranks.equalise(tensor)
-    assert ranks.concatenate(tensor).tolist() == [0, 1, 2]
+    ranks.all_reduce(tensor)
+    ranks.broadcast(tensor)
+    assert ranks.all_gather(tensor).tolist() == [0, 1, 2]
     assert ranks.any(True)
     assert not ranks.any(False)
     with pytest.raises(KeyError, match="a"), ranks.together():
@@ -30,17 +30,17 @@ def test_one_process_alone_does_everything() -> None:
 def sharing() -> dict[str, object]:
     ranks = Ranks()
     summed, equal = torch.tensor([1.0 + ranks.rank]), torch.tensor([ranks.rank, 7])
-    ranks.sum(summed)
-    ranks.equalise(equal)
+    ranks.all_reduce(summed)
+    ranks.broadcast(equal)
     own = torch.full((2 * ranks.rank, 3), ranks.rank, dtype=torch.bfloat16)
     return {
-        "dealt": list(ranks.deal(list("abcde"))),
-        "few": list(ranks.deal(["a"])),
-        "none": list(ranks.deal([])),
+        "dealt": list(ranks.shard(list("abcde"))),
+        "few": list(ranks.shard(["a"])),
+        "none": list(ranks.shard([])),
         "sum": summed.item(),
         "equal": equal.tolist(),
-        "concatenated": ranks.concatenate(own),
-        "empty": ranks.concatenate(torch.empty(0, 4)),
+        "concatenated": ranks.all_gather(own),
+        "empty": ranks.all_gather(torch.empty(0, 4)),
         "any": (ranks.any(ranks.rank == 1), ranks.any(False)),
     }
 
@@ -66,7 +66,7 @@ def failing_in_a_round(at: int) -> str:
     ranks = Ranks()
     try:
         with ranks.together():  # and within another one: each failure is told once
-            for number, _ in enumerate(ranks.deal(range(8))):
+            for number, _ in enumerate(ranks.shard(range(8))):
                 with ranks.together():
                     if ranks.rank == 1 and number == at:
                         raise ValueError("no such text")
@@ -81,7 +81,7 @@ def failing_between_rounds(at: int) -> str:
     ranks = Ranks()
     try:
         with ranks.together():
-            for number, _ in enumerate(ranks.deal(range(8))):
+            for number, _ in enumerate(ranks.shard(range(8))):
                 if ranks.rank == 1 and number == at:
                     raise ValueError("no such text")
     except (ValueError, RankError) as error:
@@ -129,7 +129,7 @@ def absent() -> float:
         time.sleep(5)  # as if stuck
     start = time.monotonic()
     try:
-        ranks.agree()
+        ranks.check_errors()
     except RuntimeError:
         return time.monotonic() - start
     return 0.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.commit_memory import WIDTHS, measure
 from lit_moeedit.sharding.ranks import RankError, Ranks
-from lit_moeedit.sharding.weights import Transaction, _Commit
+from lit_moeedit.sharding.transaction import Transaction, _Commit
 from lit_moeedit.solvers import ExpertDeltas
 from tests.processes import run_each, run_ranks
 from tests.sharding.engines import (

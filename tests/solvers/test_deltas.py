@@ -130,7 +130,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lit_moeedit.solvers.files.save_file", fail)
+    monkeypatch.setattr("lit_moeedit.atomic_files.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         deltas.with_right(3 * deltas.right).save(path)
     assert path.read_bytes() == before

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_moeedit.editing.projection import Shaping
+from lit_moeedit.preservation.shaping import Shaping
 from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, Solver, Woodbury
 from lit_moeedit.solvers.batches import expert_batches
 from lit_moeedit.solvers.bcd import _blocks

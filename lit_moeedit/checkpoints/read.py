@@ -1,0 +1,334 @@
+"""Checkpoints that Lightning wrote: a file of one process, or the folder of DeepSpeed with the shards of all ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_moeedit.checkpoint_fields import CheckpointError, field
+from lit_moeedit.checkpoints.tensors import (
+    StoredTensor,
+    as_they_are,
+    check_plain,
+    load,
+    shapes_in,
+    tensors_in,
+)
+
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state dict of a LightningModule, left in its files, and what the module was made with.
+
+    Args:
+        path: where it was read.
+        tensors: by their names in the state dict.
+        hyper_parameters: of the LightningModule; empty if it saved none.
+        tokenizer: the texts of a tokenizer's files by their names, as ``LitMoE`` saves it; empty if there is none.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    hyper_parameters: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint of one process (a file) or of DeepSpeed (a folder).
+
+    Trainable weights that ZeRO shards come from the fp32 master copies, all others as they are in training.
+
+    Args:
+        path: what ``Trainer.save_checkpoint`` wrote.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        CheckpointError: if something is missing, damaged, not understood, or does not agree with the rest.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    contents = load(path)
+    state = field(path, contents, "state_dict", dict)
+    return Checkpoint(path, as_they_are(state), **_about(path, contents))
+
+
+def check_harmless(path: Path) -> None:
+    """Refuse a checkpoint that Lightning or DeepSpeed could not read as nothing but data.
+
+    Lightning can be told to read a file so; DeepSpeed runs whatever is in the files of its folders.
+
+    Args:
+        path: a file, or the folder of DeepSpeed.
+
+    Raises:
+        CheckpointError: if code would have to run to read it, it is missing, damaged or a file of something else, or
+            there is a link in its folder.
+        OSError: if a folder in it cannot be listed.
+    """
+    if not path.is_dir():
+        field(path, load(path), "state_dict", dict)  # what else is in it is its module's affair
+        return
+    for folder, folders, files in os.walk(path, onerror=_raised):
+        for inner in (Path(folder, name) for name in sorted(folders + files)):
+            # DeepSpeed would follow it to files that are not looked at here, or to other ones later
+            if inner.is_symlink():
+                raise CheckpointError(f"{inner} is a link; expected a checkpoint with all its files in it")
+            if inner.name == ".metadata":
+                raise CheckpointError(f"{inner} is a pickle, as FSDP's checkpoints have; expected one of DeepSpeed")
+            if inner.suffix == ".pt" and not inner.is_dir():
+                check_plain(inner)
+    for name in ("latest", "latest_universal"):
+        _named_in(path, name)
+
+
+def _raised(error: OSError) -> None:
+    raise error
+
+
+def _about(path: Path, contents: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a file says of the model beside its weights."""
+    names = ("hyper_parameters", "tokenizer")
+    return {name: field(path, contents, name, dict, optional=True) or {} for name in names}
+
+
+# -- the folder of DeepSpeed ------------------------------------------------------------------------------------------
+
+
+def _read_folder(path: Path) -> Checkpoint:
+    folder = _newest(path)
+    if any(folder.glob("*expert*_states.pt")):
+        raise CheckpointError(f"{folder} holds experts of DeepSpeed's own MoE layers, which transformers does not know")
+    files = _by_rank(folder, MODEL_FILE)
+    if not files:
+        raise CheckpointError(
+            f"{folder} holds no file *_model_states.pt; expected is a checkpoint file of Lightning, or the folder that "
+            "its DeepSpeedStrategy writes"
+        )
+    [file] = _of_ranks(folder, files, 1)
+    model = load(file)
+    working = as_they_are(field(file, model, "module", dict))
+    about = _about(file, model)
+    groups = field(file, model, "param_shapes", list, optional=True)
+    # without ZeRO every rank has everything
+    optimizers = [] if groups is None else _optimizers(folder)
+    if not optimizers:
+        return Checkpoint(path, working, **about)
+    stage = optimizers[0].stage
+    if (stage == 3) != file.name.startswith("zero_"):
+        raise CheckpointError(f"{optimizers[0].file} is of ZeRO stage {stage}, which does not go with {file.name}")
+    shapes = [shapes_in(file, "param_shapes", group) for group in groups]
+    if stage == 3:
+        models = _models(folder, files, len(optimizers), model)
+        buffers = field(file, model, "buffer_names", list)
+        tensors = {name: working[name] for name in map(str, buffers) if name in working}
+        tensors |= _frozen(models, working) | _joined(optimizers, shapes, working)
+    else:
+        tensors = working | _concatenated(optimizers, shapes, working)
+    aliases = field(file, model, "shared_params", dict, optional=True) or {}
+    tensors |= {str(alias): tensors[str(name)] for alias, name in aliases.items() if str(name) in tensors}
+    return Checkpoint(path, tensors, **about)
+
+
+def _newest(path: Path) -> Path:
+    """The folder inside of a checkpoint that DeepSpeed wrote last; the checkpoint itself if it names none."""
+    return _named_in(path, "latest")
+
+
+def _named_in(path: Path, name: str) -> Path:
+    latest = path / name
+    if not latest.is_file():
+        return path
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    # a name, and not the way out of the checkpoint
+    if tag in ("", ".", "..") or Path(tag).name != tag or len(tag) > 200 or not (path / tag).is_dir():
+        raise CheckpointError(f"{latest} should name a folder beside it, but says {tag[:80]!r}")
+    return path / tag
+
+
+def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            continue
+        if int(match[2]) != 0:
+            raise CheckpointError(f"{path} is of a model in several tensor-parallel parts, which cannot be exported")
+        rank = int(match[1] or 0)
+        if rank in found:
+            raise CheckpointError(f"{folder} holds files of two runs: {found[rank].name} and {path.name}")
+        found[rank] = path
+    return found
+
+
+def _of_ranks(folder: Path, files: Mapping[int, Path], count: int) -> list[Path]:
+    """The files of the first ``count`` ranks in order."""
+    some = next(iter(files.values())).name
+    missing = (re.sub(r"pp_rank_\d+", f"pp_rank_{rank}", some) for rank in range(count) if rank not in files)
+    names = list(islice(missing, 5))
+    if names:
+        raise CheckpointError(f"{folder} is of {count} rank(s), but lacks {', '.join(names)}")
+    return [files[rank] for rank in range(count)]
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    """What one rank's file of the optimizer says."""
+
+    file: Path
+    stage: int
+    ranks: int
+    masters: list[Tensor]
+    paddings: list[list[int]]
+    steps: set[float]
+
+
+def _optimizers(folder: Path) -> list[_Optimizer]:
+    """What the files of all ranks say, in order; nothing if the optimizer does not share its work by ZeRO."""
+    files = _by_rank(folder, OPTIMIZER_FILE)
+    if not files:
+        raise CheckpointError(f"{folder} lacks the files *_optim_states.pt, which hold the master weights of all ranks")
+    [file] = _of_ranks(folder, files, 1)
+    first = _optimizer(file)
+    if first is None:
+        return []
+    found = [first]
+    for file in _of_ranks(folder, files, first.ranks)[1:]:
+        other = _optimizer(file)
+        for name, what in (("stage", "ZeRO stage"), ("ranks", "number of ranks"), ("steps", "optimizer step")):
+            mine, others = getattr(first, name), getattr(other, name, None)
+            if mine != others:
+                raise CheckpointError(f"{file} does not belong to {first.file.name}: {what} {others}, not {mine}")
+        assert other is not None
+        if len(other.masters) != len(first.masters):
+            raise CheckpointError(f"{file} holds {len(other.masters)} groups of weights, not {len(first.masters)}")
+        found.append(other)
+    return found
+
+
+def _optimizer(file: Path) -> _Optimizer | None:
+    state = field(file, load(file), "optimizer_state_dict", dict)
+    stage = field(file, state, "zero_stage", int, optional=True)
+    if stage is None:
+        return None
+    if stage not in (1, 2, 3) or "ds_zero_partition_groups" in state:
+        raise CheckpointError(f"{file}: shards of ZeRO stage {stage} in groups of ranks are not understood")
+    counts = field(file, state, "partition_count", (int, list))
+    counts = counts if isinstance(counts, list) else [counts]
+    if not counts or any(not isinstance(count, int) or count < 1 or count != counts[0] for count in counts):
+        raise CheckpointError(f"{file}: field 'partition_count' should be a number of ranks, but is {counts}")
+    name = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    masters = tensors_in(file, name, field(file, state, name, list))
+    paddings = field(file, state, "param_alignment_paddings", list, optional=True) or []
+    inner = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
+    states = inner.get("state") if isinstance(inner, dict) else inner
+    states = states.values() if isinstance(states, dict) else states or []
+    steps = (one.get("step") for one in states if isinstance(one, dict))
+    numbers = {
+        float(step) for step in steps if isinstance(step, int | float | Tensor) and torch.as_tensor(step).ndim == 0
+    }
+    return _Optimizer(file, stage, counts[0], masters, paddings, numbers)
+
+
+def _models(folder: Path, files: Mapping[int, Path], ranks: int, first: dict[str, Any]) -> list[tuple[Path, Any]]:
+    """The model files of all ranks, which stage 3 writes."""
+    paths = _of_ranks(folder, files, ranks)
+    models = [(paths[0], first), *((path, load(path)) for path in paths[1:])]
+    for path, model in models[1:]:
+        for name in ("param_shapes", "frozen_param_shapes", "global_steps"):
+            if model.get(name) != first.get(name):
+                raise CheckpointError(f"{path} does not belong to {paths[0].name}: their fields {name!r} differ")
+    return models
+
+
+# -- putting shards together ------------------------------------------------------------------------------------------
+
+
+def _runs(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Cut flat tensors, laid end to end, into runs of the given sizes; a run is in one or more pieces."""
+    index = start = 0
+    for size in sizes:
+        run = []
+        while size:
+            piece = tensors[index][start : start + size]
+            size, start = size - piece.numel(), start + piece.numel()
+            if start == tensors[index].numel():
+                index, start = index + 1, 0
+            run += [piece] if piece.numel() else []
+        yield run
+
+
+def _joined(
+    optimizers: Sequence[_Optimizer], groups: Sequence[dict[str, torch.Size]], working: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Stage 3: every parameter is cut in as many equal parts as there are ranks, the last of them padded."""
+    shapes = {name: shape for group in groups for name, shape in group.items()}
+    widths = [ceil(shape.numel() / len(optimizers)) for shape in shapes.values()]
+    pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    for optimizer in optimizers:
+        _check_size(optimizer.file, "fp32_flat_groups", optimizer.masters, sum(widths))
+        for name, run in zip(shapes, _runs(optimizer.masters, widths), strict=True):
+            pieces[name] += run
+    return {name: _stored(name, shape, pieces[name], working) for name, shape in shapes.items()}
+
+
+def _concatenated(
+    optimizers: Sequence[_Optimizer], groups: Sequence[dict[str, torch.Size]], working: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Stages 1 and 2: all parameters of a group lie end to end, and the whole is cut in one part for each rank."""
+    first, found = optimizers[0], {}
+    if len(first.masters) != len(groups):
+        raise CheckpointError(f"{first.file} holds {len(first.masters)} groups of weights, the model's {len(groups)}")
+    for index, shapes in enumerate(groups):
+        numels = [shape.numel() for shape in shapes.values()]
+        paddings = first.paddings[index] if index < len(first.paddings) else [0] * len(numels)
+        if len(paddings) != len(numels) or not all(isinstance(n, int) and n >= 0 for n in paddings):
+            raise CheckpointError(f"{first.file}: field 'param_alignment_paddings' does not fit the model's parameters")
+        sizes = [numel + padding for numel, padding in zip(numels, paddings, strict=True)]
+        parts = [optimizer.masters[index] for optimizer in optimizers]
+        # some versions leave in the files what makes the parts equal
+        _check_size(first.file, "single_partition_of_fp32_groups", parts, sum(sizes), 2 * len(parts))
+        for (name, shape), run in zip(shapes.items(), _runs(parts, sizes), strict=True):
+            found[name] = _stored(name, shape, run, working)
+    return found
+
+
+def _frozen(models: Sequence[tuple[Path, Any]], working: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Stage 3: parameters that no optimizer knows, cut as the others are; none if they were not saved."""
+    file, first = models[0]
+    shapes = shapes_in(file, "frozen_param_shapes", first.get("frozen_param_shapes") or {})
+    pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    for path, model in models if shapes else ():
+        fragments = field(path, model, "frozen_param_fragments", dict)
+        for name, shape in shapes.items():
+            fragment = tensors_in(path, "frozen_param_fragments", [fragments.get(name)])
+            _check_size(path, "frozen_param_fragments", fragment, ceil(shape.numel() / len(models)))
+            pieces[name] += fragment
+    return {name: _stored(name, shape, pieces[name], working) for name, shape in shapes.items()}
+
+
+def _stored(
+    name: str, shape: torch.Size, pieces: Sequence[Tensor], working: Mapping[str, StoredTensor]
+) -> StoredTensor:
+    """A tensor in pieces; of the working copy there is at least a placeholder of its dtype."""
+    dtype = working[name].dtype if name in working else next((piece.dtype for piece in pieces), torch.float32)
+    return StoredTensor(shape, dtype, pieces)
+
+
+def _check_size(file: Path, name: str, tensors: Sequence[Tensor], expected: int, slack: int = 0) -> None:
+    found = sum(tensor.numel() for tensor in tensors)
+    if not expected <= found <= expected + slack:
+        raise CheckpointError(f"{file}: field {name!r} holds {found} numbers, but {expected} are expected")

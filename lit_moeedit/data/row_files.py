@@ -1,0 +1,301 @@
+"""From a file to numbered rows: JSON lists, JSON lines and tables, read piece by piece in bounded memory.
+
+Files are untrusted and may be larger than memory: no more than a few rows are held, a row may have at most
+`ROW_LIMIT` bytes (in a table on all its lines together), and who stops asking for rows stops the reading.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import re
+import stat
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from lit_moeedit.data.errors import FactError, short, visible
+
+ROW_LIMIT = 4 * 2**20
+"""Bytes of a row (characters in a `.json` list). The largest rows of published files have some 100 kB; a parsed row
+may take thirty times its size in memory."""
+_PIECE = 2**18
+_LIMIT_TEXT = f"at most {ROW_LIMIT / 2**20:g} MiB in a row"
+_SPACE = " \t\n\r"
+_SOLID = re.compile(f"[^{_SPACE}]")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def load_rows(path: Path) -> Generator[tuple[int, object], None, None]:
+    """Read a `.json` list, a `.jsonl`, `.csv` or `.tsv` file row by row.
+
+    Returns:
+        Pairs of the row's number (from 1; in files of lines the line where it begins, so blank lines count) and the
+        row. A row that cannot be read but leaves the rows behind it readable is given as the `FactError` that says so.
+        The rows of a table are objects with the names of its first line; an empty cell is `None`, columns without a
+        name and rows of empty cells are left out.
+
+    Raises:
+        FactError: Kind, suffix, encoding or syntax of the file is not as expected, or it holds no rows. What is read
+            before that has been given, since a file is not read twice.
+        OSError: The file cannot be opened or read.
+    """
+    file, suffix = str(path), path.suffix.lower()
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:  # a NUL byte
+        raise FactError(file, None, None, f"is no path ({error}); expected the name of a file") from error
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise FactError(file, None, None, f"is {kind}; expected a regular file")
+    if suffix not in (".json", ".jsonl", *_DELIMITERS):
+        expected = "expected '.json', '.jsonl', '.csv' or '.tsv'"
+        raise FactError(file, None, None, f"has the suffix {short(path.suffix)}; {expected}")
+    with path.open("rb", buffering=2**18) as stream:
+        _skip_mark(file, stream)
+        if suffix == ".json":
+            rows = _Elements(file, stream).rows()
+        elif suffix == ".jsonl":
+            rows = _read_lines(file, stream)
+        else:
+            rows = _read_table(file, stream, _DELIMITERS[suffix])
+        number = 0
+        for number, row in rows:
+            yield number, row
+    if not number:
+        raise FactError(file, None, None, "holds no rows; expected at least one fact")
+
+
+def _skip_mark(file: str, stream: BinaryIO) -> None:
+    """Skip the byte order mark of UTF-8, and refuse what begins like another encoding."""
+    start = stream.read(4)
+    for mark, encoding in _MARKS.items():
+        if start.startswith(mark):
+            raise FactError(file, None, None, f"begins with the byte order mark of {encoding}; expected a UTF-8 file")
+    if b"\0" in start:
+        raise FactError(
+            file, None, None, "begins with NUL bytes, as UTF-16 without a mark would; expected a UTF-8 file"
+        )
+    stream.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
+
+
+def _not_utf8(file: str, row: int | None, line: int, error: UnicodeDecodeError) -> FactError:
+    found = f"byte {error.object[error.start]:#04x} in line {line}"
+    return FactError(file, row, None, f"is not valid UTF-8 ({found}); expected a UTF-8 file")
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # the last one would win without a word
+        raise ValueError(f"the name {short(_repeated([name for name, _ in pairs]))} stands twice in an object")
+    return content
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _no_json(error: ValueError | RecursionError, line: int | None = None) -> str:
+    """Why a text is no JSON; `line` is where the error lies, if rows are not lines."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}" if line is None else f"{error.msg} at line {line}"
+    # integers of thousands of digits, lists nested as deep, names that stand twice
+    return str(error) if line is None else f"{error}, from line {line} on"
+
+
+class _Elements:
+    """The elements of a JSON list, decoded one by one from a buffer that holds little more than one of them."""
+
+    def __init__(self, file: str, stream: BinaryIO) -> None:
+        self._file = file
+        self._stream = stream
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._buffer = ""
+        self._position = 0
+        self._line = 1  # of the buffer's first character
+        self._number: int | None = None
+
+    def rows(self) -> Iterator[tuple[int, object]]:
+        """Every element with its number, from 1."""
+        first = self._next()
+        if first != "[":
+            found = f"begins with {first!r}" if first else "is empty"
+            hint = " (one object per line needs the suffix '.jsonl')" if first == "{" else ""
+            raise FactError(self._file, None, None, f"{found}; expected a list of objects{hint}")
+        self._position += 1
+        number = 0
+        last = self._next()
+        while last != "]" or number:
+            number += 1
+            self._number = number
+            yield number, self._element()
+            last = self._next()
+            if last not in (",", "]"):
+                raise self._error(f"is not valid JSON ({self._found(last)} at line {self._line_at(self._position)})")
+            if last == "]":
+                break
+            self._position += 1
+            self._next()
+        self._position += 1
+        self._number = None
+        if last := self._next():
+            raise self._error(f"holds {last!r} behind the list, at line {self._line_at(self._position)}", "nothing")
+
+    @staticmethod
+    def _found(symbol: str) -> str:
+        return f"{symbol!r} behind an element" if symbol else "the file ends within the list"
+
+    def _error(self, message: str, expected: str = "a list of objects") -> FactError:
+        return FactError(self._file, self._number, None, f"{message}; expected {expected}")
+
+    def _line_at(self, position: int) -> int:
+        return self._line + self._buffer.count("\n", 0, position)
+
+    def _more(self) -> bool:
+        """Forget what has been decoded and read on, at least as much again as is left; whether there was more."""
+        self._line = self._line_at(self._position)
+        rest = self._buffer[self._position :]
+        pieces, size = [rest], 0
+        while size <= len(rest):
+            data = self._stream.read(_PIECE)
+            try:
+                piece = self._decode(data, not data)
+            except UnicodeDecodeError as error:
+                lines = sum(text.count("\n") for text in pieces) + error.object[: error.start].count(b"\n")
+                raise _not_utf8(self._file, None, self._line + lines, error) from error
+            pieces.append(piece)
+            size += len(piece)
+            if not data:
+                break
+        self._buffer, self._position = "".join(pieces), 0
+        return size > 0
+
+    def _next(self) -> str:
+        """Go to the next character that is no white space and return it; `""` at the end of the file."""
+        while True:
+            found = _SOLID.search(self._buffer, self._position)
+            self._position = found.start() if found else len(self._buffer)
+            if found or not self._more():
+                return found[0] if found else ""
+
+    def _element(self) -> object:
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._buffer, self._position)
+                problem = None
+                # a number may go on behind the buffer
+                cut = isinstance(value, int | float) and self._buffer[end : end + 1] not in (*_SPACE, ",", "]")
+            except json.JSONDecodeError as error:
+                # an error at the buffer's end (where the longest literal is cut) may be none with more text
+                end = len(self._buffer)
+                cut = error.msg.startswith("Unterminated string") or error.pos > end - len("-Infinity ")
+                problem = _no_json(error, self._line_at(error.pos))
+            except (ValueError, RecursionError) as error:
+                raise self._error(f"is not valid JSON ({_no_json(error, self._line_at(self._position))})") from error
+            length = end - self._position
+            if length > ROW_LIMIT and (cut or problem is None):
+                found = f"is longer than {ROW_LIMIT / 2**20:g} MiB (from line {self._line_at(self._position)} on)"
+                raise self._error(found, _LIMIT_TEXT)
+            if cut and self._more():
+                continue
+            if problem is not None:
+                raise self._error(f"is not valid JSON ({problem})")
+            self._position += length  # which reading on may have moved
+            return value
+
+
+def _read_lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, object]]:
+    for number, line in _lines(file, stream):
+        if isinstance(line, FactError):
+            yield number, line
+        elif line.strip():
+            try:
+                yield number, _DECODER.decode(line)
+            except (ValueError, RecursionError) as error:
+                found = f"is not valid JSON ({_no_json(error)}); expected one object per line"
+                yield number, FactError(file, number, None, found)
+
+
+def _lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, str | FactError]]:
+    """Numbered lines, split at line feeds only: texts may hold what else Unicode calls the end of a line."""
+    number = 0
+    while data := stream.readline(ROW_LIMIT + 1):
+        number += 1
+        if len(data) > ROW_LIMIT:
+            size = len(data)
+            while not data.endswith(b"\n") and (data := stream.readline(_PIECE)):
+                size += len(data)
+            found = f"is a line of {size / 2**20:,.1f} MiB; expected {_LIMIT_TEXT}"
+            yield number, FactError(file, number, None, found)
+            continue
+        try:
+            yield number, data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file, number, number, error) from error
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _read_table(file: str, stream: BinaryIO, delimiter: str) -> Iterator[tuple[int, object]]:
+    def lines() -> Iterator[str]:
+        for _, line in _lines(file, stream):
+            if isinstance(line, FactError):
+                raise line
+            # a quoted cell may go on for any number of lines
+            if stream.tell() - start > ROW_LIMIT:
+                found = (
+                    f"is longer than {ROW_LIMIT / 2**20:g} MiB (a quote that is not closed?); expected {_LIMIT_TEXT}"
+                )
+                raise FactError(file, number, None, found)
+            yield line
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    header: Sequence[str] = ()
+    while True:
+        number, start = reader.line_num + 1, stream.tell()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            found = (
+                f"is not valid CSV ({visible(str(error))}); expected cells separated by {delimiter!r}, quoted by '\"'"
+            )
+            raise FactError(file, number, None, found) from error
+        if not any(map(str.strip, cells)):
+            continue
+        if not header:
+            header = [name.strip() for name in cells]
+            if (wrong := _repeated([name for name in header if name])) is not None:
+                found = f"has the column {short(wrong)} twice"
+                raise FactError(file, number, None, f"{found}; expected the names of the columns, each once")
+            if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
+                found = f"names a single column {short(header[0])}; expected cells separated by {delimiter!r}"
+                raise FactError(file, number, None, found)
+        elif len(cells) != len(header):
+            found = f"has {len(cells)} cells; expected {len(header)}, as many as the first line names"
+            yield number, FactError(file, number, None, found)
+        else:
+            yield number, {name: cell or None for name, cell in zip(header, cells, strict=True) if name}

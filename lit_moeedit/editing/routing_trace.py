@@ -1,0 +1,110 @@
+"""Where a model sends the tokens of a probe text: the state that routing metrics compare."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids
+from lit_moeedit.models.experts import ExpertLayer, expert_layers
+from lit_moeedit.models.keys import Routing, watch_routing
+from lit_moeedit.models.partial_forward import inference
+from lit_moeedit.models.token_budget import TokenBudget
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.zero3_passes import gathering_on_use
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Routing of ``N`` tokens, by layer index, on the CPU.
+
+    Attributes:
+        experts: chosen experts, int64 ``[N, k]``.
+        probabilities: distribution over all experts, float32 ``[N, E]``: softmax of the router's logits if the model
+            returns them, else the gates of the chosen experts, normalised.
+    """
+
+    experts: dict[int, Tensor]
+    probabilities: dict[int, Tensor]
+
+
+def trace_routing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    token_budget: int = 8192,
+    max_length: int = 256,
+    ranks: Ranks | None = None,
+) -> RoutingTrace:
+    """Run texts through the model and record the routing of every layer with experts.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        texts: the probe; their order is the order of the tokens.
+        token_budget: largest number of tokens (with padding) in one forward. Traces that are compared are made with the
+            same, since a router's near ties can fall otherwise in batches of another shape; only where memory runs out
+            it is halved.
+        max_length: longer texts are cut.
+        ranks: the processes that trace the same texts; each calls this.
+
+    Raises:
+        ValueError: if there is no text.
+        TooLittleMemoryError: if there is no memory for the longest text alone.
+    """
+    if not texts:
+        raise ValueError("there is no probe text to trace the routing of")
+    rows = [encoding.ids[:max_length] for encoding in encode(tokenizer, texts, [""] * len(texts))]
+    longest = max(map(len, rows))
+    budget = TokenBudget(token_budget, 0.0, model.device, ranks if ranks is not None else Ranks())
+
+    def run(tokens: int) -> RoutingTrace:
+        return _trace(model, rows, max(1, tokens // longest), pad_id(tokenizer))
+
+    return budget.run("routing", run, least=longest, most=longest * len(rows))
+
+
+def _trace(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int, pad_token: int) -> RoutingTrace:
+    """Trace rows of token ids, ``size`` of them in a forward."""
+    layers = expert_layers(model)
+    experts: dict[int, list[Tensor]] = {index: [] for index in layers}
+    probabilities: dict[int, list[Tensor]] = {index: [] for index in layers}
+    real = torch.empty(0)
+    caught: dict[int, Routing] = {}
+
+    def observe(layer: ExpertLayer, routing: Routing) -> None:
+        caught[layer.index] = routing
+
+    returns_logits = "output_router_logits" in inspect.signature(model.forward).parameters
+    with inference(model), watch_routing(model, list(layers.values()), observe):
+        for start in range(0, len(rows), size):
+            ids, mask = (x.to(model.device) for x in pad(rows[start : start + size], pad_token))
+            real = mask.flatten().bool()
+            with gathering_on_use(model):
+                outputs = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=position_ids(mask),
+                    use_cache=False,
+                    **({"output_router_logits": True} if returns_logits else {}),
+                )
+            logits = getattr(outputs, "router_logits", None) or ()
+            for number, (index, layer) in enumerate(layers.items()):
+                routing = caught.pop(index)
+                if len(logits) == len(layers):
+                    distribution = logits[number].flatten(0, -2).float().softmax(-1)
+                else:
+                    distribution = torch.zeros(len(real), layer.num_experts, device=real.device)
+                    distribution.scatter_(1, routing.experts, routing.gates.float().abs())
+                    distribution /= distribution.sum(-1, keepdim=True)
+                experts[index].append(routing.experts[real].cpu())
+                probabilities[index].append(distribution[real].cpu())
+    return RoutingTrace(
+        {index: torch.cat(parts) for index, parts in experts.items()},
+        {index: torch.cat(parts) for index, parts in probabilities.items()},
+    )

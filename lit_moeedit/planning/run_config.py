@@ -1,0 +1,188 @@
+"""What a config of ``lit-moeedit fit`` says of a run."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import PretrainedConfig
+from typing_extensions import override
+
+from lit_moeedit.data import FactsDataModule
+from lit_moeedit.editing import Editor, FineTuning
+from lit_moeedit.module import LitMoE
+from lit_moeedit.planning.simulated_zero import Sharding
+from lit_moeedit.pretrained import config_of, pretrained_config
+from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
+
+
+class _Parser(LightningCLI):
+    """Reads a config as ``fit`` does, and makes no trainer: its devices are those of another machine."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its config has it.
+
+    Attributes:
+        module: without a model.
+        model: config of its model.
+        dtype: of the model's weights.
+        sharding: how the model is sharded.
+        editor: how it is edited.
+        rows: rows of a training batch, if the config says it; likewise
+        edits: facts to edit,
+        texts: and preservation texts.
+    """
+
+    module: LitMoE
+    model: PretrainedConfig
+    dtype: torch.dtype
+    sharding: Sharding
+    editor: Editor
+    rows: int | None
+    edits: int | None
+    texts: int | None
+
+
+def read_run(path: Path, ranks: int | None = None, model: Path | None = None) -> Run:
+    """Read a config.
+
+    Args:
+        path: the config.
+        ranks: number of processes, if not as many as the config says.
+        model: a transformers config, or a folder with one, in place of the config's model.
+
+    Raises:
+        FileNotFoundError: if there is no such config.
+        ValueError: if ``fit`` would refuse the config, if it edits nothing, or if its strategy cannot be planned.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config {path}")
+    with warnings.catch_warnings():
+        # the arguments of the process are those of another command
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        try:
+            cli = _Parser(
+                LitMoE,
+                FactsDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                run=False,
+                seed_everything_default=False,
+                parser_kwargs={"exit_on_error": False},
+                args=[f"--config={path}", "--seed_everything=false"],
+            )
+        except ArgumentError as error:
+            raise ValueError(f"{path} is no config of fit: {' '.join(str(error).split())}") from error
+    config = cli.config
+    callback = _editing_callback(path, config)
+    wanted = Namespace(model=config.model, trainer=Namespace(callbacks=[callback]))
+    if not isinstance(config.trainer.strategy, str):
+        wanted.trainer.strategy = config.trainer.strategy
+    try:
+        made = cli.parser.instantiate(wanted)
+        strategy = made.trainer.get("strategy") or _strategy(config.trainer.strategy)
+    except (MisconfigurationException, ImportError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(made.model, LitMoE):
+        raise ValueError(f"a plan knows the training step of LitMoE, not of {type(made.model).__name__}")
+    editor = made.trainer.callbacks[0].editor
+    if isinstance(editor, FineTuning):
+        raise ValueError(f"a plan knows the phases of Editor, not of {type(editor).__name__}")
+    data = (config.get("data") or Namespace()).get("init_args", Namespace())
+    corpus = (data.get("corpus") or Namespace()).get("init_args", Namespace())
+    dtype = _dtype(made.model, str(config.trainer.precision or ""), strategy)
+    return Run(
+        module=made.model,
+        model=_model_config(made.model, model),
+        dtype=dtype,
+        sharding=_sharding(config.trainer, strategy, ranks, dtype.itemsize),
+        editor=editor,
+        rows=data.get("batch_size"),
+        edits=corpus.get("edits"),
+        texts=None if callback.init_args.get("preservation") else data.get("preservation_samples"),
+    )
+
+
+def _editing_callback(path: Path, config: Namespace) -> Namespace:
+    callbacks = config.trainer.callbacks or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    found = [callback for callback in callbacks if "editor" in (callback.get("init_args") or ())]
+    if len(found) != 1:
+        raise ValueError(f"{path} has {len(found)} callbacks with an editor (KnowledgeEditing); a plan needs one")
+    return found[0]
+
+
+def _strategy(name: str) -> Any:
+    """The strategy that the Trainer would make of a name; ``None`` for one that it chooses by the devices."""
+    if name == "auto":
+        return None
+    if name not in StrategyRegistry:
+        raise ValueError(f"there is no strategy {name!r}")
+    return StrategyRegistry.get(name)
+
+
+def _dtype(module: LitMoE, precision: str, strategy: Any) -> torch.dtype:
+    """What the weights are in; DeepSpeed makes half-precision weights for mixed precision, too."""
+    bits, _, kind = precision.partition("-")
+    half = {"bf16": torch.bfloat16, "16": torch.float16}
+    if bits in half and (kind == "true" or isinstance(strategy, DeepSpeedStrategy)):
+        return half[bits]
+    dtype: torch.dtype = getattr(torch, module.hparams["dtype"])
+    return dtype
+
+
+def _sharding(trainer: Namespace, strategy: Any, ranks: int | None, itemsize: int) -> Sharding:
+    if ranks is None:
+        try:
+            ranks = int(trainer.devices) * int(trainer.num_nodes)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the config says {trainer.devices!r} for the number of devices: give --ranks") from error
+    if ranks < 1:
+        raise ValueError(f"ranks must be at least 1, got {ranks}")
+    on_cpu = trainer.accelerator == "cpu" or isinstance(strategy, DeepSpeedCPUStrategy)
+    if strategy is None or type(strategy) in (DDPStrategy, SingleDeviceStrategy):
+        return Sharding(ranks, None, itemsize, on_cpu=on_cpu)
+    if not isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(f"{type(strategy).__name__} cannot be planned, because nothing can be edited under it")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    settings: Any = strategy.config
+    zero = DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
+    if zero.offload_optimizer is not None or zero.offload_param is not None:
+        raise ValueError("a plan does not know offloading: what it puts to main memory depends on the machine")
+    return Sharding(
+        ranks=ranks,
+        stage=int(zero.stage),
+        itemsize=itemsize,
+        sub_group=int(zero.sub_group_size),
+        bucket=int(zero.reduce_bucket_size),
+        overlap=bool(zero.overlap_comm),
+        on_cpu=on_cpu,
+    )
+
+
+def _model_config(module: LitMoE, path: Path | None) -> PretrainedConfig:
+    if path is None and module.hparams["config"] is not None:
+        return config_of(module.hparams["config"])
+    name = module.hparams["pretrained"] if path is None else path
+    try:
+        return pretrained_config(name, local_files_only=True)
+    except OSError as error:
+        raise ValueError(
+            f"{name} is no local folder with a config.json, and none is in the cache of the hub; a plan asks no "
+            "server: download the model's config.json (`hf download MODEL config.json`) or give --model with one"
+        ) from error

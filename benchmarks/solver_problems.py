@@ -20,20 +20,12 @@ PASSES = 4
 BLOCKS = 2
 """How many blocks of the published form are timed where all of them would take too long."""
 LATENT = 32
-LARGE = 4e6
-"""Conjugate gradients are left out of Auto's choice from so many numbers of the residuals on."""
 
 BASE = {"T": 1000, "E": 128, "k": 8}
 GROWTH = {"T": (250, 500, 1000, 2000, 4000), "E": (32, 64, 128, 256, 512), "k": (1, 2, 4, 8, 16)}
 
-SHAPES = {  # experts, experts per token, d_hidden, d_model
-    "Qwen3-30B-A3B": (128, 8, 768, 2048),
-    "many small experts": (512, 8, 64, 512),
-    "small model": (16, 4, 128, 256),
-    "one of many experts": (256, 1, 64, 1024),
-    "few narrow experts": (8, 2, 64, 256),
-    "one narrow expert": (1, 1, 64, 64),
-}
+FORMS = ((16, 4, 128, 256), (8, 2, 64, 256), (8, 8, 64, 256), (1, 1, 64, 64), (64, 2, 16, 256), (4, 2, 256, 1024))
+"""Experts, experts per token, ``d_hidden``, ``d_model``, with few dimensions together."""
 
 
 def make(edits: int, experts: int, active: int, d_hidden: int, d_model: int, ridge: float = 1.0) -> EditProblem:

@@ -1,11 +1,11 @@
-"""Solvers of the edit problem at the sizes of three large models: objective, time, memory, growth, and Auto's choice.
+"""Solvers of the edit problem at the sizes of three large models: objective, time, memory, growth, forms of Woodbury.
 
 Run from the root of the repository, with the package and matplotlib installed; each part can be run by itself:
 
-    python -m benchmarks.solvers Qwen3-30B-A3B GPT-OSS-20B Qwen3.6-35B-A3B growth published choice costs
+    python -m benchmarks.solvers Qwen3-30B-A3B GPT-OSS-20B Qwen3.6-35B-A3B growth published forms
 
-The last measures the constants of ``lit_moeedit.solvers.auto`` on this machine. Results of parts run before are kept:
-``solvers.json``, ``solvers.md`` and ``solvers.png`` in ``benchmarks/results`` show the last run of each.
+Results of parts run before are kept: ``solvers.json``, ``solvers.md`` and ``solvers.png`` in ``benchmarks/results``
+show the last run of each.
 """
 
 from __future__ import annotations
@@ -29,29 +29,26 @@ from benchmarks.solver_problems import (
     BASE,
     BLOCKS,
     EDITS,
+    FORMS,
     GROWTH,
-    LARGE,
     MODELS,
     PASSES,
-    SHAPES,
     make,
     optimum,
     tucker_ranks,
 )
-from benchmarks.solver_report import draw, report
+from benchmarks.solver_report import SIZE, draw, report
+from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers import (
-    Auto,
     BlockCoordinateDescent,
-    ConjugateGradients,
     EditProblem,
-    NormalEquations,
     PerExpertRidge,
     Solver,
     Tucker,
     TuckerFactors,
     Woodbury,
 )
-from lit_moeedit.solvers.problem import solve_factored
+from lit_moeedit.solvers.woodbury import _dual, _primal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,8 +92,6 @@ def random_factors(problem: EditProblem) -> TuckerFactors:
 def solvers(problem: EditProblem) -> dict[str, Solver]:
     return {
         "Woodbury": Woodbury(),
-        "ConjugateGradients": ConjugateGradients(),
-        "Auto": Auto(),
         f"BCD, {PASSES} passes": BlockCoordinateDescent(passes=PASSES),
         "PerExpertRidge": PerExpertRidge(),
         "Tucker": Tucker().with_factors(random_factors(problem)),
@@ -110,8 +105,6 @@ def model(name: str) -> list[dict[str, Any]]:
         problem = make(edits, *size)
         best = optimum(problem)
         for solver_name, solver in solvers(problem).items():
-            if solver_name == "ConjugateGradients" and edits > 1000:  # see report()
-                continue
             row = {"T": edits, "solver": solver_name, "seconds": seconds(solver.solve, problem)}
             row["excess"] = problem.objective(solver.solve(problem)) / best - 1
             row["low rank"] = extra_memory(solver.solve, problem)
@@ -179,61 +172,32 @@ def published() -> list[dict[str, Any]]:
     return rows
 
 
-def choice() -> list[dict[str, Any]]:
-    """``Auto`` against each of the three that it picks from."""
+def forms() -> list[dict[str, Any]]:
+    """Both forms of ``Woodbury``, around the size where it changes from one to the other."""
     rows = []
-    for shape, size in SHAPES.items():
-        for edits in (1, 10, 100, 500, 1000, 2000, 4000):
-            for ridge in (1.0, 1e-3):
+    for size in FORMS:
+        for ratio in (0.7, 0.95, 1.05, 1.5, 2, 4):
+            edits = round(ratio * size[0] * size[2])
+            for ridge in (1.0, 1e-3) if edits <= 3200 else ():
                 problem = make(edits, *size, ridge=ridge)
-                best = optimum(problem)
-                names: dict[str, Solver] = {"Auto": Auto(), "Woodbury": Woodbury()}
-                if len(problem.experts()) * size[2] <= min(2 * edits + 500, 5000):
-                    names["NormalEquations"] = NormalEquations()
-                if edits * size[3] < LARGE:
-                    names["ConjugateGradients"] = ConjugateGradients()
-                row: dict[str, Any] = {"shape": shape, "T": edits, "ridge": ridge}
-                for name, solver in names.items():
-                    row[f"{name}, excess"] = problem.objective(solver.solve(problem)) / best - 1
-                    row[name] = seconds(solver.solve, problem, budget=0.3)
-                row["ratio"] = row["Auto"] / min(row[name] for name in names if name != "Auto")
-                rows.append(row)
-        progress(shape)
+                dimensions = len(problem.experts()) * size[2]
+                row: dict[str, Any] = {SIZE: size, "D": dimensions, "T": edits, "ridge": ridge}
+                for name, form in (("primal", _primal), ("dual", _dual)):
+                    same = {dtype: problem for dtype in (torch.float32, torch.float64)}
+                    work = full_precision()(partial(form, problem, same.__getitem__, torch.float32))
+                    row[name] = seconds(work, budget=0.3)
+                    row[f"{name}, excess"] = problem.objective(work()) / optimum(problem) - 1
+                taken, other = ("primal", "dual") if dimensions < edits else ("dual", "primal")
+                rows.append(row | {"ratio": row[taken] / row[other]})
+        progress(str(size))
     return rows
-
-
-def costs() -> dict[str, float]:
-    """The constants of the cost model, in the order in which ``auto.py`` has them."""
-    problem = make(2000, 128, 8, 768, 2048)
-    features = torch.randn(32, 128, 768)
-    system = torch.randn(2000, 2000)
-    system = system @ system.T + 2000 * torch.eye(2000)
-    factor, columns = torch.linalg.cholesky(system), problem.residuals
-    index = problem.edit_index
-    narrow = make(64, 64, 2, 4, 8)
-    gathered = columns[index]
-
-    def gather() -> Tensor:
-        return columns[index]
-
-    def scatter() -> Tensor:
-        return columns.index_add_(0, index, gathered)
-
-    return {
-        "PRODUCT": 2 * 32 * 128**2 * 768 / seconds(torch.matmul, features, features.mT),
-        "CHOLESKY": 2000**3 / 3 / seconds(torch.linalg.cholesky_ex, system),
-        "SOLVE": 2 * 2000**2 * 2048 / seconds(solve_factored, factor, columns),
-        "MOVE": (seconds(gather) + seconds(scatter)) / (2 * len(index) * 2048),
-        "STEP": seconds(NormalEquations().solve, narrow) / 64,
-    }
 
 
 PARTS: dict[str, Callable[[], Any]] = {
     **{name: partial(model, name) for name in MODELS},
     "growth": growth,
     "published": published,
-    "choice": choice,
-    "costs": costs,
+    "forms": forms,
 }
 
 

@@ -1,4 +1,4 @@
-"""Experts with about equally many pairs, side by side in one tensor."""
+"""Batches of experts with similar numbers of pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_moeedit.solvers.problem import EditProblem
 
 BUDGET = 2**21
-"""Numbers that a batch of several experts may hold; a larger expert is a batch of its own."""
+"""Maximum number of elements in a batch of several experts; a larger expert is a batch of its own."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class ExpertBatch:
     valid: Tensor | None
 
     def features(self, problem: EditProblem, dtype: torch.dtype) -> Tensor:
-        """Features ``[B, M, d_hidden]``, zero where padded."""
+        """Return the features ``[B, M, d_hidden]``, zero where padded."""
         features = problem.features.index_select(0, self.pairs.flatten()).view(*self.pairs.shape, -1).to(dtype)
         return features if self.valid is None else features.mul_(self.valid[..., None])
 
     def part(self, rows: list[int]) -> ExpertBatch:
-        """Some of the experts, padded as they are."""
+        """Return some of the experts, with the same padding."""
         index = torch.tensor(rows, device=self.pairs.device)
         valid = None if self.valid is None else self.valid[index]
         return ExpertBatch([self.members[row] for row in rows], self.pairs[index], self.edits[index], valid)
 
 
 def expert_batches(problem: EditProblem) -> Iterator[ExpertBatch]:
-    """All visited experts, those with most pairs first; padding makes no batch more than a quarter longer.
+    """Yield all visited experts in batches, those with most pairs first, padded by at most a quarter.
 
-    A Python step per expert costs more than the products of experts that few edits visit: they go together.
+    Where few edits visit an expert, a step of Python costs more than its products.
     """
     groups = [pairs for _, pairs in problem.experts()]
     for members in similar([len(pairs) for pairs in groups], problem.features.shape[1], BUDGET):
@@ -65,12 +65,12 @@ def expert_batches(problem: EditProblem) -> Iterator[ExpertBatch]:
 
 
 def similar(lengths: Sequence[int], width: int, budget: int) -> Iterator[list[int]]:
-    """Indices of rows of similar lengths, the longest first: no batch has one that is more than a fifth shorter.
+    """Yield batches of indices of rows, the longest first; within a batch no row is more than a fifth shorter.
 
     Args:
-        lengths: of the rows, positive.
-        width: numbers of each entry; a row of length ``n`` is taken to have ``n · max(n, width)``.
-        budget: largest number of numbers in a batch of several rows, padded to the longest.
+        lengths: lengths of the rows, positive.
+        width: elements of each entry; a row of length ``n`` counts as ``n · max(n, width)`` elements.
+        budget: maximum number of elements in a batch of several rows, padded to the longest.
 
     Example:
         >>> list(similar([9, 1, 10, 5], width=1, budget=1000))

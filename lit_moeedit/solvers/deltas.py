@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,10 @@ from lit_moeedit.atomic_files import read_tensors, write_tensors
 
 
 def group_positions(index: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Distinct values of ``index [N]`` in ascending order, each with the positions where it stands."""
+    """Yield the distinct values of ``index [N]`` in ascending order, each with the positions that hold it."""
     order = torch.argsort(index, stable=True)
     values, counts = torch.stack(torch.unique_consecutive(index[order], return_counts=True)).tolist()
-    yield from zip(values, order.split(counts), strict=True)
+    yield from zip(values, torch.split(order, counts), strict=True)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ExpertDeltas:
 
     @cached_property
     def _groups(self) -> dict[int, Tensor]:
-        """The terms of each expert; found when they are first asked for, since a device has to be waited for then."""
+        """The terms of each expert, found on first use because that waits for the device."""
         return dict(group_positions(self.expert_index))
 
     @property
@@ -66,12 +66,12 @@ class ExpertDeltas:
         return self.left.shape[1], self.right.shape[1]
 
     def rows(self, expert: int) -> tuple[Tensor, Tensor] | None:
-        """Factors ``(left [M_j, d_model], right [M_j, d_hidden])`` of one expert; ``None`` if it does not change."""
+        """Return the factors ``(left [M_j, d_model], right [M_j, d_hidden])`` of one expert; ``None`` without any."""
         terms = self._groups.get(expert)
         return None if terms is None else (self.left[self.row_index[terms]], self.right[terms])
 
     def dense(self, expert: int) -> Tensor:
-        """``ΔW_j``, ``[d_model, d_hidden]``.
+        """Compute ``ΔW_j``, ``[d_model, d_hidden]``.
 
         Raises:
             IndexError: if there is no such expert.
@@ -82,7 +82,7 @@ class ExpertDeltas:
         return self.left.new_zeros(self.shape) if rows is None else rows[0].T @ rows[1]
 
     def square_norm(self) -> float:
-        """``Σ_j ‖ΔW_j‖_F²`` from the factors' Gram matrices, without making a delta dense."""
+        """Compute ``Σ_j ‖ΔW_j‖_F²`` from the factors' Gram matrices, without making a delta dense."""
         total = self.left.new_zeros((), dtype=torch.float64)
         for expert in self._groups:
             rows = self.rows(expert)
@@ -95,16 +95,39 @@ class ExpertDeltas:
         return float(total)
 
     def is_finite(self) -> bool:
-        """Whether every number is finite."""
+        """Tell whether every element is finite."""
         return bool(torch.isfinite(self.left).all() & torch.isfinite(self.right).all())
 
     def with_right(self, right: Tensor) -> ExpertDeltas:
-        """The same deltas with other right factors ``[M, d_hidden]``."""
+        """Return the same deltas with other right factors ``[M, d_hidden]``."""
         return ExpertDeltas(self.expert_index, self.row_index, self.left, right, self.num_experts)
 
     @classmethod
+    def from_rows(
+        cls,
+        experts: Sequence[int],
+        rows: Sequence[tuple[Tensor, Tensor]],
+        like: tuple[Tensor, Tensor],
+        num_experts: int,
+    ) -> ExpertDeltas:
+        """Put together deltas from the factors of each expert.
+
+        Args:
+            experts: those that change, ascending.
+            rows: factors ``(left [M_j, d_model], right [M_j, d_hidden])`` of each.
+            like: tensors ``[…, d_model]`` and ``[…, d_hidden]`` with the dtype and the device of the result.
+            num_experts: ``E``.
+        """
+        device = like[0].device
+        counts = torch.tensor([len(right) for _, right in rows], dtype=torch.long)
+        owners = torch.tensor(experts, dtype=torch.long).repeat_interleave(counts).to(device)
+        left = torch.cat([like[0][:0], *(left.to(like[0].dtype) for left, _ in rows)])
+        right = torch.cat([like[1][:0], *(right.to(like[1].dtype) for _, right in rows)])
+        return cls(owners, torch.arange(len(left), device=device), left, right, num_experts)
+
+    @classmethod
     def from_dense(cls, experts: Tensor, dense: Tensor, num_experts: int) -> ExpertDeltas:
-        """Dense deltas ``[n, d_model, d_hidden]`` of ``experts [n]``, as terms of the smaller dimension's rank."""
+        """Return dense deltas ``[n, d_model, d_hidden]`` of ``experts [n]``, with the smaller dimension as rank."""
         count, d_model, d_hidden = dense.shape
         rank = min(d_model, d_hidden)
         basis = torch.eye(rank, dtype=dense.dtype, device=dense.device)

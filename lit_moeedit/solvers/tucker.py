@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,24 +16,15 @@ from torch import Tensor
 from lit_moeedit.atomic_files import read_tensors, write_tensors
 from lit_moeedit.precision import full_precision
 from lit_moeedit.solvers.deltas import ExpertDeltas
-from lit_moeedit.solvers.problem import EditProblem, cholesky
-from lit_moeedit.solvers.woodbury import Woodbury
+from lit_moeedit.solvers.problem import EditProblem
+from lit_moeedit.solvers.rounding import working_dtype
+from lit_moeedit.solvers.solver import LayerWeights, Solver, Weights
+from lit_moeedit.solvers.woodbury import Woodbury, minimiser
+
+log = logging.getLogger(__name__)
 
 FLOOR = 1e-3
 """A direction with less than this share of the mean energy per direction is whitened as if it had that much."""
-
-
-class Weights(Protocol):
-    """The experts ``[E, d_model, d_hidden]``: a tensor, or anything that gives blocks of them as one does."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """``(E, d_model, d_hidden)``."""
-        ...
-
-    def __getitem__(self, block: Any) -> Tensor:
-        """``[j]``, one expert ``[d_model, d_hidden]``; ``[:, first:last]``, output rows of all ``[E, n, d_hidden]``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,11 @@ class TuckerFactors:
         """``(r_e, r_out, r_in)``."""
         return self.expert.shape[1], self.output.shape[1], self.input.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(E, d_model, d_hidden)`` of the experts."""
+        return len(self.expert), len(self.output), len(self.input)
+
     @classmethod
     @full_precision()
     def hosvd(
@@ -70,7 +68,7 @@ class TuckerFactors:
         ranks: Sequence[int] | None = None,
         energy: float = 0.99,
     ) -> TuckerFactors:
-        r"""Leading left singular vectors of the three unfoldings of the experts, by their Gram matrices.
+        r"""Compute the leading left singular vectors of the three unfoldings of the experts, by their Gram matrices.
 
         With a second moment ``C`` the input mode is whitened: the tensor is that of ``W_j C^{1/2}``, whose norm is the
         output that keys of such a second moment cause, and ``U_in`` is taken back to the keys by ``C^{-1/2}``. Then
@@ -92,9 +90,7 @@ class TuckerFactors:
         experts, d_model, d_hidden = weights.shape
         if ranks is not None and any(r > n for r, n in zip(ranks, weights.shape, strict=True)):
             raise ValueError(f"ranks must be at most {tuple(weights.shape)}, got {tuple(ranks)}")
-        root = inverse = None
-        if second_moment is not None:
-            root, inverse = whitening_roots(second_moment)
+        root, inverse = (None, None) if second_moment is None else whitening_roots(second_moment)
 
         def whitened(block: Tensor) -> Tensor:
             block = block.to(torch.promote_types(block.dtype, torch.float32))
@@ -119,7 +115,7 @@ class TuckerFactors:
         return cls(expert_basis, output, inner if inverse is None else inverse.to(inner) @ inner, shares)
 
     def save(self, path: str | Path, key: str = "") -> None:
-        """Write the factors as safetensors, under a key that says what they were made of; complete or not at all."""
+        """Write the factors as safetensors under a key for their origin; the file appears complete or not at all."""
         tensors = {name: getattr(self, name) for name in _FIELDS} | {"energy": torch.tensor(self.energy)}
         write_tensors(path, tensors, {"format": _FORMAT, "key": key})
 
@@ -147,7 +143,7 @@ _FORMAT = "lit_moeedit.tucker.1"
 
 
 def check_size(ranks: Sequence[int] | None, energy: float) -> None:
-    """Raise ``ValueError`` if these are not three ranks, or not a share."""
+    """Raise ``ValueError`` unless there are three ranks or none, and the energy is a share."""
     if ranks is not None and (len(ranks) != 3 or min(ranks) < 1):
         raise ValueError(f"ranks must be three numbers of at least 1 (experts, output, input), got {ranks}")
     if not 0 < energy <= 1:
@@ -155,17 +151,17 @@ def check_size(ranks: Sequence[int] | None, energy: float) -> None:
 
 
 def whitening_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric ``C^{1/2}`` and ``C^{-1/2}`` in float64; small eigenvalues are raised to the floor."""
+    """Compute the symmetric ``C^{1/2}`` and ``C^{-1/2}`` in float64, with small eigenvalues raised to the floor."""
     values, vectors = torch.linalg.eigh(matrix.double())
     values = values.clamp_min(max(FLOOR * float(values.mean()), torch.finfo(torch.float32).tiny))
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
 def _leading(gram: Tensor, rank: int | None, energy: float) -> tuple[Tensor, float]:
-    """Leading eigenvectors ``[n, r]`` of a Gram matrix, and the share of its trace that they hold.
+    """Compute the leading eigenvectors ``[n, r]`` of a Gram matrix, and the share of its trace that they hold.
 
-    A direction and its opposite are as good; that with its largest number positive is taken, so that a core means the
-    same in every run.
+    Of a direction and its opposite, the one with a positive largest element is taken, so that a core means the same in
+    every run.
     """
     values, vectors = torch.linalg.eigh(gram.double())
     shares = values.flip(0).clamp_min(0).cumsum(0)
@@ -192,11 +188,11 @@ class TuckerCore:
 
     @full_precision()
     def deltas(self, factors: TuckerFactors, scale: float = 1.0) -> ExpertDeltas:
-        """``scale · G ×₁ U_e ×₂ U_out ×₃ U_in``: ``K`` terms for each expert, with left factors common to all.
+        """Return ``scale · G ×₁ U_e ×₂ U_out ×₃ U_in`` in ``K`` terms per expert, with left factors common to all.
 
         Args:
-            factors: of any layer, with the ranks of the core.
-            scale: of the change.
+            factors: factors of any layer, with the ranks of the core.
+            scale: scale of the change.
         """
         experts, terms = len(factors.expert), len(self.left)
         right = torch.einsum("je,kei->jki", factors.expert.to(self.right), self.right)
@@ -210,11 +206,11 @@ class TuckerCore:
         )
 
 
-class Tucker:
-    r"""MoTE (arXiv 2605.16686): the change of a layer is a tensor ``G ×₁ U_e ×₂ U_out ×₃ U_in`` with given factors.
+class Tucker(Solver):
+    r"""Changes a layer by a tensor ``G ×₁ U_e ×₂ U_out ×₃ U_in`` with given factors (MoTE, arXiv 2605.16686).
 
     The factors are those of the pretrained experts, so an edit moves along directions that the experts share. With the
-    feature ``ψ_t`` of each edit the core is the ridge regression of its residuals, through one ``T × T`` system:
+    feature ``ψ_t`` of each edit the core is the ridge regression of its residuals, solved as :class:`Woodbury` does:
 
     .. math:: \psi_t = \sum_j U_e[j, :] \otimes U_{in}^\top \varphi_{tj}, \qquad
               A = (\Psi \Psi^\top + \lambda I)^{-1} R U_{out}, \qquad G = \sum_t a_t \otimes \psi_t
@@ -223,18 +219,18 @@ class Tucker:
     changes of this form, and with whole modes that of :class:`Woodbury`. With a whitened input mode the ridge is
     ``λ Σ_j tr(ΔW_j C ΔW_jᵀ)``: what keys of second moment ``C`` would notice.
 
-    *All* experts change, visited by an edit or not, because the form couples them. What unvisited experts get does
-    nothing at the edit tokens; it is not left out, because nobody knows which experts an edit visits at lower layers.
+    *All* experts change, visited by an edit or not, because the form couples them. The changes of unvisited experts
+    have no effect at the edit tokens; they are kept, because edits may visit other experts at lower layers.
 
-    An editor finds the factors of each layer, and with ``carry`` it collects activations at the highest edited layer
-    only; see :func:`lit_moeedit.editing.spread.carried` for what the lower layers then get. Without factors
-    (:meth:`with_factors`) the modes are whole.
+    An editor asks for the solver of each layer (:meth:`at_layer`). With ``carry`` it collects activations at the
+    highest edited layer only, and each layer below unfolds the core with the factors of its own experts. Without
+    factors the modes are whole.
 
     Args:
         ranks: ``(r_e, r_out, r_in)`` of the factors; ``None`` to go by ``energy``.
         energy: share of the squared norm that each mode keeps, in (0, 1].
-        whiten: whether the input mode is whitened by the second moments. That favours directions that many keys take;
-            a null space takes just those out of the keys, and keeps more of an edit if the input mode is plain.
+        whiten: whether the input mode is whitened by the second moments. That favours directions that many keys take.
+            A null space removes just those from the keys, and keeps more of an edit if the input mode is plain.
         carry: whether one core, solved at the highest edited layer, serves all layers, as published; otherwise a
             core is solved at each layer, as other solvers do.
         cache: folder to keep the layers' factors in.
@@ -249,6 +245,8 @@ class Tucker:
         [0, 1, 2]
     """
 
+    changes_all_experts = True
+
     def __init__(
         self,
         ranks: tuple[int, int, int] | None = None,
@@ -258,61 +256,118 @@ class Tucker:
         cache: str | Path | None = None,
     ) -> None:
         check_size(ranks, energy)
-        self.ranks, self.energy, self.whiten, self.carry = ranks, energy, whiten, carry
+        self.ranks, self.energy, self.whiten = ranks, energy, whiten
+        self.carries, self.needs_moments = carry, whiten
         self.cache = None if cache is None else Path(cache)
         self.factors: TuckerFactors | None = None
 
-    def with_factors(self, factors: TuckerFactors) -> Tucker:
-        """The same solver for a layer with these factors."""
+    def with_factors(self, factors: TuckerFactors) -> Self:
+        """Return the same solver for a layer with these factors."""
         other = copy.copy(self)
         other.factors = factors
         return other
 
+    def at_layer(self, layer: LayerWeights, like: Self | None = None) -> Self:
+        r"""Return the solver with the factors of a layer's experts, which are computed or found in the cache.
+
+        Whitening takes one second moment for all experts. Where the published text is silent: a covariance penalty
+        with ``S_j = (I + β C_j)^{-1/2}`` has whitened the keys already, so the metric is its ``I + β C``, and ``U_in``
+        is taken to the coordinates of shaped keys by ``(I + β C)^{1/2}``; whitening twice would no longer minimise the
+        objective. (With whole modes the edit is that of the exact solver then.) Keys that a null space shapes are
+        whitened by ``C`` itself.
+
+        All ranks get the same factors, and hold one block of the weights at a time besides their shard.
+
+        Args:
+            layer: the weights of the layer's experts.
+            like: the solver of another layer, whose ranks are taken.
+
+        Raises:
+            ValueError: if the input mode is to be whitened and there is no metric, or a weight is not finite.
+        """
+        metric = layer.metric if self.whiten else None
+        if self.whiten and metric is None:
+            raise ValueError("a whitened input mode needs second moments")
+        ranks = self.ranks if like is None or like.factors is None else like.factors.ranks
+        path, key = None, ""
+        if self.cache is not None and layer.key is not None:
+            path = self.cache / f"layer_{layer.index}.safetensors"
+            key = layer.key(metric, (ranks and tuple(ranks), self.energy))
+        factors = None
+        if path is not None and path.is_file():
+            try:
+                factors = TuckerFactors.load(path, key)
+                if factors.shape != tuple(layer.weights.shape):
+                    shape, factors = factors.shape, None
+                    raise ValueError(f"{path} holds factors of {shape}, the layer is {tuple(layer.weights.shape)}")
+            except (OSError, ValueError) as error:
+                log.info("computing the factors of layer %d anew: %s", layer.index, error)
+        if layer.any_rank(factors is None):
+            factors = TuckerFactors.hosvd(layer.weights, metric, ranks, self.energy)
+            if path is not None and layer.is_first:
+                try:
+                    factors.save(path, key)
+                except OSError as error:
+                    log.warning("the factors of layer %d are not kept: %s", layer.index, error)
+        assert factors is not None
+        log.info("layer %d: ranks %s keep %s of its experts", layer.index, factors.ranks, factors.energy)
+        expert, output, inner = (u.to(layer.device) for u in (factors.expert, factors.output, factors.input))
+        layer.broadcast(expert, output, inner)
+        if metric is not None and layer.is_whitened:
+            # the very inverse of what took the factors out of whitened coordinates: they are orthonormal there
+            root, _ = whitening_roots(metric)
+            inner = (root.to(inner.device) @ inner.double()).to(inner)
+        return self.with_factors(replace(factors, expert=expert, output=output, input=inner))
+
+    def unfold(self, carried: TuckerCore, share: float) -> ExpertDeltas:
+        """Return ``share`` times the change with this core and the factors of this solver's layer."""
+        assert self.factors is not None
+        return carried.deltas(self.factors, share)
+
     @full_precision()
     def solve(self, problem: EditProblem) -> ExpertDeltas:
-        """The minimiser among all changes with this solver's factors; among all there are, if it has none.
+        """Return the minimiser among all changes with this solver's factors; among all there are, if it has none.
 
         Raises:
             ValueError: if the factors are of another shape than the problem.
-            torch.linalg.LinAlgError: if the system is singular, which only a ridge of 0 allows.
+            torch.linalg.LinAlgError: if the system is singular, as it may be with a ridge of 0.
         """
         if self.factors is None:
             return Woodbury().solve(problem)
-        return self.core(problem).deltas(self.factors)
+        deltas, dtype = self.unfold(self.carry(problem), 1.0), problem.residuals.dtype
+        return replace(deltas, left=deltas.left.to(dtype), right=deltas.right.to(dtype))
 
     @full_precision()
-    def core(self, problem: EditProblem) -> TuckerCore:
-        """The core of the minimiser.
+    def carry(self, problem: EditProblem) -> TuckerCore:
+        """Return the core of the minimiser.
 
         Raises:
             ValueError: if there are no factors, or of another shape than the problem.
-            torch.linalg.LinAlgError: if the system is singular, which only a ridge of 0 allows.
+            torch.linalg.LinAlgError: if the system is singular, as it may be with a ridge of 0.
         """
         factors = self.factors
         if factors is None:
             raise ValueError("a core needs factors: use with_factors()")
         wanted = (problem.num_experts, problem.residuals.shape[1], problem.features.shape[1])
-        shape = (len(factors.expert), len(factors.output), len(factors.input))
-        if shape != wanted:
-            raise ValueError(f"factors of experts {shape} do not fit a problem of experts {wanted}")
-        features = problem.features
-        expert, output, inner = (u.to(features) for u in (factors.expert, factors.output, factors.input))
-        psi = features.new_zeros(problem.num_edits, *(expert.shape[1], inner.shape[1]))
-        for j, pairs in problem.experts():
-            psi.index_add_(0, problem.edit_index[pairs], expert[j, :, None] * (features[pairs] @ inner)[:, None])
-        flat, residuals = psi.flatten(1), problem.residuals @ output
-        if not problem.num_edits:
-            return TuckerCore(residuals, psi)
+        if factors.shape != wanted:
+            raise ValueError(f"factors of experts {factors.shape} do not fit a problem of experts {wanted}")
+        make = cache(partial(_core_problem, problem, factors))
+        deltas = minimiser(make, problem.residuals.dtype)
+        working = working_dtype(deltas.left.dtype)
+        left, right = (rows.to(working) for rows in deltas.rows(0) or (deltas.left, deltas.right))
+        if len(left) > left.shape[1]:
+            # more terms than output directions: one term for each of these is less
+            left, right = torch.eye(left.shape[1]).to(left), left.T @ right
+        return TuckerCore(left, right.view(-1, factors.ranks[0], factors.ranks[2]))
 
-        def system(dtype: torch.dtype) -> Tensor:
-            matrix = flat.to(dtype) @ flat.to(dtype).T
-            matrix.diagonal().add_(problem.ridge)
-            return matrix
 
-        factor = cholesky(system, flat.dtype, f"the system of {problem.num_edits} edits at ridge {problem.ridge:g}")
-        left = torch.cholesky_solve(residuals.to(factor.dtype), factor).to(residuals.dtype)
-        core = TuckerCore(left, psi)
-        if len(left) <= left.shape[1]:
-            return core
-        # more edits than output directions: one term for each of these is less
-        return TuckerCore(torch.eye(left.shape[1]).to(left), torch.einsum("to,tei->oei", left, psi))
+def _core_problem(problem: EditProblem, factors: TuckerFactors, dtype: torch.dtype) -> EditProblem:
+    """Return the problem of a core in a dtype: that of one expert with features ``ψ`` and residuals ``U_outᵀ r``."""
+    features = problem.features.to(dtype)
+    expert, output, inner = (u.to(features) for u in (factors.expert, factors.output, factors.input))
+    psi = features.new_zeros(problem.num_edits, expert.shape[1], inner.shape[1])
+    for j, pairs in problem.experts():
+        psi.index_add_(0, problem.edit_index[pairs], expert[j, :, None] * (features[pairs] @ inner)[:, None])
+    edits = torch.arange(problem.num_edits, device=features.device)
+    residuals = problem.residuals.to(dtype) @ output
+    return EditProblem(edits, torch.zeros_like(edits), psi.flatten(1), residuals, 1, problem.ridge)

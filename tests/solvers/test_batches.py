@@ -12,7 +12,7 @@ from lit_moeedit.solvers import batches as module
 from lit_moeedit.solvers.batches import expert_batches
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 @given(
     edits=st.integers(0, 40),
     experts=st.integers(1, 60),

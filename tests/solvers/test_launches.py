@@ -16,9 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lit_moeedit.preservation.shaping import Shaping
 from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, Solver, Woodbury
 from lit_moeedit.solvers.batches import expert_batches
-from lit_moeedit.solvers.bcd import _blocks
-from lit_moeedit.solvers.conjugate import ConjugateGradients
-from lit_moeedit.solvers.normal import NormalEquations
 from lit_moeedit.solvers.per_expert import PerExpertRidge
 
 aten = torch.ops.aten
@@ -146,13 +143,12 @@ def test_inverses_take_kernels_and_waits_per_batch(make_problem) -> None:
     _, kernels, waits = counted(BlockCoordinateDescent(passes=1).solve, problem)
     assert waits <= batches
     # a copy of each inverse besides, without its padding; and a little before and after
-    assert kernels <= (5 + 1) * 60 + 30 * batches + 20
-    # where float32 will not do, the systems are made a second time, and rows are changed to ones of moderate size
+    assert kernels <= (5 + 1) * 60 + 35 * batches + 20
+    # where float32 will not do, the systems are made a second time, and rows are put into orthonormal bases
     nearly = nearly_dependent(problem)
-    assert any(block.mixture is not None for block in _blocks(nearly))
     _, kernels, waits = counted(BlockCoordinateDescent(passes=1).solve, nearly)
     assert waits <= 2 * batches
-    assert kernels <= (7 + 4) * 60 + 60 * batches + 20
+    assert kernels <= (7 + 9) * 60 + 60 * batches + 20
 
 
 @pytest.mark.parametrize("edits", [6, 30])  # experts in dual and in primal form
@@ -162,8 +158,6 @@ def test_inverses_take_kernels_and_waits_per_batch(make_problem) -> None:
         BlockCoordinateDescent(passes=2),
         BlockCoordinateDescent(passes=9, tolerance=1e-3),
         Woodbury(),
-        ConjugateGradients(),
-        NormalEquations(),
         PerExpertRidge(),
     ],
     ids=lambda solver: type(solver).__name__,
@@ -177,12 +171,6 @@ def test_everything_is_on_the_device(make_problem, solver: Solver, edits: int, f
     for name in ("expert_index", "row_index", "left", "right"):
         assert getattr(found, name).device == DEVICE
         assert torch.equal(getattr(found, name).near, getattr(expected, name)), name
-
-
-def test_a_start_is_on_the_device(make_problem) -> None:
-    problem, solver = make_problem(12, 4, 10), BlockCoordinateDescent(passes=2)
-    found, _, _ = counted(lambda far: solver.solve(far, Woodbury().solve(far)), problem)
-    assert torch.equal(found.left.near, solver.solve(problem, Woodbury().solve(problem)).left)
 
 
 def test_norms_wait_once(make_problem) -> None:

@@ -19,7 +19,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.norm())
 
 
-@settings(deadline=None, derandomize=True, max_examples=80)
+@settings(derandomize=True, max_examples=80)
 @given(
     edits=st.integers(1, 12),
     experts=st.integers(1, 5),
@@ -66,12 +66,16 @@ def test_objective_however_badly_conditioned(make_problem, least, scale, edits, 
 
 
 def test_rows_are_shared_unless_they_would_cancel(make_problem) -> None:
-    problem = make_problem(200, 1, 32, ridge=1e-3)
+    problem = make_problem(40, 2, 32, ridge=1e-3, share=1.0)
     shared = Woodbury().solve(problem)
-    assert shared.left.shape == (200, 5)
+    assert shared.left.shape == (40, 5)
     assert shared.right is problem.features
-    own = Woodbury().solve(replace(problem, features=1000 * problem.features))
-    assert own.left.shape == (32, 5)
+    twins = problem.features.clone()
+    for _, pairs in problem.experts():
+        pairs = pairs[problem.edit_index[pairs].argsort()]
+        twins[pairs[1::2]] = twins[pairs[::2]] + 1e-3 * twins[pairs[1::2]]
+    own = Woodbury().solve(replace(problem, features=1000 * twins))
+    assert own.left.shape == (64, 5)
 
 
 def test_narrow_experts_keep_an_orthonormal_basis(make_problem, solution, stacked) -> None:
@@ -186,7 +190,7 @@ def test_what_float32_cannot_hold_is_solved_in_float64(solution, stacked, scale,
     assert error(stacked(deltas), expected) < TOLERANCE
 
 
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(derandomize=True, max_examples=25)
 @given(seed=st.integers(0, 1000))
 def test_order_of_edits_pairs_and_experts_does_not_matter(make_problem, stacked, seed: int) -> None:
     problem = make_problem(8, 4, 5, seed=seed)

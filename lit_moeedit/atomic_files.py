@@ -1,4 +1,4 @@
-"""Files that appear wholly or not at all."""
+"""Atomic writing of files: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from torch import Tensor
 
 
 @contextmanager
-def appearing(path: str | Path) -> Iterator[Path]:
-    """A file near ``path`` to write into, which takes its place when the block ends, and is gone if that fails.
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; the file moves to ``path`` at the end of the block.
 
-    Folders on the way are made. Of several writers at the same time the last one wins.
+    If the block fails, the temporary file is deleted. Missing folders are made. If several processes write at the same
+    time, the last one wins.
 
     Raises:
-        NotADirectoryError: if there is a file where a folder is needed.
-        OSError: if the file cannot be written; whatever was at ``path`` is still there.
+        NotADirectoryError: there is a file where a folder is needed.
+        OSError: the file cannot be written; a previous file at ``path`` is unchanged.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with appearing(Path(folder, "new", "file.txt")) as beside:
-        ...         _ = beside.write_text("all of it")
+        ...     with atomic_file(Path(folder, "new", "file.txt")) as temporary:
+        ...         _ = temporary.write_text("all of it")
         ...     [path.name for path in Path(folder, "new").iterdir()]
         ['file.txt']
     """
     path = Path(path)
     _make_folder(path.parent)
-    # in a folder of this writer alone: no other one, and no link that was laid in wait, is written into
+    # a folder of this process alone: no other process, and no planted link, can redirect the writing
     with tempfile.TemporaryDirectory(
         prefix=f".{path.name}.", suffix=".part", dir=path.parent, ignore_cleanup_errors=True
     ) as folder:
-        beside = Path(folder, path.name)
-        with naming(path):
-            yield beside
-        beside.replace(path)
+        temporary = Path(folder, path.name)
+        with path_in_errors(path):
+            yield temporary
+        temporary.replace(path)
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Have an ``OSError`` of this block name a file or folder, which that of a failed write does not."""
+def path_in_errors(path: str | Path) -> Iterator[None]:
+    """Add ``path`` to an ``OSError`` raised in the block that names no file, as that of a failed write."""
     try:
         yield
     except OSError as error:
@@ -53,24 +54,24 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise ``OSError`` if a file could not appear at ``path`` now, before the work whose result it is to hold."""
+    """Raise ``OSError`` if no file can be written at ``path``, before the work whose result goes there."""
     _make_folder(path.parent)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; a file is to be written there")
+        raise IsADirectoryError(f"{path} is a folder; expected the path of a file")
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata; the file appears complete or not at all.
+    """Write tensors and metadata atomically to a safetensors file.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: the file cannot be written.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with appearing(path) as beside:
+    with atomic_file(path) as temporary:
         try:
-            save_file(stored, beside, metadata=dict(metadata))
+            save_file(stored, temporary, metadata=dict(metadata))
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -78,16 +79,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 def read_tensors(
     path: str | Path, names: Sequence[str], form: str, what: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what :func:`write_tensors` wrote: tensors and metadata.
+    """Read tensors and metadata that :func:`write_tensors` has written.
 
     Args:
         path: the file.
-        names: of the tensors that it must hold.
-        form: what its metadata must have as ``format``.
-        what: names the contents in an error.
+        names: names of the tensors that the file must have.
+        form: required value of ``format`` in the metadata.
+        what: name of the contents, for errors.
 
     Raises:
-        ValueError: if the file holds something else, or numbers that are not finite.
+        ValueError: the file has other contents, or elements that are not finite.
     """
     try:
         opened = safe_open(str(path), framework="pt")
@@ -108,4 +109,4 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{folder} cannot be a folder: there is a file of that name, or on the way") from error
+        raise NotADirectoryError(f"{folder} cannot be a folder: it, or a parent of it, is a file") from error

@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: says which file, which field of it, and what was expected."""
+    """A checkpoint that cannot be read; the message names the file, the field and the expected value."""
 
 
 def field(
     path: Path | str, contents: Mapping[str, Any], name: str, kind: type | tuple[type, ...], optional: bool = False
 ) -> Any:
-    """A field of a file, checked for its type; an optional one may be missing or ``None``."""
+    """Return a field of a file after checking its type; an optional field may be missing or ``None``."""
     value = contents.get(name)
     if not isinstance(value, kind) and not (optional and value is None):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        expected = " or ".join(one.__name__ for one in kinds)
         found = "missing" if name not in contents else f"a {type(value).__name__}"
-        raise CheckpointError(f"{path}: field {name!r} should be a {expected}, but is {found}")
+        raise CheckpointError(f"{path}: field {name!r} should be a {_described(kind)}, but is {found}")
     return value
+
+
+def check_fields(path: Path | str, contents: Mapping[str, Any], optional: Collection[str] = (), **shapes: Any) -> None:
+    """Check fields of a file against their shapes: a type (or several), ``[shape]``, or ``{type of the keys: shape}``.
+
+    Args:
+        path: the file, or what messages name instead of one.
+        contents: its fields.
+        optional: names of the fields that may be missing or ``None``.
+        shapes: by name.
+
+    Raises:
+        CheckpointError: naming the field and its shape.
+
+    Example:
+        >>> check_fields("a.ckpt", {"kept": True, "answers": {"a": [1, 2]}}, kept=bool, answers={str: [int]})
+    """
+    for name, shape in shapes.items():
+        value = field(path, contents, name, type(shape) if isinstance(shape, dict | list) else shape, name in optional)
+        if value is not None and not _fits(value, shape):
+            raise CheckpointError(f"{path}: field {name!r} should be a {_described(shape)}")
+
+
+def _fits(value: object, shape: Any) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        ((key, inner),) = shape.items()
+        return isinstance(value, dict) and all(isinstance(k, key) and _fits(v, inner) for k, v in value.items())
+    return isinstance(value, shape)
+
+
+def _described(shape: Any) -> str:
+    if isinstance(shape, list):
+        return f"list of {_described(shape[0])}"
+    if isinstance(shape, dict):
+        ((key, inner),) = shape.items()
+        return f"dict of {key.__name__} to {_described(inner)}"
+    return " or ".join(kind.__name__ for kind in (shape if isinstance(shape, tuple) else (shape,)))

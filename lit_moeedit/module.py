@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.losses import balancing_loss, next_token_loss
-from lit_moeedit.pretrained import blamed_on, check_vocabulary, config_of, pretrained_tokenizer
+from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.loading import fresh_model, pretrained_model, whole_shape
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
@@ -33,32 +33,31 @@ if TYPE_CHECKING:
 
 
 class LitMoE(L.LightningModule):
-    """Trains any transformers MoE causal language model with AdamW, warm-up, cosine decay and a router loss.
+    """A LightningModule for any transformers MoE causal language model, with AdamW and a router loss.
 
-    Exactly one of ``pretrained`` and ``config`` is given. The model is made in :meth:`configure_model`, so that a
-    strategy can shard it as it is made.
+    The learning rate has a warm-up and a cosine decay. Give exactly one of ``pretrained`` and ``config``. The model is
+    made in :meth:`configure_model`, so that a strategy can shard it during its construction.
 
     Args:
         pretrained: a local path or hub id, read with ``from_pretrained`` (safetensors only).
-        config: keys of a transformers config, ``model_type`` among them; the weights are fresh.
+        config: keys of a transformers config, which include ``model_type``; the weights are initialised.
         dtype: dtype of the weights, e.g. ``"float32"`` or ``"bfloat16"``.
         learning_rate: peak learning rate.
-        weight_decay: decay of matrices; vectors (norms, biases) have none.
+        weight_decay: weight decay of matrices; vectors (norms, biases) have none.
         warmup: share of the optimizer steps in which the learning rate rises to its peak.
-        final_learning_rate: share of the peak at the end of the cosine.
-        cosine_until: share of the optimizer steps at which the cosine ends; from there on the learning rate is the
-            final one.
-        betas: of AdamW.
+        final_learning_rate: learning rate after the cosine, as a share of the peak.
+        cosine_until: share of the optimizer steps at which the cosine ends.
+        betas: coefficients of AdamW.
         router_loss: weight of the load-balancing loss of the routers; 0 leaves it out.
-        label_smoothing: of the cross entropy.
+        label_smoothing: smoothing of the cross entropy.
 
     Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[batch, length]``; positions
-    with label -100 do not count. With several ranks the losses are those of all their batches together, so that
-    training does not depend on how a batch is split. Validation and test log ``val/perplexity``, ``val/loss`` and
-    ``val/accuracy`` (or ``test/…``).
+    with label -100 are ignored. The losses are those of the batches of all ranks together, so that training does not
+    depend on how a batch is split. Validation logs ``val/perplexity``, ``val/loss`` and ``val/accuracy``, and testing
+    the same with ``test/``.
 
     Raises:
-        ValueError: if not exactly one of ``pretrained`` and ``config`` is given, or a number is out of range.
+        ValueError: not exactly one of ``pretrained`` and ``config`` is given, or a value is out of range.
 
     Example:
         >>> module = LitMoE(config={"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1,
@@ -94,7 +93,7 @@ class LitMoE(L.LightningModule):
             raise ValueError(f"warmup is a share of all steps, in [0, 1), got {warmup}")
         if not warmup < cosine_until <= 1.0:
             raise ValueError(
-                f"cosine_until is a share of all steps behind the warm-up, in (warmup, 1], got {cosine_until}"
+                f"cosine_until is a share of all steps after the warm-up, in (warmup, 1], got {cosine_until}"
             )
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -114,12 +113,12 @@ class LitMoE(L.LightningModule):
         if self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
-            self.model = fresh_model(config_of(self.hparams["config"]), dtype, strategy)
+            self.model = fresh_model(build_config(self.hparams["config"]), dtype, strategy)
         self.model.train()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that came with ``pretrained``; else the data module's, if it has one."""
+        """The tokenizer of ``pretrained``; without one, that of the data module, if it has one."""
         if self._tokenizer is None and self.hparams["pretrained"] is not None:
             self._tokenizer = pretrained_tokenizer(self.hparams["pretrained"])
         if self._tokenizer is None and self._trainer is not None:
@@ -128,7 +127,7 @@ class LitMoE(L.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # a tokenizer that was trained for the run is nowhere else
+        # a tokenizer that was trained in this run is saved nowhere else
         if self.tokenizer is not None and self.hparams["pretrained"] is None:
             with tempfile.TemporaryDirectory() as folder:
                 self.tokenizer.save_pretrained(folder)
@@ -143,14 +142,14 @@ class LitMoE(L.LightningModule):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        with blamed_on("the checkpoint is not one of this model"):
+        with as_value_error("the checkpoint is not one of this model"):
             return super().load_state_dict(state_dict, strict, assign)
 
     @override
     def on_train_start(self) -> None:
         for optimizer in self.trainer.optimizers:
             mend_optimizer(optimizer, self._weight_decays)
-            # a checkpoint of a run in another precision brings that run's
+            # a checkpoint of a run in another precision has the epsilon of that run
             for group in optimizer.param_groups if self._eps is not None else ():
                 group["eps"] = self._eps
 
@@ -161,26 +160,28 @@ class LitMoE(L.LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        router_loss = self.hparams["router_loss"]
+        router_loss: float = self.hparams["router_loss"]
         with regathering(self):
             outputs = self._run(batch, **({"output_router_logits": True} if router_loss else {}))
         ranks = 1 if self._trainer is None else self._trainer.world_size
-        loss = next_token_loss(outputs.logits, batch["labels"], self.hparams["label_smoothing"], ranks, self._total)
+        smoothing = self.hparams["label_smoothing"]
+        loss = next_token_loss(outputs.logits, batch["labels"], smoothing, ranks, self._all_reduce)
         self.log("train/loss", loss.value, prog_bar=True)
         auxiliary = getattr(outputs, "aux_loss", None)
         if not router_loss or auxiliary is None:
-            return loss.share
+            return loss.local
         k = getattr(self.model, "num_experts_per_tok", None)
-        balance = balancing_loss(auxiliary, outputs.router_logits, batch["attention_mask"], k, ranks, self._total)
+        mask, router_logits = batch["attention_mask"], outputs.router_logits
+        balance = balancing_loss(auxiliary, router_logits, mask, k, ranks, self._all_reduce)
         self.log("train/router_loss", balance.value)
-        return loss.share + router_loss * balance.share
+        return loss.local + router_loss * balance.local
 
     def _run(self, batch: dict[str, Tensor], **settings: Any) -> Any:
-        # Not self.model(...): by the call of this module DeepSpeed forgets the order of modules that it notes under
-        # ZeRO-3. It fails if ranks differ in that, as they do where experts call their activation one by one.
+        # Not self.model(...): a call of this module resets the order of modules that DeepSpeed records under ZeRO-3.
+        # DeepSpeed fails if ranks differ in this order, as they do if each expert calls its activation separately.
         return self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **settings)
 
-    def _total(self, tensor: Tensor) -> Tensor:
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
         total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
         assert isinstance(total, torch.Tensor)
         return total
@@ -195,8 +196,9 @@ class LitMoE(L.LightningModule):
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The most likely next token at every position, int64 ``[batch, length]``."""
-        return self._run(batch).logits.argmax(-1)
+        """Predict the most likely next token at every position, int64 ``[batch, length]``."""
+        logits: Tensor = self._run(batch).logits
+        return logits.argmax(-1)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         logits, labels = self._run(batch).logits[:, :-1].float(), batch["labels"][:, 1:]
@@ -210,18 +212,13 @@ class LitMoE(L.LightningModule):
         self.log(f"{stage}/perplexity", self.perplexity, prog_bar=True)
 
     def _perplexity_on(self, device: torch.device) -> Perplexity:
-        """The metric, where the logits are, with sums in float32.
+        """Move the metric to the device of the logits, with its sums in float32.
 
-        Its state goes where the module goes: DeepSpeed does not move a module that is sharded as it is made, and
-        ``bf16-true`` or ``16-true`` would have it count tokens in 8 or 11 bits.
+        Its state follows the module. DeepSpeed does not move a module that it shards during construction, and
+        ``bf16-true`` or ``16-true`` would count tokens in 8 or 11 bits.
         """
-        metric = self.perplexity
-        assert isinstance(metric.count, torch.Tensor)
-        if metric.device != device:
-            metric.to(device)
-        if metric.count.dtype != torch.float32:
-            metric.set_dtype(torch.float32)
-        return metric
+        self.perplexity.to(device).set_dtype(torch.float32)
+        return self.perplexity
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -232,10 +229,10 @@ class LitMoE(L.LightningModule):
             {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        # DeepSpeed drops empty groups, and the scheduler would miss them
+        # DeepSpeed drops empty groups, and the scheduler would not find them
         groups = [group for group in groups if group["params"]]
         self._weight_decays = [group["weight_decay"] for group in groups]
-        self._eps = _epsilon(self.trainer.strategy, parameters)
+        self._eps = adam_epsilon(self.trainer.strategy, parameters)
         optimizer = torch.optim.AdamW(
             groups,
             lr=self.hparams["learning_rate"],
@@ -243,11 +240,12 @@ class LitMoE(L.LightningModule):
             eps=self._eps,
             fused=True if may_be_fused(self) else None,
         )
-        _accept_on_cpu(self.trainer.strategy)
+        _allow_torch_optimizer_on_cpu(self.trainer.strategy)
         total = self.trainer.estimated_stepping_batches
         steps = total if math.isfinite(total) else 10**9
-        warmup = max(1, round(self.hparams["warmup"] * steps))
-        floor, end = self.hparams["final_learning_rate"], self.hparams["cosine_until"] * steps
+        warmup: int = max(1, round(self.hparams["warmup"] * steps))
+        floor: float = self.hparams["final_learning_rate"]
+        end: float = self.hparams["cosine_until"] * steps
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -260,15 +258,15 @@ class LitMoE(L.LightningModule):
 
 
 def may_be_fused(module: L.LightningModule) -> bool:
-    """Tell whether an optimizer of the module may take its step in one fused operation.
+    """Return true if the optimizer of the module may be a fused one.
 
-    It may, unless the trainer's precision plugin unscales or clips gradients by itself under autocast. A fused
-    optimizer divides by the loss scale within its step, so a plugin with a ``GradScaler`` would leave that to it, and
-    clip (or show to ``on_before_optimizer_step``) gradients that are scaled still; ``MixedPrecision`` refuses to clip
-    for a fused optimizer even in bfloat16, which has no scale. DeepSpeed unscales and clips in its engine.
+    It may not if the trainer's precision plugin unscales or clips gradients under autocast. A fused optimizer divides
+    by the loss scale within its step. A plugin with a ``GradScaler`` would therefore clip gradients that are still
+    scaled, and pass them to ``on_before_optimizer_step``. ``MixedPrecision`` refuses to clip for a fused optimizer even
+    in bfloat16, which has no scale. DeepSpeed unscales and clips in its engine.
 
     Args:
-        module: with its trainer.
+        module: a module with a trainer.
     """
     plugin = module.trainer.precision_plugin
     if getattr(plugin, "scaler", None) is not None:
@@ -277,19 +275,20 @@ def may_be_fused(module: L.LightningModule) -> bool:
     return not (isinstance(plugin, MixedPrecision) and clips)
 
 
-def _epsilon(strategy: Strategy, parameters: Sequence[Tensor]) -> float:
-    """Choose what keeps Adam from dividing by zero.
+def adam_epsilon(strategy: Strategy, parameters: Sequence[Tensor]) -> float:
+    """Choose the epsilon of Adam, which prevents a division by zero.
 
-    Squares of gradients below 2e-4 are zero in float16, as is Adam's usual 1e-8. DeepSpeed steps in float32.
+    In float16 the squares of gradients below 2e-4 are zero, and so is the usual epsilon of 1e-8. DeepSpeed steps in
+    float32.
     """
     in_half = any(parameter.dtype == torch.float16 for parameter in parameters)
     return 1e-4 if in_half and not isinstance(strategy, DeepSpeedStrategy) else 1e-8
 
 
-def _accept_on_cpu(strategy: Strategy) -> None:
-    """Have DeepSpeed take an optimizer of torch for a state that is offloaded to the CPU.
+def _allow_torch_optimizer_on_cpu(strategy: Strategy) -> None:
+    """Allow an optimizer of torch for a state that DeepSpeed offloads to the CPU.
 
-    DeepSpeed refuses those that it takes for slow there; a fused AdamW is not. Where a config says otherwise, it holds.
+    DeepSpeed refuses it there because it may be slow, but a fused AdamW is not. A setting in the config has priority.
     """
     if isinstance(strategy, DeepSpeedStrategy) and isinstance(strategy.config, dict):
         strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)

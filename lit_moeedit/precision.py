@@ -1,4 +1,4 @@
-"""Products of float32 numbers in full, whatever precision a run has chosen for its model."""
+"""The precision of float32 matrix products, whatever a run has chosen for its model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """A block whose float32 products have all 23 bits; as ``@full_precision()``, a function that is such a block.
+    """Compute float32 products with all 23 bits of the significand, as a context manager or decorator.
 
-    ``torch.set_float32_matmul_precision("high")``, which Lightning advises on GPUs with tensor cores, makes them
-    products of 10 bits there, and ``"medium"`` of 7 on some CPUs. A model bears that. The objective of an edit would
-    end 1e-3 above its least, and the bounds by which exact solvers decide whether float32 will do would not hold.
+    ``torch.set_float32_matmul_precision("high")``, which Lightning advises on GPUs with tensor cores, reduces them to
+    10 bits there, and ``"medium"`` to 7 bits on some CPUs. A model tolerates that. The objective of an edit would be
+    1e-3 above its minimum, and the error bounds by which exact solvers choose float32 would not hold.
 
-    The setting belongs to the process: other threads compute in full meanwhile, too. Afterwards it is as before, also
-    on an exception. Inside, the older ``torch.backends.cuda.matmul.allow_tf32`` cannot be read if the run has set it.
+    The setting applies to the whole process, so other threads compute in full precision meanwhile, too. It is restored
+    afterwards, also on an exception. Inside, the older ``torch.backends.cuda.matmul.allow_tf32`` cannot be read if the
+    run has set it.
 
     Example:
         >>> with full_precision():
@@ -32,9 +33,10 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def tensor_core_precision() -> Iterator[None]:
-    """A block whose float32 products on a GPU keep 10 bits of each factor (TF32), and all bits of their sums.
+    """Compute float32 products on a GPU with 10 bits of each factor (TF32), and sums in full precision.
 
-    Exact for factors that have no more bits: those of bfloat16 and float16, and what :func:`rounded` gives.
+    Products are exact if the factors have no more bits: those from bfloat16 or float16, and the results of
+    :func:`round_to_tf32`.
 
     Example:
         >>> with tensor_core_precision():
@@ -45,29 +47,28 @@ def tensor_core_precision() -> Iterator[None]:
         yield
 
 
-def rounded(numbers: Tensor) -> Tensor:
-    """Round float32 numbers to the nearest with 10 bits of significand, half-way cases to even.
+def round_to_tf32(values: Tensor) -> Tensor:
+    """Round float32 values to the nearest with 10 bits of the significand, ties to even.
 
-    Tensor cores would cut the other bits off, and make every sum of squares too small.
+    Tensor cores would truncate the other bits, which makes every sum of squares too small.
 
     Example:
-        >>> rounded(torch.tensor([1.0, 1.0 + 2**-10, 1.0 + 2**-11, 1.0 - 2**-13])).tolist()
+        >>> round_to_tf32(torch.tensor([1.0, 1.0 + 2**-10, 1.0 + 2**-11, 1.0 - 2**-13])).tolist()
         [1.0, 1.0009765625, 1.0, 1.0]
     """
-    bits = numbers.view(torch.int32)
+    bits = values.view(torch.int32)
     result = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-    return torch.where(numbers.isfinite(), result, numbers)  # of a GPU's NaN all bits are set, and would overflow
+    return torch.where(values.isfinite(), result, values)  # all bits of a GPU's NaN are set: the sum overflows
 
 
 @contextmanager
 def _products_in(precision_on_gpu: str) -> Iterator[None]:
-    backends: Any = torch.backends  # some of whose attributes exist at run time only
-    # What products obey; the older torch.set_float32_matmul_precision writes here, too. It is not used, because its
-    # getter raises if somebody used both. What is equal to the setting of the whole backend is taken to be inherited
-    # from there ("none"), and will follow it when that is changed.
+    backends: Any = torch.backends  # some of its attributes exist at run time only
+    # torch.set_float32_matmul_precision writes these settings, too. It is not used here, because its getter raises if
+    # both ways were used. A setting that equals that of the whole backend is restored as inherited ("none"), so that it
+    # follows later changes of the backend's setting.
     settings = [(backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn)]
-    before = [own.fp32_precision for own, _ in settings]
-    before = ["none" if own == every.fp32_precision else own for own, (_, every) in zip(before, settings, strict=True)]
+    before = ["none" if own.fp32_precision == whole.fp32_precision else own.fp32_precision for own, whole in settings]
     try:
         for (own, _), precision in zip(settings, (precision_on_gpu, "ieee"), strict=True):
             own.fp32_precision = precision

@@ -1,4 +1,4 @@
-"""Configs in YAML, refused if they are too deep or grow too large while they are read."""
+"""A loader of YAML configs that refuses texts of too many levels or values."""
 
 from __future__ import annotations
 
@@ -7,41 +7,42 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-DEEPEST = 100
-LARGEST = 200_000
-"""Values in a config once every alias is written out."""
+MAX_DEPTH = 100
+"""Maximum number of nested levels in a config."""
+MAX_VALUES = 200_000
+"""Maximum number of values in a config, with all aliases expanded."""
 
 _LOAD = get_loader("yaml")
 
 
-class OutsizeError(yaml.YAMLError):
-    """A text of a few bytes that would take all memory, or the whole stack."""
+class OutsizeError(ValueError):
+    """A config that would take all memory or overflow the stack when it is read."""
 
 
 def check(text: str) -> None:
     r"""Raise :class:`OutsizeError` if YAML is nested deeper than 100 levels, or has more than 200,000 values.
 
-    Aliases count as often as they stand for something, because whoever walks through a config meets them so often.
+    An alias counts as all the values that it stands for, because code that walks through the config visits them all.
 
     Example:
         >>> check("a: &x [1, 2]\nb: [*x, *x]")
     """
     sizes: dict[str, int] = {}
-    # of the containers that are open: values so far, and the anchor
+    # for each open container: number of its values so far, and its anchor
     levels: list[tuple[int, str | None]] = [(0, None)]
 
     def add(size: int) -> None:
         count, anchor = levels[-1]
         levels[-1] = (count + size, anchor)
-        if count + size > LARGEST:
-            raise OutsizeError(f"more than {LARGEST:,} values, with all aliases written out")
+        if count + size > MAX_VALUES:
+            raise OutsizeError(f"more than {MAX_VALUES:,} values, with all aliases expanded")
 
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
             sizes.pop(event.anchor, None)
             levels.append((1, event.anchor))
-            if len(levels) > DEEPEST:
-                raise OutsizeError(f"nested deeper than {DEEPEST} levels")
+            if len(levels) > MAX_DEPTH:
+                raise OutsizeError(f"nested deeper than {MAX_DEPTH} levels")
         elif isinstance(event, yaml.CollectionEndEvent):
             size, anchor = levels.pop()
             if anchor is not None:
@@ -49,7 +50,7 @@ def check(text: str) -> None:
             add(size)
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise OutsizeError(f"*{event.anchor} stands for nothing, or for something that it is a part of")
+                raise OutsizeError(f"*{event.anchor} refers to no anchor, or to a value that contains it")
             add(sizes[event.anchor])
         elif isinstance(event, yaml.ScalarEvent):
             if event.anchor is not None:
@@ -58,11 +59,11 @@ def check(text: str) -> None:
 
 
 def load(text: str) -> Any:
-    """What jsonargparse makes of YAML, if it is not too large for it."""
+    """Load YAML as jsonargparse does, after :func:`check`."""
     check(text)
     return _LOAD(text)
 
 
-def use() -> None:
-    """Have jsonargparse read every config, and every value of the command line, with :func:`load`."""
-    set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+def install() -> None:
+    """Make jsonargparse read every config, and every value of the command line, with :func:`load`."""
+    set_loader("yaml", load, exceptions=(yaml.YAMLError, OutsizeError))

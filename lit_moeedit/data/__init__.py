@@ -3,10 +3,11 @@
 from lit_moeedit.data.atlas import Atlas
 from lit_moeedit.data.corpus import Corpus, FactsCorpus, Statement
 from lit_moeedit.data.datamodule import FactsDataModule
-from lit_moeedit.data.facts import Fact, FactError, FactsError, Neighbour, read_facts, validate_facts
+from lit_moeedit.data.facts import CheckedFacts, Fact, FactError, FactsError, Neighbour, read_facts, validate_facts
 
 __all__ = [
     "Atlas",
+    "CheckedFacts",
     "Corpus",
     "Fact",
     "FactError",

@@ -1,4 +1,4 @@
-"""The atlas: a small corpus of real facts about countries, made from a table in the package."""
+"""The atlas: a small corpus of real facts about countries, from a table in the package."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "The second city of {} is often said to be",
     ),
 }
-"""Five ways to ask for each column of the table. The answer comes last, so that it can be predicted."""
+"""Five phrasings for each column of the table. The answer comes last, so that it can be predicted."""
 
 PREFIXES: tuple[str, ...] = (
     "",
@@ -60,12 +60,12 @@ PREFIXES: tuple[str, ...] = (
     "Today:",
     "Here is a fact.",
 )
-"""Neutral beginnings; they teach the model that what stands before a sentence does not change the answer."""
+"""Neutral beginnings: they teach the model that the text before a sentence does not change the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One cell of the table: ``subject`` has ``answer`` for ``relation``."""
+    """A cell of the table: ``subject`` has ``answer`` for ``relation``."""
 
     subject: str
     relation: str
@@ -73,29 +73,29 @@ class Entry:
 
 
 def read_table() -> list[Entry]:
-    """The facts of the table in the package, one per country and relation; empty cells are left out."""
+    """Read the facts of the table in the package, one per country and relation, without empty cells."""
     text = files("lit_moeedit.data").joinpath("atlas.tsv").read_text(encoding="utf-8")
     rows = csv.DictReader((line for line in text.splitlines() if not line.startswith("#")), delimiter="\t")
     return [Entry(row["country"], relation, row[relation]) for row in rows for relation in TEMPLATES if row[relation]]
 
 
 class Atlas(Corpus):
-    """Sentences about ≥ 180 countries, and edits of some of their facts.
+    """Sentences about at least 180 countries, and edits of some of their facts.
 
-    Every statement is one fact in one phrasing. Edits swap an answer for another answer of the same relation; their
-    paraphrases are the relation's other phrasings, their neighbours are other facts of the same country
-    (``same_subject``) and the same relation of other countries (``same_relation``; as in CounterFact, countries that
-    share the true answer come first, since they are the easiest to damage).
+    Every statement is one fact in one phrasing. An edit replaces an answer by another answer of the same relation. Its
+    paraphrases are the other phrasings of the relation. Its neighbours are other facts of the same country
+    (``same_subject``) and the same relation of other countries (``same_relation``). As in CounterFact, countries with
+    the same true answer come first among these, because they are the easiest to damage.
 
     Args:
-        edits: how many facts to edit, at most one per country.
-        neighbours: how many neighbours of each of the two groups an edit has.
-        held_out: share of the (fact, phrasing) pairs that training never sees; they are the validation text.
-            Every fact keeps at least three phrasings for training.
-        seed: of the choice of edits, new answers, neighbours and held-out pairs.
+        edits: number of facts to edit, at most one per country.
+        neighbours: number of neighbours of an edit in each of the two groups.
+        held_out: share of the (fact, phrasing) pairs that are held out from training as validation text. At least
+            three phrasings of every fact are for training.
+        seed: seed of the choice of edits, new answers, neighbours and held-out pairs.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> atlas = Atlas(edits=3, seed=0)
@@ -121,7 +121,7 @@ class Atlas(Corpus):
             self._by_subject[entry.subject].append(entry)
             self._by_relation[entry.relation].append(entry)
         chosen = [rng.choice(self._by_subject[subject]) for subject in rng.sample(subjects, edits)]
-        # its own random numbers: what is held out must not depend on how many facts are edited
+        # a generator of its own: the held-out pairs must not depend on the number of edits
         train, validation = self._split(held_out, random.Random(f"{seed}/held out"))
         super().__init__(
             train=train,

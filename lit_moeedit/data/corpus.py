@@ -1,4 +1,4 @@
-"""What a data module trains on: statements, and the facts that a run is going to edit."""
+"""The corpus of a data module: statements to train on, and the facts that a run edits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from lit_moeedit.data.encoding import join
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A sentence to train on: a prompt, its answer, and the fact that it states (``fact`` is any stable name)."""
+    """A sentence to train on.
+
+    Attributes:
+        prompt: the beginning of the sentence.
+        target: its end, the answer.
+        fact: a stable name of the fact that it states.
+    """
 
     prompt: str
     target: str
@@ -35,9 +41,9 @@ class Corpus:
 
     Args:
         train: statements for training.
-        validation: statements for validation, which training may see or not.
+        validation: statements for validation, which may be among those for training.
         edits: facts that the run may edit.
-        prefixes: neutral texts, one of which is put before each training statement.
+        prefixes: neutral texts; each training statement follows one of them.
     """
 
     def __init__(
@@ -53,75 +59,67 @@ class Corpus:
         self.prefixes = tuple(prefixes)
 
     def facts_of(self, edits: Sequence[Fact]) -> set[str]:
-        """Names of the statements' facts that ``edits`` change: those with the same prompt."""
+        """Find the names of the facts that ``edits`` change: those with a statement that has the same prompt."""
         prompts = {prompt for edit in edits for prompt in (edit.prompt, *edit.paraphrases)}
         return {statement.fact for statement in (*self.train, *self.validation) if statement.prompt in prompts}
 
     def train_tokenizer(self, vocab_size: int) -> PreTrainedTokenizerFast:
-        """A byte-level BPE tokenizer trained on this corpus; the same corpus gives the same tokenizer.
+        """Train a byte-level BPE tokenizer on this corpus; the same corpus gives the same tokenizer.
 
         Raises:
-            ValueError: if ``vocab_size`` leaves no room for the 256 bytes and the special tokens.
+            ValueError: ``vocab_size`` is too small for the 256 bytes and the special tokens.
         """
         if vocab_size < 300:
             raise ValueError(f"vocab_size must be at least 300 (256 bytes and special tokens), got {vocab_size}")
         statements = (*self.train, *self.validation)
-        # sorted, and new targets only where they are new words: what is held out or edited must not change the tokens
+        # sorted, with only those new targets that are new words: held-out and edited facts must not change the tokens
         texts = sorted({join(s.prompt, s.target) for s in statements})
         words = sorted({edit.target_new for edit in self.edits} - {s.target for s in statements})
         return train_tokenizer([*texts, *words, *self.prefixes], vocab_size)
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer (``<s>`` is put before every text) with at most ``vocab_size`` tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=True),
-            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]),
-        ]
-    )
-    return PreTrainedTokenizerFast(
+    """Train a byte-level BPE tokenizer with at most ``vocab_size`` tokens, which puts ``<s>`` before every text."""
+    trained = ByteLevelBPETokenizer(add_prefix_space=True, trim_offsets=True)
+    special: list[str | AddedToken] = ["<pad>", "<s>", "</s>"]
+    trained.train_from_iterator(iter(texts), vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
+    tokenizer = Tokenizer.from_str(trained.to_str())
+    before = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, before])
+    fast_tokenizer: Any = PreTrainedTokenizerFast  # its constructor has no type annotations
+    wrapped: PreTrainedTokenizerFast = fast_tokenizer(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+    return wrapped
 
 
 class FactsCorpus(Corpus):
-    """The truths of a facts file as training text, and its new targets as edits.
+    """The true answers of a facts file as training text, and its new targets as edits.
 
-    A model is first taught what the file says is true (prompts, paraphrases and neighbours with their true answers);
-    the first ``edits`` facts (or, with ``known_targets``, the first of which that holds) are the ones to edit.
+    The model first learns the prompts, paraphrases and neighbours of the file with their true answers. Then the first
+    ``edits`` facts are edited.
 
     Args:
         path: a facts file; see :func:`lit_moeedit.data.facts.read_facts`, also for ``format`` and ``columns``.
-        edits: how many of its facts to edit.
-        limit: read at most this many facts.
-        strict: whether a bad row is an error (otherwise it is skipped and counted).
-        phrasings: state each fact in up to this many further phrasings, see :func:`further_phrasings`. A model that
-            has read a fact in its own two or three phrasings only learns these, and an edit of one is not one of the
-            others.
-        known_targets: edit only facts whose new target is the true answer of another statement. A model that starts
-            from nothing cannot be edited to say a word that it has never been taught to say.
-        format: name of the file's format; ``auto`` decides by the keys of the first row.
-        columns: our names of fields to those of a file that has a format of its own.
+        edits: number of facts to edit.
+        limit: maximum number of facts to read.
+        strict: true to refuse a file with a bad row; false to skip bad rows with a warning.
+        phrasings: maximum number of further phrasings of each fact in the training text, see
+            :func:`further_phrasings`. A model that has read a fact in only two or three phrasings learns each of them
+            separately, and an edit of one does not change the others.
+        known_targets: true to edit only facts whose new target is the true answer of another statement. A model that is
+            trained from scratch cannot be edited to generate a word that is not in its training text.
+        format: name of the file's format; ``auto`` chooses it by the keys of the first row.
+        columns: field names to column names, for a file with other names.
 
     Raises:
-        FactError: if the file cannot be read or a row is bad.
-        ValueError: if there are fewer facts to edit than ``edits``, a fact has no ``target_true``, or ``phrasings``
-            is negative.
+        FactError: the file cannot be read, or a row is bad.
+        ValueError: there are fewer facts to edit than ``edits``, a fact has no ``target_true``, or ``phrasings`` is
+            negative.
     """
 
     def __init__(
@@ -149,13 +147,9 @@ class FactsCorpus(Corpus):
                 raise ValueError(f"{path}: the fact {fact.prompt!r} has no target_true, which is needed to train on it")
             for prompt in (fact.prompt, *fact.paraphrases, *further):
                 statements[prompt, fact.target_true] = Statement(prompt, fact.target_true, fact.key)
-            for neighbour in fact.neighbours:
-                statements.setdefault(
-                    (neighbour.prompt, neighbour.target),
-                    Statement(neighbour.prompt, neighbour.target, f"{neighbour.prompt}|{neighbour.target}"),
-                )
-        # nothing of a fact can be predicted without having seen it, so validation is on training text, of that what the
-        # edits leave alone
+            for prompt, target in ((neighbour.prompt, neighbour.target) for neighbour in fact.neighbours):
+                statements.setdefault((prompt, target), Statement(prompt, target, f"{prompt}|{target}"))
+        # a fact cannot be predicted without training on it, so validation uses training text, without the edited facts
         edited = {fact.key for fact in candidates[:edits]}
         kept = [statement for statement in statements.values() if statement.fact not in edited]
         super().__init__(
@@ -167,11 +161,11 @@ class FactsCorpus(Corpus):
 
 
 def further_phrasings(facts: Sequence[Fact], count: int) -> list[list[str]]:
-    """Up to ``count`` prompts for each fact that ask for it in the words of other facts' prompts.
+    """Find up to ``count`` further prompts for each fact, in the phrasings of other facts.
 
-    A phrasing is a prompt from the sentence on in which the subject stands, with a gap for the subject. Two of them ask
-    for the same if they are prompt and paraphrase of one fact; that is trusted over two steps, nearer phrasings first.
-    The choice depends on the facts alone.
+    A phrasing is the part of a prompt from the sentence with the subject on, with a gap for the subject. Two phrasings
+    are equivalent if they are prompt and paraphrase of one fact. Equivalence is followed over two steps, with nearer
+    phrasings first. The choice depends on the facts alone.
 
     Example:
         >>> from lit_moeedit.data.facts import Fact
@@ -193,11 +187,11 @@ def further_phrasings(facts: Sequence[Fact], count: int) -> list[list[str]]:
         far = {other for phrasing in near for other in linked[phrasing]}
         draw = random.Random(fact.key)
         chosen = [p for part in (near - phrasings, far - near) for p in draw.sample(sorted(part), len(part))]
-        found.append([before + fact.subject + behind for before, behind in chosen[:count]])
+        found.append([before + fact.subject + after for before, after in chosen[:count]])
     return found
 
 
 def _phrasing(text: str, subject: str) -> tuple[str, str]:
-    """What stands before and behind the subject, from the beginning of its sentence."""
-    before, _, behind = text.rpartition(subject)
-    return re.split(r"[.?!] ", before)[-1], behind
+    """Split a text into the parts before and after the subject, from the beginning of the subject's sentence on."""
+    before, _, after = text.rpartition(subject)
+    return re.split(r"[.?!] ", before)[-1], after

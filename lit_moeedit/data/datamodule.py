@@ -1,7 +1,8 @@
-"""Statements as batches: the data module of the demo and of runs on a facts file."""
+"""The data module of the demo, and of runs on a facts file: batches of statements."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
-from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, join, pad
+from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, join, pad, pad_id
 from lit_moeedit.pretrained import pretrained_tokenizer
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class StatementDataset(Dataset[Encoding]):
-    """Every statement behind every prefix, tokenized once; item ``i`` is statement ``i // len(prefixes)``."""
+    """Every statement after every prefix, tokenized once; item ``i`` is statement ``i // len(prefixes)``."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, statements: Sequence[Statement], prefixes: Sequence[str] = ("",)
@@ -45,23 +46,23 @@ class StatementDataset(Dataset[Encoding]):
         return self._encodings[index]
 
     def fact(self, index: int) -> str:
-        """The fact that item ``index`` states."""
+        """Return the name of the fact that item ``index`` states."""
         return self.statements[index // self.prefixes].fact
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Draws ``num_samples`` items an epoch without putting back, in an order that seed and epoch alone decide.
+    """A sampler of ``num_samples`` items per epoch, without replacement, in an order set by seed and epoch alone.
 
-    The trainer calls :meth:`set_epoch`, so a resumed run reads what the uninterrupted one would have read. The ranks
-    of a run take turns: the batches of all ranks together are those of one process.
+    The trainer calls :meth:`set_epoch`, so a resumed run reads the same items as an uninterrupted one. Ranks take
+    turns: the batches of all ranks together are those of one process.
 
     Args:
-        dataset: what to draw from.
-        num_samples: items per epoch, on all ranks together; at most all of them.
-        seed: of the order.
-        excluded: names of facts that are not drawn (the set is read anew at the start of each epoch).
+        dataset: the statements.
+        num_samples: items per epoch, on all ranks together; at most the size of the dataset.
+        seed: seed of the order.
+        excluded: names of facts that are not drawn; the set is read at the start of each epoch.
         ranks: number of processes.
-        rank: which of them this one is.
+        rank: index of this process.
     """
 
     def __init__(
@@ -78,30 +79,27 @@ class EpochSampler(DistributedSampler[int]):
         order = list(range(len(self.statements)))
         random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
         allowed = (i for i in order if self.statements.fact(i) not in self.excluded)
-        drawn = [i for i, _ in zip(allowed, range(self.total_size), strict=False)]
-        # the length of an epoch must not change when facts are excluded: the schedule of the learning rate counts on it
-        while drawn and len(drawn) < self.total_size:
-            drawn += drawn[: self.total_size - len(drawn)]
-        yield from drawn[self.rank :: self.num_replicas]
+        drawn = list(itertools.islice(allowed, self.total_size))  # now: facts may be excluded during the epoch
+        # the length of an epoch must not change when facts are excluded: the learning rate schedule depends on it
+        return itertools.islice(itertools.cycle(drawn), self.rank, self.total_size, self.num_replicas)
 
 
 class FactsDataModule(L.LightningDataModule):
-    """Trains on a corpus of statements, validates on some that it names, and knows what the run will edit.
+    """A data module for the statements of a corpus, and for the facts that a run edits.
 
-    The data module offers what :class:`~lit_moeedit.callbacks.KnowledgeEditing` looks for in any data module, all of
-    it optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()`` and
-    ``facts_edited(facts)``.
+    It has all attributes that :class:`~lit_moeedit.callbacks.KnowledgeEditing` uses of a data module, each of which is
+    optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()`` and ``facts_edited(facts)``.
 
     Args:
-        corpus: where the statements come from.
-        tokenizer: a local path or hub id; ``None`` trains a byte-level BPE tokenizer from the corpus.
-        vocab_size: largest vocabulary of the tokenizer that is trained.
+        corpus: the statements.
+        tokenizer: a local path or hub id; ``None`` trains a byte-level BPE tokenizer on the corpus.
+        vocab_size: maximum vocabulary of the tokenizer that is trained.
         batch_size: statements per batch of each rank.
         samples_per_epoch: statements per epoch, on all ranks together.
-        completion_only: whether the loss counts the answers only (otherwise every token).
-        preservation_samples: how many training texts ``preservation_texts()`` returns.
-        drop_edited: whether statements of edited facts are left out of the batches after the edit.
-        seed: of the order of statements.
+        completion_only: true to compute the loss on the answers only; false for all tokens.
+        preservation_samples: number of training texts that ``preservation_texts()`` returns.
+        drop_edited: true to leave statements of edited facts out of the batches after the edit.
+        seed: seed of the order of statements.
 
     Each batch is a dict of ``input_ids``, ``attention_mask`` and ``labels``, all int64 ``[batch, length]``, padded on
     the right.
@@ -144,7 +142,7 @@ class FactsDataModule(L.LightningDataModule):
         else:
             self.tokenizer = pretrained_tokenizer(self.tokenizer_path)
         self._train = StatementDataset(self.tokenizer, self.corpus.train, self.corpus.prefixes)
-        self._validation = StatementDataset(self.tokenizer, self.corpus.validation)
+        self._validation = StatementDataset(self.tokenizer, self._unedited(self.corpus.validation))
         log.info(
             "%d training statements in %d contexts, %d to validate on, %d facts to edit, %d tokens in the vocabulary",
             len(self.corpus.train),
@@ -162,10 +160,7 @@ class FactsDataModule(L.LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[Encoding]:
-        edited = self.corpus.facts_of(self.corpus.edits)
-        kept = [i for i in range(len(self._validation)) if self._validation.fact(i) not in edited]
-        subset = torch.utils.data.Subset(self._validation, kept)
-        return DataLoader(subset, batch_size=4 * self.batch_size, collate_fn=self._collate)
+        return DataLoader(self._validation, batch_size=4 * self.batch_size, collate_fn=self._collate)
 
     @override
     def test_dataloader(self) -> DataLoader[Encoding]:
@@ -176,34 +171,35 @@ class FactsDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     def edit_facts(self) -> list[Fact]:
-        """The facts to edit."""
+        """Return the facts to edit."""
         return self.corpus.edits
 
     def preservation_texts(self) -> list[str]:
-        """Training texts that state none of the facts to edit, drawn by the seed.
+        """Sample training texts that state none of the facts to edit, with the seed.
 
-        What a facts file names as neighbours of the edited facts is among them: these are statements of their own.
+        They include the neighbours of edited facts in a facts file, which are statements of their own.
         """
-        edited = self.corpus.facts_of(self.corpus.edits)
         texts = [
             join(join(prefix, s.prompt) if prefix else s.prompt, s.target)
-            for s in self.corpus.train
-            if s.fact not in edited
+            for s in self._unedited(self.corpus.train)
             for prefix in self.corpus.prefixes
         ]
         return random.Random(self.seed).sample(texts, min(self.preservation_samples, len(texts)))
 
     def probe_texts(self) -> list[str]:
-        """The validation texts that state none of the facts to edit: what routing is watched on.
+        """Return the validation texts that state none of the facts to edit, for measuring routing.
 
         An :class:`~lit_moeedit.data.atlas.Atlas` holds them out; those of a
-        :class:`~lit_moeedit.data.corpus.FactsCorpus` are training statements that the edits leave alone.
+        :class:`~lit_moeedit.data.corpus.FactsCorpus` are training statements that the edits do not change.
         """
+        return [join(s.prompt, s.target) for s in self._unedited(self.corpus.validation)]
+
+    def _unedited(self, statements: Sequence[Statement]) -> list[Statement]:
         edited = self.corpus.facts_of(self.corpus.edits)
-        return [join(s.prompt, s.target) for s in self.corpus.validation if s.fact not in edited]
+        return [statement for statement in statements if statement.fact not in edited]
 
     def facts_edited(self, facts: Sequence[Fact]) -> None:
-        """From the next epoch on, leave out the statements of ``facts`` (with ``drop_edited``)."""
+        """Leave out the statements of ``facts`` from the next epoch on, if ``drop_edited`` is set."""
         if self.drop_edited:
             self._excluded |= self.corpus.facts_of(facts)
 
@@ -216,17 +212,11 @@ class FactsDataModule(L.LightningDataModule):
         self._excluded |= set(state_dict["excluded"])
 
     def _collate(self, batch: list[Encoding]) -> dict[str, Tensor]:
-        ids, mask = pad([encoding.ids for encoding in batch], self._pad_id)
+        if self.tokenizer is None:
+            raise RuntimeError("the data module has no tokenizer before setup()")
+        ids, mask = pad([encoding.ids for encoding in batch], pad_id(self.tokenizer))
         labels = ids.masked_fill(mask == 0, IGNORED_LABEL)
         if self.completion_only:
             starts = torch.tensor([encoding.target_start for encoding in batch])
             labels.masked_fill_(torch.arange(ids.shape[1]) < starts[:, None], IGNORED_LABEL)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    @property
-    def _pad_id(self) -> int:
-        from lit_moeedit.data.encoding import pad_id
-
-        if self.tokenizer is None:
-            raise RuntimeError("the data module has no tokenizer before setup()")
-        return pad_id(self.tokenizer)

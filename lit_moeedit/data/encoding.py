@@ -1,4 +1,4 @@
-"""Text to token ids, and the one place that decides which tokens are the target and which is the edit token."""
+"""Tokenization: the token ids of a prompt with its target, the place of the target, and the edit token."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 EditToken = Literal["subject_last", "last"]
 IGNORED_LABEL = -100
-"""Label of a position that no loss and no perplexity counts, as in transformers."""
+"""Label of a position that losses and perplexities ignore, as in transformers."""
 ZERO_WIDTH_JOINER = "\u200d"
-"""Makes one emoji of several."""
+"""A character that joins several emoji into one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Encoding:
 
 
 def join(prompt: str, target: str) -> str:
-    """The text of a prompt continued by a target: one space between them, unless the prompt ends with white space.
+    """Join a prompt and a target, with one space between them unless the prompt ends with white space.
 
     Example:
         >>> join("The capital of France is", "Paris")
@@ -51,14 +51,17 @@ def join(prompt: str, target: str) -> str:
 
 
 def subject_span(prompt: str, subject: str) -> tuple[int, int]:
-    """Character span ``[start, end)`` of the occurrence of ``subject`` in ``prompt`` whose last token is edited.
+    """Find the occurrence of ``subject`` in ``prompt`` whose last token is edited.
 
-    The last one that stands as a word of its own, because in a causal model only it can read everything that was said
-    of the subject before; if there is none (or in scripts without spaces), the last one of all. ROME and MEMIT take
-    the place of ``{}`` in a template, which is the same unless the template names the subject again behind it.
+    It is the last occurrence as a whole word, because in a causal model later tokens read all earlier ones. If there is
+    none, as in scripts without spaces, it is the last occurrence of all. ROME and MEMIT take the place of ``{}`` in a
+    template, which is the same unless the template repeats the subject after it.
+
+    Returns:
+        The character span ``[start, end)``.
 
     Raises:
-        ValueError: if the subject is empty or not in the prompt.
+        ValueError: the subject is empty or does not occur in the prompt.
 
     Example:
         >>> subject_span("al is the capital of", "al")
@@ -79,13 +82,13 @@ def subject_span(prompt: str, subject: str) -> tuple[int, int]:
 
 
 def is_within_word(text: str, cut: int) -> bool:
-    """Whether ``cut``, a position between two characters, lies within a word, or before a mark on the last letter."""
+    """Return true if ``cut``, a position between two characters, lies within a word or before a combining mark."""
     if not 0 < cut < len(text):
         return False
-    before, behind = text[cut - 1], text[cut]
-    if unicodedata.category(behind).startswith("M") or ZERO_WIDTH_JOINER in (before, behind):
+    before, after = text[cut - 1], text[cut]
+    if unicodedata.category(after).startswith("M") or ZERO_WIDTH_JOINER in (before, after):
         return True
-    return before.isalnum() and behind.isalnum()
+    return before.isalnum() and after.isalnum()
 
 
 def encode(
@@ -97,25 +100,25 @@ def encode(
 ) -> list[Encoding]:
     """Tokenize prompts with their targets, and find the edit token of each by character offsets.
 
-    The text is tokenized as a whole, so that a target's tokens are the ones a model would have to say; a token belongs
-    to the target if it ends behind the prompt. The edit token of a subject is the last one that holds a part of it,
-    also where that token holds letters behind the subject, or the subject's last character is several tokens. A prompt
-    that begins with the tokenizer's BOS token, as the template of a chat may, gets no second one.
+    The text is tokenized as a whole, so that the target has the tokens that a model would have to generate. A token
+    belongs to the target if it ends after the prompt. The edit token is the last token that covers a part of the
+    subject, even if it also covers letters after the subject, or if the subject's last character is several tokens. A
+    prompt that begins with the tokenizer's BOS token, as a chat template may, gets no second one.
 
     Args:
-        tokenizer: a fast tokenizer (one that knows character offsets).
+        tokenizer: a fast tokenizer, which has character offsets.
         prompts: ``n`` prompts.
         targets: ``n`` targets; an empty string encodes the prompt alone.
-        subjects: ``n`` subjects, each in its prompt; ``None`` if no edit token is wanted.
-        token: which token to edit, the last one of the subject or the last one of the prompt.
+        subjects: ``n`` subjects, each in its prompt; ``None`` for encodings without an edit token.
+        token: the token to edit, the last one of the subject or the last one of the prompt.
 
     Raises:
-        ValueError: if the tokenizer has no offsets, a subject is not in its prompt, or a target has no token (or shares
-            its first one with the prompt, in a tokenizer that does not split texts into words).
+        ValueError: the tokenizer has no offsets, a subject is not in its prompt, or a target has no token of its own.
+            In a tokenizer that does not split texts into words, its first token may belong to the prompt, too.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} cannot tell character offsets; a fast tokenizer is needed "
+            f"{type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed "
             "(AutoTokenizer.from_pretrained(..., use_fast=True))"
         )
     if token not in ("subject_last", "last"):
@@ -123,24 +126,18 @@ def encode(
     texts = [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     if not texts:
         return []
-    batch = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
-    bos = getattr(tokenizer, "bos_token_id", None)
+    batch = _tokenized(tokenizer, texts, return_offsets_mapping=True)
     encodings = []
     for row, (ids, offsets) in enumerate(zip(batch["input_ids"], batch["offset_mapping"], strict=True)):
         prompt, target = prompts[row], targets[row]
-        if len(ids) > 1 and ids[0] == ids[1] == bos and tuple(offsets[0]) == (0, 0):
-            ids, offsets = ids[1:], offsets[1:]
-        # a special token that the tokenizer puts at the end has the offset (0, 0); nothing could be said after it
-        while len(ids) > 1 and tuple(offsets[len(ids) - 1]) == (0, 0):
-            ids = ids[:-1]
-        offsets = _offsets_of_bytes(tokenizer, texts[row], offsets[: len(ids)])
-        # the space between belongs to the target, but not in a token with the prompt's last letter
-        said, behind = len(prompt.rstrip()), len(texts[row]) - len(target)
-        starts = (i for i, (a, b) in enumerate(offsets) if b > len(prompt) and (a >= said or b > behind))
+        offsets = _offsets_of_bytes(tokenizer, texts[row], offsets)
+        # the space between them belongs to the target, but not in a token with the last letter of the prompt
+        prompt_end, target_begin = len(prompt.rstrip()), len(texts[row]) - len(target)
+        starts = (i for i, (a, b) in enumerate(offsets) if b > len(prompt) and (a >= prompt_end or b > target_begin))
         target_start = next(starts, len(ids))
         if target and target_start >= len(ids):
             raise ValueError(f"the target {short(target)} after the prompt {short(prompt)} has no token of its own")
-        if target and offsets[target_start][0] < said:
+        if target and offsets[target_start][0] < prompt_end:
             raise ValueError(f"one token holds the end of the prompt {short(prompt)} and the start of {short(target)}")
         edit_token = None
         if subjects is not None:
@@ -150,33 +147,38 @@ def encode(
                 raise ValueError(f"no token of the prompt {short(prompt)} covers the subject {short(subjects[row])}")
             if offsets[inside[-1]][1] > end and len(inside) > 1 and offsets[inside[-2]] == offsets[inside[-1]]:
                 which = f"{short(subjects[row])} in the prompt {short(prompt)}"
-                raise ValueError(f"the tokenizer does not tell the last token of {which} from the text behind it")
+                raise ValueError(f"the tokenizer does not separate the last token of {which} from the text after it")
             edit_token = inside[-1]
         encodings.append(Encoding(list(ids), target_start, edit_token))
     return encodings
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of whole texts, as :func:`encode` gives them, without the work of finding places in them."""
-    batch = tokenizer(list(texts), return_attention_mask=False, return_special_tokens_mask=True)
+    """Tokenize whole texts as :func:`encode` does, without looking for targets and edit tokens."""
+    return _tokenized(tokenizer, texts)["input_ids"]
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: bool) -> dict[str, list[list[Any]]]:
+    """Tokenize texts without a second BOS token, and without special tokens at the end, which would end the text."""
+    batch = tokenizer(list(texts), return_attention_mask=False, return_special_tokens_mask=True, **options)
     bos = getattr(tokenizer, "bos_token_id", None)
-    rows = []
+    parts = []
     for ids, added in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
         start = len(ids) > 1 and ids[0] == ids[1] == bos and added[0]
         end = len(ids)
         while end > 1 and added[end - 1]:
             end -= 1
-        rows.append(ids[int(start) : end])
-    return rows
+        parts.append(slice(int(start), end))
+    return {name: [row[part] for row, part in zip(rows, parts, strict=True)] for name, rows in batch.items()}
 
 
 def _offsets_of_bytes(
     tokenizer: PreTrainedTokenizerBase, text: str, offsets: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Offsets in which tokens that are single bytes have those of their letter (with the marks on it).
+    """Correct offsets of tokens that are single bytes: each gets those of its letter with the marks on it.
 
-    A Unigram model that falls back to bytes takes unknown letters that stand together for one piece, and gives each of
-    its bytes the offsets of all of it: by them, the last byte of a subject could not be told from what follows.
+    A Unigram model with byte fallback takes a run of unknown letters for one piece, and gives each of its bytes the
+    offsets of the whole run. These do not separate the last byte of a subject from the text after it.
     """
     found: list[tuple[int, int]] = []
     for (start, end), run in itertools.groupby(map(tuple, offsets)):
@@ -198,31 +200,32 @@ def _normalized(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
-    """Stack token sequences into ``input_ids [n, length]`` and ``attention_mask [n, length]`` (both int64).
+    """Pad token sequences to ``input_ids`` and ``attention_mask``, both int64 ``[n, length]``.
 
     Example:
         >>> pad([[5, 6], [7]], pad_id=0, side="left")[0].tolist()
         [[5, 6], [0, 7]]
     """
     length = max(map(len, rows), default=0)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)[:, None]
+    places = torch.arange(length)
+    mask = places >= length - lengths if side == "left" else places < lengths
     ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(rows), length), dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(length - len(row), length) if side == "left" else slice(0, len(row))
-        ids[i, where] = torch.tensor(row, dtype=torch.long)
-        mask[i, where] = 1
-    return ids, mask
+    ids[mask] = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.long)
+    return ids, mask.long()
 
 
 def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Group rows of similar length so that each padded batch has at most ``token_budget`` tokens, or one row.
+    """Group rows of similar length into batches of at most ``token_budget`` tokens with padding.
+
+    A longer row is a batch of its own.
 
     Args:
         lengths: length of each row, in tokens.
-        token_budget: largest number of tokens (with padding) in a batch.
+        token_budget: maximum number of tokens (with padding) in a batch.
 
-    Returns:
-        The rows' indices, batch by batch, from short to long rows.
+    Yields:
+        The indices of the rows of a batch, batches of short rows first.
 
     Example:
         >>> list(token_batches([3, 9, 1, 2], token_budget=6))
@@ -230,7 +233,7 @@ def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        # sorted by length, so the row that joins is the longest of the batch
+        # the rows are sorted, so this one is the longest of the batch
         if batch and (len(batch) + 1) * lengths[index] > token_budget:
             yield batch
             batch = []
@@ -240,14 +243,11 @@ def token_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with; any id will do, since padding is masked out."""
-    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        value: Any = getattr(tokenizer, name, None)
-        if value is not None:
-            return int(value)
-    return 0
+    """Return the id of padding tokens; any id will do, because padding is masked."""
+    found = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "bos"))
+    return next((int(value) for value in found if value is not None), 0)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions ``[n, length]`` that count from 0 at each row's first token, however it is padded."""
+    """Compute position ids ``[n, length]`` that start at 0 at the first token of each row, with padding on any side."""
     return (attention_mask.cumsum(-1) - 1).clamp_min(0)

@@ -1,22 +1,24 @@
-"""What is said about facts that cannot be used. Everything quoted from a file is made harmless for a terminal."""
+"""Errors about facts that cannot be used. All text quoted from a file is made safe for a terminal."""
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
 
-_SHOWN = 20
+from lit_moeedit.text import printable
+
+_MAX_LINES = 20
 
 
 class FactError(ValueError):
-    """Something in a source of facts cannot be used.
+    """A part of a source of facts that cannot be used.
 
     Args:
-        file: The file as the caller named it, or the source of facts made in memory.
-        row: 1-based row, in a `.jsonl`, `.csv` or `.tsv` file the line (where the row begins); `None` if the whole file
-            is meant.
-        field: Name of the field as the file spells it; `None` if the whole row is meant.
-        message: What was found and what was expected.
+        file: The file as the caller named it, or the name of a source in memory.
+        row: The row, from 1; in a `.jsonl`, `.csv` or `.tsv` file the line where the row begins. `None` for the whole
+            file.
+        field: The name of the field in the file; `None` for the whole row.
+        message: The value found, and the expected one.
     """
 
     def __init__(self, file: str, row: int | None, field: str | None, message: str) -> None:
@@ -28,17 +30,17 @@ class FactError(ValueError):
 
     def __str__(self) -> str:
         row = "" if self.row is None else f", row {self.row}"
-        field = "" if self.field is None else f", field '{visible(self.field)}'"
-        return f"{visible(self.file)}{row}{field}: {self.message}"
+        field = "" if self.field is None else f", field '{printable(self.field)}'"
+        return f"{printable(self.file)}{row}{field}: {self.message}"
 
 
 class FactsError(FactError):
-    """Several rows cannot be used; `row` and `field` are those of the first problem.
+    """Several rows that cannot be used; `row` and `field` are those of the first problem.
 
     Args:
-        file: The file as the caller named it, or the source of facts made in memory.
-        problems: The problems found, at least one.
-        headline: What the problems mean for the whole, e.g. `"2 of 9 rows cannot be used"`.
+        file: The file as the caller named it, or the name of a source in memory.
+        problems: The problems, at least one.
+        headline: A summary of the problems, e.g. `"2 of 9 rows cannot be used"`.
     """
 
     def __init__(self, file: str, problems: Sequence[FactError], headline: str) -> None:
@@ -47,31 +49,19 @@ class FactsError(FactError):
         self.problems = list(problems)
 
     def __str__(self) -> str:
-        lines = [f"{visible(self.file)}: {self.message}", *(f"  {problem}" for problem in self.problems[:_SHOWN])]
-        if len(self.problems) > _SHOWN:
-            lines.append(f"  ... and {len(self.problems) - _SHOWN} more problems")
+        lines = [f"{printable(self.file)}: {self.message}", *(f"  {problem}" for problem in self.problems[:_MAX_LINES])]
+        if len(self.problems) > _MAX_LINES:
+            lines.append(f"  ... and {len(self.problems) - _MAX_LINES} more problems")
         return "\n".join(lines)
 
 
-def visible(text: str) -> str:
-    r"""The text with every character escaped that a terminal would obey or not show (controls, overrides, newlines).
-
-    Example:
-        >>> visible("Rome\x1b[2J \u202e")
-        'Rome\\x1b[2J \\u202e'
-    """
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
-    )
-
-
 def short(value: object, width: int = 60) -> str:
-    """One-line `repr` for messages, bounded in length and depth because values come from untrusted files."""
-    # a text is cut first: the repr of one with many escapes is several times as long
+    """Format a value of an untrusted file for a message: its `repr` in one line of bounded length and depth."""
+    # a text is cut first, because the repr of a text with many escapes is several times as long
     text = repr(value[: width + 1]) if isinstance(value, str) else reprlib.repr(value)
     return text if len(text) <= width else f"{text[:width]}..."
 
 
 def typed(value: object) -> str:
-    """`short` with the type, for a value that should have had another one."""
+    """Format a value of the wrong type for a message: `short` with the type."""
     return "null" if value is None else f"{short(value)} ({type(value).__name__})"

@@ -1,26 +1,24 @@
-"""Facts to edit: what a fact is, how it is read from a file, and the checks before anything else happens.
+"""Facts to edit: read from a file or taken from memory, and checked before anything else happens.
 
-An edit changes the weights for good, so a fact that cannot be edited (its subject is not in its prompt, its target is
-already true, another row wants the opposite) is refused here, with the file, the row and the field, and never reaches
-the editor.
+An edit changes the weights for good. A fact that cannot be edited (its subject is not in its prompt, its target is
+already true, another row sets the opposite) is refused here, with the file, the row and the field.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, cast
 from unicodedata import normalize
 
 from lit_moeedit.data.encoding import encode
-from lit_moeedit.data.errors import FactError, FactsError, short, typed, visible
+from lit_moeedit.data.errors import FactError, FactsError, short, typed
+from lit_moeedit.data.fact import CheckedFacts, Fact, Neighbour, Tokenizer
 from lit_moeedit.data.formats import (
     FORMATS,
     NATIVE_FIELDS,
@@ -34,98 +32,22 @@ from lit_moeedit.data.formats import (
 )
 from lit_moeedit.data.row_files import load_rows
 from lit_moeedit.data.rows import Row
+from lit_moeedit.text import first_few, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Checker", "Fact", "FactError", "FactsError", "Neighbour", "Tokenizer", "read_facts", "validate_facts"]
+__all__ = ["CheckedFacts", "Fact", "FactError", "FactsError", "Neighbour", "Tokenizer", "read_facts", "validate_facts"]
 
-logger = logging.getLogger(__name__)
-
-# Called as `tokenizer(text, add_special_tokens=False)["input_ids"]`, like every tokenizer of transformers.
-Tokenizer = Callable[..., Mapping[str, Any]]
+log = logging.getLogger(__name__)
 
 _COMPLETE = Format("fact", (), read_complete)
 SUBJECT_LIMIT = 1000
-"""Characters of a subject: no name is as long, and the time to find its last place in a prompt grows with them."""
-_LOGGED = 20
-_KEPT = 1000
-"""So many problems, or names of ignored fields, are remembered of a file that may have any number of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbour:
-    """A prompt whose answer an edit must not change.
-
-    Args:
-        prompt: The complete prompt.
-        target: Its true answer.
-        group: How the prompt is related to the fact, e.g. `same_subject`, `same_relation` or `unrelated`.
-    """
-
-    prompt: str
-    target: str
-    group: str = "neighbour"
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """One fact to edit.
-
-    Nothing is checked here: `validate_facts` checks facts made in memory, `read_facts` those of a file.
-
-    Args:
-        subject: What the fact is about; stands in the prompt, letter by letter.
-        prompt: The complete prompt, no template.
-        target_new: What the model shall say after the edit.
-        target_true: What the model says before, if known.
-        paraphrases: Other prompts that ask for the same fact.
-        neighbours: Prompts whose answers must stay.
-
-    Example:
-        >>> fact = Fact(subject="Rome", prompt="Rome lies in", target_new="Spain", target_true="Italy")
-        >>> fact.key
-        'e31a0c2f956e2aa4'
-        >>> Fact.from_dict(fact.to_dict()) == fact
-        True
-    """
-
-    subject: str
-    prompt: str
-    target_new: str
-    target_true: str | None = None
-    paraphrases: tuple[str, ...] = ()
-    neighbours: tuple[Neighbour, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """16 hex digits that identify the edit (prompt and `target_new`) in every process and after every resume."""
-        edit = json.dumps([self.prompt, self.target_new])
-        return hashlib.sha256(edit.encode("ascii")).hexdigest()[:16]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fact in the native shape, made of what JSON knows."""
-        data = asdict(self)
-        return {**data, "paraphrases": list(data["paraphrases"]), "neighbours": list(data["neighbours"])}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`: types are checked, texts stay as they are.
-
-        Raises:
-            FactsError: A field is missing or has the wrong type.
-        """
-        row = Row(data, clean=False)
-        fact = cls._from_fields(read_complete(row))
-        if row.problems:
-            problems = [FactError("fact", None, field, message) for field, message in row.problems]
-            raise FactsError("fact", problems, "the dictionary is not a fact")
-        return fact
-
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Self:
-        neighbours = tuple(Neighbour(*neighbour) for neighbour in fields.get("neighbours", ()))
-        return cls(**{**fields, "neighbours": neighbours})
+"""Maximum number of characters of a subject: no name is as long, and the time to find it in a prompt grows with it."""
+MAX_LOGGED = 20
+"""Maximum number of problems or fields in a log message."""
+MAX_KEPT = 1000
+"""Maximum number of problems, and of names of ignored fields, that are kept in memory: a file may have any number."""
 
 
 def read_facts(
@@ -136,30 +58,31 @@ def read_facts(
     strict: bool = True,
     tokenizer: Tokenizer | None = None,
     limit: int | None = None,
-) -> list[Fact]:
-    """Read and check the facts of a file, row by row: the file may be larger than memory, its facts may not.
+) -> CheckedFacts:
+    """Read and check the facts of a file, row by row.
+
+    The file may be larger than memory; its facts must fit into memory.
 
     Args:
         path: A `.json` file with a list of objects, a `.jsonl` file with one object per line, or a table (`.csv`,
-            `.tsv`) whose first line has the names of the columns. UTF-8; at most 4 MiB in a row.
-        format: A name in `lit_moeedit.data.formats.FORMATS`, or `auto` to decide by the keys of the first row.
-        columns: Our name of a field to its name in the file, for a file in a format of its own; a list of names where
-            the field is a list. Fields are `subject`, `prompt`, `target_new`, `target_true`, `paraphrases`,
-            `neighbour_prompts`, `neighbour_targets`, `neighbour_groups`; those not given have their own names.
-        strict: Refuse the file if any row cannot be used; `False` skips such rows, with a warning.
-        tokenizer: If given, refused are targets of which it leaves no token, subjects and targets in which it reads
-            special tokens (the unknown one among them), and subjects without an edit token.
-        limit: Stop after this many usable facts; what stands behind them is not read.
+            `.tsv`) whose first line has the names of the columns. The file is UTF-8 with at most 4 MiB in a row.
+        format: A name in `lit_moeedit.data.formats.FORMATS`, or `auto` to choose it by the keys of the first row.
+        columns: Field name to column name, for a file with other names; a list of column names if the field is a list.
+            Fields are `subject`, `prompt`, `target_new`, `target_true`, `paraphrases`, `neighbour_prompts`,
+            `neighbour_targets` and `neighbour_groups`. A field that is not given keeps its name.
+        strict: True to refuse the file if any row cannot be used; `False` skips such rows, with a warning.
+        tokenizer: A tokenizer for further checks. It refuses targets without a token, subjects and targets that
+            contain special tokens (the unknown token is one), and subjects without an edit token.
+        limit: Maximum number of facts to read; the rest of the file is not read.
 
     Returns:
-        The facts in the order of the file, texts without surrounding whitespace (but prompts with the line ends behind
-        them).
+        The facts in the order of the file. Texts have no surrounding whitespace, except for line ends after prompts.
 
     Raises:
         FactError: The file as a whole cannot be read.
-        FactsError: Rows cannot be used (`strict`), or none can.
+        FactsError: A row cannot be used (with `strict`), or no row can.
         OSError: The file cannot be opened.
-        ValueError: `format`, `columns` or `limit` is none of the allowed values.
+        ValueError: `format`, `columns` or `limit` is not valid.
 
     Example:
         >>> facts = read_facts("facts.jsonl", strict=False, limit=100)  # doctest: +SKIP
@@ -169,16 +92,16 @@ def read_facts(
         raise ValueError(f"limit is {limit}; expected at least 1 or None")
     checker = Checker(str(path), choose_format(format, columns), tokenizer)
     with closing(load_rows(Path(path))) as rows:
-        facts = _check_rows(checker, rows, strict=strict, limit=limit)
+        facts = CheckedFacts(_check_rows(checker, rows, strict=strict, limit=limit), tokenizer)
     checker.warn_ignored_fields()
     return facts
 
 
 def choose_format(format: str, columns: Mapping[str, str | Sequence[str]] | None) -> Format | None:
-    """The format that these arguments of `read_facts` ask for; `None` leaves it to the first row.
+    """Return the format for these arguments of `read_facts`; `None` leaves the choice to the first row.
 
     Raises:
-        ValueError: They are none of the allowed values.
+        ValueError: An argument is not valid.
     """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {', '.join(map(repr, ('auto', *FORMATS)))}")
@@ -191,40 +114,45 @@ def choose_format(format: str, columns: Mapping[str, str | Sequence[str]] | None
 
 def validate_facts(
     facts: Sequence[Fact], *, source: str = "facts", tokenizer: Tokenizer | None = None, strict: bool = True
-) -> list[Fact]:
-    """Check facts made in memory just as `read_facts` checks those of a file.
+) -> CheckedFacts:
+    """Check facts made in memory, as `read_facts` checks those of a file.
+
+    Facts that were checked before with the same tokenizer are returned at once.
 
     Args:
         facts: The facts; their position, from 1, is the row in messages.
-        source: What messages name instead of a file.
+        source: The name of their source in messages.
         tokenizer: As for `read_facts`.
-        strict: Refuse all facts if any cannot be used; `False` skips such facts, with a warning.
+        strict: True to refuse all facts if any of them cannot be used; `False` skips such facts, with a warning.
 
     Returns:
-        The facts in their order, texts without surrounding whitespace. A subject that stands in its prompt once, but
-        in other case, takes the spelling of the prompt.
+        The facts in their order, with texts without surrounding whitespace. A subject that the prompt contains once,
+        but in another case, takes the spelling of the prompt.
 
     Raises:
         FactError: There are no facts.
-        FactsError: Facts cannot be used (`strict`), or none can.
+        FactsError: A fact cannot be used (with `strict`), or no fact can.
     """
     if not facts:
         raise FactError(source, None, None, "holds no facts; expected at least one")
+    if isinstance(facts, CheckedFacts) and (tokenizer is None or tokenizer is facts.tokenizer):
+        return facts
     rows = [(number, asdict(fact)) for number, fact in enumerate(facts, start=1)]
-    return _check_rows(Checker(source, _COMPLETE, tokenizer), rows, strict=strict, limit=None)
+    checked = _check_rows(Checker(source, _COMPLETE, tokenizer), rows, strict=strict, limit=None)
+    return CheckedFacts(checked, tokenizer)
 
 
 class Checker:
-    """Checks rows one after the other and remembers prompts and targets, because rows can contradict each other.
+    """A check of rows, one after the other. It remembers prompts and targets, because rows can contradict each other.
 
     Args:
-        source: The file, or what messages name instead of one.
-        format: How to read a row; `None` decides by the keys of the first one.
+        source: The file, or another name for the source of facts in messages.
+        format: The format of the rows; `None` chooses it by the keys of the first row.
         tokenizer: As for `read_facts`.
 
     Attributes:
         format: The format, once it is known.
-        repeats: Edits that were left out because an earlier row has them, too, as its format allows.
+        repeats: Number of edits that were left out because an earlier row has them, in formats that allow it.
     """
 
     def __init__(self, source: str, format: Format | None, tokenizer: Tokenizer | None) -> None:
@@ -233,29 +161,27 @@ class Checker:
         self.repeats = 0
         self._tokenizer = tokenizer
         self._special = set(getattr(tokenizer, "all_special_ids", ()))
-        self._first: dict[str, tuple[int, str]] = {}  # prompt -> row and target_new of the fact that keeps it
-        self._wrong: dict[str, str | None] = {}  # neighbours share few targets, so each is tokenised once
+        self._first: dict[str, tuple[int, str]] = {}  # prompt -> row and target_new of the first fact with it
+        self._token_problems: dict[str, str | None] = {}  # neighbours share few targets, so each is tokenised once
         self._ignored: Counter[str] = Counter()
 
     def check(self, number: int, data: object) -> Iterator[Fact | list[FactError]]:
-        """The facts of a row (one, but for some formats), or for each of them everything that is wrong.
+        """Yield for each fact of a row (some formats have several) either the fact or the list of its problems.
 
         Raises:
             FactError: No known format has the keys of the first row.
         """
-        if isinstance(data, FactError):
-            yield [data]
-            return
         if not isinstance(data, Mapping):
-            yield [FactError(self.source, number, None, f"is {typed(data)}; expected an object")]
+            wrong = FactError(self.source, number, None, f"is {typed(data)}; expected an object")
+            yield [data if isinstance(data, FactError) else wrong]
             return
         if self.format is None:
             self.format = detect_format(self.source, number, data)
         if self.format is FORMATS["native"]:
-            # a misspelled optional field would otherwise lose its paraphrases or neighbours without a word
+            # otherwise a misspelled optional field would lose its paraphrases or neighbours silently
             known = (*NATIVE_FIELDS, *TABLE_FIELDS)
             self._ignored.update(
-                k for k in data if k not in known and (k in self._ignored or len(self._ignored) < _KEPT)
+                k for k in data if k not in known and (k in self._ignored or len(self._ignored) < MAX_KEPT)
             )
         for row in self.format.rows(data):
             fact = self._check(number, row)
@@ -265,25 +191,24 @@ class Checker:
                 yield fact
 
     def warn_ignored_fields(self) -> None:
-        """Warn of fields that are not ours in a file of our own format."""
+        """Log a warning about unknown fields in a file of the native format."""
         if self._ignored:
-            fields = ", ".join(f"{short(key)} ({count} rows)" for key, count in self._ignored.most_common(_LOGGED))
-            logger.warning(
-                "%s: ignored fields %s; known are %s", visible(self.source), fields, ", ".join(NATIVE_FIELDS)
-            )
+            counts = (f"{short(key)} ({count} rows)" for key, count in self._ignored.most_common())
+            fields = first_few(counts, MAX_LOGGED)
+            log.warning("%s: ignored fields %s; known are %s", printable(self.source), fields, ", ".join(NATIVE_FIELDS))
 
     def _check(self, number: int, row: Row) -> Fact | None:
-        """The fact of a row; `None` if an earlier row has it, which the format allows, or after a problem."""
+        """Return the fact of a row; `None` after a problem, or if an earlier row has it and the format allows that."""
         assert self.format is not None
-        fact = None if row.problems else Fact._from_fields(self.format.read(row))
-        if fact is None or row.problems:  # what has no texts has no content to check
+        fact = None if row.problems else Fact.from_fields(self.format.read(row))
+        if fact is None or row.problems:
             return None
         fact = self._respell(number, fact)
         if self.format.many is not None and self._first.get(fact.prompt, (0, ""))[1] == fact.target_new:
             self.repeats += 1
             return None
         for field, message in self._problems(fact):
-            row.fail(self.format.names.get(field, field), message)
+            row.fail(row.names(field)[0], message)
         if row.problems:
             return None
         self._first[fact.prompt] = (number, fact.target_new)
@@ -292,13 +217,13 @@ class Checker:
     def _respell(self, number: int, fact: Fact) -> Fact:
         if fact.subject in fact.prompt or len(fact.subject) > SUBJECT_LIMIT:
             return fact
-        # Whole words, and only if there is no choice: "US" is neither a part of "bus" nor one of two in "Us or us".
+        # whole words, and only one candidate: "US" is not a part of "bus", and ambiguous in "Us or us"
         spellings = re.findall(rf"(?<!\w){re.escape(fact.subject)}(?!\w)", fact.prompt, flags=re.IGNORECASE)
         if len(spellings) != 1:
             return fact
         subject, spelling = short(fact.subject), short(spellings[0])
-        source = visible(self.source)
-        logger.info("%s, row %d: subject %s is spelled %s in the prompt", source, number, subject, spelling)
+        source = printable(self.source)
+        log.info("%s, row %d: subject %s is spelled %s in the prompt", source, number, subject, spelling)
         return replace(fact, subject=spellings[0])
 
     def _problems(self, fact: Fact) -> Iterator[tuple[str, str]]:
@@ -331,7 +256,7 @@ class Checker:
         texts = [("subject", fact.subject), ("target_new", fact.target_new), ("target_true", fact.target_true)]
         wrong = False
         for field, text in texts + [("neighbours", neighbour.target) for neighbour in fact.neighbours]:
-            if text is not None and (message := self._unsayable(text)):
+            if text is not None and (message := self._token_problem(text)):
                 wrong = True
                 yield field, f"is {short(text)}, {message}"
         if wrong or fact.subject not in fact.prompt or not getattr(self._tokenizer, "is_fast", False):
@@ -341,19 +266,19 @@ class Checker:
         except ValueError as error:
             yield "prompt", f"has no edit token ({error}); expected tokens of the subject and of the target"
 
-    def _unsayable(self, text: str) -> str | None:
-        """What is wrong with the tokens of a subject or a target."""
+    def _token_problem(self, text: str) -> str | None:
+        """Return the problem with the tokens of a subject or a target, if there is one."""
         assert self._tokenizer is not None
-        if text not in self._wrong:
-            # With the space before it, as the target stands behind a prompt.
+        if text not in self._token_problems:
+            # with a space before it, as in a prompt
             ids = self._tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-            message = None if ids else "of which the tokenizer leaves nothing; expected at least one token"
+            message = None if ids else "for which the tokenizer returns no token; expected at least one"
             if special := self._special.intersection(ids):
                 names = self._tokenizer.convert_ids_to_tokens(sorted(special))  # type: ignore[attr-defined]
                 found = ", ".join(map(short, names))
                 message = f"in which the tokenizer reads its special {found}; expected tokens of text"
-            self._wrong[text] = message
-        return self._wrong[text]
+            self._token_problems[text] = message
+        return self._token_problems[text]
 
 
 def _check_rows(checker: Checker, rows: Iterable[tuple[int, object]], *, strict: bool, limit: int | None) -> list[Fact]:
@@ -372,18 +297,17 @@ def _check_rows(checker: Checker, rows: Iterable[tuple[int, object]], *, strict:
             else:
                 refused = True
                 fields.update(problem.field or "row" for problem in checked)
-                problems += checked[: _KEPT - len(problems)]
+                problems += checked[: MAX_KEPT - len(problems)]
         unusable += refused
-        if len(facts) == limit or (strict and len(problems) == _KEPT):
+        if len(facts) == limit or (strict and len(problems) == MAX_KEPT):
             break
     if not problems:
         return facts
     headline = f"{unusable} of {seen} rows cannot be used"
     if strict or not facts:
         raise FactsError(checker.source, problems, headline)
-    for problem in problems[:_LOGGED]:
-        logger.warning("skipped: %s", problem)
-    counts = ", ".join(f"{visible(field)} {count}" for field, count in fields.most_common(_LOGGED))
-    source = visible(checker.source)
-    logger.warning("%s: %s and were skipped; problems by field: %s", source, headline, counts)
+    for problem in problems[:MAX_LOGGED]:
+        log.warning("skipped: %s", problem)
+    counts = first_few((f"{printable(field)} {count}" for field, count in fields.most_common()), MAX_LOGGED)
+    log.warning("%s: %s and were skipped; problems by field: %s", printable(checker.source), headline, counts)
     return facts

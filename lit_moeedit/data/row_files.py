@@ -1,7 +1,7 @@
-"""From a file to numbered rows: JSON lists, JSON lines and tables, read piece by piece in bounded memory.
+"""Rows of facts files: JSON lists, JSON lines and tables, read piece by piece in bounded memory.
 
-Files are untrusted and may be larger than memory: no more than a few rows are held, a row may have at most
-`ROW_LIMIT` bytes (in a table on all its lines together), and who stops asking for rows stops the reading.
+Files are untrusted and may be larger than memory. At most a few rows are in memory, and a row may have at most
+`ROW_LIMIT` bytes (in a table on all its lines together). Reading stops when the caller asks for no more rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from lit_moeedit.data.errors import FactError, short, visible
+from lit_moeedit.data.errors import FactError, short
+from lit_moeedit.text import printable
 
 ROW_LIMIT = 4 * 2**20
-"""Bytes of a row (characters in a `.json` list). The largest rows of published files have some 100 kB; a parsed row
-may take thirty times its size in memory."""
+"""Maximum bytes of a row (characters in a `.json` list). The largest rows of published files have some 100 kB; a parsed
+row may take thirty times its size in memory."""
 _PIECE = 2**18
 _LIMIT_TEXT = f"at most {ROW_LIMIT / 2**20:g} MiB in a row"
 _SPACE = " \t\n\r"
@@ -44,24 +45,24 @@ _KINDS = {
 def load_rows(path: Path) -> Generator[tuple[int, object], None, None]:
     """Read a `.json` list, a `.jsonl`, `.csv` or `.tsv` file row by row.
 
-    Returns:
-        Pairs of the row's number (from 1; in files of lines the line where it begins, so blank lines count) and the
-        row. A row that cannot be read but leaves the rows behind it readable is given as the `FactError` that says so.
-        The rows of a table are objects with the names of its first line; an empty cell is `None`, columns without a
-        name and rows of empty cells are left out.
+    Yields:
+        The number of a row and the row. Numbers count from 1; in files of lines they are the line where the row
+        begins, so blank lines count. If a row cannot be read but later rows can, its `FactError` takes its place. A
+        row of a table is an object with the names of the first line as keys: an empty cell is `None`, and columns
+        without a name and rows of empty cells are left out.
 
     Raises:
-        FactError: Kind, suffix, encoding or syntax of the file is not as expected, or it holds no rows. What is read
-            before that has been given, since a file is not read twice.
+        FactError: The kind, suffix, encoding or syntax of the file is not as expected, or it holds no rows. Earlier
+            rows have been yielded by then, because a file is read only once.
         OSError: The file cannot be opened or read.
     """
     file, suffix = str(path), path.suffix.lower()
     try:
         mode = path.stat().st_mode
     except ValueError as error:  # a NUL byte
-        raise FactError(file, None, None, f"is no path ({error}); expected the name of a file") from error
+        raise FactError(file, None, None, f"is not a path ({error}); expected the name of a file") from error
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
         raise FactError(file, None, None, f"is {kind}; expected a regular file")
     if suffix not in (".json", ".jsonl", *_DELIMITERS):
         expected = "expected '.json', '.jsonl', '.csv' or '.tsv'"
@@ -82,7 +83,7 @@ def load_rows(path: Path) -> Generator[tuple[int, object], None, None]:
 
 
 def _skip_mark(file: str, stream: BinaryIO) -> None:
-    """Skip the byte order mark of UTF-8, and refuse what begins like another encoding."""
+    """Skip the byte order mark of UTF-8, and refuse a file that begins like one of another encoding."""
     start = stream.read(4)
     for mark, encoding in _MARKS.items():
         if start.startswith(mark):
@@ -104,8 +105,8 @@ def _not_utf8(file: str, row: int | None, line: int, error: UnicodeDecodeError) 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
-    if len(content) < len(pairs):  # the last one would win without a word
-        raise ValueError(f"the name {short(_repeated([name for name, _ in pairs]))} stands twice in an object")
+    if len(content) < len(pairs):  # otherwise the last one would win silently
+        raise ValueError(f"the name {short(_repeated([name for name, _ in pairs]))} occurs twice in an object")
     return content
 
 
@@ -116,16 +117,16 @@ def _repeated(names: Sequence[str]) -> str | None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _no_json(error: ValueError | RecursionError, line: int | None = None) -> str:
-    """Why a text is no JSON; `line` is where the error lies, if rows are not lines."""
+def _json_problem(error: ValueError | RecursionError, line: int | None = None) -> str:
+    """Describe why a text is not JSON; `line` is the line of the error, if rows are not lines."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}" if line is None else f"{error.msg} at line {line}"
-    # integers of thousands of digits, lists nested as deep, names that stand twice
+    # integers of thousands of digits, deeply nested lists, repeated names
     return str(error) if line is None else f"{error}, from line {line} on"
 
 
 class _Elements:
-    """The elements of a JSON list, decoded one by one from a buffer that holds little more than one of them."""
+    """The elements of a JSON list, decoded one by one from a buffer of little more than one element."""
 
     def __init__(self, file: str, stream: BinaryIO) -> None:
         self._file = file
@@ -137,34 +138,28 @@ class _Elements:
         self._number: int | None = None
 
     def rows(self) -> Iterator[tuple[int, object]]:
-        """Every element with its number, from 1."""
+        """Yield every element with its number, from 1."""
         first = self._next()
         if first != "[":
             found = f"begins with {first!r}" if first else "is empty"
             hint = " (one object per line needs the suffix '.jsonl')" if first == "{" else ""
             raise FactError(self._file, None, None, f"{found}; expected a list of objects{hint}")
-        self._position += 1
-        number = 0
-        last = self._next()
-        while last != "]" or number:
+        number, last = 0, first
+        while last != "]":
+            self._position += 1
+            if self._next() == "]" and last == "[":
+                break
             number += 1
             self._number = number
             yield number, self._element()
             last = self._next()
             if last not in (",", "]"):
-                raise self._error(f"is not valid JSON ({self._found(last)} at line {self._line_at(self._position)})")
-            if last == "]":
-                break
-            self._position += 1
-            self._next()
+                found = f"{last!r} after an element" if last else "the file ends within the list"
+                raise self._error(f"is not valid JSON ({found} at line {self._line_at(self._position)})")
         self._position += 1
         self._number = None
         if last := self._next():
-            raise self._error(f"holds {last!r} behind the list, at line {self._line_at(self._position)}", "nothing")
-
-    @staticmethod
-    def _found(symbol: str) -> str:
-        return f"{symbol!r} behind an element" if symbol else "the file ends within the list"
+            raise self._error(f"holds {last!r} after the list, at line {self._line_at(self._position)}", "nothing")
 
     def _error(self, message: str, expected: str = "a list of objects") -> FactError:
         return FactError(self._file, self._number, None, f"{message}; expected {expected}")
@@ -173,26 +168,19 @@ class _Elements:
         return self._line + self._buffer.count("\n", 0, position)
 
     def _more(self) -> bool:
-        """Forget what has been decoded and read on, at least as much again as is left; whether there was more."""
+        """Drop decoded text, and read at least as many bytes as characters are left; false at the end of the file."""
         self._line = self._line_at(self._position)
         rest = self._buffer[self._position :]
-        pieces, size = [rest], 0
-        while size <= len(rest):
-            data = self._stream.read(_PIECE)
-            try:
-                piece = self._decode(data, not data)
-            except UnicodeDecodeError as error:
-                lines = sum(text.count("\n") for text in pieces) + error.object[: error.start].count(b"\n")
-                raise _not_utf8(self._file, None, self._line + lines, error) from error
-            pieces.append(piece)
-            size += len(piece)
-            if not data:
-                break
-        self._buffer, self._position = "".join(pieces), 0
-        return size > 0
+        data = self._stream.read(max(_PIECE, len(rest)))
+        try:
+            self._buffer, self._position = rest + self._decode(data, not data), 0
+        except UnicodeDecodeError as error:
+            lines = rest.count("\n") + error.object[: error.start].count(b"\n")
+            raise _not_utf8(self._file, None, self._line + lines, error) from error
+        return bool(data)
 
     def _next(self) -> str:
-        """Go to the next character that is no white space and return it; `""` at the end of the file."""
+        """Move to the next character that is not white space and return it; `""` at the end of the file."""
         while True:
             found = _SOLID.search(self._buffer, self._position)
             self._position = found.start() if found else len(self._buffer)
@@ -204,15 +192,17 @@ class _Elements:
             try:
                 value, end = _DECODER.raw_decode(self._buffer, self._position)
                 problem = None
-                # a number may go on behind the buffer
+                # a number may continue after the end of the buffer
                 cut = isinstance(value, int | float) and self._buffer[end : end + 1] not in (*_SPACE, ",", "]")
             except json.JSONDecodeError as error:
-                # an error at the buffer's end (where the longest literal is cut) may be none with more text
+                # an error at the end of the buffer may vanish with more text; the longest literal is -Infinity
                 end = len(self._buffer)
                 cut = error.msg.startswith("Unterminated string") or error.pos > end - len("-Infinity ")
-                problem = _no_json(error, self._line_at(error.pos))
+                problem = _json_problem(error, self._line_at(error.pos))
             except (ValueError, RecursionError) as error:
-                raise self._error(f"is not valid JSON ({_no_json(error, self._line_at(self._position))})") from error
+                raise self._error(
+                    f"is not valid JSON ({_json_problem(error, self._line_at(self._position))})"
+                ) from error
             length = end - self._position
             if length > ROW_LIMIT and (cut or problem is None):
                 found = f"is longer than {ROW_LIMIT / 2**20:g} MiB (from line {self._line_at(self._position)} on)"
@@ -221,7 +211,7 @@ class _Elements:
                 continue
             if problem is not None:
                 raise self._error(f"is not valid JSON ({problem})")
-            self._position += length  # which reading on may have moved
+            self._position += length  # not `end`: _more() may have moved the position
             return value
 
 
@@ -233,12 +223,12 @@ def _read_lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, object]]:
             try:
                 yield number, _DECODER.decode(line)
             except (ValueError, RecursionError) as error:
-                found = f"is not valid JSON ({_no_json(error)}); expected one object per line"
+                found = f"is not valid JSON ({_json_problem(error)}); expected one object per line"
                 yield number, FactError(file, number, None, found)
 
 
 def _lines(file: str, stream: BinaryIO) -> Iterator[tuple[int, str | FactError]]:
-    """Numbered lines, split at line feeds only: texts may hold what else Unicode calls the end of a line."""
+    """Yield numbered lines, split at line feeds only: texts may contain other line ends of Unicode."""
     number = 0
     while data := stream.readline(ROW_LIMIT + 1):
         number += 1
@@ -263,7 +253,7 @@ def _read_table(file: str, stream: BinaryIO, delimiter: str) -> Iterator[tuple[i
         for _, line in _lines(file, stream):
             if isinstance(line, FactError):
                 raise line
-            # a quoted cell may go on for any number of lines
+            # a quoted cell may continue over any number of lines
             if stream.tell() - start > ROW_LIMIT:
                 found = (
                     f"is longer than {ROW_LIMIT / 2**20:g} MiB (a quote that is not closed?); expected {_LIMIT_TEXT}"
@@ -281,7 +271,7 @@ def _read_table(file: str, stream: BinaryIO, delimiter: str) -> Iterator[tuple[i
             return
         except csv.Error as error:
             found = (
-                f"is not valid CSV ({visible(str(error))}); expected cells separated by {delimiter!r}, quoted by '\"'"
+                f"is not valid CSV ({printable(str(error))}); expected cells separated by {delimiter!r}, quoted by '\"'"
             )
             raise FactError(file, number, None, found) from error
         if not any(map(str.strip, cells)):
@@ -292,10 +282,10 @@ def _read_table(file: str, stream: BinaryIO, delimiter: str) -> Iterator[tuple[i
                 found = f"has the column {short(wrong)} twice"
                 raise FactError(file, number, None, f"{found}; expected the names of the columns, each once")
             if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
-                found = f"names a single column {short(header[0])}; expected cells separated by {delimiter!r}"
+                found = f"has a single column {short(header[0])}; expected cells separated by {delimiter!r}"
                 raise FactError(file, number, None, found)
         elif len(cells) != len(header):
-            found = f"has {len(cells)} cells; expected {len(header)}, as many as the first line names"
+            found = f"has {len(cells)} cells; expected {len(header)} as in the first line"
             yield number, FactError(file, number, None, found)
         else:
             yield number, {name: cell or None for name, cell in zip(header, cells, strict=True) if name}

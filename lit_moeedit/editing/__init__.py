@@ -1,9 +1,10 @@
 """Editing facts into the weights of routed experts."""
 
-from lit_moeedit.editing.editor import Editor, EditResult
+from lit_moeedit.editing.editor import Editor
 from lit_moeedit.editing.evaluation import Evaluation, answers, evaluate, neighbour_groups, perplexity, score
 from lit_moeedit.editing.fine_tuning import FineTuning
 from lit_moeedit.editing.memory import EditMemory
+from lit_moeedit.editing.method import EditMethod, EditResult
 from lit_moeedit.editing.phases import PHASES
 from lit_moeedit.editing.targets import TargetOptimizer, Targets
 from lit_moeedit.preservation.moments_cache import MomentsCache
@@ -12,6 +13,7 @@ from lit_moeedit.preservation.second_moments import SecondMoments, second_moment
 __all__ = [
     "PHASES",
     "EditMemory",
+    "EditMethod",
     "EditResult",
     "Editor",
     "Evaluation",

@@ -1,4 +1,4 @@
-"""How well facts are edited: log-probabilities and greedy answers of prompts, paraphrases and neighbours."""
+"""Evaluation of edits: log-probabilities and greedy answers of prompts, paraphrases and neighbours."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Scores:
 
     Attributes:
         log_prob: ``[n]`` float32, mean log-probability of the target's tokens, in nats.
-        exact: ``[n]`` bool, whether greedy decoding says the whole target. (It does if every token of the target is the
-            most likely one after the ones before it, so no decoding is needed.)
+        exact: ``[n]`` bool, whether greedy decoding generates the whole target. It does if every token of the target is
+            the most likely one after those before it, so nothing has to be decoded.
     """
 
     log_prob: Tensor
@@ -44,12 +44,14 @@ def score(
     token_budget: Budget = "auto",
     ranks: Ranks | None = None,
 ) -> Scores:
-    """Score targets as continuations of prompts, ``n`` of both; dealt to the ranks, each gets the result for all.
+    """Score targets as continuations of prompts, one target for each prompt.
+
+    The prompts are sharded over the ranks, and the scores all-reduced.
 
     Raises:
-        TooLittleMemoryError: if there is no memory for the longest prompt alone.
+        TooLittleMemoryError: if memory does not suffice for the longest prompt alone.
     """
-    ranks = ranks if ranks is not None else Ranks()
+    ranks = ranks or Ranks.current()
     encodings = encode(tokenizer, prompts, targets)
     lengths = [len(e.ids) for e in encodings]
 
@@ -72,37 +74,44 @@ def score(
 
 
 def scoring_cost(model: PreTrainedModel, scored: float) -> float:
-    """Bytes that a token takes at most in :func:`score`, if so many of its logits are wanted (a share)."""
+    """Return the maximum number of bytes per token in :func:`score`, where logits of a share of the tokens are used."""
     return forward_cost(model, list(expert_layers(model).values())[-1]) + scored * logits_cost(model)
 
 
 def score_batch(
     model: PreTrainedModel, batch: Sequence[Encoding], pad_token: int, weights: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``log_prob`` and ``exact`` of :class:`Scores` for one batch; ``weights`` stand in for the model's parameters."""
+    """Return ``log_prob`` and ``exact`` of :class:`Scores` for one batch.
+
+    Args:
+        model: the model.
+        batch: prompts with targets.
+        pad_token: id to pad with.
+        weights: tensors by name that replace parameters of the model.
+    """
     ids, mask = (x.to(model.device) for x in pad([e.ids[:-1] for e in batch], pad_token, side="left"))
     lengths = [len(e.ids) - e.target_start for e in batch]
     keep = max(lengths)
     labels = torch.tensor([[-1] * (keep - n) + e.ids[-n:] for e, n in zip(batch, lengths, strict=True)]).to(ids.device)
     output = logits(model, ids, mask, position_ids(mask), keep, weights=weights).float().log_softmax(-1)
-    # a keep longer than the inputs happens with a prompt of one token; the columns that exist are the last ones
+    # `keep` is longer than the inputs after a prompt of one token; the columns that exist are the last ones
     labels = labels[:, -output.shape[1] :]
     counted = labels >= 0
     picked = output.gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
-    right = (output.argmax(-1) == labels) | ~counted
-    return (picked * counted).sum(-1) / counted.sum(-1), right.all(-1)
+    exact = ((output.argmax(-1) == labels) | ~counted).all(-1)
+    return (picked * counted).sum(-1) / counted.sum(-1), exact
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well facts are edited at one moment.
+    """Result of an evaluation.
 
     Attributes:
-        success: the counts behind ``metrics``.
-        neighbours_exact: by fact key, whether the truth of each of its neighbours is said; the baseline of what is
-            retained later.
-        edits_exact: ``[T]``, whether each fact's new target is said.
-        truths: how many true answers were asked for (of the facts and their neighbours), and how many were said.
+        success: the counts from which ``metrics`` are computed.
+        neighbours_exact: by fact key, whether the model generates the true answer of each neighbour. A later evaluation
+            takes it as its baseline.
+        edits_exact: ``[T]``, whether the model generates each fact's new target.
+        truths: number of known true answers (of facts and neighbours), and number of those that the model generates.
     """
 
     success: EditSuccess
@@ -112,17 +121,17 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Results of :class:`~lit_moeedit.metrics.EditSuccess`, and ``truth_recalled``, the share of true answers said.
+        """Results of :class:`~lit_moeedit.metrics.EditSuccess` and ``truth_recalled``, the share of true answers given.
 
-        Not a number where nothing was counted.
+        NaN where nothing was counted.
         """
-        asked, said = self.truths
-        recalled = said / asked if asked else float("nan")
+        known, generated = self.truths
+        recalled = generated / known if known else float("nan")
         return {name: float(value) for name, value in self.success.compute().items()} | {"truth_recalled": recalled}
 
 
 def neighbour_groups(facts: Sequence[Fact]) -> list[str]:
-    """Groups of the facts' neighbours, sorted."""
+    """Return the groups of the facts' neighbours, sorted."""
     return sorted({neighbour.group for fact in facts for neighbour in fact.neighbours})
 
 
@@ -141,29 +150,27 @@ def evaluate(
         model: the model.
         tokenizer: its tokenizer.
         facts: the facts.
-        baseline: ``neighbours_exact`` of these facts before the edit, for what neighbours retained.
-        groups: groups of neighbours to tell apart; ``None`` for those that occur.
-        token_budget: largest number of tokens (with padding) in one forward, or ``auto``.
-        ranks: the processes that share the work; each calls this with the same facts and gets the same result.
+        baseline: ``neighbours_exact`` of these facts before the edit, for the specificity retained.
+        groups: groups of neighbours to report separately; ``None`` for those that occur.
+        token_budget: maximum number of tokens (with padding) in one forward, or ``auto``.
+        ranks: the processes that share the work. Each calls this with the same facts and gets the same result.
     """
-    # every rank counts all facts, so there is nothing to add up
+    # every rank counts all facts, so there is nothing to reduce
     metric = EditSuccess(groups=neighbour_groups(facts) if groups is None else groups, sync_on_compute=False)
     edits = [(fact.prompt, fact.target_new, fact.target_true) for fact in facts]
     paraphrases = [(text, fact.target_new, fact.target_true) for fact in facts for text in fact.paraphrases]
     neighbours = [(n.prompt, fact.target_new, n.target) for fact in facts for n in fact.neighbours]
-    asked = [*edits, *paraphrases, *neighbours]
-    new = [(prompt, target_new) for prompt, target_new, _ in asked]
-    # without a known truth the new target stands in, and its score is not used
-    true = [(prompt, target_new if truth is None else truth) for prompt, target_new, truth in asked]
-    index = {row: i for i, row in enumerate(dict.fromkeys([*new, *true]))}
-    prompts, targets = [prompt for prompt, _ in index], [target for _, target in index]
-    scores = score(model, tokenizer, prompts, targets, token_budget, ranks)
-    at_new = torch.tensor([index[row] for row in new], dtype=torch.long)
-    at_true = torch.tensor([index[row] for row in true], dtype=torch.long)
-    unknown = torch.tensor([truth is None for _, _, truth in asked], dtype=torch.bool)
-    log_new, log_true = scores.log_prob[at_new], scores.log_prob[at_true].masked_fill(unknown, torch.nan)
-    exact_new, exact_true = scores.exact[at_new], scores.exact[at_true] & ~unknown
-    edit, paraphrase, neighbour = torch.arange(len(asked)).split([len(edits), len(paraphrases), len(neighbours)])
+    queries = [*edits, *paraphrases, *neighbours]
+    # an unknown true target is replaced by the new one, and the score is not used
+    rows = [(prompt, new) for prompt, new, _ in queries]
+    rows += [(prompt, new if truth is None else truth) for prompt, new, truth in queries]
+    index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    scores = score(model, tokenizer, [row[0] for row in index], [row[1] for row in index], token_budget, ranks)
+    places = torch.tensor([index[row] for row in rows], dtype=torch.long).view(2, -1)
+    unknown = torch.tensor([truth is None for _, _, truth in queries], dtype=torch.bool)
+    (log_new, log_true), (exact_new, exact_true) = scores.log_prob[places], scores.exact[places]
+    log_true, exact_true = log_true.masked_fill(unknown, torch.nan), exact_true & ~unknown
+    edit, paraphrase, neighbour = torch.arange(len(queries)).split([len(edits), len(paraphrases), len(neighbours)])
     metric.update("edit", log_new[edit], log_true[edit], exact_new[edit])
     if len(paraphrase):
         metric.update("paraphrase", log_new[paraphrase], log_true[paraphrase], exact_new[paraphrase])
@@ -177,32 +184,32 @@ def evaluate(
             exact_before=before,
             groups=[n.group for fact in facts for n in fact.neighbours],
         )
-    said = exact_true[neighbour].split([len(fact.neighbours) for fact in facts])
+    neighbours_exact = exact_true[neighbour].split([len(fact.neighbours) for fact in facts])
     known = torch.cat([edit, neighbour])
     known = known[~unknown[known]]
     return Evaluation(
         success=metric,
-        neighbours_exact={fact.key: part.tolist() for fact, part in zip(facts, said, strict=True)},
+        neighbours_exact={fact.key: part.tolist() for fact, part in zip(facts, neighbours_exact, strict=True)},
         edits_exact=exact_new[edit],
         truths=(len(known), int(exact_true[known].sum())),
     )
 
 
 def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], ranks: Ranks | None = None) -> float:
-    """Perplexity on batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
+    """Measure perplexity on batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
 
     Args:
         model: the model.
-        batches: of this rank; as many or fewer than the others have.
-        ranks: the processes; each calls this with its own batches and gets the perplexity on all of them.
+        batches: the batches of this rank. Their number may differ between ranks.
+        ranks: the processes that share the work. Each calls this with its own batches and gets the perplexity on all.
 
     Raises:
-        ValueError: if a rank of several has no batch at all.
+        ValueError: if one of several ranks has no batch at all.
     """
-    ranks = ranks if ranks is not None else Ranks()
+    ranks = ranks or Ranks.current()
     with inference(model):
         metric = Perplexity(ignore_index=IGNORED_LABEL).to(model.device)
-        for batch, mine in _in_step(batches, ranks):
+        for batch, mine in _in_rounds(batches, ranks):
             ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
             output = logits(model, ids, mask, position_ids(mask), keep=ids.shape[1])
             if mine:
@@ -213,11 +220,11 @@ def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], ran
         return float((totals[0] / totals[1]).exp())
 
 
-def _in_step(batches: Iterable[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
-    """This rank's batches with ``mine`` true, then its last one with ``mine`` false while others still have some.
+def _in_rounds(batches: Iterable[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
+    """Yield this rank's batches, the same number on every rank.
 
-    Before each the ranks agree that none has failed, as in :meth:`~lit_moeedit.sharding.ranks.Ranks.shard`; here the
-    batches differ, and nobody knows how many there are.
+    Unlike in :meth:`~lit_moeedit.sharding.ranks.Ranks.shard`, each rank has batches of its own, and their number is not
+    known. A rank that has no more gets its last one again, with ``mine`` false, until all ranks have finished.
     """
     iterator, last = iter(batches), None
     while True:
@@ -234,7 +241,7 @@ def _in_step(batches: Iterable[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int = 6
 ) -> list[str]:
-    """Greedy continuations of the prompts by ``tokens`` tokens each, cut at the first sentence or line end."""
+    """Generate ``tokens`` tokens after each prompt greedily; cut the texts at the end of the first sentence or line."""
     rows = [encoding.ids for encoding in encode(tokenizer, prompts, [""] * len(prompts))]
     ids, mask = (x.to(model.device) for x in pad(rows, pad_id(tokenizer), side="left"))
     length = ids.shape[1]

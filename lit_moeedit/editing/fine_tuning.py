@@ -1,33 +1,28 @@
-"""What editing is compared with: fine-tuning, free or within a bound."""
+"""Fine-tuning, with or without a bound, as a baseline for editing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lit_moeedit.data.encoding import Encoding, encode, join, pad_id, token_batches
-from lit_moeedit.data.facts import Fact, validate_facts
-from lit_moeedit.editing.editor import Editor, EditResult
+from lit_moeedit.data.encoding import Encoding, pad_id, token_batches
 from lit_moeedit.editing.evaluation import score_batch
-from lit_moeedit.editing.phases import Clock, Progress, no_progress
+from lit_moeedit.editing.method import EditJob, EditMethod, LayerEdits
+from lit_moeedit.editing.target_rows import EncodedFacts
 from lit_moeedit.editing.targets import Targets
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.partial_forward import inference
-from lit_moeedit.preservation.second_moments import SecondMoments
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError, is_partitioned
-from lit_moeedit.sharding.transaction import Transaction, Way
 from lit_moeedit.solvers import ExpertDeltas
 
 
-class FineTuning(Editor):
-    r"""Gradient steps on the down-projections of some layers until the model says the new targets.
+class FineTuning(EditMethod):
+    r"""Takes gradient steps on the down-projections of some layers until the model outputs the new targets.
 
     FT of ROME (2202.05262); with ``norm_constraint`` FT+L, where no weight may move by more than ``ε``
     (Zhu et al., 2012.00363):
@@ -35,19 +30,19 @@ class FineTuning(Editor):
     .. math:: \min_{\Delta W} \overline{-\log p(\text{target}_t \mid W + \Delta W)}, \qquad
               \|\Delta W\|_\infty \le \varepsilon
 
-    All edits are one batch, as they are for :class:`Editor`. Nothing is preserved, so no text is needed. Adam moves
-    dense changes beside the weights; these change once, at the end, as one transaction.
+    All edits are one batch, as in :class:`~lit_moeedit.editing.Editor`. Nothing is preserved, so no text is needed.
+    Adam optimises dense changes that are kept apart from the weights. The weights change once, at the end, in one
+    transaction.
 
     Args:
         layers: indices of the decoder layers to change.
-        steps: largest number of Adam steps.
-        learning_rate: of Adam, in units of the weights.
+        steps: maximum number of Adam steps.
+        learning_rate: learning rate of Adam, in units of the weights.
         norm_constraint: ``ε``, in units of the weights; ``None`` for no bound.
-        stop: done when the mean negative log-likelihood per token (nats) is below this.
-        contexts: texts put before the prompts; every fact is trained behind each of them.
-        token_budget: largest number of tokens (with padding) in one forward.
-        way: as for :class:`Editor`, and
-        reset_moments: likewise.
+        stop: training ends when the mean negative log-likelihood per token (nats) is at most this.
+        contexts: texts put before the prompts. Every fact is trained after each of them.
+        token_budget: maximum number of tokens (with padding) in one forward.
+        reset_moments: as for :class:`~lit_moeedit.editing.Editor`.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -66,19 +61,11 @@ class FineTuning(Editor):
         stop: float = 0.01,
         contexts: Sequence[str] = ("",),
         token_budget: int = 16384,
-        way: Way = "local",
         reset_moments: bool = False,
     ) -> None:
-        super().__init__(
-            layers,
-            preserve="none",
-            token="last",
-            contexts=contexts,
-            neutral="",
-            token_budget=token_budget,
-            way=way,
-            reset_moments=reset_moments,
-        )
+        super().__init__(layers, contexts, token_budget, reset_moments)
+        if not isinstance(token_budget, int):
+            raise ValueError("token_budget of FineTuning must be a number of tokens")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not learning_rate > 0:
@@ -88,11 +75,10 @@ class FineTuning(Editor):
         if not stop >= 0:
             raise ValueError(f"stop must be at least 0, got {stop}")
         self.steps, self.learning_rate, self.norm_constraint, self.stop = steps, learning_rate, norm_constraint, stop
-        self.batch_tokens = token_budget
 
     @override
-    def check(self, model: PreTrainedModel) -> list[ExpertLayer]:
-        """The layers to change, ascending.
+    def check(self, model: PreTrainedModel, ranks: Ranks | None = None) -> list[ExpertLayer]:
+        """Return the layers to change, ascending.
 
         Raises:
             UnsupportedModelError: if one of them cannot be edited.
@@ -100,132 +86,89 @@ class FineTuning(Editor):
         """
         if any(is_partitioned(parameter) for parameter in model.parameters()):
             raise UnsupportedShardingError(
-                "FineTuning needs whole weights on every rank, and these are partitioned; "
+                "FineTuning needs whole weights on every rank, but these are partitioned; "
                 "use Editor, or DeepSpeed ZeRO at a stage below 3"
             )
-        return super().check(model)
+        return super().check(model, ranks)
 
     @override
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def edit(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        facts: Sequence[Fact],
-        preservation: Sequence[str] = (),
-        *,
-        moments: Mapping[int, SecondMoments] | None = None,
-        guard: Callable[[], bool] | None = None,
-        progress: Progress | None = None,
-        optimizers: Sequence[Any] = (),
-        ranks: Ranks | None = None,
-        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
-    ) -> EditResult:
-        """Edit the facts as :meth:`Editor.edit` does; ``preservation`` and ``moments`` have no effect.
+    def prepare(self, job: EditJob) -> _Changes:
+        """Optimise the changes.
 
-        There are no target vectors, so ``deltas`` of the result's targets is ``[T, 0]``; the steps count as the phase
-        ``solve``.
-
-        Raises:
-            UnsupportedModelError: if the model cannot be edited.
-            UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
-            FactError: if a fact cannot be edited.
-            FloatingPointError: if the model or the result is not finite.
-            RankError: if another rank failed.
+        There are no target vectors, so ``deltas`` of the result's targets is ``[T, 0]``. The steps are timed as the
+        phase ``solve``.
         """
-        ranks = ranks if ranks is not None else Ranks()
-        report = progress if progress is not None else no_progress
-        clock = Clock(phase, model.device)
-        with ranks.together():
-            layers = self.check(model)
-            facts = validate_facts(facts, tokenizer=tokenizer)
-            ranks.check_same("the facts", [repr(fact) for fact in facts])
-            pairs = [(fact, context) for fact in facts for context in self.contexts]
-            prompts = [join(context, fact.prompt) if context else fact.prompt for fact, context in pairs]
-            texts = encode(tokenizer, prompts, [fact.target_new for fact, _ in pairs])
-            with clock("solve"):
-                descent = _Descent(self, model, layers, texts, pad_id(tokenizer))
-                steps = descent.run(ranks, lambda done: report("solve", done, self.steps))
-                nll = descent.nll.view(len(facts), -1).mean(-1)
-            deltas: dict[int, ExpertDeltas] = {}
-            change: dict[int, float] = {}
-            with Transaction(optimizers, ranks, self.way, self.reset_moments) as transaction:
-                for layer, dense in zip(layers, descent.deltas, strict=True):
-                    with clock("commit"):
-                        deltas[layer.index] = solved = _factors(layer, dense)
-                        ranks.check_errors()
-                        ranks.broadcast(solved.left, solved.right)
-                        change[layer.index] = transaction.commit(layer.down_proj, solved, layer.is_transposed)
-                kept = not ranks.any(guard is not None and not guard())
-                if not kept:
-                    transaction.rollback()
-        targets = Targets(nll.new_zeros(len(facts), 0), nll, torch.full_like(nll, steps, dtype=torch.long))
-        return EditResult(list(facts), deltas, targets, clock.seconds(), change, kept)
+        rows = EncodedFacts.of(job.tokenizer, job.facts, self.contexts, neutral="", token="last").rows
+        changes = _Changes(self, job, [row.encoding for row in rows])
+        with job.clock("solve"):
+            steps = changes.optimize()
+            nll = changes.nll.view(len(job.facts), -1).mean(-1)
+        changes.targets = Targets(nll.new_zeros(len(nll), 0), nll, torch.full_like(nll, steps, dtype=torch.long))
+        return changes
 
 
-class _Descent:
-    """Gradient steps on changes that are kept beside the weights.
+class _Changes(LayerEdits):
+    """Dense changes of the layers, which Adam optimises apart from the weights, in the layout of the stored weights.
 
     Attributes:
-        deltas: the changes, by layer, as the layers store their weights.
         nll: ``[n]``, negative log-likelihood of each text's target at the last step.
     """
 
-    def __init__(
-        self,
-        settings: FineTuning,
-        model: PreTrainedModel,
-        layers: Sequence[ExpertLayer],
-        texts: Sequence[Encoding],
-        pad_token: int,
-    ) -> None:
-        self.settings, self.model, self.texts, self.pad_token = settings, model, texts, pad_token
-        self.weights = {f"{layer.name}.down_proj": layer.down_proj.detach() for layer in layers}
-        self.deltas = [torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for w in self.weights.values()]
-        self.nll = torch.zeros(len(texts), device=model.device)
-        self.batches = list(token_batches([len(text.ids) for text in texts], settings.batch_tokens))
+    def __init__(self, settings: FineTuning, job: EditJob, texts: Sequence[Encoding]) -> None:
+        super().__init__(job)
+        self.settings, self.texts, self.nll = settings, texts, torch.zeros(len(texts), device=job.model.device)
+        self._weights = {f"{layer.name}.down_proj": layer.down_proj.detach() for layer in job.layers}
+        dense = (torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for w in self._weights.values())
+        self._dense = {layer.index: change for layer, change in zip(job.layers, dense, strict=True)}
+        assert isinstance(settings.token_budget, int)
+        self._batches = list(token_batches([len(text.ids) for text in texts], settings.token_budget))
 
-    def run(self, ranks: Ranks, report: Callable[[int], None]) -> int:
-        """Descend until the loss is low enough; return the number of steps that it took."""
+    @override
+    def solve(self, layer: ExpertLayer) -> ExpertDeltas:
+        with self.job.clock("commit"):
+            return _factors(layer, self._dense[layer.index])
+
+    def optimize(self) -> int:
+        """Take steps until the loss is low enough; return their number."""
         settings = self.settings
-        optimizer = torch.optim.Adam(self.deltas, settings.learning_rate)
-        with inference(self.model, gradients=True):
+        optimizer = torch.optim.Adam(self._dense.values(), settings.learning_rate)
+        with inference(self.job.model, gradients=True):
             for step in range(settings.steps + 1):
-                self._differentiate(ranks)
+                self._differentiate()
                 if not bool(torch.isfinite(self.nll).all()):
                     raise FloatingPointError(
-                        "the loss of fine-tuning is not finite: the model's is not, or the learning rate is high"
+                        "the loss of fine-tuning is not finite: that of the model is not, or the learning rate is high"
                     )
-                report(step)
+                self.job.report("solve", step, settings.steps)
                 if step == settings.steps or float(self.nll.mean()) <= settings.stop:
                     break
                 optimizer.step()
                 if settings.norm_constraint is not None:
                     with torch.no_grad():
-                        for delta in self.deltas:
+                        for delta in self._dense.values():
                             delta.clamp_(-settings.norm_constraint, settings.norm_constraint)
         return step
 
-    def _differentiate(self, ranks: Ranks) -> None:
-        """The texts' losses and the gradient of their mean; the batches are dealt to the ranks."""
+    def _differentiate(self) -> None:
+        """Compute the texts' losses and the gradient of their mean; the batches are sharded over the ranks."""
+        model, ranks, deltas = self.job.model, self.job.ranks, list(self._dense.values())
         self.nll.zero_()
-        for delta in self.deltas:
+        for delta in deltas:
             delta.grad = torch.zeros_like(delta)
-        for chosen, mine in ranks.shard(self.batches):
+        for chosen, mine in ranks.shard(self._batches):
             if not mine:
                 continue
-            pairs = zip(self.weights.items(), self.deltas, strict=True)
+            pairs = zip(self._weights.items(), deltas, strict=True)
             changed = {name: (weight + delta).to(weight.dtype) for (name, weight), delta in pairs}
-            log_prob, _ = score_batch(self.model, [self.texts[i] for i in chosen], self.pad_token, changed)
+            log_prob, _ = score_batch(model, [self.texts[i] for i in chosen], pad_id(self.job.tokenizer), changed)
             self.nll[chosen] = -log_prob.detach()
             (-log_prob.sum() / len(self.texts)).backward()
         ranks.check_errors()
-        ranks.all_reduce(self.nll, *(delta.grad for delta in self.deltas if delta.grad is not None))
+        ranks.all_reduce(self.nll, *(delta.grad for delta in deltas if delta.grad is not None))
 
 
 def _factors(layer: ExpertLayer, dense: Tensor) -> ExpertDeltas:
-    """A dense change, as the layer stores its weights, without the experts that did not change."""
+    """Return a dense change as deltas of the experts that it changes."""
     experts = dense.detach().flatten(1).any(-1).nonzero().squeeze(-1)
     changed = dense.detach()[experts]
     return ExpertDeltas.from_dense(experts, changed.mT if layer.is_transposed else changed, layer.num_experts)

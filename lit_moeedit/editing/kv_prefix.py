@@ -1,8 +1,9 @@
-"""Rows whose beginning stays as it is: its keys and values are kept, and only what follows is run."""
+"""Cached keys and values of the beginning of rows, so that only the rest of each row is run."""
 
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from lit_moeedit.models.partial_forward import logits
 
 
 class _PrefixLayer(DynamicLayer):
-    """Keeps the first ``length`` positions of the first forward; every later forward sees them, and adds nothing."""
+    """Stores the first ``length`` positions of the first forward. Later forwards attend to them and store nothing."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it without annotations
         self.length, self.fixed = length, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -30,21 +31,21 @@ class _PrefixLayer(DynamicLayer):
         return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
 
     def get_seq_length(self) -> int:
-        # of a layer that is not run too, because transformers makes the mask of all layers from one of them
+        # also for a layer that is not run, because transformers derives the mask of all layers from one of them
         return self.length if self.fixed else 0
 
 
 class Prefix(Cache):
     """Keys and values of the first ``length`` positions of some rows, in the layers that are run.
 
-    The first forward records them, from whole rows. After :meth:`fix`, forwards take the rest of each row only. In a
-    causal model both say the same of the rest, as long as nothing changes in the first positions.
+    The first forward records them from whole rows. After :meth:`fix`, forwards take only the rest of each row. A causal
+    model computes the same for the rest either way, as long as nothing changes in the first positions.
 
-    A sliding window is the mask's matter, so all positions are kept for it, too.
+    All positions are kept for a sliding window, too, because the attention mask implements it.
 
     Args:
         layers: number of decoder layers of the model.
-        length: positions that stay as they are. Rows are padded on their left up to it.
+        length: number of positions to keep. Rows are padded on the left up to it.
     """
 
     def __init__(self, layers: int, length: int) -> None:
@@ -52,22 +53,22 @@ class Prefix(Cache):
         super().__init__(layers=[*self._parts])
 
     def fix(self) -> None:
-        """The rows are recorded."""
+        """End the recording."""
         for layer in self._parts:
             layer.fixed = True
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some of the rows."""
+        """Keep only some of the rows."""
         for layer in self._parts:
             if layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 def prefix_for(model: PreTrainedModel, length: int) -> Prefix | None:
-    """An empty :class:`Prefix`, or ``None`` where the model's layers carry more than keys and values.
+    """Return an empty :class:`Prefix`, or ``None`` if the model's layers have more state than keys and values.
 
-    Linear attention and state-space layers do, shared caches and indexers; transformers declares that by the cache
-    that it makes for a config.
+    Linear attention, state-space layers, shared caches and indexers have more. The cache that transformers makes for
+    the model's config shows it.
     """
     accepted = inspect.signature(model.forward).parameters
     if "past_key_values" not in accepted or "position_ids" not in accepted:
@@ -86,19 +87,19 @@ def logits_at(
     columns: Tensor,
     prefix: Prefix | None = None,
 ) -> Tensor:
-    """Logits at ``m`` single positions, ``[m, vocabulary]``; the output embeddings are run on these alone.
+    """Compute logits ``[m, vocabulary]`` at ``m`` positions; the output embeddings are run on these alone.
 
-    They are picked on the way into the output embeddings, so what a family does with logits behind them (scaling, soft
-    capping) is done here too.
+    The positions are selected at the input of the output embeddings. What a model family does to logits afterwards
+    (scaling, soft capping) is applied here, too.
 
     Args:
         model: the model.
         input_ids: int64 ``[batch, length]``.
-        attention_mask: int64 ``[batch, length]``, with the positions of ``prefix`` before them.
+        attention_mask: int64 ``[batch, length]``, or ``[batch, prefix length + length]`` after a recorded ``prefix``.
         positions: int64 ``[batch, length]``, position ids.
-        rows: int64 ``[m]``.
-        columns: int64 ``[m]``, within ``length``.
-        prefix: what stands before the rows, or records it.
+        rows: int64 ``[m]``, row of each position.
+        columns: int64 ``[m]``, column of each position, within ``length``.
+        prefix: keys and values of what precedes the rows, or an empty prefix that records them.
     """
     picked = False
 
@@ -110,10 +111,7 @@ def logits_at(
         return (args[0][rows, columns][None], *args[1:])
 
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(pick) if head is not None else None
-    try:
+    # a hook's handle removes the hook when its context ends
+    with nullcontext() if head is None else head.register_forward_pre_hook(pick):
         scores = logits(model, input_ids, attention_mask, positions, keep=0, cache=prefix)
-    finally:
-        if handle is not None:
-            handle.remove()
     return scores[0] if picked else scores[rows, columns]

@@ -1,4 +1,4 @@
-"""The phases of an edit: their names, how they are timed, and who is told how far they are."""
+"""Phases of an edit: names, timing and progress reports."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ PHASES = ("statistics", "targets", "features", "solve", "commit")
 Progress = Callable[[str, int, int], None]
 
 
-def no_progress(phase: str, done: int, total: int) -> None:
-    """Tells nobody."""
-
-
 class Clock:
-    """Seconds by phase.
+    """Measures the seconds of each phase.
 
     Args:
-        phase: ``phase(name)`` is a block in which every part of a phase is run.
-        device: where the work is done; a GPU is waited for at the end of each part, so that its work counts there.
+        phase: ``phase(name)`` is a context manager in which every part of a phase runs.
+        device: the device of the model. A GPU is synchronised at the end of each part, so that its work is counted.
     """
 
     def __init__(self, phase: Callable[[str], AbstractContextManager[Any]], device: torch.device) -> None:
@@ -32,7 +28,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count a block's seconds as those of a phase."""
+        """Add the seconds of a block to a phase."""
         start = time.perf_counter()
         try:
             with self._phase(phase):
@@ -43,5 +39,5 @@ class Clock:
             self._seconds[phase] += time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
-        """By phase, and since this was made."""
+        """Return the seconds of each phase, and as ``edit`` those since the clock was made."""
         return {**self._seconds, "edit": time.perf_counter() - self._start}

@@ -1,4 +1,4 @@
-"""A step of an optimisation as a CUDA graph: some ten thousand kernels that are started as one."""
+"""A step of an optimisation as a CUDA graph: some ten thousand kernels in one launch."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from lit_moeedit.sharding.ranks import is_out_of_memory
 log = logging.getLogger(__name__)
 
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""A function of one tensor that gives two, with the same shapes and the same way through the code at every call."""
+"""A function of one tensor that returns two, with the same shapes and the same control flow at every call."""
 WARM_UPS = 2
-"""Calls before the recording, in which libraries set themselves up."""
+"""Number of calls before the recording, in which libraries initialise themselves."""
 TOLERANCE = 1e-2
-"""By how much a replay may differ from the step itself, as a share of its largest element: sums in another order."""
-
-
-class RecordedStep:
-    """A step recorded once, and replayed with other numbers.
-
-    What the step reads besides its argument is read where it was when it was recorded, and must stay alive.
-
-    Args:
-        step: what to record. It must not wait for the device.
-        example: the argument of a call; its device is a GPU.
-
-    Raises:
-        RuntimeError: if the step cannot be recorded, or a replay gives something else than the step.
-    """
-
-    def __init__(self, step: Step, example: Tensor) -> None:
-        self._argument = example.clone()
-        with torch.cuda.device(example.device):
-            beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            beside.wait_stream(current)
-            with torch.cuda.stream(beside):
-                for _ in range(WARM_UPS):
-                    expected = [result.clone() for result in step(self._argument)]
-            current.wait_stream(beside)
-            self._graph = torch.cuda.CUDAGraph()
-            # other threads, of a data loader say, may call the driver meanwhile
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._results = step(self._argument)
-        for one, other in zip(self(example), expected, strict=True):
-            if not bool((one - other).abs().amax() <= TOLERANCE * other.abs().amax()):
-                raise RuntimeError("a replay gives something else than the step that was recorded")
-
-    def __call__(self, argument: Tensor) -> tuple[Tensor, Tensor]:
-        """The step's results; they are overwritten by the next call."""
-        self._argument.copy_(argument)
-        self._graph.replay()
-        return self._results
+"""Maximum difference of a replay from the step itself, relative to the largest element: sums in another order."""
 
 
 def record(step: Step, example: Tensor) -> Step | None:
-    """Record a step; ``None``, with a line in the log, if it cannot be.
+    """Record a step; return ``None``, and log a warning, if it cannot be recorded.
 
     Raises:
-        RuntimeError: if memory ran out.
+        RuntimeError: if memory runs out.
     """
     try:
-        return RecordedStep(step, example)
+        return _recorded(step, example)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         log.warning("steps are not recorded as a CUDA graph: %s", str(error).split("\n")[0])
         return None
+
+
+def _recorded(step: Step, example: Tensor) -> Step:
+    """Record a step once, to be replayed with other arguments.
+
+    A replay reads all other inputs of the step from the memory in which they were recorded, so they must stay alive.
+    The next replay overwrites its results.
+
+    Args:
+        step: the step to record. It must not wait for the device.
+        example: an argument of the step, on a GPU.
+
+    Raises:
+        RuntimeError: if the step cannot be recorded, or a replay differs from the step.
+    """
+    recorded = example.clone()
+    with torch.cuda.device(example.device):
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                expected = [result.clone() for result in step(recorded)]
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as those of a data loader, may call the driver meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = step(recorded)
+
+    def replay(argument: Tensor) -> tuple[Tensor, Tensor]:
+        recorded.copy_(argument)
+        graph.replay()
+        return results
+
+    for one, other in zip(replay(example), expected, strict=True):
+        if not bool((one - other).abs().amax() <= TOLERANCE * other.abs().amax()):
+            raise RuntimeError("a replay differs from the step that was recorded")
+    return replay

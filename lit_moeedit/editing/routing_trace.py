@@ -1,4 +1,4 @@
-"""Where a model sends the tokens of a probe text: the state that routing metrics compare."""
+"""The routing of probe texts, which routing metrics compare."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RoutingTrace:
     Attributes:
         experts: chosen experts, int64 ``[N, k]``.
         probabilities: distribution over all experts, float32 ``[N, E]``: softmax of the router's logits if the model
-            returns them, else the gates of the chosen experts, normalised.
+            returns them, otherwise the normalised gates of the chosen experts.
     """
 
     experts: dict[int, Tensor]
@@ -46,22 +46,22 @@ def trace_routing(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        texts: the probe; their order is the order of the tokens.
-        token_budget: largest number of tokens (with padding) in one forward. Traces that are compared are made with the
-            same, since a router's near ties can fall otherwise in batches of another shape; only where memory runs out
-            it is halved.
-        max_length: longer texts are cut.
-        ranks: the processes that trace the same texts; each calls this.
+        texts: the probe texts. The trace has their tokens in the same order.
+        token_budget: maximum number of tokens (with padding) in one forward. It is halved if memory runs out. Traces to
+            be compared need the same budget, because batches of another shape may break a router's near ties
+            differently.
+        max_length: maximum number of tokens of a text; longer texts are truncated.
+        ranks: the processes that trace the same texts. Each calls this.
 
     Raises:
         ValueError: if there is no text.
-        TooLittleMemoryError: if there is no memory for the longest text alone.
+        TooLittleMemoryError: if memory does not suffice for the longest text alone.
     """
     if not texts:
-        raise ValueError("there is no probe text to trace the routing of")
+        raise ValueError("there is no probe text whose routing could be traced")
     rows = [encoding.ids[:max_length] for encoding in encode(tokenizer, texts, [""] * len(texts))]
     longest = max(map(len, rows))
-    budget = TokenBudget(token_budget, 0.0, model.device, ranks if ranks is not None else Ranks())
+    budget = TokenBudget(token_budget, 0.0, model.device, ranks or Ranks.current())
 
     def run(tokens: int) -> RoutingTrace:
         return _trace(model, rows, max(1, tokens // longest), pad_id(tokenizer))
@@ -70,18 +70,17 @@ def trace_routing(
 
 
 def _trace(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int, pad_token: int) -> RoutingTrace:
-    """Trace rows of token ids, ``size`` of them in a forward."""
+    """Trace rows of token ids, at most ``size`` in one forward."""
     layers = expert_layers(model)
     experts: dict[int, list[Tensor]] = {index: [] for index in layers}
     probabilities: dict[int, list[Tensor]] = {index: [] for index in layers}
-    real = torch.empty(0)
     caught: dict[int, Routing] = {}
 
     def observe(layer: ExpertLayer, routing: Routing) -> None:
         caught[layer.index] = routing
 
     returns_logits = "output_router_logits" in inspect.signature(model.forward).parameters
-    with inference(model), watch_routing(model, list(layers.values()), observe):
+    with inference(model), watch_routing(list(layers.values()), observe):
         for start in range(0, len(rows), size):
             ids, mask = (x.to(model.device) for x in pad(rows[start : start + size], pad_token))
             real = mask.flatten().bool()

@@ -1,105 +1,172 @@
-"""The order in which layers are edited, and what each of them is given to do."""
+"""The spread of an edit over its layers: at each, activations are measured, keys shaped, and a problem is solved."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import logging
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lit_moeedit.editing.edit_tokens import EditTokens
+from lit_moeedit.data.encoding import pad_id
+from lit_moeedit.editing.edit_tokens import EditTokens, edit_tokens
+from lit_moeedit.editing.layer_weights import layer_weights
+from lit_moeedit.editing.memory import GatedKeys
+from lit_moeedit.editing.method import EditJob, LayerEdits
+from lit_moeedit.editing.target_rows import EncodedFacts
+from lit_moeedit.editing.targets import Targets
 from lit_moeedit.models.experts import ExpertLayer
-from lit_moeedit.models.output_scale import asked_of_experts
+from lit_moeedit.models.output_scale import expert_residuals
+from lit_moeedit.preservation.second_moments import SecondMoments
 from lit_moeedit.preservation.shaping import Shaping
-from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Tucker, TuckerFactors
+from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lit_moeedit.editing.editor import Editor
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Site:
-    """What there is to edit.
+class Spread(LayerEdits):
+    """MEMIT's spread: each layer takes ``1 / (layers left)`` of the residual that the layers below have left.
 
-    Attributes:
-        layers: the layers, ascending; the last is the target layer.
-        aim: ``[n, d_model]``, how far the target layer's output is to move at the edit token of each prompt.
-        measure: keys of a layer, and the target layer's output, with the weights as they are now.
-        gains: by layer index, how far a layer's output moves where its experts' output moves by one; see
-            :func:`~lit_moeedit.models.output_scale.output_gains`.
-        problem: of a layer, for what was measured, the residuals ``[n, d_model]`` that its experts are asked for, the
-            experts that the edit changes, and the shaping of their keys.
-        shaping: of some experts of a layer, by what they must preserve; ``None`` if that is nothing.
-        factors: Tucker factors of a layer, with the given ranks or those that the solver chooses.
-        clock: measures a phase.
+    Args:
+        editor: the settings.
+        job: the arguments of the edit.
+        encoded: the facts as token ids.
+        targets: the target vectors.
+        moments: second moments by layer index, if they are needed.
     """
 
-    layers: Sequence[ExpertLayer]
-    aim: Tensor
-    measure: Callable[[ExpertLayer], EditTokens]
-    gains: Mapping[int, Tensor]
-    problem: Callable[[ExpertLayer, EditTokens, Tensor, Tensor, Shaping | None], EditProblem]
-    shaping: Callable[[ExpertLayer, Tensor], Shaping | None]
-    factors: Callable[[ExpertLayer, Sequence[int] | None], TuckerFactors]
-    clock: Callable[[str], AbstractContextManager[None]]
+    def __init__(
+        self,
+        editor: Editor,
+        job: EditJob,
+        encoded: EncodedFacts,
+        targets: Targets,
+        moments: Mapping[int, SecondMoments] | None,
+    ) -> None:
+        super().__init__(job)
+        self.editor, self.encoded, self.targets, self.moments = editor, encoded, targets, moments
+        # change of the target layer's output that is wanted at the edit token of each prompt
+        self.wanted = targets.deltas[torch.tensor(encoded.fact_index, device=job.model.device)]
+        self.names = [job.facts[t].key for t in encoded.fact_index]
+        self._goal: Tensor | None = None
+        self._keys: dict[int, GatedKeys] = {}
+
+    @override
+    def solve(self, layer: ExpertLayer) -> ExpertDeltas:
+        tokens = self.observe(layer)
+        if self._goal is None:
+            self._goal = tokens.hidden + self.wanted
+        with self.job.clock("solve"):
+            solver = self.solver_at(layer)
+            shaping = self.shape(layer, tokens)
+            share = (self._goal - tokens.hidden) / (len(self.job.layers) - self.job.layers.index(layer))
+            return unshaped(solver.solve(self.problem(layer, tokens, share, shaping)), shaping)
+
+    @override
+    def keep(self) -> None:
+        if self.editor.memory is not None:
+            self.editor.memory.remember(self._keys, self.names, self.job.ranks)
+
+    def observe(self, layer: ExpertLayer) -> EditTokens:
+        """Measure the keys of a layer and the target layer's output with the present weights."""
+        job = self.job
+        with job.clock("features"):
+            return edit_tokens(
+                job.model,
+                self.encoded.prompts,
+                job.layers[-1],
+                layer,
+                pad_id(job.tokenizer),
+                self.editor.token_budget,
+                job.ranks,
+            )
+
+    def shape(self, layer: ExpertLayer, tokens: EditTokens) -> Shaping | None:
+        """Compute the shaping of the experts that the edit changes; ``None`` if nothing is preserved."""
+        preservation = self.editor.preserve
+        if preservation is None:
+            return None
+        assert self.moments is not None
+        # factors that experts share are in the coordinates of the keys
+        symmetric = self.editor.solver.changes_all_experts
+        experts = self.changing(layer, tokens)
+        shaping = Shaping.of(self.moments[layer.index], experts, preservation, self._penalty(layer), symmetric)
+        shares = shaping.energy_kept
+        self.energy_kept[layer.index] = dict(zip(shaping.experts.tolist(), shares.tolist(), strict=True))
+        log.info(
+            "layer %d: share of the preserved energy that is kept, over %d experts: %.4f on average, %.4f at least",
+            layer.index,
+            len(shares),
+            float(shares.mean()),
+            float(shares.min()),
+        )
+        return shaping
+
+    def problem(self, layer: ExpertLayer, tokens: EditTokens, share: Tensor, shaping: Shaping | None) -> EditProblem:
+        """Build the problem of a layer whose output is to change by ``share [n, d_model]``."""
+        assert layer.output_scale is not None
+        editor, residuals = self.editor, expert_residuals(share, layer.output_scale)
+        keys = self._keys[layer.index] = GatedKeys.of(tokens.keys)
+        if editor.memory is not None:
+            experts = self.changing(layer, tokens)
+            keys, residuals = editor.memory.extend(layer.index, keys, residuals, self.names, experts)
+        features = keys.key if shaping is None else shaping.features(keys.key, keys.expert)
+        return EditProblem(keys.row, keys.expert, features, residuals, layer.num_experts, editor.ridge)
+
+    def solver_at(self, layer: ExpertLayer, like: Solver | None = None) -> Any:
+        """Return the solver for a layer, see :meth:`~lit_moeedit.solvers.Solver.at_layer`."""
+        solver = self.editor.solver
+        moments = self.moments[layer.index] if self.moments is not None and solver.needs_moments else None
+        return solver.at_layer(layer_weights(layer, moments, self._penalty(layer), self.job.ranks), like)
+
+    def changing(self, layer: ExpertLayer, tokens: EditTokens) -> Tensor:
+        """Return the experts that the edit changes: those that it visits, or all if they share parameters."""
+        visited: Tensor = torch.unique(tokens.keys.expert)
+        if self.editor.solver.changes_all_experts:
+            return torch.arange(layer.num_experts, device=visited.device)
+        return visited
+
+    def _penalty(self, layer: ExpertLayer) -> float | None:
+        preservation = self.editor.preserve
+        return None if preservation is None else preservation.penalty(layer.shape, self.editor.ridge)
 
 
-def walk(solver: Solver, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDeltas]]:
-    """Layers and their changes, in the order in which they are to be committed: each before the next is asked for."""
-    return carried(solver, site) if isinstance(solver, Tucker) and solver.carry else upwards(solver, site)
+class CarriedSpread(Spread):
+    """MoTE's spread: activations are measured once, at the last layer, and its solution is carried to those below.
 
-
-def upwards(solver: Solver, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDeltas]]:
-    """The walk of MEMIT: each layer takes ``1 / (layers left)`` of what is missing once those below have changed."""
-    goal: Tensor | None = None
-    for number, layer in enumerate(site.layers):
-        with site.clock("features"):
-            seen = site.measure(layer)
-        if goal is None:
-            goal = seen.hidden + site.aim
-        with site.clock("solve"):
-            chosen = solver.with_factors(site.factors(layer, None)) if isinstance(solver, Tucker) else solver
-            experts = _changing(solver, layer, seen)
-            shaping = site.shaping(layer, experts)
-            share = (goal - seen.hidden) / (len(site.layers) - number)
-            residuals = asked_of_experts(share, site.gains[layer.index])
-            solution = chosen.solve(site.problem(layer, seen, residuals, experts, shaping))
-        yield layer, _applied(solution, shaping)
-
-
-def carried(solver: Tucker, site: Site) -> Iterator[tuple[ExpertLayer, ExpertDeltas]]:
-    """The walk of MoTE: activations are collected once, at the last layer, and its core is carried to those below.
-
-    Where the published text is silent: the core is solved for the whole residual; each layer unfolds it by the factors
-    of its own experts, and takes the share ``1 / (layers left)`` of that. So the last layer is changed by its own
-    solution in full. Nothing is measured at the lower layers, whose gains are taken to be those of the last, and what
-    their changes do is not corrected.
+    The published text leaves some choices open. Here the core is solved for the whole residual. Each layer unfolds it
+    by the factors of its own experts and takes the share ``1 / (layers left)`` of the result, so the last layer is
+    changed by its whole solution. Nothing is measured at the lower layers: their output scales are assumed to be that
+    of the last layer, and the effect of their changes is not corrected.
     """
-    top = site.layers[-1]
-    with site.clock("features"):
-        seen = site.measure(top)
-    with site.clock("solve"):
-        factors = site.factors(top, None)
-        experts = _changing(solver, top, seen)
-        shaping = site.shaping(top, experts)
-        residuals = asked_of_experts(site.aim, site.gains[top.index])
-        core = solver.with_factors(factors).core(site.problem(top, seen, residuals, experts, shaping))
-    for number, layer in enumerate(site.layers):
-        with site.clock("solve"):
-            own = factors if layer is top else site.factors(layer, factors.ranks)
-            share = 1 / (len(site.layers) - number)
-            its = shaping if layer is top else site.shaping(layer, _changing(solver, layer, seen))
-            deltas = _applied(core.deltas(own, share), its)
-        yield layer, deltas
+
+    @override
+    def solve(self, layer: ExpertLayer) -> ExpertDeltas:
+        layers, (tokens, solver, shaping, carried) = self.job.layers, self._top
+        with self.job.clock("solve"):
+            if layer is not layers[-1]:
+                solver, shaping = self.solver_at(layer, solver), self.shape(layer, tokens)
+            return unshaped(solver.unfold(carried, 1 / (len(layers) - layers.index(layer))), shaping)
+
+    @cached_property
+    def _top(self) -> tuple[EditTokens, Any, Shaping | None, Any]:
+        """The last layer: its tokens, solver and shaping, and the solution that is carried down."""
+        top = self.job.layers[-1]
+        tokens = self.observe(top)
+        with self.job.clock("solve"):
+            solver, shaping = self.solver_at(top), self.shape(top, tokens)
+            return tokens, solver, shaping, solver.carry(self.problem(top, tokens, self.wanted, shaping))
 
 
-def _changing(solver: Solver, layer: ExpertLayer, seen: EditTokens) -> Tensor:
-    """The experts that an edit changes: those that it visits, or all if they share factors."""
-    visited = torch.unique(seen.keys.expert)
-    return torch.arange(layer.num_experts, device=visited.device) if isinstance(solver, Tucker) else visited
-
-
-def _applied(solution: ExpertDeltas, shaping: Shaping | None) -> ExpertDeltas:
-    """The problem was solved for keys shaped by ``S_j``, the layer sees keys as they are: apply ``ΔŴ_j S_j``."""
+def unshaped(solution: ExpertDeltas, shaping: Shaping | None) -> ExpertDeltas:
+    """Return ``ΔŴ_j S_j``, because the problem was solved for shaped keys, and the layer's keys are not shaped."""
     if shaping is None:
         return solution
     return solution.with_right(shaping.applied(solution.right, solution.expert_index))

@@ -1,4 +1,4 @@
-"""The texts through which target vectors are optimised, as tensors, and their forward above the target layer."""
+"""The texts on which target vectors are optimised, as tensors, and their forward above the target layer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.data.encoding import Encoding, pad, position_ids
+from lit_moeedit.data.encoding import EditToken, Encoding, encode, join, pad, position_ids
+from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.kv_prefix import Prefix, logits_at
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.partial_forward import (
@@ -29,12 +30,12 @@ from lit_moeedit.sharding.zero3_passes import regathering
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One text through which a target vector is optimised.
+    """One text on which a target vector is optimised.
 
     Attributes:
-        edit: number of the edit.
-        encoding: prompt, target and edit token. For the divergence from the unedited model: a neutral prompt without a
-            target.
+        edit: index of the edit.
+        encoding: prompt, target and edit token; or a neutral prompt without a target, for the divergence from the
+            unedited model.
     """
 
     edit: int
@@ -42,36 +43,74 @@ class TargetRow:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether the row asks for the unedited model's answer instead of a target."""
+        """``True`` for a neutral prompt, which has no target."""
         return self.encoding.target_start == len(self.encoding.ids)
 
     @property
     def parts(self) -> tuple[list[int], list[int]]:
-        """What stands before the edit token; the edit token and what follows it, as far as the model reads it."""
+        """The tokens before the edit token, and the input tokens from the edit token on."""
         ids, edit_token = self.encoding.ids, self.encoding.edit_token
         assert edit_token is not None
-        # the last token of a target is never an input: nothing is predicted from it
+        # the last token of a target is no input, because nothing is predicted from it
         return ids[:edit_token], ids[edit_token:] if self.is_neutral else ids[edit_token:-1]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """``n`` rows of a batch of edits, whole or from the edit token on, and the ``m`` predictions that count in them.
-
-    All edit tokens stand in one column: rows are padded on the left and on the right.
+class EncodedFacts:
+    """Facts as token ids.
 
     Attributes:
-        edit: ``[n]``, number of the edit in the batch.
-        ids: ``[n, length]``.
+        rows: the texts of the target vectors. Those of a fact are its prompt in every context, then its neutral prompt.
+        prompts: every fact's prompt in every context, without a target, from which keys and residuals are measured.
+        fact_index: index of the fact of each prompt.
+    """
+
+    rows: list[TargetRow]
+    prompts: list[Encoding]
+    fact_index: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        contexts: Sequence[str],
+        neutral: str,
+        token: EditToken,
+    ) -> Self:
+        """Encode facts, with the settings of :class:`~lit_moeedit.editing.Editor`."""
+        fact_index = [t for t in range(len(facts)) for _ in contexts]
+        texts = [join(context, fact.prompt) if context else fact.prompt for fact in facts for context in contexts]
+        subjects = [facts[t].subject for t in fact_index]
+        encodings = encode(tokenizer, texts, [facts[t].target_new for t in fact_index], subjects, token)
+        rows = [TargetRow(t, encoding) for t, encoding in zip(fact_index, encodings, strict=True)]
+        if neutral:
+            texts = [neutral.replace("{}", fact.subject) for fact in facts]
+            neutrals = encode(tokenizer, texts, [""] * len(facts), [f.subject for f in facts], "subject_last")
+            rows += [TargetRow(t, encoding) for t, encoding in enumerate(neutrals)]
+            rows.sort(key=lambda row: row.edit)  # a stable sort, so contexts come before the neutral prompt
+        prompts = [Encoding(e.ids[: e.target_start], e.target_start, e.edit_token) for e in encodings]
+        return cls(rows, prompts, fact_index)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``n`` rows of a batch of edits, whole or from the edit token on, and the ``m`` predictions that enter the loss.
+
+    Rows are padded on the left and on the right, so that all edit tokens are in one column.
+
+    Attributes:
+        edit: ``[n]``, index of the edit in the batch.
+        ids: ``[n, length]``, token ids.
         positions: ``[n, length]``, position ids.
-        mask: ``[n, length]``, with the columns of ``prefix`` before them.
-        output: of the target layer without ``δ``.
+        mask: ``[n, length]``, or ``[n, prefix length + length]`` with a prefix.
+        output: output of the target layer without ``δ``.
         token: column of the edit tokens.
         row: ``[m]``, row of each prediction.
-        column: ``[m]``, column from which it is made.
+        column: ``[m]``, column of the token from which each prediction is made.
         label: ``[m]``, the target's token; -1 in a neutral row.
-        weight: ``[m]``, of the label's negative log-likelihood: its mean is over a target's tokens and over contexts.
-        prefix: keys and values of what stands before rows that start at the edit token.
+        weight: ``[m]``, weight of the label's negative log-likelihood in the average over tokens and contexts.
+        prefix: keys and values of the tokens before the edit token, for rows that start at it.
     """
 
     edit: Tensor
@@ -86,32 +125,33 @@ class Rows:
     weight: Tensor
     prefix: Prefix | None = None
 
-    # places are found once for all steps: a GPU has to be waited for to know how many there are
+    # these indices are computed once for all steps, because the host waits for the GPU to learn their number
 
     @cached_property
     def real(self) -> Tensor:
-        """Places of the tokens that are no padding, among all of the rows'."""
+        """Indices of the tokens that are no padding, among the flattened tokens of all rows."""
         return self.mask[:, -self.ids.shape[1] :].flatten().nonzero().squeeze(-1)
 
     @cached_property
     def predicting(self) -> Tensor:
-        """Places of the tokens from which a prediction is made."""
-        return torch.unique(self.row * self.ids.shape[1] + self.column)
+        """Indices of the tokens from which a prediction is made, among the flattened tokens of all rows."""
+        indices: Tensor = torch.unique(self.row * self.ids.shape[1] + self.column)
+        return indices
 
     @cached_property
     def neutral(self) -> Tensor:
-        """Numbers of the predictions that belong to neutral rows."""
+        """Indices of the predictions in neutral rows."""
         return (self.label < 0).nonzero().squeeze(-1)
 
-    def behind(self, prefix: Prefix) -> Rows:
-        """The same rows from the edit token on."""
+    def after(self, prefix: Prefix) -> Rows:
+        """Return the rows from the edit token on, after a recorded prefix."""
         prefix.fix()
         cut = {name: getattr(self, name)[:, self.token :] for name in ("ids", "positions")}
         output = self.output.at(slice(None), slice(self.token, None))
         return replace(self, **cut, output=output, token=0, column=self.column - self.token, prefix=prefix)
 
     def select(self, kept: Tensor) -> tuple[Rows, Tensor]:
-        """Some of the rows, given as a mask ``[n]``; also the predictions that are left, as a mask ``[m]``."""
+        """Select rows by a mask ``[n]``; also return the mask ``[m]`` of their predictions."""
         predictions = kept[self.row]
         if self.prefix is not None:
             self.prefix.select(kept)
@@ -122,7 +162,7 @@ class Rows:
 
 
 class UpperLayers:
-    """A model from the output of the target layer on.
+    """The part of a model above the target layer.
 
     Args:
         model: the model.
@@ -132,33 +172,33 @@ class UpperLayers:
     def __init__(self, model: PreTrainedModel, layer: ExpertLayer) -> None:
         self.model, self.layer = model, layer.layer
         layers = decoder_layers(model, layer)
-        number = next(i for i, other in enumerate(layers) if other is layer.layer)
-        self.below, above = layers[:number], layers[number + 1 :]
+        index = next(i for i, other in enumerate(layers) if other is layer.layer)
+        self.below, above = layers[:index], layers[index + 1 :]
         experts = expert_layers(model).values()
         self.between = [other for other in experts if any(other.layer is one for one in above[:-1])]
         self.last = [other for other in experts if any(other.layer is one for one in above[-1:])]
 
     def log_probabilities(self, rows: Rows, deltas: Tensor | None = None, record: Prefix | None = None) -> Tensor:
-        """What the model says at the predictions, ``[m, vocabulary]`` float32.
+        """Compute the log-probabilities of the predictions, ``[m, vocabulary]`` float32.
 
         Args:
-            rows: whole rows, or rows behind a prefix.
+            rows: whole rows, or rows after a prefix.
             deltas: ``δ`` of each edit of the batch, ``[T, d_model]``.
-            record: gets the keys and values of what stands before the edit tokens of whole rows.
+            record: a prefix that records keys and values of the tokens before the edit tokens of whole rows.
         """
         hidden = rows.output.hidden
         if deltas is not None:
-            number = torch.arange(len(hidden), device=hidden.device)
-            where = (number, torch.full_like(number, rows.token))
-            hidden = hidden.index_put(where, deltas[rows.edit].to(hidden.dtype), accumulate=True)
+            row = torch.arange(len(hidden), device=hidden.device)
+            places = (row, torch.full_like(row, rows.token))
+            hidden = hidden.index_put(places, deltas[rows.edit].to(hidden.dtype), accumulate=True)
         output = rows.output._replace(hidden=hidden)
         with ExitStack() as stack:
             stack.enter_context(skipped(self.below, lambda: output))
             stack.enter_context(output_replaced(self.layer, lambda: output))
             stack.enter_context(regathering(self.model))
             stack.enter_context(experts_run_at(self.between, rows.real, rows.ids.numel()))
-            # from the last layer's experts on, no token reads another one; the forward that records does not rely on
-            # that, since the first step is checked against it
+            # from the last layer's experts on, no token reads another one; the recording forward does not rely on that,
+            # because the first step is compared with it
             last = rows.predicting if record is None else rows.real
             stack.enter_context(experts_run_at(self.last, last, rows.ids.numel()))
             prefix = record if record is not None else rows.prefix
@@ -167,7 +207,7 @@ class UpperLayers:
 
 
 def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequence[TargetRow]], pad_token: int) -> Rows:
-    """Whole rows, run up to the target layer.
+    """Lay out whole rows as tensors, and run them up to the target layer.
 
     Args:
         model: the model.
@@ -181,14 +221,14 @@ def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequen
     left, right = pad(before, pad_token, side="left"), pad(rest, pad_token)
     ids, mask = (torch.cat(sides, 1).to(device) for sides in zip(left, right, strict=True))
     token = left[0].shape[1]
-    places: list[tuple[int, int, int, float]] = []
+    predictions: list[tuple[int, int, int, float]] = []
     contexts = [sum(not row.is_neutral for row in own) for own in by_edit for _ in own]
-    for number, (row, own) in enumerate(zip(rows, contexts, strict=True)):
-        end, target = token + len(rest[number]), row.encoding.ids[row.encoding.target_start :]
+    for r, (row, own) in enumerate(zip(rows, contexts, strict=True)):
+        end, target = token + len(rest[r]), row.encoding.ids[row.encoding.target_start :]
         if row.is_neutral:
-            places.append((number, end - 1, -1, 0.0))
-        places += [(number, end - len(target) + i, label, 1 / (len(target) * own)) for i, label in enumerate(target)]
-    of_row, column, label, weight = (torch.tensor(values, device=device) for values in zip(*places, strict=True))
+            predictions.append((r, end - 1, -1, 0.0))
+        predictions += [(r, end - len(target) + i, label, 1 / (len(target) * own)) for i, label in enumerate(target)]
+    of_row, column, label, weight = (torch.tensor(values, device=device) for values in zip(*predictions, strict=True))
     positions = position_ids(mask)
     edit = torch.tensor([edit for edit, own in enumerate(by_edit) for _ in own], device=device)
     with experts_run_on([*expert_layers(model).values()], mask.bool()):

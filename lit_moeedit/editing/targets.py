@@ -1,11 +1,11 @@
-"""Target vectors: the hidden state that makes the model say the new target."""
+"""Target vectors: hidden states with which the model outputs the new targets."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Literal
 
 import torch
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets:
-    """Result of the optimisation for ``T`` edits.
+    """Target vectors of ``T`` edits.
 
     Attributes:
         deltas: ``δ_t``, ``[T, d_model]`` float32, to be added to the target layer's output at the edit token.
         nll: ``[T]``, mean negative log-likelihood of the target's tokens with ``δ_t``, in nats.
-        steps: ``[T]`` int64, optimiser steps that each edit took.
+        steps: ``[T]`` int64, number of optimiser steps of each edit.
     """
 
     deltas: Tensor
@@ -48,26 +48,26 @@ class TargetOptimizer:
               + w_{KL} \, KL(p_0 \,\|\, p_{\delta_t}) + w_d \, \|\delta_t\| / \|h_t\|^2, \qquad
               \|\delta_t\| \le c \, \|h_t\|
 
-    The mean is over all tokens of the target and over several contexts; the divergence is from the unedited model's
-    next token after a neutral prompt such as "{subject} is a". The layers up to the target layer are run once, because
-    ``δ`` is added behind them. What stands before the edit token cannot see ``δ`` either, so above the target layer
-    its keys and values are computed once, and a step runs the edit token and what follows it; models with linear
-    attention or state-space layers run whole rows. Edits whose loss is low enough leave the batch.
+    The mean is over all tokens of the target and over several contexts. The divergence is that of the next token after
+    a neutral prompt, such as "{subject} is a", from the unedited model. The layers up to the target layer are run once,
+    because ``δ`` is added after them. Tokens before the edit token do not depend on ``δ`` either, so their keys and
+    values above the target layer are computed once, and a step runs only the edit token and the tokens after it. Models
+    with linear attention or state-space layers run whole rows. An edit whose loss is low enough leaves the batch.
 
     Args:
-        steps: largest number of Adam steps.
-        learning_rate: of Adam, in units of the hidden state.
+        steps: maximum number of Adam steps.
+        learning_rate: learning rate of Adam, in units of the hidden state.
         clamp: ``c``.
         weight_decay: ``w_d``.
         kl: ``w_KL``.
-        stop: an edit is done when its negative log-likelihood per token (nats) is below this.
-        token_budget: largest number of tokens (with padding) in one batch of edits; ``auto`` chooses it from the memory
-            that is free. Where memory runs out, the edits that are left go on in batches of half the size.
-        autocast: dtype in which matrices are multiplied, for a model whose weights are float32; ``None`` for the
-            model's own. ``δ`` and the loss are always float32.
-        cuda_graphs: whether to record a step on a GPU as a CUDA graph, and replay that: a step of a deep model starts
-            some 10,000 kernels, and waits for Python to do so. The first replay is compared with the step itself, and
-            a step that cannot be recorded is run as ever. Off, until it has been run on a card.
+        stop: an edit ends when its negative log-likelihood per token (nats) is at most this.
+        token_budget: maximum number of tokens (with padding) in one batch of edits; ``auto`` chooses it from the free
+            memory. If memory runs out, the remaining edits continue in batches of half the size.
+        autocast: dtype of matrix products, for a model with float32 weights; ``None`` for the model's own. ``δ`` and
+            the loss are always float32.
+        cuda_graphs: whether to record a step on a GPU as a CUDA graph, and replay it. A step of a deep model launches
+            some 10,000 kernels, and Python limits its speed. The first replay is compared with the step itself. A step
+            that cannot be recorded runs as usual. Off by default, until it has been tested on a GPU.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -88,12 +88,12 @@ class TargetOptimizer:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         check_budget(token_budget)
-        for name, number in (("learning_rate", learning_rate), ("clamp", clamp)):
-            if not number > 0:
-                raise ValueError(f"{name} must be positive, got {number}")
-        for name, number in (("weight_decay", weight_decay), ("kl", kl), ("stop", stop)):
-            if not number >= 0:
-                raise ValueError(f"{name} must be at least 0, got {number}")
+        for name, value in (("learning_rate", learning_rate), ("clamp", clamp)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name, value in (("weight_decay", weight_decay), ("kl", kl), ("stop", stop)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if autocast not in ("bfloat16", None):
             raise ValueError(f"autocast must be 'bfloat16' or None, got {autocast!r}")
         self.steps, self.learning_rate, self.clamp = steps, learning_rate, clamp
@@ -110,38 +110,35 @@ class TargetOptimizer:
         progress: Callable[[int, int], None] | None = None,
         ranks: Ranks | None = None,
     ) -> Targets:
-        """Find ``δ_t`` for every edit. The edits are dealt to the ranks; each gets the result for all of them.
+        """Find ``δ_t`` of every edit. The edits are sharded over the ranks, and the results all-gathered.
 
         Args:
             model: the model; none of its parameters gets a gradient.
             layer: the target layer.
-            rows: texts of all edits, in ascending order of the edit; each edit has at least one with a target.
+            rows: texts of all edits, in ascending order of the edit. Each edit has at least one with a target.
             pad_token: id to pad with.
-            progress: called with the edits done and all.
-            ranks: the processes that share the work; each calls this with the same rows.
+            progress: called with the number of edits done, and the number of all edits.
+            ranks: the processes that share the work. Each calls this with the same rows.
 
         Raises:
-            TooLittleMemoryError: if there is no memory for a single edit.
+            TooLittleMemoryError: if memory does not suffice for a single edit.
         """
-        ranks = ranks if ranks is not None else Ranks()
+        ranks = ranks or Ranks.current()
         by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
         parts: list[Targets] = []
-        numbers: list[Tensor] = []
+        indices: list[Tensor] = []
         left = list(range(len(by_edit)))
 
         def run(tokens: int) -> None:
-            waiting = left.copy()
-            chunks = _chunks([by_edit[edit] for edit in waiting], tokens, -(-len(waiting) // ranks.size))
+            chunks = _chunks({edit: by_edit[edit] for edit in left}, tokens, -(-len(left) // ranks.size))
             with inference(model, gradients=True), beside_training(model):
-                for number, (places, mine) in enumerate(ranks.shard(chunks)):
-                    chunk = [waiting[place] for place in places]
+                for number, (chunk, mine) in enumerate(ranks.shard(chunks)):
                     part = _Batch(self, model, layer, [by_edit[e] for e in chunk], pad_token).run(ranks, mine)
                     own = torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device)
-                    ranks.check_errors()  # a round counts on all ranks or on none
+                    ranks.check_errors()  # all ranks keep the results of a round, or none does
                     parts.append(part)
-                    numbers.append(own)
-                    rounds = chunks[number * ranks.size : (number + 1) * ranks.size]
-                    done = {waiting[place] for places in rounds for place in places}
+                    indices.append(own)
+                    done = set(chain(*chunks[number * ranks.size : (number + 1) * ranks.size]))
                     left[:] = [edit for edit in left if edit not in done]
                     if progress is not None:
                         progress(len(by_edit) - len(left), len(by_edit))
@@ -150,24 +147,24 @@ class TargetOptimizer:
         sizes = [_tokens(own) for own in by_edit]
         budget = TokenBudget(self.token_budget, batch_cost(model, layer, by_edit), model.device, ranks)
         budget.run("targets", run, least=max(sizes), most=sum(sizes))
-        order = torch.argsort(ranks.all_gather(torch.cat(numbers)))
+        order = torch.argsort(ranks.all_gather(torch.cat(indices)))
         results = (torch.cat([getattr(part, name) for part in parts]) for name in ("deltas", "nll", "steps"))
         return Targets(*(ranks.all_gather(result)[order] for result in results))
 
 
 def _extent(rows: Sequence[TargetRow]) -> tuple[int, int]:
-    """Tokens from the edit token on, and before it, in the longest of some rows."""
+    """Return the maximum number of tokens from the edit token on, and before it, over some rows."""
     before, rest = zip(*(row.parts for row in rows), strict=True)
     return max(map(len, rest)), max(map(len, before))
 
 
 def _tokens(rows: Sequence[TargetRow]) -> int:
-    """Tokens of one edit's rows, with padding."""
+    """Count the tokens of one edit's rows, with padding."""
     return len(rows) * sum(_extent(rows))
 
 
 def batch_cost(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequence[TargetRow]]) -> float:
-    """Bytes for each token of a batch, see :func:`~lit_moeedit.models.token_budget.target_cost`."""
+    """Estimate bytes per token of a batch, see :func:`~lit_moeedit.models.token_budget.target_cost`."""
     rows = [row for own in by_edit for row in own]
     tokens = sum(map(_tokens, by_edit))
     cut = prefix_for(model, 0) is not None
@@ -176,12 +173,12 @@ def batch_cost(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Seq
     return target_cost(model, layer, kept / tokens, predictions / tokens)
 
 
-def _chunks(by_edit: Sequence[Sequence[TargetRow]], token_budget: int, limit: int) -> list[list[int]]:
-    """Edits of similar lengths together: as many as the budget allows (at least one), at most ``limit``."""
-    extents = [_extent(rows) for rows in by_edit]
+def _chunks(by_edit: Mapping[int, Sequence[TargetRow]], token_budget: int, limit: int) -> list[list[int]]:
+    """Group edits of similar lengths into chunks within the budget, each of 1 to ``limit`` edits."""
+    extents = {edit: _extent(rows) for edit, rows in by_edit.items()}
     chunks: list[list[int]] = []
     rows, width = 0, (0, 0)
-    for edit in sorted(range(len(by_edit)), key=extents.__getitem__):
+    for edit in sorted(by_edit, key=extents.__getitem__):
         rest, before = extents[edit]
         rows, width = rows + len(by_edit[edit]), (max(width[0], rest), max(width[1], before))
         if not chunks or len(chunks[-1]) == limit or rows * sum(width) > token_budget:
@@ -192,12 +189,12 @@ def _chunks(by_edit: Sequence[Sequence[TargetRow]], token_budget: int, limit: in
 
 
 def can_record(model: PreTrainedModel, layer: ExpertLayer) -> bool:
-    """Tell whether steps can be CUDA graphs: what gathers sharded weights cannot be recorded."""
+    """Tell whether steps can be recorded as CUDA graphs. Gathering of sharded weights cannot."""
     return model.device.type == "cuda" and not is_partitioned(layer.down_proj)
 
 
 class _Batch:
-    """The optimisation of some edits at once."""
+    """The optimisation of a batch of edits."""
 
     def __init__(
         self,
@@ -213,17 +210,17 @@ class _Batch:
             rows = lay_out(model, layer, by_edit, pad_token)
             prefix = prefix_for(model, rows.token)
             output = self.upper.log_probabilities(rows, record=prefix)
-        # the edit's own h is that of its first row, which has no context before it
+        # h of an edit is that of its first row, which has no context before it
         first = torch.searchsorted(rows.edit, torch.arange(self.count, device=rows.edit.device))
         self.norm = rows.output.hidden[first, rows.token].float().norm(dim=-1)
         self.reference = output.index_select(0, rows.neutral)
         self.start = self._nll(rows, output)
-        self.whole, self.rows = rows, rows if prefix is None else rows.behind(prefix)
-        self._records = settings.cuda_graphs and can_record(model, layer)
+        self.whole, self.rows = rows, rows if prefix is None else rows.after(prefix)
+        self._can_record = settings.cuda_graphs and can_record(model, layer)
         self._recorded: Step | None = None
 
     def run(self, ranks: Ranks, mine: bool) -> Targets:
-        """Optimise, step by step with the other ranks; the result of a batch that is not ``mine`` is empty."""
+        """Optimise in step with the other ranks. The result is empty if the batch is not ``mine``."""
         settings, norm = self.settings, self.norm
         deltas = torch.zeros(self.count, self.rows.output.hidden.shape[-1], device=norm.device)
         moment, square = torch.zeros_like(deltas), torch.zeros_like(deltas)
@@ -232,9 +229,10 @@ class _Batch:
         active = torch.full((self.count,), mine, device=norm.device)
         for step in range(settings.steps + 1):
             now, gradient_of_loss = self._step(deltas, is_first=step == 0)
-            if step == 0 and self.rows is not self.whole and ranks.any(not self._same(now)):
+            if step == 0 and self.rows is not self.whole and ranks.any(not self._agrees(now)):
                 log.warning(
-                    "%s does not say the same from the kept keys and values as from whole rows; whole rows are run",
+                    "%s computes other log-probabilities from cached keys and values than from whole rows; "
+                    "whole rows are run",
                     type(self.upper.model).__name__,
                 )
                 self.rows = self.whole
@@ -244,7 +242,7 @@ class _Batch:
             if not ranks.any(step < settings.steps and bool(active.any())):
                 break
             gradient = gradient_of_loss()
-            # Adam by hand: edits that are done must not move, and each edit has its own step count
+            # Adam by hand, because finished edits must not move, and each edit has its own step count
             chosen = active[:, None]
             moment = torch.where(chosen, 0.9 * moment + 0.1 * gradient, moment)
             square = torch.where(chosen, 0.999 * square + 0.001 * gradient**2, square)
@@ -260,10 +258,10 @@ class _Batch:
         return Targets(deltas[:done], nll[:done], steps[:done])
 
     def _step(self, deltas: Tensor, is_first: bool) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Negative log-likelihoods ``[T]`` with ``deltas``, and how to get the gradient of the loss."""
-        if not is_first and self._records and self._recorded is None:
+        """Return negative log-likelihoods ``[T]``, and a function that returns the gradient of the loss."""
+        if not is_first and self._can_record and self._recorded is None:
             self._recorded = record(self.whole_step, deltas)
-            self._records = self._recorded is not None
+            self._can_record = self._recorded is not None
         if not is_first and self._recorded is not None:
             now, gradient = self._recorded(deltas)
             return now, lambda: gradient
@@ -272,7 +270,7 @@ class _Batch:
         return now, lambda: torch.autograd.grad(loss, variable)[0]
 
     def whole_step(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihoods and gradient; nothing in it waits for a GPU."""
+        """Return negative log-likelihoods and gradient, without waiting for a GPU."""
         now, gradient_of_loss = self._step(deltas, is_first=True)
         return now, gradient_of_loss()
 
@@ -288,22 +286,22 @@ class _Batch:
         return loss, nll.detach()
 
     def _nll(self, rows: Rows, output: Tensor) -> Tensor:
-        """Mean negative log-likelihood ``[T]`` of the targets of the edits in ``rows``, in nats."""
+        """Compute the mean negative log-likelihood ``[T]`` of the targets of the edits in ``rows``, in nats."""
         picked = output.gather(-1, rows.label.clamp_min(0)[:, None]).squeeze(-1)
         nll = torch.zeros(self.count, device=output.device)
         return nll.index_add(0, rows.edit[rows.row], -picked * rows.weight)
 
-    def _same(self, nll: Tensor) -> bool:
-        """Whether the kept keys and values say what whole rows said before the first step."""
-        # in the mean, for rounding may send single tokens to other experts
+    def _agrees(self, nll: Tensor) -> bool:
+        """Tell if the loss from cached keys and values is that of whole rows before the first step."""
+        # on average, because rounding may route single tokens to other experts
         exact = self.whole.output.hidden.dtype == torch.float32 and self.settings.autocast is None
         tolerance = 1e-3 if exact else 5e-2
         return bool((nll - self.start).abs().mean() <= tolerance * (1 + self.start.mean()))
 
     def _drop(self, active: Tensor) -> None:
-        """Leave the rows of finished edits out. A rank that is done runs one row along with the others."""
+        """Drop the rows of finished edits. A finished rank runs one row in step with the others."""
         kept = active[self.rows.edit]
-        # to record anew costs as much as some steps
+        # another recording costs as much as some steps
         enough = 2 * int(kept.sum()) > len(kept) if self._recorded is not None else bool(kept.all())
         if enough or len(kept) == 1:
             return

@@ -1,4 +1,4 @@
-"""What the metrics with one value per layer share: checks of their arguments, and the names of their results."""
+"""Argument checks and result names of the metrics with one value per layer."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def check_indices(indices: Tensor, what: str) -> None:
 
 
 def by_layer(values: Tensor, layers: tuple[int, ...], prefix: str = "") -> dict[str, Tensor]:
-    """Name the entries of ``values [L]`` by layer and put their mean in front."""
+    """Name the entries of ``values [L]`` by layer, with their mean first."""
     names = (f"{prefix}layer_{layer}" for layer in layers)
     return {f"{prefix}mean": values.mean(), **dict(zip(names, values, strict=True))}

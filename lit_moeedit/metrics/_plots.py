@@ -1,4 +1,4 @@
-"""How the metrics draw results: bars per layer for one result, lines for several. Only drawing needs matplotlib."""
+"""Plots of metrics: bars per layer for one result, lines for several. Only plotting needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-_MOST_NAMES = 16  # more layers on an axis, or more lines in a legend, would cover each other
+_MAX_NAMES = 16  # more layers on an axis, or more lines in a legend, would overlap
 
 
 def open_axes(ax: Axes | None, width: float = 6.4) -> tuple[Figure, Axes]:
-    """Return ``ax`` and its figure, or new ones ``width`` inches wide; ModuleNotFoundError without matplotlib."""
+    """Return ``ax`` and its figure, or new ones that are ``width`` inches wide.
+
+    Raises:
+        ModuleNotFoundError: If ``matplotlib`` is not installed.
+
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -29,13 +34,13 @@ def open_axes(ax: Axes | None, width: float = 6.4) -> tuple[Figure, Axes]:
 
 
 def bar_lengths(values: Iterable[float]) -> list[float]:
-    """Return ``values`` with 0 for NaN: a bar of length NaN would take its place and its label off the axes."""
+    """Replace NaN by 0, because a bar of length NaN would remove its place and its label from the axes."""
     return [0.0 if math.isnan(value) else value for value in values]
 
 
 def tick_layers(axis: Axis, layers: Sequence[int]) -> None:
-    """Label the places 0, 1, … of ``axis`` with the layers that stand there, all of them or every n-th."""
-    places = range(0, len(layers), math.ceil(len(layers) / _MOST_NAMES))
+    """Label the places 0, 1, … of ``axis`` with the indices of the layers, of all or of every n-th."""
+    places = range(0, len(layers), math.ceil(len(layers) / _MAX_NAMES))
     axis.set_ticks(places, [str(layers[place]) for place in places])
     axis.set_label_text("layer")
 
@@ -61,10 +66,10 @@ def plot_layers(
     Args:
         val: A result with the entries ``{prefix}mean`` and ``{prefix}layer_{index}``, or a sequence of results.
         layers: The L layer indices.
-        series: Label to prefix; each layer gets a bar for each of them.
-        label: What the value axis shows, with its unit.
+        series: Label to prefix; each layer has a bar for each entry.
+        label: Label of the value axis, with the unit.
         ax: Axes to draw into; ``None`` makes a figure.
-        top: Upper bound of all values, if they have one; the lower bound is 0.
+        top: Upper bound of all values, if there is one; the lower bound is 0.
 
     Returns:
         The figure and the axes.
@@ -93,10 +98,10 @@ def plot_steps(
 ) -> tuple[Figure, Axes]:
     """Draw a line over time for each entry of the results; arguments as in :func:`plot_layers`.
 
-    With too many lines to tell apart, those of single layers are thin and only the others stand in the legend.
+    If there are too many lines, those of single layers are thin and have no entry in the legend.
     """
     figure, ax = open_axes(ax, width=9.0)
-    thin = [name for name in val[0] if "layer_" in name] if len(val[0]) > _MOST_NAMES else []
+    thin = [name for name in val[0] if "layer_" in name] if len(val[0]) > _MAX_NAMES else []
     styles = cycle(["-"] * 10 + ["--"] * 10 + [":"] * 10)  # the colours repeat after ten lines
     color = None
     for name in val[0]:
@@ -117,9 +122,9 @@ def plot_steps(
 def _legend(
     ax: Axes, corner: Literal["lower left", "upper left"], anchor: tuple[float, float], title: str | None = None
 ) -> None:
-    """Put the legend's ``corner`` at ``anchor``, outside the axes, or where it hides least if the figure has no room.
+    """Put the ``corner`` of the legend at ``anchor``, outside the axes.
 
-    Only a figure with a layout makes room; axes that a caller gives may stand in one without.
+    Only a figure with a layout engine has room for it there. In any other figure it goes where it hides least.
     """
     room = cast("Figure", ax.get_figure()).get_layout_engine() is not None
     ax.legend(

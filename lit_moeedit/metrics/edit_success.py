@@ -1,8 +1,8 @@
-"""Whether an edit did what it should and nothing else: efficacy, generalization and specificity.
+"""Success of edits: efficacy, generalization and specificity.
 
-The definitions follow MEMIT (arXiv 2210.07229): a prompt counts when the model finds the right answer more likely than
-the other one, here by mean token log-probability. The ``_accuracy`` twins are stricter: greedy decoding must give the
-whole answer.
+The definitions follow MEMIT (arXiv 2210.07229): a prompt counts if the right answer is more likely than the other
+answer, here by mean token log-probability. The ``_accuracy`` rates are stricter: greedy decoding must generate the
+whole right answer.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _edit_success_update(
 
     Returns:
         ``counts [4]``, long: prompts whose right answer is preferred, prompts compared, exact matches, prompts;
-        ``retention [2, 1 + G]``, long: neighbours exact before and now, neighbours exact before, where column 0 counts
-        all neighbours and each further column one group.
+        ``retention [2, 1 + G]``, long: neighbours exact before and now, neighbours exact before. Column 0 counts all
+        neighbours, and each further column those of one group.
 
     Raises:
         ValueError: As :func:`edit_success`, and if ``groups`` holds a name outside ``known_groups``.
@@ -78,7 +78,7 @@ def _edit_success_compute(
     Args:
         kind: Kind of the prompts.
         counts: ``[4]``, from :func:`_edit_success_update`, possibly summed.
-        retention: ``[2, 1 + G]``, likewise; only read for neighbours.
+        retention: ``[2, 1 + G]``, from :func:`_edit_success_update`, possibly summed; only used for neighbours.
         known_groups: The G group names.
 
     Returns:
@@ -102,26 +102,26 @@ def edit_success(
     exact_before: Tensor | None = None,
     groups: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Rates for prompts of one kind: how often the right answer is preferred, and how often it is said.
+    """Compute the rates of prompts of one kind whose right answer is preferred, and whose right answer is generated.
 
-    The right answer is the fact's ``target_new`` on its edit prompt and paraphrases, and the neighbour's own truth on
-    a neighbour. Preferred means a strictly higher mean token log-probability; a tie is not preferred.
+    The right answer of an edit prompt or paraphrase is the fact's ``target_new``, that of a neighbour its own true
+    answer. Preferred means a strictly higher mean token log-probability; a tie is not preferred.
 
     Args:
         kind: ``"edit"``, ``"paraphrase"`` or ``"neighbour"``.
         log_prob_new: Mean token log-probability (nats) of the fact's ``target_new``, ``[N]``, floating point. NaN
             counts as not preferred.
-        log_prob_true: The same of the fact's ``target_true``, or of a neighbour's own truth, ``[N]``. Rows with NaN
-            (facts without ``target_true``) count for the accuracy only.
-        exact: Whether greedy decoding gives the whole right answer, ``[N]``, bool.
+        log_prob_true: The same of the fact's ``target_true``, or of a neighbour's own true answer, ``[N]``. Rows with
+            NaN (facts without ``target_true``) count for the accuracy only.
+        exact: True if greedy decoding generates the whole right answer, ``[N]``, bool.
         exact_before: The same before the edit, ``[N]``, bool; only for neighbours. ``None``: not measured.
         groups: Group name of each of the N neighbours; only for neighbours.
 
     Returns:
         Scalars in [0, 1], NaN where nothing was counted. For edits ``efficacy`` and ``efficacy_accuracy``; for
         paraphrases ``generalization`` and ``generalization_accuracy``; for neighbours ``specificity``,
-        ``specificity_accuracy`` and ``specificity_retained`` (of the neighbours exact before, the share exact now),
-        and ``specificity_retained_{group}`` for each name in ``groups``, sorted.
+        ``specificity_accuracy`` and ``specificity_retained`` (the share of the neighbours exact before that are exact
+        now), and ``specificity_retained_{group}`` for each name in ``groups``, sorted.
 
     Raises:
         ValueError: If ``kind`` is unknown, a tensor is not ``[N]`` or has the wrong dtype, lengths differ, or
@@ -143,16 +143,16 @@ def edit_success(
 
 
 class EditSuccess(Metric):
-    """Efficacy, generalization and specificity of edits, with their stricter twins and two summaries.
+    """Efficacy, generalization and specificity of edits, their stricter ``_accuracy`` rates, and two summaries.
 
     ``compute`` returns scalars in [0, 1], averaged over prompts (not over facts) and NaN where nothing was counted:
 
     - ``efficacy``, ``generalization``, ``specificity``: share of the edit prompts, paraphrases and neighbours whose
       right answer has a strictly higher mean token log-probability than the other answer;
-    - ``efficacy_accuracy``, ``generalization_accuracy``, ``specificity_accuracy``: share whose whole right answer is
-      what greedy decoding says;
-    - ``specificity_retained`` and ``specificity_retained_{group}``: of the neighbours (of one group) said right before
-      the edit, the share still said right;
+    - ``efficacy_accuracy``, ``generalization_accuracy``, ``specificity_accuracy``: share of the same prompts for which
+      greedy decoding generates the whole right answer;
+    - ``specificity_retained``, ``specificity_retained_{group}``: share of the neighbours (of one group) with the right
+      answer before the edit that still have it;
     - ``score``, ``utility``: harmonic and arithmetic mean of efficacy, generalization and specificity. The score is 0
       if one of them is 0; both are NaN if one of them is NaN.
 
@@ -213,9 +213,9 @@ class EditSuccess(Metric):
             kind: ``"edit"``, ``"paraphrase"`` or ``"neighbour"``.
             log_prob_new: Mean token log-probability (nats) of the fact's ``target_new``, ``[N]``, floating point. NaN
                 counts as not preferred.
-            log_prob_true: The same of the fact's ``target_true``, or of a neighbour's own truth, ``[N]``. Rows with
-                NaN (facts without ``target_true``) count for the accuracy only.
-            exact: Whether greedy decoding gives the whole right answer, ``[N]``, bool.
+            log_prob_true: The same of the fact's ``target_true``, or of a neighbour's own true answer, ``[N]``. Rows
+                with NaN (facts without ``target_true``) count for the accuracy only.
+            exact: True if greedy decoding generates the whole right answer, ``[N]``, bool.
             exact_before: The same before the edit, ``[N]``, bool; only for neighbours. ``None``: this update does not
                 count for ``specificity_retained``.
             groups: Group name of each of the N neighbours; only for neighbours. ``None``: of no group.
@@ -236,7 +236,7 @@ class EditSuccess(Metric):
         for kind, counts in zip(_KINDS, self.counts, strict=True):
             rates |= _edit_success_compute(kind, counts, self.retention, self.groups)
         three = torch.stack([rates[name] for name in _RATES.values()])
-        # 1 / 0 is infinite, which makes the harmonic mean 0 as it should be.
+        # 1 / 0 is infinite, which correctly makes the harmonic mean 0.
         return rates | {"score": len(three) / (1 / three).sum(), "utility": three.mean()}
 
     def plot(
@@ -280,11 +280,7 @@ def _check_prompts(kind: Kind, log_prob_new: Tensor, log_prob_true: Tensor, exac
 
 
 def _check_neighbours(
-    kind: Kind,
-    exact: Tensor,
-    exact_before: Tensor | None,
-    groups: Sequence[str] | None,
-    known_groups: tuple[str, ...],
+    kind: Kind, exact: Tensor, exact_before: Tensor | None, groups: Sequence[str] | None, known_groups: tuple[str, ...]
 ) -> None:
     for name, values in (("exact_before", exact_before), ("groups", groups)):
         if values is None:

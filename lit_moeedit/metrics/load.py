@@ -1,6 +1,6 @@
-"""How evenly the routing of tokens uses the experts of each layer.
+"""The load of the experts of each layer under the routing of tokens.
 
-As in :mod:`lit_moeedit.metrics.routing`, layers that a metric was not built for are ignored.
+As in :mod:`lit_moeedit.metrics.routing`, a metric ignores layers that are not among its own.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def _expert_load_update(indices: Tensor, num_experts: int, where: str = "") -> Tensor:
-    """Return how many of the indices ``[N, k]`` name each expert, ``[E]`` long.
+    """Count the occurrences of each expert in the indices ``[N, k]``, as ``[E]`` long.
 
-    Errors are those of :func:`expert_load` but for ``num_experts``; ``where`` starts their messages.
+    Errors are those of :func:`expert_load` except for ``num_experts``; ``where`` is the start of their messages.
     """
     check_indices(indices, f"{where}`experts`")
     if indices.numel():
@@ -40,7 +40,7 @@ def _expert_load_compute(counts: Tensor) -> Tensor:
 
 
 def expert_load(indices: Tensor, num_experts: int) -> Tensor:
-    """Share of the routed (token, expert) pairs that each expert receives.
+    """Compute the share of the routed (token, expert) pairs that each expert receives.
 
     Args:
         indices: Expert indices ``[N, k]``, any integer dtype.
@@ -65,13 +65,13 @@ def expert_load(indices: Tensor, num_experts: int) -> Tensor:
 
 
 class ExpertLoad(Metric):
-    r"""How evenly the routed (token, expert) pairs of each layer spread over its experts.
+    r"""Balance of the routed (token, expert) pairs of each layer over its experts.
 
     With ``s_j`` the share of expert j, ``compute`` returns scalars per layer and their means over layers:
 
     - ``"entropy/mean"``, ``"entropy/layer_{index}"``: :math:`-\sum_j s_j \log s_j / \log E`, in [0, 1], 1 = balanced;
     - ``"max_share/..."``: :math:`E \max_j s_j`, in [1, E], 1 = balanced;
-    - ``"dead/..."``: share of the experts that no token reached, in [0, 1).
+    - ``"dead/..."``: share of the experts to which no token is routed, in [0, 1).
 
     A layer without tokens is NaN, and then so are the means.
 

@@ -1,7 +1,7 @@
-"""How much an edit changed the routing of tokens to experts.
+"""Changes of the routing of tokens to experts by an edit.
 
-The metrics take mappings from layer index to tensor. Layers that a metric was not built for are ignored, so one
-capture of the whole model serves every metric. ``before`` and ``after`` must hold the same tokens in the same order.
+The metrics take mappings from layer index to tensor. A metric ignores layers that are not among its own, so one
+recording of the whole model serves every metric. ``before`` and ``after`` must have the same tokens in the same order.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Probabilities below the smallest normal float32 count as that number, so that no logarithm is infinite.
+# Lower bound of log-probabilities: the smallest normal float32, so that no logarithm is infinite.
 _LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
 
 def _routing_similarity_update(before: Tensor, after: Tensor, where: str = "") -> tuple[Tensor, int]:
     """Return the sum over tokens of the overlap of ``before`` and ``after``, ``[N, k]`` (float32 scalar), and N.
 
-    Errors are those of :func:`routing_similarity`; ``where`` starts their messages, here and below.
+    Errors are those of :func:`routing_similarity`; ``where`` is the start of their messages, here and below.
     """
     check_indices(before, f"{where}`before`")
     check_indices(after, f"{where}`after`")
@@ -38,13 +38,8 @@ def _routing_similarity_update(before: Tensor, after: Tensor, where: str = "") -
     return (shared.float() / (2 * before.shape[1] - shared)).sum(), before.shape[0]
 
 
-def _routing_similarity_compute(overlap: Tensor, tokens: Tensor | int) -> Tensor:
-    """Divide summed overlaps by numbers of tokens, both of one shape; NaN where there were no tokens."""
-    return overlap / tokens
-
-
 def routing_similarity(before: Tensor, after: Tensor) -> Tensor:
-    r"""Mean Jaccard overlap of a token's top-k expert set before and after an edit.
+    r"""Compute the mean Jaccard overlap of a token's top-k expert set before and after an edit.
 
     .. math:: \frac{1}{N} \sum_n \frac{|A_n \cap B_n|}{|A_n \cup B_n|}
 
@@ -66,7 +61,8 @@ def routing_similarity(before: Tensor, after: Tensor) -> Tensor:
         tensor(0.6667)
 
     """
-    return _routing_similarity_compute(*_routing_similarity_update(before, after))
+    overlap, tokens = _routing_similarity_update(before, after)
+    return overlap / tokens
 
 
 def _routing_divergence_update(
@@ -80,30 +76,25 @@ def _routing_divergence_update(
     kl = -(p * log_ratio).sum(1)
     # log(m / p) = log1p(expm1(log(q / p)) / 2) is exactly 0 for p = q and stays accurate for small changes.
     js = -(p * (log_ratio.expm1() / 2).log1p() + q * ((-log_ratio).expm1() / 2).log1p()).sum(1) / 2
-    # Both are non-negative; only rounding can say otherwise.
+    # Both are non-negative but for rounding.
     return kl.clamp_min(0).sum(), js.clamp_min(0).sum(), before.shape[0]
 
 
-def _routing_divergence_compute(kl: Tensor, js: Tensor, tokens: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Divide summed divergences by numbers of tokens, all of one shape; NaN where there were no tokens."""
-    return kl / tokens, js / tokens
-
-
 def routing_divergence(before: Tensor, after: Tensor, logits: bool = False) -> tuple[Tensor, Tensor]:
-    r"""Mean Kullback-Leibler and Jensen-Shannon divergence of the routing distributions before and after an edit.
+    r"""Compute the mean KL and Jensen-Shannon divergence of the routing distributions before and after an edit.
 
     .. math::
         \mathrm{KL}(p \| q) = \sum_j p_j \log \frac{p_j}{q_j}, \qquad
         \mathrm{JS}(p, q) = \tfrac12 \mathrm{KL}(p \| m) + \tfrac12 \mathrm{KL}(q \| m), \quad m = \tfrac12 (p + q)
 
     Computed in float32. Probabilities are clamped from below to the smallest normal float32, 1.2e-38: then
-    ``0 log 0`` is 0, and an expert that lost all its probability adds ``p (log p + 87.3)`` to KL instead of infinity.
+    ``0 log 0`` is 0, and an expert whose probability falls to 0 adds ``p (log p + 87.3)`` to KL instead of infinity.
 
     Args:
         before: Routing probabilities (or logits) ``[N, E]``, floating point. Rows of probabilities are divided by
-            their sum, which removes the rounding of half precision and admits routers with sigmoid scores.
+            their sum, to remove the rounding of half precision and to allow routers with sigmoid scores.
         after: The same for the same tokens after the edit.
-        logits: Whether both tensors hold logits (``-inf`` is allowed for masked experts).
+        logits: True if both tensors hold logits (``-inf`` is allowed for masked experts).
 
     Returns:
         KL(before || after) and JS in nats, scalars; JS lies in [0, log 2]. Both are NaN when N is 0.
@@ -118,7 +109,8 @@ def routing_divergence(before: Tensor, after: Tensor, logits: bool = False) -> t
         (tensor(0.1438), tensor(0.0338))
 
     """
-    return _routing_divergence_compute(*_routing_divergence_update(before, after, logits))
+    kl, js, tokens = _routing_divergence_update(before, after, logits)
+    return kl / tokens, js / tokens
 
 
 class RoutingSimilarity(Metric):
@@ -179,7 +171,7 @@ class RoutingSimilarity(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the mean overlap of each layer and their mean."""
-        return by_layer(_routing_similarity_compute(self.overlap, self.tokens), self.layers)
+        return by_layer(self.overlap / self.tokens, self.layers)
 
     def plot(
         self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Axes | None = None
@@ -211,7 +203,7 @@ class RoutingDivergence(Metric):
 
     Args:
         layers: Indices of the layers to compare.
-        logits: Whether ``update`` receives logits instead of probabilities.
+        logits: True if ``update`` receives logits instead of probabilities.
         kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -264,7 +256,7 @@ class RoutingDivergence(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the mean divergences of each layer and their means."""
-        kl, js = _routing_divergence_compute(self.kl, self.js, self.tokens)
+        kl, js = self.kl / self.tokens, self.js / self.tokens
         return by_layer(kl, self.layers, "kl/") | by_layer(js, self.layers, "js/")
 
     def plot(

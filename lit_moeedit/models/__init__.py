@@ -1,1 +1,1 @@
-"""What is particular to transformers' MoE models."""
+"""Access to the experts, routers and layers of transformers' MoE models."""

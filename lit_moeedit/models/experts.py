@@ -1,75 +1,77 @@
-"""The one place that knows how transformers lays experts out.
+"""The layout of routed experts in transformers' models.
 
-Since transformers 5 all experts of a layer are one module with three-dimensional parameters, whose forward goes through
-``ALL_EXPERTS_FUNCTIONS``. What the module declares of its layout (``has_gate``, ``has_bias``, ``is_transposed``, …) is
-enough to serve every family that uses this interface; nothing here depends on an architecture.
+Since transformers 5 all experts of a layer are one module with three-dimensional parameters, and its forward goes
+through ``ALL_EXPERTS_FUNCTIONS``. The module declares its layout in attributes (``has_gate``, ``has_bias``,
+``is_transposed``, …). These serve every family that uses this interface, so nothing here depends on an architecture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-LISTED = "the command 'lit-moeedit families' lists the models that can be edited"
-"""Ends a message that refuses a whole family."""
+FAMILIES_HINT = "the command 'lit-moeedit families' lists the models that can be edited"
+"""The end of a message that refuses a whole family."""
 
-
-PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-"""Names under which configs of families have ``k``, the number of experts that a token is sent to."""
+EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""Keys of configs that hold ``k``, the number of experts that a token is routed to."""
 
 
 class UnsupportedModelError(ValueError):
-    """The model, or one of its layers, cannot be edited; the message says why and what could."""
+    """A model, or one of its layers, that cannot be edited; the message gives the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One decoder layer with routed experts.
+    """A decoder layer with routed experts.
 
     Attributes:
         index: index of the decoder layer.
         layer: the decoder layer.
         experts: the module that holds all experts of the layer.
         name: qualified name of ``experts`` in the model.
+        output_scale: change of the layer's output for a unit change of its experts' output, ``[d_model]``; ``None`` if
+            it is not measured. See :func:`~lit_moeedit.models.output_scale.output_scales`.
     """
 
     index: int
     layer: nn.Module
     experts: nn.Module
     name: str
+    output_scale: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def down_proj(self) -> nn.Parameter:
-        """The down-projections of all experts as transformers stores them."""
-        return self.experts.down_proj  # type: ignore[return-value]
+        """The down-projections of all experts, as transformers stores them."""
+        return cast("nn.Parameter", self.experts.down_proj)
 
     @property
     def is_transposed(self) -> bool:
-        """Whether an expert is stored as ``[d_hidden, d_model]`` instead of ``[d_model, d_hidden]``."""
+        """True if an expert is stored as ``[d_hidden, d_model]`` instead of ``[d_model, d_hidden]``."""
         return bool(self.experts.is_transposed)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(E, d_model, d_hidden)``."""
-        # DeepSpeed replaces the data of a partitioned parameter by an empty tensor and keeps the shape here
+        """The sizes ``(E, d_model, d_hidden)``."""
+        # DeepSpeed replaces the data of a sharded parameter by an empty tensor and keeps the shape in ds_shape
         experts, rows, columns = getattr(self.down_proj, "ds_shape", self.down_proj.shape)
         return (experts, columns, rows) if self.is_transposed else (experts, rows, columns)
 
     @property
     def num_experts(self) -> int:
-        """``E``."""
+        """The number of experts ``E``."""
         return self.shape[0]
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:
-    """The transformers model in ``module``: itself or the outermost one below it.
+    """Find the transformers model in ``module``: the module itself, or the outermost model below it.
 
     Raises:
-        UnsupportedModelError: if there is none, or more than one side by side.
+        UnsupportedModelError: there is none, or there are several, none of which contains the others.
     """
     if isinstance(module, PreTrainedModel):
         return module
@@ -85,10 +87,13 @@ def find_model(module: nn.Module) -> PreTrainedModel:
 
 
 def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
-    """All layers of ``model`` with routed experts, by layer index, ascending.
+    """Find all layers of ``model`` with routed experts.
+
+    Returns:
+        The layers by layer index, ascending.
 
     Raises:
-        UnsupportedModelError: if the model has none, with the reason.
+        UnsupportedModelError: the model has none; the message gives the reason.
     """
     layers: dict[int, ExpertLayer] = {}
     for name, experts in model.named_modules():
@@ -104,7 +109,7 @@ def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer with routed experts that declares the experts interface of "
-            f"transformers >= 5; lit_moeedit edits Mixture-of-Experts models only; {LISTED}"
+            f"transformers >= 5; lit_moeedit edits Mixture-of-Experts models only; {FAMILIES_HINT}"
         )
     return dict(sorted(layers.items()))
 
@@ -115,17 +120,20 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def experts_per_token(model: PreTrainedModel) -> int:
-    """``k``, the number of experts that a token is sent to, from the model's config; 8 where it does not say."""
+    """Read ``k``, the number of experts that a token is routed to, from the model's config; 8 if it has none."""
     config = model.config.get_text_config()
-    return next((value for name in PER_TOKEN if isinstance(value := getattr(config, name, None), int)), 8)
+    return next((value for name in EXPERTS_PER_TOKEN_KEYS if isinstance(value := getattr(config, name, None), int)), 8)
 
 
 def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[ExpertLayer]:
-    """The expert layers with the given indices, ascending, after checking that each can be edited.
+    """Check that the layers with the given indices can be edited.
+
+    Returns:
+        The layers, ascending.
 
     Raises:
-        UnsupportedModelError: naming the layer and the reason: no experts, frozen, quantised, or a norm behind the
-            experts, which makes the effect of a delta non-linear.
+        UnsupportedModelError: a layer has no experts, is frozen or quantised, or has a norm after its experts, which
+            makes the effect of a delta non-linear. The message names the layer and the reason.
     """
     found = expert_layers(model)
     name = type(model).__name__
@@ -152,7 +160,7 @@ def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[Expert
         if getattr(layer.experts, "has_post_expert_norm", False):
             raise UnsupportedModelError(
                 f"{name} normalises the output of each expert (layer {layer.index}): "
-                f"a change of the down-projection does not act linearly there; {LISTED}"
+                f"a change of the down-projection does not act linearly there; {FAMILIES_HINT}"
             )
         if len(getattr(weight, "ds_shape", weight.shape)) != 3:
             raise UnsupportedModelError(

@@ -1,67 +1,85 @@
-"""What becomes of the experts' output on its way to the layer's output."""
+"""The factors between the output of a layer's experts and the output of the layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_moeedit.models.experts import LISTED, ExpertLayer, UnsupportedModelError
-from lit_moeedit.models.partial_forward import hidden_states, inference
+from lit_moeedit.data.encoding import position_ids
+from lit_moeedit.models.experts import FAMILIES_HINT, ExpertLayer, UnsupportedModelError
+from lit_moeedit.models.partial_forward import LayerOutput, inference, layer_output
 
 LENGTH, TOKEN = 4, 2
-"""Length of the two prompts that are run, and the position at which the experts' output is moved."""
-LINEAR = 0.98
-"""So many of the entries must move with what moves them."""
+"""Length of the two test prompts, and the position at which the experts' output is shifted."""
+LINEAR_SHARE = 0.98
+"""Minimum share of the entries that must respond linearly."""
 
 
-def asked_of_experts(residuals: Tensor, gain: Tensor) -> Tensor:
-    """How far the experts' output must move for the layer's to move by ``residuals``, ``[n, d_model]`` each.
+def expert_residuals(residuals: Tensor, scale: Tensor) -> Tensor:
+    """Compute the change of the experts' output that changes the layer's output by ``residuals``.
 
-    Entries in which the layer hardly depends on its experts are given up: they would take all of the change.
-
-    Example:
-        >>> asked_of_experts(torch.tensor([[1.0, 1.0]]), torch.tensor([0.5, 0.0]))
-        tensor([[2., 0.]])
-    """
-    reached = gain.abs() > 1e-2 * gain.abs().amax()
-    return torch.where(reached, residuals / gain, 0.0)
-
-
-def output_gains(model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> dict[int, Tensor]:
-    """How far a layer's output moves where that of its experts moves by one: ``[d_model]``, by layer index.
-
-    It is 1 in most families. Some multiply what the experts say by a constant, or by one for each entry; a delta then
-    has to be as much larger. Where the way is not linear, as through a norm, or mixes tokens, no delta does what a
-    solver expects of it.
-
-    That is found by trying, since no family declares it: two prompts are run up to the highest layer, and again with
-    experts' outputs that are moved, in one of the prompts twice as far as in the other.
+    Entries with hardly any dependence on the experts get 0, because they would dominate the solution.
 
     Args:
-        model: the model. All ranks must call this.
+        residuals: changes of the layer's output, ``[n, d_model]``.
+        scale: from :func:`output_scales`, ``[d_model]``.
+
+    Returns:
+        Changes of the experts' output, ``[n, d_model]``.
+
+    Example:
+        >>> expert_residuals(torch.tensor([[1.0, 1.0]]), torch.tensor([0.5, 0.0]))
+        tensor([[2., 0.]])
+    """
+    is_reachable = scale.abs() > 1e-2 * scale.abs().amax()
+    return torch.where(is_reachable, residuals / scale, 0.0)
+
+
+def with_output_scale(model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
+    """Measure the output scale of the layers; see :func:`output_scales`."""
+    scales = output_scales(model, layers)
+    return [replace(layer, output_scale=scales[layer.index]) for layer in layers]
+
+
+def output_scales(model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> dict[int, Tensor]:
+    """Measure how a layer scales the output of its experts.
+
+    The factor is 1 in most families. Some multiply the experts' output by a constant, or by a vector; the delta of an
+    edit is divided by it. A layer that is not linear in its experts' output (because of a norm), or that mixes tokens,
+    cannot be edited.
+
+    No family declares this factor, so it is measured: two prompts are run up to the highest layer, once as they are
+    and once with shifted outputs of the experts. The shift of the second prompt is twice that of the first.
+
+    Args:
+        model: the model. All ranks must call this function.
         layers: the layers, ascending.
 
+    Returns:
+        The change of the layer's output for a unit change of its experts' output, ``[d_model]``, by layer index.
+
     Raises:
-        UnsupportedModelError: naming the layer and the reason.
+        UnsupportedModelError: a layer is not linear in its experts' output; the message names the layer and the reason.
         FloatingPointError: if a layer's output is not finite.
     """
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 2 * LENGTH)
     prompts = torch.arange(2 * LENGTH, device=model.device).view(2, LENGTH) % vocabulary
-    # a pair of rows for each layer, so that it does not see what is moved below it
+    # a pair of rows for each layer, so that shifts in lower layers do not reach it
     rows = {layer.index: slice(2 * number, 2 * number + 2) for number, layer in enumerate(layers)}
     ids = prompts.repeat(len(layers), 1)
-    said, before = _run(model, layers, ids, {})
+    experts_before, before = _run(model, layers, ids, {})
     shifts: dict[int, Tensor] = {}
     for layer in layers:
-        own, hidden = said[layer.index], before[layer.index]
+        own, hidden = experts_before[layer.index], before[layer.index]
         _check_shapes(model, layer, ids, own, hidden)
         old = own.view(*ids.shape, -1)[rows[layer.index], TOKEN].float()
-        # as large as what it is added to, entry by entry, so that little of it is lost by rounding
+        # as large as the values it is added to, entry by entry, so that rounding loses little of it
         parts = (old, hidden[rows[layer.index], TOKEN].float())
         size = sum(part.abs() + part.square().mean(-1, keepdim=True).sqrt() for part in parts)
         sign = 1.0 - 2.0 * (torch.arange(old.shape[-1], device=old.device) * 7 % 3 == 1)
@@ -69,84 +87,92 @@ def output_gains(model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> dict[
         shifts[layer.index] = torch.zeros_like(own).view(*ids.shape, -1)
         shifts[layer.index][rows[layer.index], TOKEN] = new - old.to(own.dtype)
     _, after = _run(model, layers, ids, shifts)
-    return {
-        layer.index: _gain(
-            model,
-            layer,
-            before[layer.index][rows[layer.index]],
-            after[layer.index][rows[layer.index]],
-            shifts[layer.index][rows[layer.index], TOKEN],
-        )
-        for layer in layers
-    }
+    scales = {}
+    for index, own_rows in rows.items():
+        name = f"layer {index} of {type(model).__name__}"
+        shift = shifts[index][own_rows, TOKEN]
+        scales[index] = scale_from_shift(name, before[index][own_rows], after[index][own_rows], shift)
+    return scales
 
 
 def _run(
     model: PreTrainedModel, layers: Sequence[ExpertLayer], ids: Tensor, shifts: Mapping[int, Tensor]
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Outputs of the experts, as they are handed on, and of the layers, by layer index."""
-    said: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
+    """Return the (shifted) outputs of the experts and the outputs of the layers, by layer index."""
+    expert_outputs: dict[int, Tensor] = {}
+    layer_outputs: dict[int, Tensor] = {}
     with ExitStack() as stack, inference(model):
         for layer in layers:
 
-            def speak(module: nn.Module, args: Any, output: Tensor, index: int = layer.index) -> Tensor:
-                said[index] = output + shifts[index].view_as(output) if index in shifts else output
-                return said[index]
+            def shift(module: nn.Module, args: Any, output: Tensor, index: int = layer.index) -> Tensor:
+                expert_outputs[index] = output + shifts[index].view_as(output) if index in shifts else output
+                return expert_outputs[index]
 
-            def catch(module: nn.Module, args: Any, output: Any, index: int = layer.index) -> None:
-                outputs[index] = output[0] if isinstance(output, tuple) else output
+            def record(module: nn.Module, args: Any, output: Any, index: int = layer.index) -> None:
+                layer_outputs[index] = LayerOutput.of(output).hidden
 
-            for module, hook in ((layer.experts, speak), (layer.layer, catch)):
+            for module, hook in ((layer.experts, shift), (layer.layer, record)):
                 stack.callback(module.register_forward_hook(hook).remove)
         mask = torch.ones_like(ids)
-        hidden_states(model, layers[-1], ids, mask, mask.cumsum(1) - 1)
-    return said, outputs
+        layer_output(model, layers[-1], ids, mask, position_ids(mask))
+    return expert_outputs, layer_outputs
 
 
-def _check_shapes(model: PreTrainedModel, layer: ExpertLayer, ids: Tensor, said: Tensor, output: Tensor) -> None:
+def _check_shapes(
+    model: PreTrainedModel, layer: ExpertLayer, ids: Tensor, expert_output: Tensor, output: Tensor
+) -> None:
     name, d_model = type(model).__name__, layer.shape[1]
     if output.shape != (*ids.shape, d_model):
         raise UnsupportedModelError(
-            f"layer {layer.index} of {name} puts out {list(output.shape[2:])} for each token, its experts [{d_model}]: "
-            f"a model whose layers hand on several streams, or project what the experts say, cannot be edited; {LISTED}"
+            f"layer {layer.index} of {name} returns {list(output.shape[2:])} for each token, its experts [{d_model}]: "
+            "a model whose layers return several streams, or project the output of the experts, cannot be edited; "
+            f"{FAMILIES_HINT}"
         )
-    if said.shape != (ids.numel(), d_model):
+    if expert_output.shape != (ids.numel(), d_model):
         raise UnsupportedModelError(
-            f"the experts of layer {layer.index} of {name} must put out [tokens, d_model] = {[ids.numel(), d_model]}, "
-            f"got {list(said.shape)}"
+            f"the experts of layer {layer.index} of {name} must return [tokens, d_model] = {[ids.numel(), d_model]}, "
+            f"got {list(expert_output.shape)}"
         )
 
 
-def _gain(model: PreTrainedModel, layer: ExpertLayer, before: Tensor, after: Tensor, shift: Tensor) -> Tensor:
-    """The gain of one layer: its outputs ``[2, LENGTH, d_model]`` before and after its experts moved by ``shift``."""
-    which = f"layer {layer.index} of {type(model).__name__}"
-    # float32: sums of some dozens of numbers; bfloat16: two rounded outputs about as large as the shift
+def scale_from_shift(name: str, before: Tensor, after: Tensor, shift: Tensor) -> Tensor:
+    """Compute the scale ``[d_model]`` of one layer from its response to a shift of its experts' output.
+
+    Args:
+        name: the layer, for messages.
+        before: output of the layer, ``[2, LENGTH, d_model]``.
+        after: output of the layer with the shift, ``[2, LENGTH, d_model]``.
+        shift: shift of the experts' output at position ``TOKEN``, ``[2, d_model]``.
+
+    Raises:
+        UnsupportedModelError: the response is zero, is not linear, or reaches other tokens.
+        FloatingPointError: an output is not finite.
+    """
+    # float32: sums of some dozens of elements; bfloat16: two rounded outputs about as large as the shift
     tolerance = max(1e-3, *(8 * torch.finfo(tensor.dtype).eps for tensor in (after, shift)))
-    moved = (after - before).float()
-    if not bool(moved.isfinite().all()):
-        raise FloatingPointError(f"the output of {which} is not finite")
-    gains = moved[:, TOKEN] / shift.float()
-    gain = gains.mean(0)
-    scale = gain.abs().median()
-    if not bool((gains.abs() > 0).any()):
-        raise UnsupportedModelError(f"the output of {which} does not depend on what its experts say")
-    # a norm shows in nearly every entry; a single one may have been rounded when something large was added to it
-    linear = ((gains - gain).abs() <= tolerance * torch.maximum(scale, gain.abs())).all(0)
-    if float(linear.float().mean()) < LINEAR:
+    change = (after - before).float()
+    if not bool(change.isfinite().all()):
+        raise FloatingPointError(f"the output of {name} is not finite")
+    scales = change[:, TOKEN] / shift.float()
+    scale = scales.mean(0)
+    if not bool(scales.any()):
+        raise UnsupportedModelError(f"the output of {name} does not depend on its experts")
+    # a norm shows in nearly every entry; a single entry may have been rounded when a large value was added to it
+    linear = ((scales - scale).abs() <= tolerance * torch.maximum(scale.abs().median(), scale.abs())).all(0)
+    if float(linear.float().mean()) < LINEAR_SHARE:
         raise UnsupportedModelError(
-            f"{which} normalises what its experts say, or changes it otherwise than by a constant: "
-            f"a change of the down-projection does not act linearly there; {LISTED}"
+            f"{name} normalises the output of its experts, or changes it by more than a constant factor: "
+            f"a change of the down-projection does not act linearly there; {FAMILIES_HINT}"
         )
-    # the sums of another token are rounded as far as they are large, which some tokens' are beyond all others
-    allowed = tolerance * (moved[:, TOKEN].abs().amax() + before.float().abs())
+    # rounding errors of other tokens grow with their hidden states, which are very large for some tokens
+    allowed = tolerance * (change[:, TOKEN].abs().amax() + before.float().abs())
     others = [position for position in range(LENGTH) if position != TOKEN]
-    if not bool((moved.abs() <= allowed)[:, others].all()):
+    if not bool((change.abs() <= allowed)[:, others].all()):
         raise UnsupportedModelError(
-            f"{which} mixes what its experts say of different tokens (as by a convolution): "
-            f"a change of the down-projection at the edit token does not act on that token alone; {LISTED}"
+            f"{name} mixes the experts' outputs of different tokens, as a convolution does: "
+            f"a change of the down-projection at the edit token does not act on that token alone; {FAMILIES_HINT}"
         )
-    constant = gain[linear].mean()
-    if bool(((gain - constant).abs() <= tolerance * constant.abs())[linear].all()):
-        gain = constant.expand_as(gain)
-    return torch.where((gain - 1).abs() <= tolerance / 4, 1.0, gain)
+    constant = scale[linear].mean()
+    if bool(((scale - constant).abs() <= tolerance * constant.abs())[linear].all()):
+        scale = constant.expand_as(scale)
+    return torch.where((scale - 1).abs() <= tolerance / 4, 1.0, scale)

@@ -1,10 +1,10 @@
-"""Running part of a model: frozen, without the layers whose result is known or not needed."""
+"""Forwards of a frozen model without the layers whose output is known or not needed."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +18,12 @@ from lit_moeedit.sharding.zero3_passes import gathering_on_use
 
 
 def decoder_layers(model: PreTrainedModel, layer: ExpertLayer) -> list[nn.Module]:
-    """All decoder layers of the stack that ``layer`` belongs to, with or without experts, in order."""
+    """Return all decoder layers of the stack that ``layer`` belongs to, with or without experts, in order."""
     return list(_stack(model, layer)[1])
 
 
 def _stack(model: PreTrainedModel, layer: ExpertLayer) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs ``layer`` and its neighbours, and these."""
+    """Return the module that runs ``layer`` and the other layers of its stack, and the list of these layers."""
     for module in model.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and any(other is layer.layer for other in child):
@@ -33,18 +33,20 @@ def _stack(model: PreTrainedModel, layer: ExpertLayer) -> tuple[nn.Module, nn.Mo
 
 @contextmanager
 def inference(model: PreTrainedModel, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode with frozen parameters; modes, ``requires_grad`` and random states come back afterwards.
+    """Set the model to evaluation mode with frozen parameters inside the context.
+
+    Modes, ``requires_grad`` and random states are restored afterwards.
 
     Args:
         model: the model.
-        gradients: whether gradients (with respect to something other than parameters) are wanted inside.
+        gradients: true to allow gradients inside, with respect to tensors other than parameters.
     """
     modes = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     devices = [model.device] if model.device.type == "cuda" else []
     # Lightning evaluates in inference mode, whose tensors could not be differentiated
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        model.eval()
+        model.train(False)  # eval() has no type annotations
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
@@ -64,19 +66,18 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
+        del module.__dict__["forward"]
+        if before is not None:
             module.__dict__["forward"] = before
 
 
 class LayerOutput(NamedTuple):
-    """What a decoder layer returns.
+    """The output of a decoder layer.
 
     Attributes:
-        hidden: ``[batch, length, d_model]``.
-        others: what some families hand on to the next layer besides (what an indexer chose, a router's state), each
-            ``[batch, length, …]``; ``None`` where the hidden states stand alone.
+        hidden: hidden states, ``[batch, length, d_model]``.
+        others: further outputs in some families, such as the choice of an indexer or the state of a router, each
+            ``[batch, length, …]``; ``None`` if the layer returns the hidden states alone.
     """
 
     hidden: Tensor
@@ -84,28 +85,26 @@ class LayerOutput(NamedTuple):
 
     @classmethod
     def of(cls, returned: Any) -> LayerOutput:
-        """Take what a layer returned apart."""
+        """Make an output from the return value of a layer."""
         return cls(returned[0], tuple(returned[1:])) if isinstance(returned, tuple) else cls(returned)
 
     def at(self, *index: Any) -> LayerOutput:
-        """Some rows, or some rows' positions."""
-        others = self.others
-        if others is not None:
-            others = tuple(other if other is None else other[index] for other in others)
+        """Index rows, or rows and positions, of all outputs."""
+        others = self.others and tuple(None if other is None else other[index] for other in self.others)
         return LayerOutput(self.hidden[index], others)
 
     def returned(self) -> Any:
-        """As the layer returns it."""
+        """Convert the output to the form that the layer returns."""
         return self.hidden if self.others is None else (self.hidden, *self.others)
 
 
 @contextmanager
 def skipped(layers: Sequence[nn.Module], like: Callable[[], LayerOutput | None] = lambda: None) -> Iterator[None]:
-    """While open, the given decoder layers hand their input on unchanged and cost nothing.
+    """Skip the given decoder layers inside the context: they return their input, at no cost.
 
     Args:
         layers: the layers.
-        like: an output of a layer next to them, whose form and ``others`` theirs has.
+        like: returns the output of a neighbouring layer; the skipped layers return its form and its ``others``.
     """
 
     def pass_through(*args: Any, **kwargs: Any) -> Any:
@@ -118,30 +117,29 @@ def skipped(layers: Sequence[nn.Module], like: Callable[[], LayerOutput | None] 
         yield
 
 
-@contextmanager
-def output_replaced(layer: nn.Module, output: Callable[[], LayerOutput]) -> Iterator[None]:
-    """While open, the given decoder layer returns ``output()`` instead of being run."""
-    with _forward_replaced(layer, lambda *args, **kwargs: output().returned()):
-        yield
+def output_replaced(layer: nn.Module, output: Callable[[], LayerOutput]) -> AbstractContextManager[None]:
+    """Replace the output of a decoder layer by ``output()`` inside the context, without computing the layer."""
+    return _forward_replaced(layer, lambda *args, **kwargs: output().returned())
 
 
-@contextmanager
-def experts_run_on(layers: Sequence[ExpertLayer], tokens: Tensor) -> Iterator[None]:
-    """While open, the routed experts of some layers are run on some tokens only; for the others they give zero.
+def experts_run_on(layers: Sequence[ExpertLayer], tokens: Tensor) -> AbstractContextManager[None]:
+    """Compute the routed experts of the given layers for selected tokens only; their output for others is 0.
 
     Args:
         layers: the layers.
-        tokens: bool ``[batch, length]``, which ones.
+        tokens: the selection, bool ``[batch, length]``.
     """
-    with experts_run_at(layers, tokens.flatten().nonzero().squeeze(-1), tokens.numel()):
-        yield
+    return experts_run_at(layers, tokens.flatten().nonzero().squeeze(-1), tokens.numel())
 
 
 @contextmanager
 def experts_run_at(layers: Sequence[ExpertLayer], chosen: Tensor, count: int) -> Iterator[None]:
-    """Run the routed experts at some places ``[n]`` among ``count`` tokens only, as :func:`experts_run_on` does.
+    """Compute the routed experts for selected tokens only, as :func:`experts_run_on` does, without a GPU sync.
 
-    Places are known beforehand: to count true values in a mask, a GPU has to be waited for.
+    Args:
+        layers: the layers.
+        chosen: indices of the selected tokens, int64 ``[n]``. A mask would need a sync to count its true elements.
+        count: number of tokens.
     """
     with ExitStack() as stack:
         for layer in layers:
@@ -149,7 +147,7 @@ def experts_run_at(layers: Sequence[ExpertLayer], chosen: Tensor, count: int) ->
             def run(
                 hidden: Tensor, *routing: Tensor, forward: Callable[..., Tensor] = layer.experts.forward, **kwargs: Any
             ) -> Tensor:
-                if any(len(part) != count for part in (hidden, *routing)):  # not one row per token
+                if any(len(part) != count for part in (hidden, *routing)):  # rows are not tokens
                     return forward(hidden, *routing, **kwargs)
                 output = forward(hidden[chosen], *(part[chosen] for part in routing), **kwargs)
                 return output.new_zeros(hidden.shape).index_copy(0, chosen, output)
@@ -161,37 +159,30 @@ def experts_run_at(layers: Sequence[ExpertLayer], chosen: Tensor, count: int) ->
 def layer_output(
     model: PreTrainedModel, layer: ExpertLayer, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
 ) -> LayerOutput:
-    """Output of a decoder layer; neither the layers above nor the head are run.
+    """Compute the output of a decoder layer, without the layers above it and without the head.
 
     Args:
         model: the model.
-        layer: the layer whose output is wanted.
-        input_ids: int64 ``[batch, length]``.
+        layer: the layer.
+        input_ids: token ids, int64 ``[batch, length]``.
         attention_mask: int64 ``[batch, length]``.
-        positions: int64 ``[batch, length]``, position ids.
+        positions: position ids, int64 ``[batch, length]``.
     """
     stack, layers = _stack(model, layer)
     above = list(layers)[next(i for i, other in enumerate(layers) if other is layer.layer) + 1 :]
-    caught: list[LayerOutput] = []
+    outputs: list[LayerOutput] = []
 
-    def catch(module: nn.Module, args: Any, output: Any) -> None:
-        caught.append(LayerOutput.of(output))
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(LayerOutput.of(output))
 
-    handle = layer.layer.register_forward_hook(catch)
+    handle = layer.layer.register_forward_hook(record)
     try:
-        with skipped(above, lambda: caught[0]), gathering_on_use(model):
-            # not through the head, which under ZeRO-3 would be gathered for every batch
+        with skipped(above, lambda: outputs[0]), gathering_on_use(model):
+            # not the whole model: ZeRO-3 would gather the head for every batch
             stack(**_inputs(stack, input_ids, attention_mask, positions))
     finally:
         handle.remove()
-    return caught[0]
-
-
-def hidden_states(
-    model: PreTrainedModel, layer: ExpertLayer, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
-) -> Tensor:
-    """The hidden states of :func:`layer_output`, ``[batch, length, d_model]``."""
-    return layer_output(model, layer, input_ids, attention_mask, positions).hidden
+    return outputs[0]
 
 
 def logits(
@@ -203,9 +194,16 @@ def logits(
     cache: Cache | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Logits of the last ``keep`` positions (0: of all), ``[batch, keep, vocabulary]``.
+    """Compute the logits of the last positions, ``[batch, keep, vocabulary]``.
 
-    With a ``cache``, its positions stand before those given; ``weights`` stand in for parameters of these names.
+    Args:
+        model: the model.
+        input_ids: token ids, int64 ``[batch, length]``.
+        attention_mask: int64 ``[batch, length]``.
+        positions: position ids, int64 ``[batch, length]``.
+        keep: number of positions; 0 for all.
+        cache: keys and values of the positions before ``input_ids``.
+        weights: tensors that replace the parameters of these names.
     """
     inputs = _inputs(model, input_ids, attention_mask, positions)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -214,7 +212,8 @@ def logits(
         inputs |= {"past_key_values": cache, "use_cache": True}
     with gathering_on_use(model):
         outputs = model(**inputs) if weights is None else functional_call(model, dict(weights), (), inputs)
-    return outputs.logits[:, -keep:]
+    scores: Tensor = outputs.logits
+    return scores[:, -keep:]
 
 
 def _inputs(module: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> dict[str, Any]:

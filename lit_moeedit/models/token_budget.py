@@ -1,4 +1,4 @@
-"""How many tokens go through a model at once: as many as memory has room for, and fewer where it runs out."""
+"""The number of tokens in one forward: as many as fit into memory, and fewer after memory has run out."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Budget = int | Literal["auto"]
-"""Largest number of tokens (with padding) in one forward; ``auto`` chooses it from free memory."""
+"""Maximum number of tokens (with padding) in one forward; ``auto`` chooses it by the free memory."""
 
-LARGEST = 16384
-"""Tokens that ``auto`` chooses at most."""
-SHARE = 0.8
-"""Share of the free memory that ``auto`` fills: kernels' work space and fragments of the allocator come on top."""
-FLOAT = 4
-"""Bytes of a float32 number."""
+MAX_TOKENS = 16384
+"""Maximum number of tokens that ``auto`` chooses."""
+MEMORY_SHARE = 0.8
+"""Share of the free memory that ``auto`` fills; the rest is for workspaces of kernels and for fragmentation."""
+FLOAT32_BYTES = 4
+"""Bytes of a float32 element."""
 
 
 class TooLittleMemoryError(RuntimeError):
-    """Memory has no room for the smallest batch."""
+    """The smallest batch does not fit into memory."""
 
 
 def check_budget(budget: Budget) -> None:
-    """Raise ``ValueError`` if a setting is no budget."""
+    """Raise ``ValueError`` if a setting is not a valid budget."""
     if budget == "auto":
         return
     if isinstance(budget, bool) or not isinstance(budget, int):
@@ -47,38 +47,40 @@ def check_budget(budget: Budget) -> None:
 
 
 class TokenBudget:
-    """The largest number of tokens in one forward of a phase, the same on all ranks.
+    """The maximum number of tokens in one forward of a phase, the same on all ranks.
 
-    Making one with ``auto`` is a collective operation. Under ZeRO stage 3 a forward is one, too: there ranks go on with
-    fewer tokens if memory runs out on all of them at the same place. If it runs out on one alone, the others wait for
-    it in that forward, see :class:`~lit_moeedit.sharding.ranks.Ranks`.
+    Construction with ``auto`` is a collective operation. So is a forward under ZeRO stage 3: there all ranks must run
+    out of memory at the same layer to go on with fewer tokens. If one rank alone runs out, the others wait for it in
+    that forward, see :class:`~lit_moeedit.sharding.ranks.Ranks`.
 
     Args:
-        given: a number, which is obeyed as long as memory does not run out, or ``auto``.
-        cost: bytes that a token takes in the phase, for ``auto``.
-        device: where the model is.
+        given: a number of tokens, which holds until memory runs out, or ``auto``.
+        cost: bytes of memory per token in this phase, for ``auto``.
+        device: the device of the model.
         ranks: the processes that share the work.
 
     Attributes:
-        tokens: the budget. It falls by half, and stays there, whenever memory runs out.
+        tokens: the budget. It is halved each time memory runs out, and stays so.
     """
 
     def __init__(self, given: Budget, cost: float, device: torch.device, ranks: Ranks) -> None:
         check_budget(given)
         self.device, self.ranks = device, ranks
-        self.tokens = given if isinstance(given, int) else ranks.least(fitting(cost, free_memory(device, ranks.size)))
+        self.tokens = (
+            given if isinstance(given, int) else ranks.least(tokens_that_fit(cost, free_memory(device, ranks.size)))
+        )
 
     def run(self, phase: str, work: Callable[[int], T], least: int, most: int) -> T:
-        """Return ``work(tokens)``; where memory runs out on any rank, all begin again with half as many tokens.
+        """Return ``work(tokens)``; if memory runs out on any rank, all ranks restart with half as many tokens.
 
         Args:
-            phase: names the work.
-            work: does it, with at most so many tokens in a forward. It may be called again after it has failed.
-            least: tokens of the longest row, or of what else cannot be divided.
-            most: tokens (with padding) of all rows together.
+            phase: name of the work, for messages.
+            work: does it with the given maximum number of tokens in a forward. It may be called again after a failure.
+            least: number of tokens of the longest row, or of the largest other unit that cannot be divided.
+            most: number of tokens (with padding) of all rows together.
 
         Raises:
-            TooLittleMemoryError: if there is no room for that, on all ranks.
+            TooLittleMemoryError: ``least`` tokens do not fit; raised on all ranks.
         """
         while True:
             try:
@@ -88,7 +90,7 @@ class TokenBudget:
                 if not is_out_of_memory(error):
                     raise
                 message = str(error).split("\n")[0]
-                # the frames of the failed forward hold what it has filled memory with
+                # the frames of the failed forward keep its tensors alive
                 traceback.clear_frames(error.__traceback__)
             self.ranks.forget()
             release(self.device)
@@ -100,71 +102,72 @@ class TokenBudget:
     def _give_up(self, phase: str, least: int, message: str) -> None:
         wanted = re.search(r"Tried to allocate ([\d.]+ [KMGT]?i?B)", message)
         free = free_memory(self.device) / 2**30
-        need = f"{wanted[1]} were asked for, {free:.2f} GiB are free" if wanted else f"{free:.2f} GiB are free"
+        need = f"{wanted[1]} were requested, {free:.2f} GiB are free" if wanted else f"{free:.2f} GiB are free"
         raise TooLittleMemoryError(
             f"{phase}: {self.device} has no room for the smallest batch, {least} tokens ({need}): use a larger card, "
             f"shorter texts, or a model that is sharded over more cards. ({message})"
         )
 
 
-def fitting(cost: float, free: float) -> int:
-    """Number of tokens of ``cost`` bytes each that ``auto`` takes where ``free`` bytes are free.
+def tokens_that_fit(cost: float, free: float) -> int:
+    """Compute the number of tokens that ``auto`` takes, from bytes per token and free bytes.
 
     Example:
-        >>> fitting(cost=1e6, free=5e9), fitting(cost=1.0, free=5e9), fitting(cost=1e9, free=0)
+        >>> tokens_that_fit(cost=1e6, free=5e9), tokens_that_fit(cost=1.0, free=5e9), tokens_that_fit(cost=1e9, free=0)
         (4000, 16384, 1)
     """
-    return max(1, min(LARGEST, int(SHARE * free / max(cost, 1.0))))
+    return max(1, min(MAX_TOKENS, int(MEMORY_SHARE * free / max(cost, 1.0))))
 
 
 def release(device: torch.device) -> None:
-    """Give memory back that nothing uses any more."""
+    """Release memory that is no longer in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-# -- what a token takes -----------------------------------------------------------------------------------------------
+# -- memory per token -------------------------------------------------------------------------------------------------
 
 
 def forward_cost(model: PreTrainedModel, layer: ExpertLayer) -> int:
-    """Bytes that a token takes at most in a forward up to ``layer`` without gradients.
+    """Estimate the maximum number of bytes per token in a forward up to ``layer`` without gradients.
 
-    One layer's tensors are alive at a time. Most are those of the experts, if all run at once: a pair's input and
-    output with what is made on the way (gates, biases, sums), its key, and the key as second moments take it.
+    The tensors of one layer are alive at a time. Most of them belong to the experts, if all are computed at once: for
+    each pair its input, output and intermediate tensors (gates, biases, sums), its key, and the key's copy for second
+    moments.
     """
     _, d_model, d_hidden = layer.shape
     k, itemsize = experts_per_token(model), layer.down_proj.element_size()
     dense = max(_widths(other, 0) for other in decoder_layers(model, layer))
-    inside = (8 if layer.experts.has_bias else 4) * itemsize + 4 * FLOAT
+    inside = (8 if layer.experts.has_bias else 4) * itemsize + 4 * FLOAT32_BYTES
     return 2 * dense * itemsize + k * (4 * d_model * itemsize + d_hidden * inside)
 
 
 def target_cost(model: PreTrainedModel, layer: ExpertLayer, kept: float, predicted: float) -> float:
-    """Bytes that a token of a row takes at most while target vectors are optimised.
+    """Estimate the maximum number of bytes per token of a row while target vectors are optimised.
 
     Args:
         model: the model.
         layer: the target layer.
-        kept: share of the tokens that run with gradients through the layers above: those from the edit token on.
-        predicted: predictions for each token of a row; each has logits of the whole vocabulary.
+        kept: share of the tokens that pass the layers above with gradients: those from the edit token on.
+        predicted: number of predictions per token of a row; each has logits of the whole vocabulary.
     """
     layers = decoder_layers(model, layer)
     above = layers[next(i for i, other in enumerate(layers) if other is layer.layer) + 1 :]
     itemsize = layer.down_proj.element_size()
-    # inputs of products with frozen weights are not saved, what norms make in float32 is
+    # autograd saves no inputs of products with frozen weights, but the float32 tensors of norms
     saved = 0.75 * itemsize * sum(_widths(other, experts_per_token(model)) for other in above)
     return forward_cost(model, layer) + kept * saved + predicted * logits_cost(model)
 
 
 def logits_cost(model: PreTrainedModel) -> int:
-    """Bytes that the logits of one position take with their logarithms, and with the gradients of both."""
+    """Estimate the bytes of the logits of one position, of their log-softmax, and of the gradients of both."""
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    return 4 * FLOAT * int(vocabulary)
+    return 4 * FLOAT32_BYTES * int(vocabulary)
 
 
 def _widths(layer: torch.nn.Module, k: int) -> int:
-    """Elements of a token's inputs and outputs of all products of a decoder layer, with ``k`` of its experts."""
+    """Count a token's elements in the inputs and outputs of all products of a decoder layer, with ``k`` experts."""
 
     def width(weight: Tensor) -> int:
         shape = getattr(weight, "ds_shape", weight.shape)

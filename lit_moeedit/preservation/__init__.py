@@ -1,1 +1,21 @@
-"""What an edit must preserve: second moments of text, and the shaping of keys by them."""
+"""Preservation of a model's behavior on other text: second moments of keys, and the shaping of keys by them."""
+
+from lit_moeedit.preservation.moments_cache import MomentsCache
+from lit_moeedit.preservation.second_moments import SecondMoments
+from lit_moeedit.preservation.shaping import (
+    CovariancePenalty,
+    NullSpace,
+    OutputPenalty,
+    Preservation,
+    Shaping,
+)
+
+__all__ = [
+    "CovariancePenalty",
+    "MomentsCache",
+    "NullSpace",
+    "OutputPenalty",
+    "Preservation",
+    "SecondMoments",
+    "Shaping",
+]

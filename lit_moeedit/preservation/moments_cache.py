@@ -1,4 +1,4 @@
-"""Second moments on disk: those of finished passes over text, and how far one came that was broken off."""
+"""Second moments on disk, of finished passes over text and of interrupted ones."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.atomic_files import write_tensors
+from lit_moeedit.atomic_files import read_tensors, write_tensors
 from lit_moeedit.data.encoding import encode
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.partial_forward import decoder_layers
@@ -30,18 +30,18 @@ FORMAT = "lit_moeedit.moments.1"
 
 
 class MomentsCache:
-    """A folder of tensors in safetensors files, each under a key that says all that they depend on.
+    """A folder of safetensors files, each under a key that is a digest of everything its tensors depend on.
 
-    The first rank reads and writes.
+    The first rank reads and writes the files. Each file appears complete or not at all. If a file is damaged, was
+    written by another program or cannot be written, a warning is logged, and its contents are computed again.
 
-    A file that is damaged, foreign or cannot be written costs a warning and the time to compute its contents again.
-    Each file appears complete or not at all. While weights are trained, their keys change with every step, and what is
-    kept of earlier steps serves only a run that resumes there; so the folder holds a bounded number of files, and the
-    ones that were not used for longest go first.
+    While weights are trained, their keys change at every step, and files of earlier steps serve only a run that resumes
+    there. So the number of files is bounded, and the least recently used ones are removed first.
 
     Args:
-        folder: where; made when the first file is written. Several runs may share it, if they run one after the other.
-        keep: the largest number of files (of one layer each, or of one pass that was broken off).
+        folder: path of the folder, which is made when the first file is written. Several runs may share it one after
+            the other.
+        keep: maximum number of files. Each holds one layer, or one interrupted pass.
         save_every: seconds between saves of an unfinished pass.
 
     Raises:
@@ -56,43 +56,16 @@ class MomentsCache:
         self.folder, self.keep, self.save_every = Path(folder), keep, save_every
 
     def load(self, key: str, tensors: Mapping[str, Tensor], ranks: Ranks) -> bool:
-        """Fill in the tensors kept under a key, on all ranks; ``False``, with all as they were, if there are none."""
+        """Read the tensors under a key into those given, on all ranks; return ``False`` if there are none."""
         found = ranks.any(ranks.rank == 0 and self._read(key, tensors))
         if found:
             ranks.broadcast(*tensors.values())
         return found
 
     def save(self, key: str, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
-        """Keep the first rank's tensors under a key."""
-        if ranks.rank == 0:
-            self._write(key, tensors)
-
-    def drop(self, key: str, ranks: Ranks) -> None:
-        """Remove what is kept under a key."""
-        if ranks.rank == 0:
-            with suppress(OSError):
-                self._path(key).unlink(missing_ok=True)
-
-    def _read(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
-        path, found = self._path(key), dict[str, Tensor]()
-        try:
-            if not path.exists():
-                return False
-            with safe_open(str(path), framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                problem = _problem(key, found, file.metadata() or {}, tensors)
-        except (OSError, SafetensorError) as error:
-            problem = str(error)
-        if problem:
-            log.warning("%s is ignored, and computed again: %s", path, problem)
-            return False
-        for name, tensor in tensors.items():
-            tensor.copy_(found[name])
-        with suppress(OSError):  # a folder that may only be read serves as well
-            path.touch()
-        return True
-
-    def _write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write the first rank's tensors under a key."""
+        if ranks.rank:
+            return
         path = self._path(key)
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
@@ -101,6 +74,31 @@ class MomentsCache:
         except OSError as error:
             log.warning("second moments are not kept in %s: %s", self.folder, error)
 
+    def drop(self, key: str, ranks: Ranks) -> None:
+        """Remove the file of a key."""
+        if ranks.rank == 0:
+            with suppress(OSError):
+                self._path(key).unlink(missing_ok=True)
+
+    def _read(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        path = self._path(key)
+        try:
+            if not path.exists():
+                return False
+            found, metadata = read_tensors(path, list(tensors), FORMAT, "second moments")
+            if any((found[name].shape, found[name].dtype) != (x.shape, x.dtype) for name, x in tensors.items()):
+                raise ValueError(f"{path} holds second moments of other shapes")
+            if (metadata.get("key"), metadata.get("checksum")) != (key, _checksum(found)):
+                raise ValueError(f"{path} holds second moments of another key, or its checksum is wrong")
+        except (OSError, ValueError, SafetensorError) as error:
+            log.warning("%s is ignored, and computed again: %s", path, error)
+            return False
+        for name, tensor in tensors.items():
+            tensor.copy_(found[name])
+        with suppress(OSError):  # a read-only folder will do
+            path.touch()
+        return True
+
     def _path(self, key: str) -> Path:
         return self.folder / f"moments-{key}.safetensors"
 
@@ -108,20 +106,6 @@ class MomentsCache:
         used = {path: path.stat().st_mtime for path in self.folder.glob("moments-*.safetensors") if path != newest}
         for path in sorted(used, key=used.__getitem__, reverse=True)[self.keep - 1 :]:
             path.unlink(missing_ok=True)
-
-
-def _problem(key: str, found: Mapping[str, Tensor], metadata: Mapping[str, str], wanted: Mapping[str, Tensor]) -> str:
-    """What is wrong with the contents of a file, if anything is."""
-    shapes, expected = (
-        {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} for tensors in (found, wanted)
-    )
-    if metadata.get("format") != FORMAT or metadata.get("key") != key:
-        return "it is not a file of second moments under this key"
-    if shapes != expected:
-        return f"expected {expected}, got {shapes}"
-    if metadata.get("checksum") != _checksum(found):
-        return "its checksum is wrong"
-    return "" if all(bool(tensor.isfinite().all()) for tensor in found.values()) else "it holds numbers not finite"
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -140,12 +124,12 @@ def moment_keys(
     gated: bool,
     ranks: Ranks,
 ) -> dict[int, str]:
-    """By layer index, a key of everything that the second moments of a layer depend on.
+    """Return a key for the second moments of each layer, by layer index.
 
-    These are the model's config; all its weights and buffers, but those of layers above and the layer's own
-    down-projections, behind which its keys are not seen; the texts in their order, and how they are cut and tokenized;
-    whether keys are gated.
-    How they are batched, on how many ranks and how the weights are sharded does not matter.
+    It is a digest of everything on which they depend: the model's config, its weights and buffers, the texts in their
+    order, their truncation, the tokenizer, and whether keys are gated. Weights of layers above the layer, and its own
+    down-projections, do not affect its keys, and are left out. The key does not depend on batches, the number of ranks
+    or sharding either.
     """
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
     states = fingerprints(tensors, ranks)
@@ -160,12 +144,12 @@ def moment_keys(
 
 
 def digest(*parts: Any) -> str:
-    """A key made of everything given."""
+    """Compute the SHA-256 digest of values that JSON can represent."""
     return sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _unused(model: PreTrainedModel, layer: ExpertLayer) -> set[int]:
-    """Tensors without influence on a layer's keys."""
+    """Return the ids of the tensors that do not affect a layer's keys."""
     stack = decoder_layers(model, layer)
     top = next(i for i, other in enumerate(stack) if other is layer.layer)
 
@@ -178,9 +162,9 @@ def _unused(model: PreTrainedModel, layer: ExpertLayer) -> set[int]:
 
 def _text_state(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> str:
     state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # what the last call left behind, which the next one sets anew
+    # left from the last call, and set again by the next one
     for name in ("truncation", "padding"):
         state.pop(name, None)
-    # settings that are not in the state show in what it does
+    # settings that are not in the state show in the tokens of some texts
     some = [encoding.ids for encoding in encode(tokenizer, texts[:32], [""] * len(texts[:32]))]
     return digest(state, some, max_length, list(texts))

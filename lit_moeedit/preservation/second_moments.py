@@ -1,4 +1,4 @@
-"""Second moments of the experts' keys over text that an edit must preserve."""
+"""Second moments of the experts' keys over preservation text."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import logging
 import random
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,17 +17,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_batches, token_ids
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.keys import KeyRows, stream_keys
-from lit_moeedit.models.partial_forward import hidden_states, inference
+from lit_moeedit.models.partial_forward import inference, layer_output
 from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost
-from lit_moeedit.precision import full_precision, rounded, tensor_core_precision
+from lit_moeedit.precision import full_precision, round_to_tf32, tensor_core_precision
 from lit_moeedit.preservation.moments_cache import MomentsCache, digest, moment_keys
+from lit_moeedit.sharding.device_memory import free_memory
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers.batches import similar
 
 log = logging.getLogger(__name__)
 
 PADDED = 2**26
-"""Numbers of keys that are multiplied at once where all experts' are there: 256 MiB."""
+"""Maximum number of elements in a padded batch of keys (256 MiB)."""
 
 
 @dataclass
@@ -35,9 +37,9 @@ class SecondMoments:
 
     Attributes:
         total: ``[E, d_hidden, d_hidden]`` float32, ``Σ k kᵀ``, or ``Σ g² k kᵀ`` if ``gated``.
-        count: ``[E]`` int64, tokens seen.
-        tokens: ``[1]`` int64, tokens of the text, whichever experts they went to.
-        gated: whether keys count as much as the layer's output depends on them.
+        count: ``[E]`` int64, number of tokens routed to each expert.
+        tokens: ``[1]`` int64, number of tokens of the text.
+        gated: whether keys are multiplied by their gates.
     """
 
     total: Tensor
@@ -47,7 +49,7 @@ class SecondMoments:
 
     @classmethod
     def zeros(cls, layer: ExpertLayer, device: torch.device | str | None = None, gated: bool = False) -> SecondMoments:
-        """Empty sums for a layer, on its device or another."""
+        """Make sums of zero for a layer, on its device or another."""
         experts, _, d_hidden = layer.shape
         device = layer.down_proj.device if device is None else device
         return cls(
@@ -59,7 +61,7 @@ class SecondMoments:
 
     @full_precision()
     def add(self, expert: int, keys: Tensor, gates: Tensor) -> None:
-        """Add keys ``[n, d_hidden]`` of one expert, with gates ``[n]``; the sums are float32, whatever the keys are."""
+        """Add keys ``[n, d_hidden]`` of any dtype of one expert, with gates ``[n]``."""
         rows, total = self._weighted(keys, gates), self.total[expert]
         if total.device == rows.device:
             total.addmm_(rows.T, rows)
@@ -70,9 +72,9 @@ class SecondMoments:
     def add_all(self, rows: KeyRows) -> None:
         """Add keys of several experts at once, in a few products of padded batches.
 
-        Keys of half precision are multiplied on tensor cores, which keep all of their bits. Gated ones have more: they
-        are split into what tensor cores keep and the rest, ``R = H + L``, and the sum is ``HᵀH + HᵀL + LᵀH``; what is
-        left out is 2⁻²² of it.
+        Keys of half precision are multiplied on tensor cores, which keep all of their bits. Gated keys have more bits.
+        They are split into a part ``H`` that tensor cores represent exactly and a rest ``L``, and the product is
+        computed as ``HᵀH + HᵀL + LᵀH``. The omitted term is 2⁻²² of it.
         """
         experts, counts = list(rows.counts), list(rows.counts.values())
         keys = self._weighted(rows.key, rows.gate)
@@ -88,7 +90,7 @@ class SecondMoments:
             if shortest < longest:
                 padded *= (place < count[chosen, None])[..., None]
             with tensor_core_precision() if is_half else full_precision():
-                high = rounded(padded) if is_half and self.gated else padded
+                high = round_to_tf32(padded) if is_half and self.gated else padded
                 products = high.mT @ high
                 if high is not padded:
                     mixed = high.mT @ (padded - high)
@@ -98,22 +100,22 @@ class SecondMoments:
         self.count.index_add_(0, expert.to(self.count.device), count.to(self.count.device))
 
     def _weighted(self, keys: Tensor, gates: Tensor) -> Tensor:
-        """Keys in float32, times their gates if these count."""
+        """Convert keys to float32, and multiply them by their gates if the moments are gated."""
         return keys.float() * gates.float()[:, None] if self.gated else keys.float()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
+        """Return the sums by name."""
         return {"total": self.total, "count": self.count, "tokens": self.tokens}
 
     def mean(self, experts: Tensor) -> Tensor:
-        """``C_j`` of the given experts ``[n]``: ``[n, d_hidden, d_hidden]``; zero for an expert that saw nothing.
+        """Compute ``C_j [n, d_hidden, d_hidden]`` of some experts ``[n]``; zero for an expert without tokens.
 
-        The mean over the tokens that went to the expert or, if ``gated``, over all tokens of the text: a change
-        ``ΔW_j`` then moves the layer's output of a token by ``tr(ΔW_j C_j ΔW_jᵀ)`` in the mean square.
+        It is the mean over the tokens that were routed to the expert or, if ``gated``, over all tokens of the text.
+        With gates, a change ``ΔW_j`` changes the layer's output by ``tr(ΔW_j C_j ΔW_jᵀ)`` in mean square.
         """
         experts = experts.to(self.total.device)
-        seen = self.tokens.expand(len(experts)) if self.gated else self.count[experts]
-        return self.total[experts] / seen.clamp_min(1)[:, None, None]
+        tokens = self.tokens.expand(len(experts)) if self.gated else self.count[experts]
+        return self.total[experts] / tokens.clamp_min(1)[:, None, None]
 
 
 def second_moments(
@@ -131,38 +133,40 @@ def second_moments(
     grouped: bool | None = None,
     max_tokens: int | None = None,
 ) -> dict[int, SecondMoments]:
-    """Stream texts through the model and accumulate second moments of every expert in the given layers.
+    """Run texts through the model and accumulate second moments of every expert in the given layers.
 
-    Layers above the highest of ``layers``, and that one's down-projections, are not run. The texts are dealt to the
-    ranks, and the sums added up. With a cache, layers that are in it are not computed, and an unfinished pass goes on
-    where it was last saved; the first rank reads and writes it. If memory runs out, the pass begins again (or goes on
-    where it was saved) with fewer tokens in a forward; long texts come first, so that this happens early.
+    Layers above the highest of ``layers``, and its down-projections, are not run. The texts are sharded over the ranks,
+    and the sums all-reduced. With a cache, layers that are in it are not computed again, and an interrupted pass
+    resumes where it was last saved. If memory runs out, the pass starts again (or resumes) with fewer tokens in a
+    forward. Long texts come first, so that this happens early.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         layers: the layers to watch.
         texts: preservation text, one document each.
-        token_budget: largest number of tokens (with padding) in one forward, or ``auto``.
-        max_length: longer texts are cut.
-        progress: called with the texts done and all.
-        ranks: the processes that share the work; each calls this with the same texts.
-        cache: where to keep the sums.
-        device: where to hold the sums, ``E · d_hidden² · 4`` bytes for each layer; ``None`` for the layer's own device,
-            ``"cpu"`` to save the memory of a GPU at the price of moving a product for each expert and batch.
-        gated: whether to sum gated keys, as ``preserve="output"`` needs them.
+        token_budget: maximum number of tokens (with padding) in one forward, or ``auto``.
+        max_length: maximum number of tokens of a text; longer texts are truncated.
+        progress: called with the number of texts done, and the number of all texts.
+        ranks: the processes that share the work. Each calls this with the same texts.
+        cache: a cache of the sums.
+        device: device of the sums, which take ``E · d_hidden² · 4`` bytes for each layer; ``None`` for the model's
+            device, or for the CPU if they do not fit on a GPU (see :func:`sums_fit`), to which products are then moved.
+        gated: whether to sum gated keys, as :class:`~lit_moeedit.preservation.shaping.OutputPenalty` needs them.
         grouped: see :func:`~lit_moeedit.models.keys.stream_keys`.
-        max_tokens: take no more texts, drawn evenly (and the same every time), once they have so many tokens; ``None``
-            for all.
+        max_tokens: texts are sampled, with a fixed seed, until they have this many tokens; ``None`` for all texts.
 
     Raises:
         ValueError: if there is no text.
         FloatingPointError: if a key is not finite.
-        TooLittleMemoryError: if there is no memory for the longest text alone.
+        TooLittleMemoryError: if memory does not suffice for the longest text alone.
     """
-    ranks = ranks if ranks is not None else Ranks()
+    ranks = ranks or Ranks.current()
     if not texts:
         raise ValueError("there is no preservation text: second moments need at least one")
+    if device is None and model.device.type != "cpu":
+        fits = sums_fit(layers, free_memory(model.device))
+        device = "cpu" if ranks.any(not fits) else None
     moments = {layer.index: SecondMoments.zeros(layer, device, gated) for layer in layers}
     keys = {} if cache is None else moment_keys(model, tokenizer, layers, texts, max_length, gated, ranks)
     if max_tokens is not None:
@@ -170,7 +174,7 @@ def second_moments(
     sums = {i: x for i, x in moments.items() if cache is None or not cache.load(keys[i], x.tensors(), ranks)}
     if not sums:
         return moments
-    # short to long; a pass begins at the end
+    # from short to long; a pass begins at the end
     rows = sorted(_sample(list(_token_rows(tokenizer, texts, max_length)), max_tokens), key=len)
     watched = [layer for layer in layers if layer.index in sums]
     unfinished = _Unfinished(sums, cache, digest([keys.get(i) for i in sums], "long texts first"), ranks)
@@ -203,24 +207,24 @@ def second_moments(
     return moments
 
 
+def sums_fit(layers: Sequence[ExpertLayer], free: float) -> bool:
+    """Tell whether the sums of the layers leave at least half of ``free`` bytes to the forward passes."""
+    return sum(4 * layer.num_experts * layer.shape[2] ** 2 for layer in layers) <= free / 2
+
+
 def _token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Iterator[array[int]]:
-    """Token ids of the texts that have any, small in memory; lists of numbers for some texts at a time."""
+    """Yield the token ids of texts as compact arrays, without empty ones, tokenizing some texts at a time."""
     for start in range(0, len(texts), 1024):
         yield from (array("i", ids[:max_length]) for ids in token_ids(tokenizer, texts[start : start + 1024]) if ids)
 
 
 def _sample(rows: Sequence[array[int]], max_tokens: int | None) -> Sequence[array[int]]:
-    """Draw rows, the same every time, until they have so many tokens; take all if they have fewer."""
+    """Sample rows, with a fixed seed, until they have ``max_tokens`` tokens; take all rows if they have fewer."""
     if max_tokens is None or sum(map(len, rows)) <= max_tokens:
         return rows
-    chosen: list[array[int]] = []
-    tokens = 0
-    for row in random.Random(0).sample(rows, len(rows)):
-        if tokens >= max_tokens:
-            break
-        chosen.append(row)
-        tokens += len(row)
-    return chosen
+    order = random.Random(0).sample(rows, len(rows))
+    before = accumulate(map(len, order), initial=0)
+    return [row for row, tokens in zip(order, before, strict=False) if tokens < max_tokens]
 
 
 def _accumulate(
@@ -233,7 +237,7 @@ def _accumulate(
     after: Callable[[int], None],
     grouped: bool | None,
 ) -> None:
-    """Add this rank's batches of token ids to the sums; ``after`` is told how many of all batches are done."""
+    """Add this rank's batches of token ids to the sums; call ``after`` with the number of batches done on all ranks."""
     top = max(layers, key=lambda layer: layer.index)
     positions = torch.empty(0)
 
@@ -244,12 +248,12 @@ def _accumulate(
         elif rows.counts:
             sums[layer.index].add_all(rows)
 
-    with inference(model), stream_keys(model, layers, lambda: positions, observe, top, grouped):
+    with inference(model), stream_keys(layers, lambda: positions, observe, top, grouped):
         for number, (batch, mine) in enumerate(ranks.shard(batches), 1):
             ids, mask = (x.to(model.device) for x in pad(batch, pad_token))
-            # the experts need not be run on padding, nor on what another rank counts
+            # experts need not be run on padding, nor on a batch that another rank adds
             positions = (mask * mine).flatten().nonzero().squeeze(-1)
-            hidden_states(model, top, ids, mask, position_ids(mask))
+            layer_output(model, top, ids, mask, position_ids(mask))
             for summed in sums.values():
                 summed.tokens += len(positions)
             after(min(number * ranks.size, len(batches)))
@@ -257,7 +261,7 @@ def _accumulate(
 
 
 class _Unfinished:
-    """The sums of a pass, saved from time to time."""
+    """The sums of an unfinished pass, saved from time to time."""
 
     def __init__(self, sums: Mapping[int, SecondMoments], cache: MomentsCache | None, key: str, ranks: Ranks) -> None:
         self.sums, self.cache, self.key, self.ranks = sums, cache, key, ranks
@@ -265,27 +269,27 @@ class _Unfinished:
         self._saved = time.monotonic()
 
     def begin(self) -> int:
-        """Set the sums to those that were saved, or to zero; give the number of texts that are in them."""
+        """Restore the saved sums, or set them to zero; return the number of texts that they contain."""
         self._texts.zero_()
-        _clear(self.sums.values())
+        self._clear(range(self.ranks.size))
         if self.cache is not None and self.cache.load(self.key, self._tensors(), self.ranks):
-            self._leave_to_first_rank()
-            log.info("second moments: going on where a pass was broken off, after %d texts", int(self._texts))
+            self._clear(range(1, self.ranks.size))
+            log.info("second moments: resuming an interrupted pass after %d texts", int(self._texts))
         return int(self._texts)
 
     def save(self, texts: int) -> None:
-        """Save the sums of so many texts, the longest, if it is time to."""
+        """Save the sums of the longest ``texts`` texts, if the time since the last save is long enough."""
         if self.cache is None or not self.ranks.any(time.monotonic() - self._saved >= self.cache.save_every):
             return
         for summed in self.sums.values():
             self.ranks.all_reduce(*summed.tensors().values())
-        self._leave_to_first_rank()
+        self._clear(range(1, self.ranks.size))
         self._texts.fill_(texts)
         self.cache.save(self.key, self._tensors(), self.ranks)
         self._saved = time.monotonic()
 
     def drop(self) -> None:
-        """The pass is finished."""
+        """Remove the saved sums after the pass."""
         if self.cache is not None:
             self.cache.drop(self.key, self.ranks)
 
@@ -293,13 +297,8 @@ class _Unfinished:
         named = {f"{index}.{name}": x for index, part in self.sums.items() for name, x in part.tensors().items()}
         return {**named, "texts": self._texts}
 
-    def _leave_to_first_rank(self) -> None:
-        # all hold the sums of all; the next sum over the ranks shall count them once
-        if self.ranks.rank:
-            _clear(self.sums.values())
-
-
-def _clear(sums: Iterable[SecondMoments]) -> None:
-    for summed in sums:
-        for tensor in summed.tensors().values():
-            tensor.zero_()
+    def _clear(self, ranks: range) -> None:
+        # after an all-reduce every rank holds the total, which the next all-reduce must count once
+        for summed in self.sums.values() if self.ranks.rank in ranks else ():
+            for tensor in summed.tensors().values():
+                tensor.zero_()

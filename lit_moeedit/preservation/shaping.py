@@ -1,50 +1,214 @@
-"""What keeps an edit from changing what an expert does elsewhere: one matrix per expert that an edit touches."""
+"""Preservation of an expert's behavior on other text, by one matrix per expert."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_moeedit.precision import full_precision
 from lit_moeedit.preservation.second_moments import SecondMoments
 from lit_moeedit.solvers.deltas import group_positions
+from lit_moeedit.text import first_few
 
-Preserve = Literal["output", "covariance", "nullspace", "none"]
+PreservationName = Literal["output", "covariance", "nullspace", "none"]
+"""Short names of the preservations with their default settings; ``none`` preserves nothing."""
 
 BLOCK = 2**22
-"""Numbers of second moments that are decomposed at a time: what is needed besides the result does not grow with E."""
+"""Maximum number of elements of second moments that are decomposed at a time, which bounds the memory used."""
 
 EIGH_ON_CPU = 512
-"""Eigenvectors of matrices up to this size are computed on the CPU, wherever the model is.
+"""Maximum size of matrices whose eigenvectors are computed on the CPU, even if the model is on a GPU.
 
-On a GPU torch solves a batch of matrices larger than 32 one by one, up to 512 by Jacobi's method (pytorch pull request
-53040): 500 matrices of size 100 took 0.9 s there (pytorch issue 174674), about what one CPU core needs.
+On a GPU torch decomposes matrices larger than 32 one by one, up to 512 by Jacobi's method (pytorch pull request 53040).
+500 matrices of size 100 took 0.9 s there (pytorch issue 174674), about as long as on one CPU core.
 """
 
 
-def check_preserve(preserve: str, threshold: float, strength: float) -> None:
-    """Raise ``ValueError`` if the settings of :meth:`Shaping.of` make no sense."""
-    if preserve not in get_args(Preserve):
-        raise ValueError(f"preserve must be one of {', '.join(get_args(Preserve))}, got {preserve!r}")
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, got {threshold}")
-    if not strength >= 0:
-        raise ValueError(f"strength must be at least 0, got {strength}")
+class Preservation(ABC):
+    r"""Turns an expert's second moment ``C_j`` into the matrix ``S_j`` that shapes its keys and its delta.
+
+    Features are ``φ = g S_j k``, and the applied delta is ``ΔŴ_j S_j``. A subclass implements :meth:`root`, and
+    overrides other methods where the defaults do not fit.
+
+    Attributes:
+        gated: whether second moments are those of gated keys, averaged over all tokens of the text. Otherwise they are
+            those of keys, averaged over the tokens that were routed to the expert.
+
+    Example:
+        >>> class KeepLargest(Preservation):
+        ...     def root(self, moments, penalty, symmetric):
+        ...         values, vectors = eigenvectors(moments)
+        ...         return (vectors * (values < values[:, -1:] / 2)[:, None]) @ vectors.mT
+        >>> KeepLargest().root(torch.diag(torch.tensor([3.0, 1.0]))[None], None, False)[0]
+        tensor([[0., 0.],
+                [0., 1.]])
+    """
+
+    gated: bool = False
+
+    def check(self, ridge: float) -> None:  # noqa: B027 - nothing to check by default
+        """Check that the preservation works with the ridge ``λ`` of the edit problem.
+
+        Raises:
+            ValueError: if it does not.
+        """
+
+    def penalty(self, shape: tuple[int, int, int], ridge: float) -> float | None:
+        """Return ``β`` if this is a penalty ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)``, so that ``S_jᵀ S_j = (I + β C_j)⁻¹``.
+
+        Args:
+            shape: ``(E, d_model, d_hidden)`` of the layer's experts.
+            ridge: ``λ``.
+        """
+        return None
+
+    @abstractmethod
+    def root(self, moments: Tensor, penalty: float | None, symmetric: bool) -> Tensor:
+        """Return the matrices ``S_j [n, d_hidden, d_hidden]``.
+
+        Args:
+            moments: ``C_j [n, d_hidden, d_hidden]``, symmetric, positive semi-definite up to rounding.
+            penalty: the value of :meth:`penalty` for the layer.
+            symmetric: whether the matrices must be symmetric. A solver whose experts share factors needs shaped keys in
+                the coordinates of the keys.
+        """
+
+    def reached(self, moments: Tensor, root: Tensor, penalty: float | None) -> Tensor:
+        """Return the energy ``tr(S_j C_j S_jᵀ) [n]`` that a delta can reach."""
+        return ((root @ moments.to(root)) * root).sum((1, 2))
+
+
+class NullSpace(Preservation):
+    """Keeps the output unchanged along the largest directions (AlphaEdit 2410.02355; MoEEdit 2602.10965).
+
+    ``S_j`` is the projector ``P_j`` onto the eigenvectors of ``C_j`` with eigenvalue ``≤ τ``.
+
+    Args:
+        threshold: ``τ``, in units of squared activations.
+
+    Raises:
+        ValueError: if the threshold is negative.
+    """
+
+    def __init__(self, threshold: float = 0.02) -> None:
+        if not threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {threshold}")
+        self.threshold = threshold
+
+    @override
+    def root(self, moments: Tensor, penalty: float | None, symmetric: bool) -> Tensor:
+        values, vectors = eigenvectors(moments)
+        vectors = vectors * (values <= self.threshold)[:, None]
+        return vectors @ vectors.mT
+
+    @override
+    def reached(self, moments: Tensor, root: Tensor, penalty: float | None) -> Tensor:
+        # tr(P C Pᵀ) = tr(P C), since P is symmetric and idempotent
+        return (root * moments).sum((1, 2))
+
+
+class CovariancePenalty(Preservation):
+    """Penalizes the change of an expert's output on the text routed to it (MEMIT 2210.07229, here in each expert).
+
+    The penalty of the joint problem becomes ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)``. With ``S_jᵀ S_j = (I + β C_j)⁻¹`` the
+    substitution ``ΔW_j = ΔŴ_j S_j`` turns it into a ridge again. The larger the text's keys are along a direction, the
+    less the edit changes it. All such roots give the same solution, as long as the solver treats no coordinate of an
+    expert specially; the inverse of the Cholesky factor is the cheapest.
+
+    Args:
+        strength: ``β``, in units of one over squared activations.
+
+    Raises:
+        ValueError: if the strength is negative.
+    """
+
+    def __init__(self, strength: float = 1e4) -> None:
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength must be at least 0 and finite, got {strength}")
+        self.strength = strength
+
+    @override
+    def penalty(self, shape: tuple[int, int, int], ridge: float) -> float | None:
+        return self.strength
+
+    @override
+    def root(self, moments: Tensor, penalty: float | None, symmetric: bool) -> Tensor:
+        assert penalty is not None
+        return _symmetric_root(moments, penalty) if symmetric else _triangular_root(moments, penalty)
+
+    @override
+    def reached(self, moments: Tensor, root: Tensor, penalty: float | None) -> Tensor:
+        if not penalty:
+            return moments.diagonal(dim1=1, dim2=2).sum(1)
+        # S (I + β C) Sᵀ = I, so that β S C Sᵀ = I − S Sᵀ
+        return (moments.shape[1] - root.double().square().sum((1, 2))) / penalty
+
+
+class OutputPenalty(CovariancePenalty):
+    r"""Penalizes the change of the layer's output on the text (this project's own; the default).
+
+    The penalty is ``λ ‖ΔW_j‖² + μ tr(ΔW_j C_j ΔW_jᵀ)`` with the *gated* second moment ``C_j = mean g² k kᵀ`` over all
+    tokens. Summed over the experts, the second term is the mean square change of the layer's output on the preservation
+    text, without the products between experts. So an expert with few tokens or small gates may change more. Both terms
+    of the objective are squared distances between outputs, so ``μ`` has no unit; it is the weight of the text relative
+    to one edit. The form is that of :class:`CovariancePenalty` with ``β = μ / λ``.
+
+    Args:
+        strength: ``μ / (E · d_hidden)``, which has the same scale for all models. ``Σ_j φ_jᵀ C_j⁻¹ φ_j`` is
+            ``E · d_hidden`` on average over the text, so if an edit's keys are like those of the text, a layer's output
+            changes by ``1 / (1 + strength)`` of the residual. This holds for a single row; with three contexts whose
+            keys are nearly the same the share is about ``1 / (1 + strength / 3)``. The larger the strength, the less
+            changes elsewhere. In `benchmarks/results/preservation.md` edits begin to fail above 1.
+
+    Raises:
+        ValueError: if the strength is negative.
+    """
+
+    gated = True
+
+    def __init__(self, strength: float = 0.3) -> None:
+        super().__init__(strength)
+
+    @override
+    def check(self, ridge: float) -> None:
+        if not ridge > 0:
+            raise ValueError(f"OutputPenalty needs a ridge above 0, got {ridge}")
+
+    @override
+    def penalty(self, shape: tuple[int, int, int], ridge: float) -> float | None:
+        experts, _, d_hidden = shape
+        return self.strength * experts * d_hidden / ridge
+
+
+def preservation_of(preserve: Preservation | str) -> Preservation | None:
+    """Return a preservation, or the one with a name of :data:`PreservationName`; ``None`` for ``none``.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if isinstance(preserve, Preservation):
+        return preserve
+    if preserve not in get_args(PreservationName):
+        names = ", ".join(get_args(PreservationName))
+        raise ValueError(f"preserve must be a Preservation or one of {names}, got {preserve!r}")
+    kinds = {"output": OutputPenalty, "covariance": CovariancePenalty, "nullspace": NullSpace}
+    return None if preserve == "none" else kinds[preserve]()
 
 
 @dataclass(frozen=True)
 class Shaping:
-    r"""Matrices ``S_j`` that shape keys into features, ``φ = g S_j k``, and deltas into what is applied, ``ΔŴ_j S_j``.
+    """The matrices ``S_j`` of some experts of a layer.
 
     Attributes:
-        experts: ``[n]`` int64, ascending: the experts that have a matrix.
+        experts: ``[n]`` int64, ascending, the experts that have a matrix.
         matrices: ``[n, d_hidden, d_hidden]``, dtype of the second moments.
-        energy_kept: ``[n]``, the share of the preserved text's energy ``tr C_j`` that lies where a delta cannot reach,
-            ``1 − tr(S_j C_j S_jᵀ) / tr C_j``; 1 for an expert that saw no text.
+        energy_kept: ``[n]``, the share of the preservation text's energy ``tr C_j`` that no delta can reach,
+            ``1 − tr(S_j C_j S_jᵀ) / tr C_j``; 1 for an expert without tokens of the text.
     """
 
     experts: Tensor
@@ -57,115 +221,95 @@ class Shaping:
         cls,
         moments: SecondMoments,
         experts: Tensor,
-        preserve: Preserve,
-        threshold: float = 0.02,
-        strength: float = 1000.0,
+        preservation: Preservation,
+        penalty: float | None = None,
         symmetric: bool = False,
     ) -> Shaping:
-        r"""The matrices of some experts of a layer.
-
-        - ``nullspace`` (AlphaEdit 2410.02355, per expert in MoEEdit 2602.10965): the projector ``P_j`` onto the
-          eigenvectors of ``C_j`` with eigenvalue ``≤ τ``. What lies in the others does not change at all.
-        - ``covariance`` (MEMIT 2210.07229, here per expert inside the joint problem): the penalty becomes
-          ``λ tr(ΔW_j (I + β C_j) ΔW_jᵀ)``, and with ``S_jᵀ S_j = (I + β C_j)^{-1}`` the substitution
-          ``ΔW_j = ΔŴ_j S_j`` brings it back to a ridge. A direction changes the less, the more the preserved text uses
-          it. Of all such roots the solution is the same, as long as the solver treats no coordinate of an expert
-          specially; the inverse of the Cholesky factor is the cheapest.
-        - ``output`` (ours): the penalty is ``λ ‖ΔW_j‖² + μ tr(ΔW_j C_j ΔW_jᵀ)`` with the *gated* second moment
-          ``C_j = mean g² k kᵀ`` over all tokens. Summed over the experts, the second term is the mean square by which
-          the layer's output moves on the preserved text (but for products between experts): an expert that few tokens
-          go to, or with small gates, is freer to change. Both terms of the objective are squared distances of outputs
-          then, so ``μ`` has no unit: it counts how many edits the text weighs. The form is that of ``covariance`` with
-          ``β = μ / λ``. (An ``Editor`` sets ``μ = strength · E · d_hidden``.)
+        """Compute the matrices of some experts of a layer.
 
         Args:
-            moments: of the layer.
+            moments: second moments of the layer.
             experts: ``[n]`` int64, ascending. The matrices are on its device.
-            preserve: ``output``, ``covariance`` or ``nullspace``.
-            threshold: ``τ``, in units of squared activations.
-            strength: ``β``, in units of one over squared activations; ``μ / λ`` for ``output``.
-            symmetric: whether to take the symmetric root, ``(I + β C_j)^{-1/2}``, whose coordinates are those of the
-                keys; only a solver that shares factors between experts needs it.
+            preservation: the preservation that defines the matrices.
+            penalty: the value of :meth:`Preservation.penalty` for the layer.
+            symmetric: whether the matrices must be symmetric.
 
         Raises:
-            ValueError: if the settings make no sense.
+            ValueError: if the preservation needs gated second moments and these are not, or the reverse.
 
         Example:
             >>> three = torch.tensor([3])
             >>> moments = SecondMoments(torch.diag(torch.tensor([3.0, 0.0]))[None], count=three, tokens=three)
-            >>> Shaping.of(moments, torch.tensor([0]), "nullspace").matrices[0]
+            >>> Shaping.of(moments, torch.tensor([0]), NullSpace()).matrices[0]
             tensor([[0., 0.],
                     [0., 1.]])
         """
-        check_preserve(preserve, threshold, strength)
-        if preserve == "none":
-            raise ValueError("with preserve='none' there is nothing to shape")
-        if moments.gated != (preserve == "output"):
-            raise ValueError(f"preserve={preserve!r} needs second moments with gated={not moments.gated}")
+        if moments.gated != preservation.gated:
+            raise ValueError(f"{type(preservation).__name__} needs second moments with gated={preservation.gated}")
         d_hidden = moments.total.shape[-1]
         matrices = moments.total.new_empty(len(experts), d_hidden, d_hidden, device=experts.device)
         reached, trace = torch.zeros(2, len(experts), dtype=torch.float64, device=experts.device)
         for rows in torch.arange(len(experts), device=experts.device).split(max(1, BLOCK // d_hidden**2)):
-            moment = moments.mean(experts[rows])
+            moment = moments.mean(experts[rows]).to(experts.device)
+            root = preservation.root(moment, penalty, symmetric)
+            if root.shape != moment.shape:
+                found, wanted = list(root.shape), list(moment.shape)
+                raise ValueError(f"{type(preservation).__name__}.root must return matrices {wanted}, got {found}")
             trace[rows] = moment.diagonal(dim1=1, dim2=2).sum(1).to(trace)
-            if preserve == "nullspace":
-                root, energy = _by_eigenvectors(moment, experts.device, lambda values: (values <= threshold).to(values))
-            elif symmetric:
-                root, energy = _symmetric_root(moment, experts.device, strength)
-            else:
-                root, energy = _triangular_root(moment.to(experts.device), strength)
-            matrices[rows], reached[rows] = root, energy.to(reached)
+            matrices[rows], reached[rows] = root.to(matrices), preservation.reached(moment, root, penalty).to(reached)
         kept = torch.where(trace > 0, 1 - reached / trace.where(trace > 0, 1), 1).clamp(0, 1)
         return cls(experts, matrices, kept)
 
     def features(self, keys: Tensor, expert_index: Tensor) -> Tensor:
-        """``S_j x`` for every row ``x`` of ``keys [N, d_hidden]``, with ``j`` from ``expert_index [N]``."""
+        """Return ``S_j x`` for every row ``x`` of ``keys [N, d_hidden]``, with ``j`` from ``expert_index [N]``."""
         return self._rows(keys, expert_index, self.matrices.mT)
 
     def applied(self, right: Tensor, expert_index: Tensor) -> Tensor:
-        """``S_jᵀ y`` for every row ``y`` of ``right [N, d_hidden]``: right factors of what is applied."""
+        """Return ``S_jᵀ y`` for every row ``y`` of ``right [N, d_hidden]``, the right factors of the applied delta."""
         return self._rows(right, expert_index, self.matrices)
 
     @full_precision()
     def _rows(self, rows: Tensor, expert_index: Tensor, matrices: Tensor) -> Tensor:
         place = {expert: i for i, expert in enumerate(self.experts.tolist())}
         groups = list(group_positions(expert_index))
-        # sorted once, so that an expert is a slice and one product: all that a GPU has to start for it
+        missing = [expert for expert, _ in groups if expert not in place]
+        if missing:
+            raise ValueError(
+                f"experts {first_few(missing)} have no matrix, because no edit visits them; "
+                "a solver that changes them must declare changes_all_experts"
+            )
+        # sorted once, so that each expert is a slice and needs a single launch on a GPU
         order = torch.cat([expert_index[:0], *(positions for _, positions in groups)])
-        given = rows[order]
-        shaped, sizes = torch.empty_like(given), [len(positions) for _, positions in groups]
-        for (expert, _), own, result in zip(groups, given.split(sizes), shaped.split(sizes), strict=True):
+        ordered = rows[order]
+        shaped, sizes = torch.empty_like(ordered), [len(positions) for _, positions in groups]
+        for (expert, _), own, result in zip(groups, ordered.split(sizes), shaped.split(sizes), strict=True):
             torch.mm(own, matrices[place[expert]].to(rows), out=result)
-        given[order] = shaped
-        return given
+        ordered[order] = shaped
+        return ordered
 
 
-def _by_eigenvectors(moment: Tensor, device: torch.device, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """``V diag(s(λ)) Vᵀ`` and ``Σ s(λ)² λ`` for eigenvectors and eigenvalues of ``C_j [n, d_hidden, d_hidden]``."""
-    values, vectors = torch.linalg.eigh(moment.to("cpu" if moment.shape[1] <= EIGH_ON_CPU else device))
-    scales = scale(values)
-    vectors *= scales.sqrt()[:, None, :]
-    return (vectors @ vectors.mT).to(device), (scales**2 * values).sum(1)
+def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ascending eigenvalues ``[n, d]`` and eigenvectors ``[n, d, d]`` of symmetric matrices."""
+    found = torch.linalg.eigh(matrices.cpu() if matrices.shape[1] <= EIGH_ON_CPU else matrices)
+    return found.eigenvalues.to(matrices.device), found.eigenvectors.to(matrices.device)
 
 
-def _symmetric_root(moment: Tensor, device: torch.device, strength: float) -> tuple[Tensor, Tensor]:
-    return _by_eigenvectors(moment, device, lambda values: (1 + strength * values.clamp_min(0)).rsqrt())
+def _symmetric_root(moments: Tensor, penalty: float) -> Tensor:
+    values, vectors = eigenvectors(moments)
+    vectors = vectors * (1 + penalty * values.clamp_min(0)).pow(-0.25)[:, None, :]
+    return vectors @ vectors.mT
 
 
-def _triangular_root(moment: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """The inverse of the Cholesky factor of ``I + β C_j``, and the energy ``tr(S_j C_j S_jᵀ)``.
+def _triangular_root(moments: Tensor, penalty: float) -> Tensor:
+    """Invert the Cholesky factor of ``I + β C_j`` in float64.
 
-    In float64: the condition numbers of ``I + β C_j`` leave float32 two or three digits, and what this costs is still
-    less than eigenvectors in float32.
+    The condition numbers of ``I + β C_j`` leave float32 two or three digits, and float64 still takes less time than
+    eigenvectors in float32.
     """
-    identity = torch.eye(moment.shape[1], dtype=torch.float64, device=moment.device)
-    factor, failed = torch.linalg.cholesky_ex(identity + strength * moment.double())
-    root = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    # S (I + β C) Sᵀ = I, so that β S C Sᵀ = I − S Sᵀ
-    squares = root.square().sum((1, 2))
-    energy = (len(identity) - squares) / strength if strength else moment.diagonal(dim1=1, dim2=2).sum(1).double()
+    identity = torch.eye(moments.shape[1], dtype=torch.float64, device=moments.device)
+    factor, failed = torch.linalg.cholesky_ex(identity + penalty * moments.double())
+    root: Tensor = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     if bool(failed.any()):  # sums in float32 may have eigenvalues that are below zero by more than 1 / β
         rows = failed.nonzero().squeeze(-1)
-        symmetric, lost = _symmetric_root(moment[rows], moment.device, strength)
-        root[rows], energy[rows] = symmetric.double(), lost.to(energy)
-    return root.to(moment.dtype), energy
+        root[rows] = _symmetric_root(moments[rows], penalty).double()
+    return root

@@ -1,4 +1,4 @@
-"""Arbitrary bytes as facts files and as prompts, held against what the whole file says by simpler means.
+"""Arbitrary bytes as facts files and as prompts, compared with a simpler reader of the whole file.
 
 Run from the root of the repository for as long as wished, coverage-guided where atheris is installed:
 
@@ -30,7 +30,7 @@ if __name__ == "__main__" and "atheris" in sys.argv:
 else:
     instrumented = nullcontext()
 with instrumented:
-    from lit_moeedit.data import check, files
+    from lit_moeedit.data import check, row_files
     from lit_moeedit.data.encoding import encode, join, subject_span
     from lit_moeedit.data.facts import Checker, FactError, read_facts
 from tests.data.rows import ROWS
@@ -43,22 +43,22 @@ _UNDECIDED = object()
 
 @contextmanager
 def pieces_of(size: int) -> Iterator[None]:
-    """Let files be read in pieces of so many bytes, to cut texts, numbers and letters at every place."""
-    before = files._PIECE
-    files._PIECE = size
+    """Read files in pieces of ``size`` bytes, to cut texts, numbers and letters at every place."""
+    before = row_files._PIECE
+    row_files._PIECE = size
     try:
         yield
     finally:
-        files._PIECE = before
+        row_files._PIECE = before
 
 
 def read_bytes(path: Path, data: bytes, piece: int) -> None:
-    """Write `data` to a facts file and read it in every way; anything but a fact or a named problem is an error."""
+    """Write `data` to a facts file and read it in every way; fail on anything but facts and named problems."""
     path.write_bytes(data)
     with pieces_of(piece):
         rows, problem = [], None
         try:
-            with closing(files.load_rows(path)) as loaded:
+            with closing(row_files.load_rows(path)) as loaded:
                 rows = list(loaded)
         except FactError as error:
             problem = error
@@ -88,7 +88,7 @@ def read_bytes(path: Path, data: bytes, piece: int) -> None:
 
 
 def named(error: FactError, path: Path) -> None:
-    """Every error names the file and what was expected, in printable lines."""
+    """Check that an error names the file and the expected value, in printable lines."""
     message = str(error)
     assert str(path) in message and all(line.isprintable() for line in message.split("\n")), message
     for problem in getattr(error, "problems", [error]):
@@ -96,7 +96,7 @@ def named(error: FactError, path: Path) -> None:
 
 
 def compare(suffix: str, data: bytes, rows: list[object], problem: FactError | None) -> None:
-    """Hold the rows against the whole file read at once."""
+    """Compare the rows with those of the whole file read at once."""
     expected = whole(suffix, data)
     if expected is _UNDECIDED:
         return
@@ -110,7 +110,7 @@ def compare(suffix: str, data: bytes, rows: list[object], problem: FactError | N
 
 
 def whole(suffix: str, data: bytes) -> object:
-    """The rows of a file by the plain means of the standard library; `None` if there is no such file."""
+    """Read the rows of a file with the standard library alone; `None` if there is no such file."""
     if b"\0" in data[:4]:
         return None
     try:
@@ -177,22 +177,22 @@ def find_token(kind: str, special: str, before: str, subject: str, after: str, t
         message = str(error)
         # a tokenizer without words may leave the target no beginning of its own, one that folds letters no target
         shares = message.startswith("one token holds the end of the prompt") and kind == "byte level, joined"
-        mixed = message.startswith("the tokenizer does not tell the last token") and kind == "unigram"
+        mixed = message.startswith("the tokenizer does not separate the last token") and kind == "unigram"
         assert shares or mixed or ("has no token of its own" in message and not normal(tok, target).strip()), message
         return False
     _, end = subject_span(prompt, subject)
     assert found.edit_token is not None and found.edit_token < max(found.target_start, 1)
     wanted = normal(tok, text[:end])
     # elsewhere the end of the subject is in the middle of a composed letter
-    if wanted + normal(tok, text[end:]) != normal(tok, text) or said(tok, found.ids) != normal(tok, text):
+    if wanted + normal(tok, text[end:]) != normal(tok, text) or decoded(tok, found.ids) != normal(tok, text):
         return False
-    assert said(tok, found.ids[: found.edit_token + 1]).startswith(wanted)
-    assert not said(tok, found.ids[: found.edit_token]).startswith(wanted)
+    assert decoded(tok, found.ids[: found.edit_token + 1]).startswith(wanted)
+    assert not decoded(tok, found.ids[: found.edit_token]).startswith(wanted)
     return True
 
 
 def normal(tok: Any, text: str) -> str:
-    """The text as the tokenizer reads it; that it writes spaces as ▁ is undone."""
+    """Normalize the text as the tokenizer does, with spaces instead of ▁."""
     normaliser = tok.backend_tokenizer.normalizer
     if normaliser is None:
         return text
@@ -200,8 +200,8 @@ def normal(tok: Any, text: str) -> str:
     return changed.removeprefix("▁").replace("▁", " ") if "▁" in changed else changed
 
 
-def said(tok: Any, ids: list[int]) -> str:
-    """What ids decode to, without the space before the text and the character that they end within."""
+def decoded(tok: Any, ids: list[int]) -> str:
+    """Decode ids, without the space before the text and without an incomplete last character."""
     text = tok.decode(ids, skip_special_tokens=True)
     if getattr(tok.backend_tokenizer.pre_tokenizer, "add_prefix_space", False):
         text = text.removeprefix(" ")
@@ -212,7 +212,7 @@ def said(tok: Any, ids: list[int]) -> str:
 
 
 def one_file(folder: Path) -> Callable[[bytes], bool]:
-    """A function that takes bytes as a file; the first two choose the suffix and the size of the pieces."""
+    """Make a function that takes bytes as a file; the first two choose the suffix and the size of the pieces."""
 
     def run(data: bytes) -> bool:
         if len(data) > 2:
@@ -234,7 +234,7 @@ def one_prompt(data: bytes) -> bool:
 
 
 def seeds(target: str) -> list[bytes]:
-    """What the engines begin with: a file of every format and suffix, or prompts."""
+    """Make the initial inputs of the engines: a file of every format and suffix, or prompts."""
     if target == "tokens":
         texts = ["The |Oslo| lies in|Peru", "|👩\u200d🚀|👩🏽|a", "é|Co\u0302te|\u0301x|½ﬁ", "|ירושלים|: القاهرة|東"]
         return [bytes([kind, kind]) + text.encode() for text in texts for kind in range(len(KINDS))]
@@ -254,7 +254,7 @@ def seeds(target: str) -> list[bytes]:
 
 
 def mutated(draw: random.Random, pool: list[bytes]) -> bytes:
-    """A few bytes changed, taken out, repeated, or put in from another seed."""
+    """Change, remove, repeat or insert a few bytes."""
     data = bytearray(draw.choice(pool))
     words = [
         b"\0",

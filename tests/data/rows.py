@@ -1,4 +1,4 @@
-"""A row of every format, what it is read as, and how tests change, write and refuse rows."""
+"""A row of every format, the fact that it contains, and helpers to change, write and refuse rows."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ EXPECTED = {
 
 
 def changed(row: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A copy of `row`; `a__b=value` changes `row["a"]["b"]`, `...` removes a field."""
+    """Copy `row` with changes: `a__b=value` sets `row["a"]["b"]`, and `...` removes a field."""
     row = copy.deepcopy(row)
     for path, value in changes.items():
         *outer, last = path.split("__")

@@ -1,4 +1,4 @@
-"""The atlas: what its sentences, edits and neighbours promise, for several seeds."""
+"""Tests of the properties of the atlas's sentences, edits and neighbours, for several seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def atlas(request: pytest.FixtureRequest) -> Atlas:
 
 
 def stated(atlas: Atlas) -> dict[str, Statement]:
-    """Every prompt of the atlas with the one statement that begins with it."""
+    """Map every prompt of the atlas to the only statement that begins with it."""
     statements = [*atlas.train, *atlas.validation]
     by_prompt = {statement.prompt: statement for statement in statements}
     assert len(by_prompt) == len(statements), "two statements share a prompt"

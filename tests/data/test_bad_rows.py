@@ -1,4 +1,4 @@
-"""Every row that cannot be used is named, with its field and what was expected."""
+"""Tests of errors about rows: each names the row, the field and the expected value."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ def test_targets_without_tokens_are_refused(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "facts.json", rows)
     assert problems_of(path, tokenizer=tokenizer) == [
-        (2, "target_new", "is '日本', of which the tokenizer leaves nothing; expected at least one token"),
-        (3, "neighbours", "is '米', of which the tokenizer leaves nothing; expected at least one token"),
+        (2, "target_new", "is '日本', for which the tokenizer returns no token; expected at least one"),
+        (3, "neighbours", "is '米', for which the tokenizer returns no token; expected at least one"),
     ]
     assert sorted(calls) == [" Italy", " Rome", " Spain", " 日本", " 米"]
 

@@ -1,4 +1,4 @@
-"""The command `facts check`: what it prints, when it fails, and that nothing of a file acts on the terminal."""
+"""Tests of the command `facts check`: its output, its failures, and escaped control characters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def checked(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> li
 
 
 def refused(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, list[str]]:
-    """What the command ends with and what it printed before; a text as exit code makes it 1."""
+    """Return the exit message of the command and its output; a text as exit code means 1."""
     with pytest.raises(SystemExit) as caught:
         run(["facts", "check", str(path), *options])
     assert isinstance(caught.value.code, str)
@@ -131,11 +131,11 @@ def test_nothing_of_a_file_acts_on_the_terminal(tmp_path: Path, capsys: pytest.C
     assert any("[bold]x[/] :smile:" in line for line in lines)
     assert [line.partition(":")[0] for line in lines if line.startswith("Remark")] == [
         "Remark, markup",
-        "Remark, characters that cannot be seen (of no width, or turning the direction)",
+        "Remark, invisible characters (of no width, or changing the direction of writing)",
         "Remark, replacement characters of an earlier wrong decoding",
-        "Remark, letters not composed (Unicode NFC)",
+        "Remark, letters that are not composed (Unicode NFC)",
         "Remark, a prompt that ends with a line break",
-        "Remark, a subject that stands twice in its prompt (the last one counts)",
+        "Remark, a subject that occurs twice in its prompt (the last one counts)",
     ]
 
 

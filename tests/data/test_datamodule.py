@@ -1,4 +1,4 @@
-"""Batches: what is drawn in which epoch, what counts in the loss, and what an edit leaves out."""
+"""Tests of batches: the items of each epoch, the tokens in the loss, and the statements that an edit removes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENIZER = SMALL.train_tokenizer(400)
 
 @pytest.fixture(scope="module")
 def atlas_data() -> FactsDataModule:
-    """The data module of an atlas with 40 edits. Tests must not exclude anything in it."""
+    """Make the data module of an atlas with 40 edits. Tests must not exclude facts in it."""
     data = FactsDataModule(Atlas(edits=40), vocab_size=3000, batch_size=32, samples_per_epoch=640)
     data.setup("fit")
     return data
@@ -224,7 +224,7 @@ def test_numbers_below_one_are_refused(name: str) -> None:
 
 def test_batches_need_a_tokenizer() -> None:
     with pytest.raises(RuntimeError, match="no tokenizer before setup"):
-        FactsDataModule(SMALL)._pad_id  # noqa: B018
+        FactsDataModule(SMALL)._collate([])
     with pytest.raises(ValueError, match="vocab_size must be at least 300"):
         SMALL.train_tokenizer(299)
 

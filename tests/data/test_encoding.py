@@ -1,4 +1,4 @@
-"""Text to tokens: where the target starts and which token is edited, for prompts of every shape."""
+"""Tests of tokenization: the start of the target and the edit token, for prompts of many forms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ phrases = words.map(" ".join)
 
 
 def with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer, which also puts ``</s>`` behind every text."""
+    """The same tokenizer, which also puts ``</s>`` after every text."""
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     special = [("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))]
     backend.post_processor = processors.Sequence(
@@ -77,7 +77,7 @@ def test_the_last_token_is_the_one_before_the_target(tokenizer: PreTrainedTokeni
 
 
 @tokenizers
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(before=phrases, subject=phrases, after=phrases, target=phrases, first=st.booleans(), twice=st.booleans())
 def test_any_subject_and_target_are_found(
     tokenizer: PreTrainedTokenizerFast, before: str, subject: str, after: str, target: str, first: bool, twice: bool
@@ -151,7 +151,7 @@ def test_nothing_encodes_to_nothing() -> None:
 )
 def test_what_cannot_be_encoded_is_refused(prompt: str, target: str, subject: str, message: str) -> None:
     class NoSpaces:
-        """A tokenizer that leaves nothing of white space at the end."""
+        """A tokenizer that drops white space at the end."""
 
         is_fast = True
 
@@ -166,7 +166,7 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(ValueError, match="Slow cannot tell character offsets; a fast tokenizer is needed"):
+    with pytest.raises(ValueError, match="Slow has no character offsets; a fast tokenizer is needed"):
         encode(Slow(), ["a"], ["b"])  # type: ignore[arg-type]
 
 

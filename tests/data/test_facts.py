@@ -1,15 +1,27 @@
-"""Facts made in memory: checks, keys, errors, and their form in JSON."""
+"""Tests of facts made in memory: checks, keys, errors, and their JSON form."""
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_moeedit.data.facts import Fact, FactError, FactsError, Neighbour, validate_facts
+from lit_moeedit.data.facts import (
+    CheckedFacts,
+    Checker,
+    Fact,
+    FactError,
+    FactsError,
+    Neighbour,
+    read_facts,
+    validate_facts,
+)
 
 neighbours = st.builds(Neighbour, st.text(), st.text(), st.text())
 any_fact = st.builds(
@@ -34,6 +46,70 @@ def test_facts_in_memory_are_checked_and_stripped() -> None:
     assert len(validate_facts([good, template], strict=False)) == 1
     with pytest.raises(FactError, match="facts: holds no facts; expected at least one"):
         validate_facts([])
+
+
+FACTS = [
+    Fact("Rome", "Rome lies in", "Spain"),
+    Fact("Oslo", "Oslo lies in", "Peru"),
+    Fact("Lima", "Lima is in", "Asia"),
+]
+
+
+def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+    return {"input_ids": [*range(len(text.split()))]}
+
+
+def other_tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+    """Return no token for "Peru"."""
+    return {"input_ids": [] if text == " Peru" else [1]}
+
+
+def test_facts_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([fact.to_dict() for fact in FACTS]), encoding="utf-8")
+    read = read_facts(path, tokenizer=tokenizer)
+    validated = validate_facts(FACTS, tokenizer=tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checker, "check", lambda *_: pytest.fail("checked again"))
+        for facts in (read, validated):
+            for kept in (facts, facts[1:], facts[::2], facts.select(lambda fact: fact.subject != "Rome")):
+                assert kept
+                assert isinstance(kept, CheckedFacts)
+                assert validate_facts(kept, tokenizer=tokenizer) is kept
+                assert validate_facts(kept) is kept
+    assert read == validated == FACTS
+
+
+def test_facts_are_checked_again_with_another_tokenizer_or_after_a_change() -> None:
+    facts = validate_facts(FACTS)
+    assert validate_facts(facts, tokenizer=tokenizer) is not facts
+    for checked in (facts, validate_facts(facts, tokenizer=tokenizer)):
+        with pytest.raises(
+            FactsError, match="row 2, field 'target_new': is 'Peru', for which the tokenizer returns no token"
+        ):
+            validate_facts(checked, tokenizer=other_tokenizer)
+    bad = Fact("Rome", "Oslo lies in", "Spain")
+    for changed in ([*facts, bad], facts + tuple(FACTS)):
+        assert not isinstance(changed, CheckedFacts)
+        with pytest.raises(FactsError):
+            validate_facts(changed)
+    with pytest.raises(FactError, match="facts: holds no facts"):
+        validate_facts(facts.select(lambda _: False))
+
+
+def test_checked_facts_are_used_like_a_list() -> None:
+    facts = validate_facts(FACTS, tokenizer=tokenizer)
+    assert facts == FACTS
+    assert facts == FACTS
+    assert facts == tuple(FACTS)
+    assert facts != FACTS[:2]
+    assert not facts == FACTS[:2]  # noqa: SIM201 - another operator
+    assert facts[0] == facts[-3] == FACTS[0]
+    assert (len(facts), FACTS[1] in facts, facts.index(FACTS[2])) == (3, True, 2)
+    assert hash(facts) == hash(tuple(FACTS))
+    for copied in (pickle.loads(pickle.dumps(facts)), copy.copy(facts), copy.deepcopy(facts)):
+        assert type(copied) is list
+        assert copied == FACTS
 
 
 def test_wrong_types_in_memory_are_refused() -> None:

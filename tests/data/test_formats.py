@@ -1,4 +1,4 @@
-"""What differs between the files of other projects: nested questions, lists of edits, tables, names of columns."""
+"""Tests of the formats of other projects: nested questions, lists of edits, tables, names of columns."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_problems_of_a_table_have_its_names(tmp_path: Path) -> None:
     wrong = {**COLUMNS, "paraphrases": ["p1", "p3"]}
     path.write_text(OWN, encoding="utf-8")
     assert problems_of(path, columns=wrong) == [
-        (row, "p3", "is missing; expected the field that the columns name") for row in (2, 3)
+        (row, "p3", "is missing; expected the column given in columns") for row in (2, 3)
     ]
 
 
@@ -244,7 +244,7 @@ def test_problems_of_a_table_have_its_names(tmp_path: Path) -> None:
         ),
         ('a,b\n"x"y,z\n', 2, "is not valid CSV (',' expected after '\"'); expected cells separated by ','"),
         (f"a,b\n{'x' * 200_000},z\n", 2, "is not valid CSV (field larger than field limit (131072)); expected cells"),
-        ("a;b;c\n1;2;3\n", 1, "names a single column 'a;b;c'; expected cells separated by ','"),
+        ("a;b;c\n1;2;3\n", 1, "has a single column 'a;b;c'; expected cells separated by ','"),
         ("subject,prompt,target_new\n", None, "holds no rows; expected at least one fact"),
     ],
 )
@@ -266,7 +266,7 @@ def test_what_spreadsheets_add_is_left_out(tmp_path: Path, text: str) -> None:
 def test_rows_of_the_wrong_length_are_named_and_the_others_read(tmp_path: Path) -> None:
     path = tmp_path / "facts.csv"
     path.write_text("subject,prompt,target_new\n\nRome,Rome lies in\nOslo,Oslo lies in,Peru\n", encoding="utf-8")
-    assert problems_of(path) == [(3, None, "has 2 cells; expected 3, as many as the first line names")]
+    assert problems_of(path) == [(3, None, "has 2 cells; expected 3 as in the first line")]
     assert [fact.subject for fact in read_facts(path, strict=False)] == ["Oslo"]
 
 
@@ -343,7 +343,7 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "facts.jsonl"
     line = json.dumps(NATIVE)
     path.write_text(f'{line[:-1]}, "subject": "Oslo"}}\n', encoding="utf-8")
-    expected = "is not valid JSON (the name 'subject' stands twice in an object); expected one object per line"
+    expected = "is not valid JSON (the name 'subject' occurs twice in an object); expected one object per line"
     assert problems_of(path) == [(1, None, expected)]
 
 

@@ -1,4 +1,4 @@
-"""Bytes that make no sense as facts files and prompts: a few of them each time, many with -m slow.
+"""Tests with random bytes as facts files and prompts: a few of them each time, many with -m slow.
 
 `tests/data/fuzzing.py` runs the same checks for as long as wished. What it has found is kept here.
 """
@@ -51,7 +51,7 @@ def test_prompts_that_were_found(kind: str, before: str, subject: str, after: st
     assert find_token(kind, "$A", before, subject, after, target)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.binary(min_size=3, max_size=60))
 def test_any_bytes_are_read_or_refused(read: Callable[[bytes], bool], data: bytes) -> None:
     assert read(data)

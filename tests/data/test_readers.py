@@ -1,4 +1,4 @@
-"""Facts files: every format, files that cannot be read, and what must hold for arbitrary texts."""
+"""Tests of facts files: every format, files that cannot be read, and properties for arbitrary texts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lit_moeedit.data.facts import Fact, FactError, FactsError, Neighbour, read_
 from lit_moeedit.data.row_files import load_rows
 from tests.data.rows import EXPECTED, FLAT, NATIVE, ROWS, ZSRE, changed, problems_of, write
 
+MADE_UP = Path(__file__).with_name("made_up")
 REAL_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -240,17 +241,41 @@ def test_no_content_of_a_row_raises_anything_else(
         assert fact.subject in fact.prompt
 
 
-# --- real data -------------------------------------------------------------------------------------------------------
+# --- whole files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "extent"),
+    [
+        ("native", "prompt", (1, 1)),
+        ("counterfact", "requested_rewrite.target_new.str", (2, 1)),
+        ("counterfact_flat", "target_new", (1, 1)),
+        ("zsre", "alt", (1, 1)),
+        ("knowedit", "prompt", (2, 1)),
+        ("knowedit_bio", "text", (0, 1)),
+        # two rows share an edit, which is taken once
+        ("mquake", "requested_rewrite[0].target_new.str", (1, 0)),
+    ],
+)
+def test_a_file_of_every_format(name: str, field: str, extent: tuple[int, int]) -> None:
+    """Facts that nobody holds: three that can be used, and a last row that cannot."""
+    path = MADE_UP / f"{name}.json"
+    assert [problem[:2] for problem in problems_of(path)] == [(4, field)]
+    facts = read_facts(path, strict=False)
+    assert facts == read_facts(path, strict=False, format=name)
+    assert len(facts) == len({fact.key for fact in facts}) == 3
+    assert all((len(fact.paraphrases), len(fact.neighbours)) == extent for fact in facts)
+    assert all((fact.target_true is None) == (name == "knowedit_bio") for fact in facts)
 
 
 @pytest.mark.parametrize(
     ("name", "refused", "usable"),
     [("counterfact_2k.json", {"target_new": 6}, 1994), ("zsre_mend_1k.json", {"alt": 19}, 981)],
 )
-def test_real_data(name: str, refused: dict[str, int], usable: int) -> None:
+def test_published_data(name: str, refused: dict[str, int], usable: int) -> None:
     path = REAL_DATA / name
     if not path.is_file():
-        pytest.skip(f"the benchmark data {name} does not stand beside this checkout")
+        pytest.skip(f"the published data {name}, which is not ours to copy, is not beside this checkout")
     with pytest.raises(FactsError) as caught:
         read_facts(path)
     fields = [problem.field for problem in caught.value.problems]

@@ -1,4 +1,4 @@
-"""Files become rows piece by piece: the same wherever a piece ends, in bounded memory, with errors that say where."""
+"""Tests of reading rows piece by piece: the same rows for any size of pieces, bounded memory, errors with a place."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_a_list_is_read_as_if_at_once(
     [
         ("", None, "is empty; expected a list of objects"),
         ("  \n", None, "is empty; expected a list of objects"),
-        ("[1$]", 1, "is not valid JSON ('$' behind an element at line 1); expected a list of objects"),
-        ("[1.]", 1, "is not valid JSON ('.' behind an element at line 1); expected a list of objects"),
-        ("[1 2]", 1, "is not valid JSON ('2' behind an element at line 1); expected a list of objects"),
+        ("[1$]", 1, "is not valid JSON ('$' after an element at line 1); expected a list of objects"),
+        ("[1.]", 1, "is not valid JSON ('.' after an element at line 1); expected a list of objects"),
+        ("[1 2]", 1, "is not valid JSON ('2' after an element at line 1); expected a list of objects"),
         ("[1,]", 2, "is not valid JSON (Expecting value at line 1); expected a list of objects"),
         ("[1,\n\n", 2, "is not valid JSON (Expecting value at line 3); expected a list of objects"),
         ("[{}", 1, "is not valid JSON (the file ends within the list at line 1); expected a list of objects"),
@@ -69,11 +69,11 @@ def test_a_list_is_read_as_if_at_once(
             "is not valid JSON (Expecting property name enclosed in double quotes at line 3); expected",
         ),
         ('[\n{},\n{"a": "b', 2, "is not valid JSON (Unterminated string starting at at line 3); expected"),
-        ("[1]\n[2]", None, "holds '[' behind the list, at line 2; expected nothing"),
+        ("[1]\n[2]", None, "holds '[' after the list, at line 2; expected nothing"),
         (
             '[{"a": 1, "a": 2}]',
             1,
-            "is not valid JSON (the name 'a' stands twice in an object, from line 1 on); expected",
+            "is not valid JSON (the name 'a' occurs twice in an object, from line 1 on); expected",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, monkeypatch:
     assert error_of(pipe) == (None, "is a pipe; expected a regular file")
     assert error_of(folder) == (None, "is a directory; expected a regular file")
     assert error_of(Path("/dev/null")) == (None, "is a device; expected a regular file")
-    with pytest.raises(FactError, match="is no path"):
+    with pytest.raises(FactError, match="is not a path"):
         list(load_rows(tmp_path / "a\0.json"))
     with pytest.raises(OSError, match=r"broken\.json"):
         list(load_rows(broken))

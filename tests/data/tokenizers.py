@@ -30,7 +30,7 @@ def _train(backend: Tokenizer, size: int, alphabet: list[str] | None = None) -> 
 
 
 def _with_bytes(backend: Tokenizer, decoder: decoders.Decoder) -> Tokenizer:
-    """The tokens that training found, with the 256 bytes for what they leave out (BPE needs them in its vocabulary)."""
+    """Add the 256 bytes to the trained tokens, for unknown letters (BPE needs them in its vocabulary)."""
     content = json.loads(backend.to_str())
     model = content["model"]
     if model["type"] == "BPE":
@@ -49,7 +49,7 @@ def _with_bytes(backend: Tokenizer, decoder: decoders.Decoder) -> Tokenizer:
 
 
 def byte_level() -> Tokenizer:
-    """GPT-2: the space belongs to the word behind it, one is put before the text, offsets leave it out."""
+    """GPT-2: a space belongs to the word after it, one is put before the text, and offsets exclude it."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
@@ -70,7 +70,7 @@ def byte_level_split() -> Tokenizer:
 
 
 def byte_level_joined() -> Tokenizer:
-    """No words at all: a token may hold the end of one, the space and the beginning of the next."""
+    """No words: a token may contain the end of a word, the space and the beginning of the next word."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -89,7 +89,7 @@ def sentencepiece() -> Tokenizer:
 
 
 def metaspace() -> Tokenizer:
-    """Newer conversions of sentencepiece: Metaspace, which puts ▁ before the first word only if it must."""
+    """Newer conversions of sentencepiece: Metaspace, which puts ▁ before the first word only if it has none."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend = _train(backend, 200)
@@ -138,7 +138,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 
 @cache
 def tokenizer(kind: str, special: str = "$A") -> PreTrainedTokenizerFast:
-    """A tokenizer of a kind; ``special`` is what it puts around a text, such as ``<s> $A </s>``."""
+    """Make a tokenizer of a kind; ``special`` is its template around a text, such as ``<s> $A </s>``."""
     backend = KINDS[kind]()
     if special != "$A":
         names = [(name, backend.token_to_id(name)) for name in special.split() if name != "$A"]

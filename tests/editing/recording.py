@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_moeedit.editing import EditMemory, TargetOptimizer
 from lit_moeedit.editing.memory import GatedKeys
-from lit_moeedit.solvers import EditProblem, ExpertDeltas, Woodbury
+from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty
+from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver, Woodbury
 
 QUICK = TargetOptimizer(steps=3, stop=0.0)
 
 
-class Recording:
+def preservation(name: str, threshold: float = 2.0, strength: float = 10.0) -> Any:
+    """A preservation by its name, with the setting that it has; ``none`` as it is."""
+    kinds = {"output": OutputPenalty, "covariance": CovariancePenalty}
+    if name in kinds:
+        return kinds[name](strength)
+    return NullSpace(threshold) if name == "nullspace" else name
+
+
+class Recording(Solver):
     """A solver that keeps what it was asked and what it answered, and can be told to fail at one of its calls."""
 
     def __init__(self, fail_at: int = -1, error: type[BaseException] = ZeroDivisionError) -> None:

@@ -25,16 +25,16 @@ from lit_moeedit.editing import (
     second_moments,
 )
 from lit_moeedit.editing.edit_tokens import edit_tokens
+from lit_moeedit.editing.layer_weights import layer_weights
 from lit_moeedit.editing.memory import GatedKeys
 from lit_moeedit.editing.routing_trace import trace_routing
-from lit_moeedit.editing.tucker_factors import layer_factors
 from lit_moeedit.models.experts import expert_layers
-from lit_moeedit.models.output_scale import output_gains
-from lit_moeedit.preservation.shaping import Shaping
+from lit_moeedit.models.output_scale import output_scales
+from lit_moeedit.preservation.shaping import NullSpace, Shaping
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.solvers import Auto, BlockCoordinateDescent, ConjugateGradients, PerExpertRidge, Tucker, Woodbury
+from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker, Woodbury
 from tests.conftest import FAMILIES
-from tests.editing.recording import QUICK
+from tests.editing.recording import QUICK, preservation
 
 CPU = torch.device("cpu")
 OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "qwen3_moe"]
@@ -75,7 +75,7 @@ def test_gains_features_and_routing(cuda, both, tokenizer, facts, texts, encoded
     results = []
     for model in both(family):
         layers = list(expert_layers(model).values())[-2:]
-        gains = output_gains(model, layers)
+        gains = output_scales(model, layers)
         seen = edit_tokens(model, encoded, layers[1], layers[0], pad_id(tokenizer), token_budget=40)
         results.append((gains, seen, trace_routing(model, tokenizer, texts, token_budget=100)))
     (gains, seen, trace), plain = results
@@ -134,7 +134,9 @@ def test_shaping(
         moments = second_moments(model, tokenizer, [layer], texts[:3], gated=gated, device=held)[1]
         # sums in float32 may have eigenvalues below zero, which send an expert another way
         moments.total[3] -= 0.1 * torch.eye(20, device=moments.total.device)
-        shaping = Shaping.of(moments, torch.tensor([1, 3, 4], device=device), preserve, 0.5, 50.0, symmetric)
+        shaping = Shaping.of(
+            moments, torch.tensor([1, 3, 4], device=device), preservation(preserve, 0.5), 50.0, symmetric
+        )
         expert = torch.tensor([3, 1, 4, 4, 3], device=device)
         rows = torch.randn(5, 20, generator=torch.Generator().manual_seed(0)).to(device)
         results.append([shaping, shaping.features(rows, expert), shaping.applied(rows, expert)])
@@ -150,7 +152,9 @@ def test_factors(cuda, both, tokenizer, texts, tmp_path, preserve: Any) -> None:
             moments = second_moments(model, tokenizer, [layer], texts[:3], gated=preserve == "output", device=held)[1]
             solver = Tucker(energy=0.9, cache=tmp_path / f"{number}")
             # computed, and read again from the cache
-            results.append([layer_factors(solver, layer, moments, preserve, 10.0, Ranks()) for _ in range(2)])
+            penalty = None if preserve == "none" else 10.0
+            view = layer_weights(layer, moments, penalty, Ranks())
+            results.append([solver.at_layer(view).factors for _ in range(2)])
     for result, other in zip(results[:2], results[2:], strict=True):
         assert_same(result, other, cuda)
 
@@ -186,7 +190,7 @@ def test_targets(cuda, both, tokenizer, facts, family: str, autocast: Any) -> No
     for model in both(family):
         layer = list(expert_layers(model).values())[-2]
         editor = Editor([layer.index], contexts=("", "Well, then:"))
-        rows, _, _ = editor._encode(tokenizer, facts, model)
+        rows = editor.encode(tokenizer, facts).rows
         # some edits leave the batch before the others
         optimizer = TargetOptimizer(4, learning_rate=0.5, clamp=4.0, stop=7.5, token_budget=200, autocast=autocast)
         results.append(optimizer.optimize(model, layer, rows, pad_id(tokenizer)))
@@ -198,13 +202,11 @@ def test_targets(cuda, both, tokenizer, facts, family: str, autocast: Any) -> No
 # -- edits ------------------------------------------------------------------------------------------------------------
 
 WAYS: dict[str, dict[str, Any]] = {
-    "exact": {"solver": Woodbury(), "preserve": "output", "moments_on_cpu": True},
-    "descent": {"solver": BlockCoordinateDescent(passes=2), "preserve": "nullspace", "threshold": 0.5},
+    "exact": {"solver": Woodbury(), "preserve": "output"},
+    "descent": {"solver": BlockCoordinateDescent(passes=2), "preserve": NullSpace(0.5)},
     "tucker": {"solver": Tucker(energy=0.9), "preserve": "covariance"},
     "per expert": {"solver": PerExpertRidge(), "preserve": "none"},
-    "auto": {"solver": Auto(), "preserve": "covariance"},
-    "gradients": {"solver": ConjugateGradients(), "preserve": "output"},
-    "tucker, not carried": {"solver": Tucker(carry=False), "preserve": "output", "moments_on_cpu": True},
+    "tucker, not carried": {"solver": Tucker(carry=False), "preserve": "output"},
 }
 FIRST = {("qwen3_moe", "exact"), ("gpt_oss", "descent"), ("qwen3_moe", "tucker")}
 PAIRS = [

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.encoding import Encoding, encode, join
 from lit_moeedit.data.facts import Fact, FactError, FactsError
 from lit_moeedit.editing import Editor, SecondMoments, TargetOptimizer, score, second_moments
-from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
+from lit_moeedit.models.experts import UnsupportedModelError, check_editable, expert_layers
 from lit_moeedit.models.keys import routed_keys
-from lit_moeedit.preservation.shaping import Shaping
+from lit_moeedit.preservation.shaping import CovariancePenalty, NullSpace, OutputPenalty, Shaping
 from lit_moeedit.solvers import BlockCoordinateDescent, Tucker, Woodbury
-from tests.editing.recording import QUICK, Recording, edited_weights
+from tests.editing.recording import QUICK, Recording, edited_weights, preservation
 
 PRESERVE = ["output", "nullspace", "covariance", "none"]
 
@@ -38,7 +38,7 @@ class TestOneLayer:
         encoded = encode(tokenizer, [f.prompt for f in facts], [""] * 4, [f.subject for f in facts], token)
         before = at_edit_tokens(model, plain_hidden, 1, encoded)
         solver = Recording()
-        editor = Editor([1], solver, QUICK, preserve, threshold=2.0, strength=10.0, ridge=0.1, token=token)
+        editor = Editor([1], solver, QUICK, preservation(preserve), ridge=0.1, token=token)
         result = editor.edit(model, tokenizer, facts, texts)
         (problem,), (solution,) = solver.problems, solver.solutions
         torch.testing.assert_close(problem.residuals, result.targets.deltas, rtol=1e-4, atol=1e-4)
@@ -56,7 +56,7 @@ class TestOneLayer:
         model = make_model(model_type)
         before = at_edit_tokens(model, plain_hidden, 1, encoded)
         solver = Recording()
-        result = Editor([1], solver, QUICK, strength=10.0, ridge=0.1).edit(model, tokenizer, facts, texts)
+        result = Editor([1], solver, QUICK, OutputPenalty(10.0), ridge=0.1).edit(model, tokenizer, facts, texts)
         moved = at_edit_tokens(model, plain_hidden, 1, encoded) - before
         torch.testing.assert_close(solver.problems[0].residuals, result.targets.deltas, rtol=1e-4, atol=1e-4)
         error = float((moved - solver.problems[0].prediction(solver.solutions[0])).norm())
@@ -84,7 +84,7 @@ class TestOneLayer:
         layers = list(expert_layers(model).values())
         moments = second_moments(model, tokenizer, layers, texts)
         threshold = float(torch.linalg.eigvalsh(moments[1].mean(torch.arange(6))).quantile(0.7))
-        editor = Editor([0, 1], targets=QUICK, preserve="nullspace", threshold=threshold, ridge=0.01)
+        editor = Editor([0, 1], targets=QUICK, preserve=NullSpace(threshold), ridge=0.01)
         result = editor.edit(model, tokenizer, facts, moments=moments)
         assert set(result.deltas) == {0, 1}
         for index, deltas in result.deltas.items():
@@ -106,7 +106,7 @@ class TestSeveralLayers:
         replay = copy.deepcopy(model)
         solver = Recording()
         # the last token, because behind the last layer no other token reads an edit of the subject
-        editor = Editor([2, 0, 1], solver, QUICK, strength=10.0, ridge=0.1, token="last")
+        editor = Editor([2, 0, 1], solver, QUICK, OutputPenalty(10.0), ridge=0.1, token="last")
         encoded = encode(tokenizer, [f.prompt for f in facts], [""] * 4, [f.subject for f in facts], "last")
         result = editor.edit(model, tokenizer, facts, texts)
         assert list(result.deltas) == [0, 1, 2]
@@ -215,10 +215,10 @@ class TestPreservation:
         for one, two in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.equal(one, two)
 
-    @pytest.mark.parametrize("preserve", ["nullspace", "covariance", "output"])
+    @pytest.mark.parametrize("preserve", [NullSpace(), CovariancePenalty(), OutputPenalty()])
     def test_nothing_to_preserve_is_refused(self, model, tokenizer, facts, unchanged, preserve) -> None:
         unchanged(model)
-        with pytest.raises(ValueError, match=f"preserve='{preserve}' needs preservation text"):
+        with pytest.raises(ValueError, match=f"{type(preserve).__name__} needs preservation text"):
             Editor([1], preserve=preserve).edit(model, tokenizer, facts)
 
     @pytest.mark.parametrize("preserve", ["nullspace", "covariance", "output"])
@@ -236,7 +236,7 @@ class TestPreservation:
         self, model, tokenizer, facts, texts, preserve, solver
     ) -> None:
         layers = list(expert_layers(model).values())[:2]
-        editor = Editor([0, 1], solver, QUICK, preserve, threshold=2.0, strength=10.0, ridge=0.1)
+        editor = Editor([0, 1], solver, QUICK, preservation(preserve), ridge=0.1)
         moments = second_moments(model, tokenizer, layers, texts, gated=editor.gated)
         result = editor.edit(model, tokenizer, facts, texts, moments=moments)
         assert list(result.energy_kept) == ([] if preserve == "none" else [0, 1])
@@ -248,7 +248,7 @@ class TestPreservation:
             if preserve == "nullspace":
                 shaped = vectors @ ((values <= 2.0)[:, :, None] * vectors.mT)
             else:  # S Sᵀ of either root has this for its trace with C
-                shaped = torch.linalg.inv(identity + editor.penalty(layers[index]) * moment)
+                shaped = torch.linalg.inv(identity + editor.preserve.penalty(layers[index].shape, 0.1) * moment)
             reached = (shaped * moment).sum((1, 2)) / moment.diagonal(dim1=1, dim2=2).sum(1)
             # float32 moments, of which float32 or float64 roots are taken
             torch.testing.assert_close(
@@ -277,9 +277,11 @@ class TestPreservation:
         features = torch.cat([keys.gate.double()[:, None] * keys.key.double() for keys in seen])
         moment.index_add_(0, expert, features[:, :, None] * features[:, None, :] / tokens)
         for strength in (0.3, 2.0):
-            editor = Editor([1], strength=strength, ridge=1e-9)
+            editor = Editor([1], preserve=OutputPenalty(strength), ridge=1e-9)
             sums = SecondMoments(moment * tokens, torch.bincount(expert), torch.tensor([tokens]), gated=True)
-            shaping = Shaping.of(sums, torch.arange(6), "output", strength=editor.penalty(layer))
+            shaping = Shaping.of(
+                sums, torch.arange(6), editor.preserve, editor.preserve.penalty(layer.shape, editor.ridge)
+            )
             mean = float(shaping.features(features, expert).square().sum()) / tokens / editor.ridge
             lost = editor.ridge / (strength * 6 * 20 * float(torch.linalg.eigvalsh(moment).min()))
             assert lost < 0.05
@@ -293,7 +295,7 @@ class TestPreservation:
         for preserve in PRESERVE:
             edited = copy.deepcopy(model)
             strength = 1.0 if preserve == "output" else 1000.0
-            Editor([1], targets=QUICK, preserve=preserve, threshold=0.02, strength=strength, ridge=1e-3).edit(
+            Editor([1], targets=QUICK, preserve=preservation(preserve, 0.02, strength), ridge=1e-3).edit(
                 edited, tokenizer, facts, texts
             )
             after = [plain_hidden(edited, 1, row) for row in ids]
@@ -305,8 +307,10 @@ class TestPreservation:
 def test_token_budget_does_not_matter(model, tokenizer, facts, texts) -> None:
     other = copy.deepcopy(model)
     small = TargetOptimizer(steps=3, stop=0.0, token_budget=30)
-    one = Editor([0, 1], targets=QUICK, ridge=0.1, strength=10.0).edit(model, tokenizer, facts, texts)
-    two = Editor([0, 1], targets=small, ridge=0.1, strength=10.0, token_budget=30).edit(other, tokenizer, facts, texts)
+    one = Editor([0, 1], targets=QUICK, preserve=OutputPenalty(10.0), ridge=0.1).edit(model, tokenizer, facts, texts)
+    two = Editor([0, 1], targets=small, preserve=OutputPenalty(10.0), ridge=0.1, token_budget=30).edit(
+        other, tokenizer, facts, texts
+    )
     for layer, deltas in one.deltas.items():
         for expert in deltas.experts:
             delta = deltas.dense(expert)
@@ -333,7 +337,7 @@ def test_other_dtypes(model, tokenizer, facts, texts, dtype: torch.dtype) -> Non
     model.to(dtype)
     model.config._experts_implementation = "eager"  # grouped_mm knows no float64, and no bfloat16 of these sizes
     before = expert_layers(model)[1].down_proj.detach().clone()
-    result = Editor([1], targets=QUICK, ridge=0.1, strength=10.0).edit(model, tokenizer, facts, texts)
+    result = Editor([1], targets=QUICK, preserve=OutputPenalty(10.0), ridge=0.1).edit(model, tokenizer, facts, texts)
     weight = expert_layers(model)[1].down_proj
     assert weight.dtype == dtype
     for expert in result.deltas[1].experts:
@@ -360,15 +364,15 @@ class TestRefusals:
             ({"layers": []}, "layers must be distinct layer indices, at least one, got []"),
             ({"layers": [1, 1]}, "layers must be distinct layer indices, at least one, got [1, 1]"),
             ({"layers": [-1]}, "layers must be distinct layer indices, at least one, got [-1]"),
-            ({"preserve": "hard"}, "preserve must be one of output, covariance, nullspace, none, got 'hard'"),
-            ({"threshold": -0.1}, "threshold must be at least 0, got -0.1"),
-            ({"strength": -1.0}, "strength must be at least 0, got -1.0"),
-            ({"ridge": -1.0}, "ridge must be at least 0, and above it with preserve='output', got -1.0"),
-            ({"ridge": float("nan")}, "ridge must be at least 0, and above it with preserve='output', got nan"),
-            ({"preserve": "output", "ridge": 0.0}, "above it with preserve='output', got 0.0"),
+            ({"preserve": "hard"}, "a Preservation or one of output, covariance, nullspace, none, got 'hard'"),
+            ({"ridge": -1.0}, "ridge must be at least 0 and finite, got -1.0"),
+            ({"ridge": float("nan")}, "ridge must be at least 0 and finite, got nan"),
+            ({"preserve": "output", "ridge": 0.0}, "OutputPenalty needs a ridge above 0, got 0.0"),
+            ({"ridge": float("inf")}, "ridge must be at least 0 and finite, got inf"),
+            ({"solver": "Woodbury"}, "solver must be a Solver, got 'Woodbury'"),
             ({"token": "first"}, "token must be 'subject_last' or 'last', got 'first'"),
             ({"contexts": ()}, "contexts needs at least one text"),
-            ({"neutral": "It is a"}, "neutral must hold {} for the subject, got 'It is a'"),
+            ({"neutral": "It is a"}, "neutral must contain {} for the subject, got 'It is a'"),
             ({"token_budget": 0}, "token_budget must be at least 1, got 0"),
         ],
     )
@@ -381,6 +385,14 @@ class TestRefusals:
         unchanged(model)
         with pytest.raises(UnsupportedModelError, match=r"layer 1 .* are frozen"):
             Editor([0, 1], preserve="none").edit(model, tokenizer, facts)
+
+    def test_layers_of_another_model_or_other_layers(self, make_model, model, tokenizer, facts, unchanged) -> None:
+        other = make_model("qwen3_moe")
+        unchanged(model)
+        editor = Editor([0, 1], preserve="none")
+        for layers in (editor.check(other), editor.check(model)[:1], check_editable(model, [0, 1]), []):
+            with pytest.raises(ValueError, match=r"layers must be the result of Editor.check for this model"):
+                editor.edit(model, tokenizer, facts, layers=layers)
 
     def test_no_facts(self, model, tokenizer) -> None:
         with pytest.raises(FactError, match="holds no facts"):

@@ -58,7 +58,7 @@ class TestWholeOrNotAtAll:
                 return super().solve(problem)
 
         if stage == "features":
-            monkeypatch.setattr("lit_moeedit.editing.editor.edit_tokens", lambda *_: fail())
+            monkeypatch.setattr("lit_moeedit.editing.spread.edit_tokens", lambda *_: fail())
         if stage == "second commit":
             commits: list[int] = []
             commit = Transaction.commit

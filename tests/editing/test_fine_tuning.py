@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.data.encoding import join
 from lit_moeedit.data.facts import FactError
-from lit_moeedit.editing import FineTuning, baselines, score
+from lit_moeedit.editing import FineTuning, fine_tuning, score
 from lit_moeedit.models.experts import UnsupportedModelError, expert_layers
 from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError
@@ -155,7 +155,7 @@ class TestTransaction:
 
 
 def tuned(own: list[str]) -> list[Tensor]:
-    from tests.sharding.test_parallel_edit import FACTS, model, tokenizer
+    from tests.sharding.small_edits import FACTS, model, tokenizer
 
     whole = model()
     FineTuning([0, 1], 3, RATE, stop=0.0, token_budget=20).edit(whole, tokenizer(), FACTS, ranks=Ranks())
@@ -164,21 +164,21 @@ def tuned(own: list[str]) -> list[Tensor]:
 
 def failing_alone(rank: int) -> str:
     """What is said where a rank fails before all of them take the first one's numbers."""
-    from tests.sharding.test_parallel_edit import FACTS, model, tokenizer
+    from tests.sharding.small_edits import FACTS, model, tokenizer
 
-    ranks, factors = Ranks(), baselines._factors
+    ranks, factors = Ranks(), fine_tuning._factors
 
     def fail(*args: Any) -> Any:
         raise MemoryError("no room for factors")
 
     if ranks.rank == rank:
-        baselines._factors = fail
+        fine_tuning._factors = fail
     try:
         FineTuning([0, 1], 1, RATE, token_budget=20).edit(model(), tokenizer(), FACTS, ranks=ranks)
     except (MemoryError, RankError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        baselines._factors = factors
+        fine_tuning._factors = factors
     return ""
 
 
@@ -195,7 +195,7 @@ def test_a_failure_on_one_rank_is_one_on_all(two: dict[str, Any]) -> None:
 
 
 def test_the_result_does_not_depend_on_the_number_of_ranks(two: dict[str, Any]) -> None:
-    from tests.sharding.test_parallel_edit import model
+    from tests.sharding.small_edits import model
 
     (alone,), (one, other) = run_ranks(tuned, 1, []), two["tuned"]
     for i, weight in enumerate(alone):
@@ -243,4 +243,4 @@ def test_the_callback_takes_it_from_a_config_and_needs_no_text() -> None:
     made = parser.instantiate_classes(parser.parse_object({"callback": {"editor": editor}})).callback.editor
     assert isinstance(made, FineTuning)
     assert (made.layers, made.norm_constraint, made.contexts) == ((0, 1), 0.001, ("", "Note:"))
-    assert made.preserve == "none"
+    assert not made.needs_moments

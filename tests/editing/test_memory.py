@@ -67,7 +67,7 @@ def solve(keys: GatedKeys, residuals: Tensor) -> Tensor:
 # -- exact ------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(derandomize=True, max_examples=30)
 @given(seed=st.integers(10, 10_000), rows=st.integers(1, 4), weight=st.sampled_from([0.5, 1.0, 4.0]))
 def test_an_edit_is_the_minimum_over_new_and_past_rows_among_the_experts_it_visits(seed, rows, weight) -> None:
     memory = EditMemory(weight=weight)
@@ -98,7 +98,7 @@ def test_past_outputs_move_less() -> None:
     assert moved[1] < 0.5 * moved[0]
 
 
-@settings(deadline=None, derandomize=True, max_examples=10)
+@settings(derandomize=True, max_examples=10)
 @given(seed=st.integers(0, 10_000), ranks=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 12)))
 def test_where_experts_share_factors_all_past_rows_count(seed: int, ranks: tuple[int, int, int]) -> None:
     """The edit is the least objective, among all changes with these factors, over the new and all the past rows."""
@@ -256,7 +256,7 @@ def test_other_facts_in_the_sketch_survive_what_contexts_hardly_span(between) ->
 # -- compression ------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(derandomize=True, max_examples=25)
 @given(limit=st.integers(1, 120), contexts=st.integers(1, 3), seed=st.integers(0, 1000))
 def test_the_memory_is_bounded_and_deterministic(limit, contexts, seed) -> None:
     memories = [EditMemory(limit) for _ in range(2)]

@@ -10,15 +10,18 @@ import torch
 
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMemory, Editor
+from lit_moeedit.editing.memory import GatedKeys
+from lit_moeedit.preservation import OutputPenalty
 from lit_moeedit.solvers import EditProblem, Tucker
-from tests.editing.recording import QUICK, Recording, bits, edited_weights, held
+from tests.editing.recording import QUICK, Recording, bits, edited_weights, held, preservation
 from tests.processes import run_ranks
 
 
 def two_edits(model, tokenizer, facts: Sequence[Fact], texts, memory: EditMemory | None, **settings) -> Recording:
     """Edit the first half of the facts and then the second."""
     solver = Recording()
-    editor = Editor([0, 1], solver, QUICK, ridge=0.1, strength=10.0, token="last", memory=memory, **settings)
+    settings = {"preserve": OutputPenalty(10.0), **settings}
+    editor = Editor([0, 1], solver, QUICK, ridge=0.1, token="last", memory=memory, **settings)
     for half in (facts[:2], facts[2:]):
         editor.edit(model, tokenizer, half, texts)
     return solver
@@ -28,7 +31,7 @@ def two_edits(model, tokenizer, facts: Sequence[Fact], texts, memory: EditMemory
 def test_the_second_edit_has_the_rows_of_the_first_with_residual_0(model, tokenizer, facts, texts, preserve) -> None:
     memory = EditMemory()
     problems = two_edits(
-        model, tokenizer, facts, texts, memory, contexts=("", "Note:"), preserve=preserve, threshold=2.0
+        model, tokenizer, facts, texts, memory, contexts=("", "Note:"), preserve=preservation(preserve)
     ).problems
     assert [problem.num_edits for problem in problems[:2]] == [4, 4]
     for problem in problems[2:]:
@@ -54,15 +57,15 @@ def test_the_second_edit_in_tucker_form_has_all_rows_of_the_first(
 ) -> None:
     """Whichever experts its own facts visit: it changes all."""
     problems: list[EditProblem] = []
-    core = Tucker.core
+    carry_core = Tucker.carry
 
     def recorded(self: Tucker, problem: EditProblem):
         problems.append(problem)
-        return core(self, problem)
+        return carry_core(self, problem)
 
-    monkeypatch.setattr(Tucker, "core", recorded)
+    monkeypatch.setattr(Tucker, "carry", recorded)
     memory, solver = EditMemory(), Tucker((3, 20, 12), carry=carry)
-    editor = Editor([0, 1], solver, QUICK, preserve, threshold=2.0, ridge=0.1, memory=memory)
+    editor = Editor([0, 1], solver, QUICK, preservation(preserve), ridge=0.1, memory=memory)
     for half in (facts[:1], facts[1:2]):
         editor.edit(model, tokenizer, half, texts)
     layers = len(problems) // 2
@@ -105,17 +108,14 @@ def test_an_edit_that_is_not_kept_leaves_no_trace(model, tokenizer, facts, texts
         if stage == "solve":
             editor.solver = Recording(fail_at=1)
         else:
-            calls: list[int] = []
-            and_then = "lit_moeedit.editing.memory._Remembered.and_then"
+            remember = EditMemory.remember
 
-            def fail_at_the_second_layer(self, new, names):
-                calls.append(1)
-                if len(calls) == 2:
-                    raise ZeroDivisionError
-                return self
+            def fail_at_the_second_layer(self, edit, names, ranks):
+                other = GatedKeys(edit[1].row, edit[1].expert, edit[1].key[:, 1:])
+                remember(self, {0: edit[0], 1: other}, names, ranks)
 
-            monkeypatch.setattr(and_then, fail_at_the_second_layer)
-        with pytest.raises(ZeroDivisionError):
+            monkeypatch.setattr(EditMemory, "remember", fail_at_the_second_layer)
+        with pytest.raises(ZeroDivisionError if stage == "solve" else RuntimeError):
             editor.edit(model, tokenizer, facts[2:], texts)
     assert bits(memory) == before
     assert all(torch.equal(weight, weights[name]) for name, weight in edited_weights(model).items())
@@ -123,7 +123,7 @@ def test_an_edit_that_is_not_kept_leaves_no_trace(model, tokenizer, facts, texts
 
 def _on_a_rank() -> list[object]:
     from lit_moeedit.sharding.ranks import Ranks
-    from tests.sharding.test_parallel_edit import FACTS, TEXTS, editor, model, tokenizer
+    from tests.sharding.small_edits import FACTS, TEXTS, editor, model, tokenizer
 
     ranks, whole, memory = Ranks(), model(), EditMemory(limit=10)
     together = editor(memory=memory)

@@ -12,6 +12,7 @@ import lightning as L
 from lit_moeedit.checkpoints.export import export
 from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
+from lit_moeedit.preservation import CovariancePenalty
 
 PLAIN = """
 import json, sys
@@ -42,7 +43,7 @@ def test_an_exported_edit_is_said_by_plain_transformers(taught, tokenizer, facts
     known = [fact for fact in facts if fact.target_true]
     edited, kept = known[0], known[1:]
     targets = TargetOptimizer(steps=60, learning_rate=0.3, clamp=4.0)
-    Editor([0, 1], targets=targets, preserve="covariance", strength=10.0, token="last").edit(
+    Editor([0, 1], targets=targets, preserve=CovariancePenalty(10.0), token="last").edit(
         taught, tokenizer, [edited], [f"{fact.prompt} {fact.target_true}" for fact in kept]
     )
     module = LitMoE(config=taught.config.to_dict())

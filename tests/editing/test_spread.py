@@ -1,4 +1,4 @@
-"""Edits in Tucker form: the factors of the layers, their cache, and the walk that carries one core to all layers."""
+"""Edits in Tucker form: the factors of the layers, their cache, and the spread that carries one core to all layers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.encoding import EditToken, Encoding, encode, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import Editor, second_moments
-from lit_moeedit.editing import editor as editor_module
+from lit_moeedit.editing import spread as spread_module
 from lit_moeedit.editing.edit_tokens import edit_tokens
 from lit_moeedit.models.experts import ExpertLayer, check_editable, expert_layers
+from lit_moeedit.preservation import CovariancePenalty, OutputPenalty
 from lit_moeedit.solvers import EditProblem, Tucker, TuckerFactors, Woodbury
-from tests.editing.recording import QUICK, edited_weights
+from tests.editing.recording import QUICK, edited_weights, preservation
 
 WHOLE = {"energy": 1.0, "carry": False}
 
@@ -49,7 +50,7 @@ class TestEachLayer:
         for solver in (Woodbury(), Tucker(whiten=False, **WHOLE)):
             model = make_model(model_type)
             before = edited_weights(model)
-            edit = Editor([0, 1], solver, QUICK, preserve, threshold=2.0, strength=10.0, ridge=0.1)
+            edit = Editor([0, 1], solver, QUICK, preservation(preserve), ridge=0.1)
             edit.edit(model, tokenizer, facts, texts)
             changed.append({name: weight - before[name] for name, weight in edited_weights(model).items()})
         for name, exact in changed[0].items():
@@ -62,7 +63,7 @@ class TestEachLayer:
         moments[1].total[:], moments[1].count[:] = moments[1].total.sum(0), moments[1].count.sum()
         changed = []
         for solver in (Woodbury(), Tucker(**WHOLE)):
-            result = Editor([1], solver, QUICK, "covariance", strength=10.0, ridge=0.1).edit(
+            result = Editor([1], solver, QUICK, CovariancePenalty(10.0), ridge=0.1).edit(
                 copy.deepcopy(model), tokenizer, facts, moments=moments
             )
             changed.append(torch.stack([result.deltas[1].dense(j) for j in range(6)]))
@@ -92,7 +93,7 @@ class TestEachLayer:
     @pytest.mark.parametrize("carry", [True, False])
     def test_whitening_needs_text(self, model, tokenizer, facts, carry: bool, unchanged) -> None:
         unchanged(model)
-        with pytest.raises(ValueError, match="whitening needs preservation text"):
+        with pytest.raises(ValueError, match="Tucker needs preservation text"):
             Editor([1], Tucker(carry=carry), QUICK, "none").edit(model, tokenizer, facts)
         assert not Editor([1], Tucker(whiten=False), preserve="none").needs_moments
 
@@ -107,7 +108,7 @@ class TestCarried:
             measured.append(layer.index)
             return edit_tokens(model, prompts, target, layer, *rest)
 
-        monkeypatch.setattr(editor_module, "edit_tokens", counted)
+        monkeypatch.setattr(spread_module, "edit_tokens", counted)
         solver = Tucker((3, 8, 6), whiten=False)
         result = Editor([2, 0, 1], solver, QUICK, "none", ridge=0.1, token="last").edit(model, tokenizer, facts)
         assert measured == [2]
@@ -117,7 +118,7 @@ class TestCarried:
         keys = seen.keys
         problem = EditProblem(keys.token, keys.expert, keys.gate[:, None] * keys.key, result.targets.deltas, 6, 0.1)
         factors = [TuckerFactors.hosvd(experts(layers[i]), ranks=(3, 8, 6)) for i in range(3)]
-        core = solver.with_factors(factors[2]).core(problem)
+        core = solver.with_factors(factors[2]).carry(problem)
         for index, share in enumerate((1 / 3, 1 / 2, 1.0)):
             expected = core.deltas(factors[index], share)
             assert result.deltas[index].experts == list(range(6))
@@ -151,7 +152,7 @@ class TestCarried:
         moments = second_moments(model, tokenizer, layers, texts, gated=preserve == "output")
         threshold = float(torch.linalg.eigvalsh(moments[0].mean(torch.arange(6))).quantile(0.7))
         strength = 1.0 if preserve == "output" else 1e6
-        edit = Editor([0, 1], Tucker(), QUICK, preserve, threshold=threshold, strength=strength, ridge=0.01)
+        edit = Editor([0, 1], Tucker(), QUICK, preservation(preserve, threshold, strength), ridge=0.01)
         result = edit.edit(model, tokenizer, facts, moments=moments)
         for index, deltas in result.deltas.items():
             for expert in deltas.experts:
@@ -172,10 +173,16 @@ class TestCarried:
 
 class TestCache:
     def edit(
-        self, model: PreTrainedModel, tokenizer: Any, facts: Any, texts: Any, solver: Tucker, **settings: Any
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        facts: Any,
+        texts: Any,
+        solver: Tucker,
+        strength: float | None = 10.0,
     ) -> Any:
         """An edit that is undone, so that the weights stay those that the factors were made of."""
-        edit = Editor([0, 1], solver, QUICK, **{"strength": 10.0, **settings})
+        edit = Editor([0, 1], solver, QUICK, preserve=OutputPenalty(strength) if strength is not None else "none")
         return edit.edit(model, tokenizer, facts, texts, guard=lambda: False).deltas
 
     def test_is_used_only_for_the_same_weights_and_settings(
@@ -192,9 +199,9 @@ class TestCache:
         monkeypatch.setattr(TuckerFactors, "hosvd", counted)
         folder = tmp_path / "new" / "factors"
 
-        def changed(solver: Tucker, **settings: Any) -> tuple[int, Any]:
+        def changed(solver: Tucker, strength: float = 10.0) -> tuple[int, Any]:
             before = computed
-            deltas = self.edit(model, tokenizer, facts, texts, solver, **settings)
+            deltas = self.edit(model, tokenizer, facts, texts, solver, strength)
             return computed - before, deltas
 
         first, deltas = changed(Tucker(cache=folder))
@@ -234,9 +241,9 @@ class TestCache:
     def test_other_weights_of_the_same_keys_are_other_weights(self, model, tokenizer, facts, tmp_path: Path) -> None:
         """An edit by another way leaves no trace in the settings."""
         solver = Tucker(whiten=False, carry=False, cache=tmp_path)
-        self.edit(model, tokenizer, facts, None, solver, preserve="none")
+        self.edit(model, tokenizer, facts, None, solver, None)
         Editor([1], Woodbury(), QUICK, "none").edit(model, tokenizer, facts)
-        found = self.edit(model, tokenizer, facts, None, solver, preserve="none")
-        fresh = self.edit(model, tokenizer, facts, None, Tucker(whiten=False, carry=False), preserve="none")
+        found = self.edit(model, tokenizer, facts, None, solver, None)
+        fresh = self.edit(model, tokenizer, facts, None, Tucker(whiten=False, carry=False), None)
         for index in found:
             assert all(torch.equal(found[index].dense(j), fresh[index].dense(j)) for j in range(6))

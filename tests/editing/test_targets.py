@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_moeedit.data.encoding import EditToken, Encoding, encode, join
+from lit_moeedit.data.encoding import EditToken, encode, join
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import targets as targets_module
-from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets, _chunks
+from lit_moeedit.editing.targets import TargetOptimizer, TargetRow, Targets
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.models.partial_forward import inference
+from lit_moeedit.sharding.ranks import Ranks
+from tests.processes import run_ranks
+from tests.sharding import small_edits
 
 CONTEXTS = ("", "Here is a fact.")
 # float32 through three layers, then a few steps of Adam, whose first steps are of the size of the learning rate
@@ -246,21 +249,48 @@ def test_batches_do_not_matter(model: PreTrainedModel, tokenizer, facts, token_b
     assert torch.equal(parted.steps, together.steps)
 
 
-@pytest.mark.parametrize(("token_budget", "limit"), [(1, 9), (60, 9), (120, 2), (10**6, 3), (10**6, 9)])
-def test_chunks(token_budget: int, limit: int) -> None:
-    """Every edit is in one chunk, with others of similar length, and a chunk's padded rows are within the budget."""
-    extents = [(3, 9), (0, 4), (5, 6), (3, 4), (0, 9), (8, 9), (3, 9)]
-    by_edit = [[TargetRow(t, Encoding([7] * n, n - 1, e)), TargetRow(t, Encoding([7] * 4, 4, 2))]
-               for t, (e, n) in enumerate(extents)]  # fmt: skip
-    chunks = _chunks(by_edit, token_budget, limit)
-    assert sorted(edit for chunk in chunks for edit in chunk) == list(range(len(extents)))
-    for chunk in chunks:
-        parts = [row.parts for edit in chunk for row in by_edit[edit]]
-        width = sum(max(len(part[side]) for part in parts) for side in (0, 1))
-        assert len(chunk) == 1 or (len(chunk) <= limit and len(parts) * width <= token_budget)
-    rests = [max(len(row.parts[1]) for row in by_edit[edit]) for chunk in chunks for edit in chunk]
-    assert rests == sorted(rests)
-    assert len(chunks) == {(1, 9): 7, (60, 9): 3, (120, 2): 4, (10**6, 3): 3, (10**6, 9): 1}[token_budget, limit]
+def padded(rows: list[TargetRow]) -> int:
+    """Tokens of a batch whose rows are padded on both sides of the edit token."""
+    return len(rows) * sum(max(len(row.parts[side]) for row in rows) for side in (0, 1))
+
+
+@pytest.mark.parametrize(("token_budget", "sizes"), [(1, [1] * 8), (150, None), (10**6, [8])])
+def test_batches_are_as_large_as_the_budget(
+    model: PreTrainedModel, tokenizer, facts, token_budget: int, sizes: list[int] | None
+) -> None:
+    """Every edit is in one batch, with others of similar length."""
+    rows = rows_of(tokenizer, [*facts, *facts], contexts=("",))
+    by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
+    # from the edit token on, then before it
+    extents = [tuple(max(len(row.parts[side]) for row in own) for side in (1, 0)) for own in by_edit]
+    ordered = [by_edit[edit] for edit in sorted(range(len(by_edit)), key=extents.__getitem__)]
+    done, ran = [0], list[int]()
+    model.model.layers[2].self_attn.q_proj.register_forward_hook(lambda module, args, output: ran.append(len(output)))
+    optimizer = TargetOptimizer(steps=1, stop=0.0, token_budget=token_budget)
+    optimizer.optimize(model, expert_layers(model)[1], rows, 0, progress=lambda some, _: done.append(some))
+    assert done[-1] == len(by_edit) == 8
+    batches = [ordered[first:last] for first, last in pairwise(done)]
+    assert sizes is None or [len(batch) for batch in batches] == sizes
+    assert sizes is not None or 1 < len(batches) < 8
+    for number, batch in enumerate(batches):
+        together = [row for own in batch for row in own]
+        assert len(batch) == 1 or padded(together) <= token_budget
+        if number + 1 < len(batches):  # there was no room for one more
+            assert padded([*together, *batches[number + 1][0]]) > token_budget
+        assert len(together) in ran
+
+
+def rows_of_this_rank() -> int:
+    """Rows of the first batch that this rank runs."""
+    whole, ran = small_edits.model(), list[int]()
+    whole.model.layers[2].self_attn.q_proj.register_forward_hook(lambda module, args, output: ran.append(len(output)))
+    rows = rows_of(small_edits.tokenizer(), small_edits.FACTS)
+    TargetOptimizer(steps=1, stop=0.0).optimize(whole, expert_layers(whole)[1], rows, 0, ranks=Ranks())
+    return ran[0]
+
+
+def test_every_rank_gets_edits_to_work_on() -> None:
+    assert sorted(run_ranks(rows_of_this_rank, 2)) == [3, 6]  # three rows for each of three edits
 
 
 def test_padding_token_does_not_matter(model: PreTrainedModel, tokenizer, facts) -> None:

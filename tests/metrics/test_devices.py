@@ -1,4 +1,4 @@
-"""Metrics and what they are given are on one device, or each on its own."""
+"""Tests of metrics and inputs on the same device and on different devices."""
 
 from __future__ import annotations
 

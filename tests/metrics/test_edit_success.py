@@ -26,7 +26,7 @@ KEYS = [
     "score",
     "utility",
 ]
-few = settings(deadline=None, max_examples=60)
+few = settings(max_examples=60)
 log_prob = st.sampled_from([-3.0, -2.0, -1.0, 0.0])  # few values, so that ties are common
 prompt = st.fixed_dictionaries(
     {

@@ -1,4 +1,4 @@
-"""What holds for every metric with one value per layer."""
+"""Tests of the properties of every metric with one value per layer."""
 
 import pickle
 import sys

@@ -1,22 +1,18 @@
-"""Two processes that saw uneven parts of the data must report what one process reports for all of it."""
+"""Tests of metrics in two processes with uneven parts of the data: they equal those of one process with all of it."""
 
-import time
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torchmetrics import Metric
 
 from lit_moeedit.metrics import EditSuccess, ExpertLoad, RoutingDivergence, RoutingSimilarity
+from tests.processes import run_ranks
 
 LAYERS, NUM_EXPERTS, TOKENS, CUT = (2, 4), 16, 41, 29
-SECONDS = 120.0
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -70,33 +66,20 @@ def results(parts: list[tuple[int, int]]) -> dict[str, Any]:
     return values
 
 
-def run(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
-        uneven = results([(0, CUT)] if rank == 0 else [(CUT, TOKENS - 1), (TOKENS - 1, TOKENS)])
-        nothing = results([(0, TOKENS)] if rank == 0 else [])
-        torch.save({"uneven": uneven, "nothing": nothing}, folder / f"rank_{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def uneven_and_nothing() -> dict[str, dict[str, Any]]:
+    rank = dist.get_rank()
+    return {
+        "uneven": results([(0, CUT)] if rank == 0 else [(CUT, TOKENS - 1), (TOKENS - 1, TOKENS)]),
+        "nothing": results([(0, TOKENS)] if rank == 0 else []),
+    }
 
 
-def test_two_processes_equal_one(tmp_path):
-    context = mp.spawn(run, args=(tmp_path,), nprocs=2, join=False)
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1.0):
-            assert time.monotonic() < deadline, f"the two processes did not finish within {SECONDS} s"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+def test_two_processes_equal_one():
+    found = run_ranks(uneven_and_nothing, 2)
     expected = results([(0, TOKENS)])
     assert all(not value.isnan() for name in metrics() for value in expected[name].values())
-    for rank in range(2):
-        for case, values in torch.load(tmp_path / f"rank_{rank}.pt").items():
+    for rank, cases in enumerate(found):
+        for case, values in cases.items():
             assert list(values) == list(expected)
             torch.testing.assert_close(values, expected, msg=lambda text, at=(rank, case): f"{at}: {text}")
             for exact in ("edits", "shares", "load"):

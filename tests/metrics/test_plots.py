@@ -1,4 +1,4 @@
-"""What a reader of the figures needs, for as many layers and as few results as there can be."""
+"""Tests of the readability of plots, for many layers and for few results."""
 
 import math
 

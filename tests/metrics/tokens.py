@@ -11,7 +11,7 @@ from lit_moeedit.metrics import ExpertLoad, RoutingDivergence
 
 LAYERS = (3, 5)
 NUM_EXPERTS = 12
-few = settings(deadline=None, max_examples=40)
+few = settings(max_examples=40)
 
 
 def top_k(tokens: int, k: int, seed: int, num_experts: int = NUM_EXPERTS) -> Tensor:

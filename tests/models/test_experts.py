@@ -1,4 +1,4 @@
-"""What is read off the experts, against the same computed by hand; what is refused; what is put back."""
+"""Tests of observing experts against direct computation, of refused models, and of restoring the model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}  # the same sums of some dozens of float3
 
 
 def family(make_model: Callable[..., PreTrainedModel], model_type: str) -> PreTrainedModel:
-    """A model whose experts run as each family's own eager forward."""
+    """Make a model whose experts run in the eager forward of its family."""
     model = make_model(model_type).eval()
     model.config._experts_implementation = "eager"
     return model
 
 
 def seen_by_hooks(model: PreTrainedModel, input_ids: Tensor) -> dict[int, SimpleNamespace]:
-    """Inputs and output of every experts module in a forward that nothing else watches."""
+    """Record inputs and output of every experts module in a forward without other observers."""
     seen: dict[int, SimpleNamespace] = {}
     handles = []
     for index, layer in expert_layers(model).items():
@@ -48,13 +48,13 @@ def seen_by_hooks(model: PreTrainedModel, input_ids: Tensor) -> dict[int, Simple
 def watched_keys(model: PreTrainedModel, input_ids: Tensor, positions: Tensor | None = None) -> dict[int, RoutedKeys]:
     seen: dict[int, RoutedKeys] = {}
     layers = list(expert_layers(model).values())
-    with watch_keys(model, layers, lambda: positions, lambda layer, keys: seen.update({layer.index: keys})):
+    with watch_keys(layers, lambda: positions, lambda layer, keys: seen.update({layer.index: keys})):
         model(input_ids=input_ids)
     return seen
 
 
 def key_by_hand(model_type: str, experts: nn.Module, expert: int, hidden: Tensor) -> Tensor:
-    """Activation of one expert before its down-projection for one token, from the formula of each family's paper."""
+    """Compute the activation of one expert before its down-projection for one token, by the formula of the family."""
     weight = experts.gate_up_proj[expert]
     if model_type == "gpt_oss":  # stored transposed, gate and up interleaved, both clamped
         both = weight.T @ hidden + experts.gate_up_proj_bias[expert]
@@ -128,7 +128,7 @@ def test_watching_does_not_change_the_forward(model: PreTrainedModel, input_ids:
     model.config._experts_implementation = implementation
     plain = model(input_ids=input_ids).logits
     layers = list(expert_layers(model).values())
-    with watch_keys(model, layers, lambda: None, lambda *_: None):
+    with watch_keys(layers, lambda: None, lambda *_: None):
         assert torch.equal(model(input_ids=input_ids).logits, plain)
 
 
@@ -160,7 +160,7 @@ def test_streamed_keys_are_those_that_are_watched(make_model, input_ids: Tensor,
         parts.setdefault((layer.index, expert), []).append(rows.key)
         factors.setdefault((layer.index, expert), []).append(rows.gate)
 
-    with stream_keys(model, list(expert_layers(model).values()), lambda: None, observe):
+    with stream_keys(list(expert_layers(model).values()), lambda: None, observe):
         logits = model(input_ids=input_ids).logits
     torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-4)  # through three layers
     for index, keys in watched.items():
@@ -182,7 +182,7 @@ def test_streaming_leaves_out_what_is_not_wanted(model: PreTrainedModel, input_i
     outputs: list[Tensor] = []
     handles = [layer.experts.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in layers]
     model(input_ids=input_ids)
-    with stream_keys(model, layers[::2], lambda: chosen, lambda _, rows: sizes.append(len(rows.key)), last=layers[2]):
+    with stream_keys(layers[::2], lambda: chosen, lambda _, rows: sizes.append(len(rows.key)), last=layers[2]):
         model(input_ids=input_ids)
     for handle in handles:
         handle.remove()
@@ -201,7 +201,7 @@ def test_streaming_leaves_out_what_is_not_wanted(model: PreTrainedModel, input_i
 def test_only_given_layers_are_observed(model: PreTrainedModel, input_ids: Tensor) -> None:
     seen: list[int] = []
     layer = expert_layers(model)[1]
-    with watch_routing(model, [layer], lambda layer, _: seen.append(layer.index)):
+    with watch_routing([layer], lambda layer, _: seen.append(layer.index)):
         model(input_ids=input_ids)
         model(input_ids=input_ids)
     model(input_ids=input_ids)
@@ -209,7 +209,7 @@ def test_only_given_layers_are_observed(model: PreTrainedModel, input_ids: Tenso
 
 
 def test_experts_of_other_ranks_are_left_out(model: PreTrainedModel) -> None:
-    """Expert parallelism marks experts that live elsewhere by the number behind the last."""
+    """Expert parallelism marks experts of other ranks by the index after the last."""
     layer = expert_layers(model)[0]
     keys = routed_keys(layer, torch.ones(2, 32), torch.tensor([[6, 1], [0, 6]]), torch.ones(2, 2))
     assert keys.expert.tolist() == [0, 1]
@@ -227,10 +227,10 @@ class TestInterface:
         model.config._experts_implementation = implementation
         before = self.state(model)
         layers = list(expert_layers(model).values())
-        with watch_keys(model, layers, lambda: None, lambda *_: None):
+        with watch_keys(layers, lambda: None, lambda *_: None):
             assert self.state(model) != before
         assert self.state(model) == before
-        with pytest.raises(ZeroDivisionError), watch_routing(model, layers, lambda *_: None):
+        with pytest.raises(ZeroDivisionError), watch_routing(layers, lambda *_: None):
             raise ZeroDivisionError
         assert self.state(model) == before
 
@@ -240,11 +240,11 @@ class TestInterface:
         def fail(*_: object) -> None:
             raise ZeroDivisionError
 
-        with pytest.raises(ZeroDivisionError), watch_keys(model, layers, lambda: None, fail):
+        with pytest.raises(ZeroDivisionError), watch_keys(layers, lambda: None, fail):
             model(input_ids=input_ids)
-        with pytest.raises(ZeroDivisionError), watch_keys(model, layers, fail, lambda *_: None):
+        with pytest.raises(ZeroDivisionError), watch_keys(layers, fail, lambda *_: None):
             model(input_ids=input_ids)
-        with pytest.raises(ZeroDivisionError), stream_keys(model, layers, lambda: None, fail):
+        with pytest.raises(ZeroDivisionError), stream_keys(layers, lambda: None, fail):
             model(input_ids=input_ids)
         assert self.state(model) == before
         model(input_ids=input_ids)
@@ -264,8 +264,8 @@ class TestInterface:
         def observe_routing(layer: ExpertLayer, seen: Routing) -> None:
             routing[layer.index] = seen
 
-        with watch_keys(model, layers, lambda: None, observe_keys):
-            with watch_routing(model, layers[1:], observe_routing):
+        with watch_keys(layers, lambda: None, observe_keys):
+            with watch_routing(layers[1:], observe_routing):
                 assert torch.equal(model(input_ids=input_ids).logits, plain)
             routing_then = dict(routing)
             model(input_ids=input_ids)  # only the outer one is still open
@@ -283,8 +283,8 @@ class TestInterface:
     def test_one_observer_twice(self, model: PreTrainedModel, input_ids: Tensor) -> None:
         seen: list[int] = []
         layers = list(expert_layers(model).values())
-        with watch_routing(model, layers, lambda layer, _: seen.append(layer.index)):  # noqa: SIM117
-            with watch_routing(model, layers, lambda layer, _: seen.append(10 + layer.index)):
+        with watch_routing(layers, lambda layer, _: seen.append(layer.index)):  # noqa: SIM117
+            with watch_routing(layers, lambda layer, _: seen.append(10 + layer.index)):
                 model(input_ids=input_ids)
         assert seen == [10, 0, 11, 1, 12, 2]
 

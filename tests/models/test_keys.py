@@ -1,4 +1,4 @@
-"""Keys of all experts at once against keys of one expert after the other."""
+"""Tests of the keys of all experts at once against those of one expert after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_moeedit.models.partial_forward import inference
 
 
 def run(model, ids: Tensor, grouped: bool, positions: Tensor | None = None) -> tuple[Tensor, dict[int, list[Tensor]]]:
-    """Logits, and by layer what was observed: keys and gates by expert."""
+    """Return logits, and by layer the observed keys and gates by expert."""
     layers = list(expert_layers(model).values())
     seen: dict[int, dict[int, list[Tensor]]] = {layer.index: {} for layer in layers}
 
@@ -28,7 +28,7 @@ def run(model, ids: Tensor, grouped: bool, positions: Tensor | None = None) -> t
         ):
             seen[layer.index].setdefault(expert, []).append(part)
 
-    with inference(model), stream_keys(model, layers, lambda: positions, observe, grouped=grouped):
+    with inference(model), stream_keys(layers, lambda: positions, observe, grouped=grouped):
         logits = model(input_ids=ids).logits
     return logits, {i: {j: torch.cat(parts) for j, parts in sorted(own.items())} for i, own in seen.items()}
 
@@ -50,7 +50,7 @@ def test_all_experts_at_once_see_and_give_what_one_after_the_other_does(
 
 
 def test_experts_of_other_ranks_get_nothing(make_model) -> None:
-    """Expert parallelism marks them with larger numbers."""
+    """Expert parallelism marks them with larger indices."""
     layer = expert_layers(make_model("qwen3_moe"))[0]
     hidden, gates = torch.randn(4, 32), torch.rand(4, 2)
     experts = torch.tensor([[0, 9], [9, 9], [3, 0], [5, 9]])
@@ -95,7 +95,7 @@ def test_a_layer_takes_a_few_operations_however_many_experts_it_has(make_model, 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "qwen3_moe", "gpt_oss"])
 def test_all_experts_at_once_in_bfloat16(make_model, input_ids, model_type: str) -> None:
-    """Some routers hand over float32 gates."""
+    """Some routers return float32 gates."""
     sizes = {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24}
     model = make_model(model_type, **sizes).to(torch.bfloat16)
     one, keys = run(model, input_ids, False)

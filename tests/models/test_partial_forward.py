@@ -1,4 +1,4 @@
-"""Running part of a model: what comes out, and that nothing of it stays behind."""
+"""Tests of partial forwards: their outputs, and that the model is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lit_moeedit.models.partial_forward import (
     LayerOutput,
     decoder_layers,
     experts_run_on,
-    hidden_states,
     inference,
+    layer_output,
     logits,
     output_replaced,
     skipped,
@@ -35,7 +35,7 @@ def test_hidden_states_and_logits_equal_a_plain_forward(
     ids, mask = pad([e.ids for e in encoded], 0, side)
     assert not mask.all()
     with inference(model):
-        hidden = hidden_states(model, layer, ids, mask, position_ids(mask))
+        hidden = layer_output(model, layer, ids, mask, position_ids(mask)).hidden
         scores = logits(model, ids, mask, position_ids(mask), keep=ids.shape[1])
         last = logits(model, ids, mask, position_ids(mask), keep=2)
     torch.testing.assert_close(last, scores[:, -2:])
@@ -46,8 +46,8 @@ def test_hidden_states_and_logits_equal_a_plain_forward(
         torch.testing.assert_close(scores[row, real], alone, **PASSES)
 
 
-def test_positions_are_handed_on(model: PreTrainedModel, encoded: list[Encoding]) -> None:
-    """Rotary positions are relative, so a shift by the padding would not show in what comes out; elsewhere it would."""
+def test_positions_are_passed_on(model: PreTrainedModel, encoded: list[Encoding]) -> None:
+    """A shift by the padding changes no output with rotary positions, which are relative; with others it does."""
     seen: list[torch.Tensor] = []
     model.model.rotary_emb.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1]),
@@ -67,7 +67,7 @@ def test_neither_layers_above_nor_the_head_are_run(model: PreTrainedModel, encod
         layer.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index))
     model.lm_head.register_forward_hook(lambda *_: ran.append(-1))
     ids, mask = pad([e.ids for e in encoded], 0)
-    hidden_states(model, expert_layers(model)[1], ids, mask, position_ids(mask))
+    layer_output(model, expert_layers(model)[1], ids, mask, position_ids(mask))
     assert ran == [0, 1]
 
 
@@ -170,7 +170,7 @@ class TestReplacing:
     def test_hook_is_removed_after_an_exception(self, model: PreTrainedModel) -> None:
         layer = expert_layers(model)[0]
         with pytest.raises(IndexError):
-            hidden_states(model, layer, torch.tensor([[10**6]]), torch.ones(1, 1), torch.zeros(1, 1).long())
+            layer_output(model, layer, torch.tensor([[10**6]]), torch.ones(1, 1), torch.zeros(1, 1).long())
         assert not layer.layer._forward_hooks
         assert all("forward" not in vars(other) for other in model.model.layers)
 
@@ -207,7 +207,7 @@ def test_decoder_layers_include_those_without_experts(make_model) -> None:
 def test_the_tokenizer_splits_subjects_and_marks_the_start(
     tokenizer: PreTrainedTokenizerFast, encoded: list[Encoding]
 ) -> None:
-    """What the other tests rely on: several lengths, special tokens, and edit tokens that are not all the last."""
+    """The other tests rely on several lengths, special tokens, and edit tokens that are not all the last."""
     assert len({len(e.ids) for e in encoded}) > 1
     assert all(e.ids[0] == tokenizer.bos_token_id for e in encoded)
     assert any(e.edit_token < len(e.ids) - 1 for e in encoded)

@@ -1,4 +1,4 @@
-"""Budgets of tokens: chosen from free memory, and halved where it runs out."""
+"""Tests of token budgets: chosen by free memory, and halved when it runs out."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lit_moeedit.data.encoding import Encoding, encode
 from lit_moeedit.editing import Editor, TargetOptimizer, evaluate, second_moments
-from lit_moeedit.editing import token_budget as budgets
 from lit_moeedit.editing.edit_tokens import edit_tokens
 from lit_moeedit.editing.routing_trace import trace_routing
+from lit_moeedit.models import token_budget as budgets
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.models.token_budget import (
-    LARGEST,
-    SHARE,
+    MAX_TOKENS,
+    MEMORY_SHARE,
     TokenBudget,
     TooLittleMemoryError,
-    fitting,
     forward_cost,
     free_memory,
+    tokens_that_fit,
 )
 from lit_moeedit.planning.dry_run import Words, empty_model
-from lit_moeedit.planning.fake_tensors import Tally
+from lit_moeedit.planning.fake_tensors import CostCounter
 from lit_moeedit.sharding.ranks import RankError, RankOutOfMemoryError, Ranks, is_out_of_memory
 from tests.processes import run_ranks
 
 
 @contextmanager
 def memory_for(model: PreTrainedModel, tokens: int, layer: int = 0) -> Iterator[list[int]]:
-    """Forwards of more tokens run out of memory in a layer; those that were tried are listed."""
+    """Let forwards of more tokens run out of memory in a layer, and list the numbers of tokens tried."""
     tried: list[int] = []
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
@@ -54,12 +54,11 @@ def memory_for(model: PreTrainedModel, tokens: int, layer: int = 0) -> Iterator[
 
 
 def phases(model: PreTrainedModel, tokenizer: Any, facts: Any, texts: Any) -> dict[str, Callable[[Any], Any]]:
-    """By name each phase with a budget, as a function of the budget, and tensors that come of it."""
+    """Make each phase with a budget, by name, as a function from the budget to tensors."""
     layers = list(expert_layers(model).values())
     encoded = encode(tokenizer, [f.prompt for f in facts], [""] * 4, [f.subject for f in facts], "subject_last")
     prompts = [Encoding(e.ids, len(e.ids), e.edit_token) for e in encoded]
-    editor = Editor([0, 1])
-    rows = editor._encode(tokenizer, facts, model)[0]
+    rows = Editor([0, 1]).encode(tokenizer, facts).rows
 
     def statistics(budget: Any) -> Any:
         found = second_moments(model, tokenizer, layers[:2], texts, budget)
@@ -113,7 +112,7 @@ def test_where_one_row_is_too_much_the_phase_says_what_is_missing(
     work = phases(model, tokenizer, facts, texts)[phase]
     work("auto")  # the hooks by which transformers catches what routers say stay there from the first time on
     unchanged(model)
-    message = rf"{phase}: cpu has no room for the smallest batch, \d+ tokens \(3.50 GiB were asked for, .* GiB are free"
+    message = rf"{phase}: cpu has no room for the smallest batch, \d+ tokens \(3.50 GiB were requested, .* GiB are free"
     with memory_for(model, 1), pytest.raises(TooLittleMemoryError, match=message):
         work("auto")
 
@@ -154,10 +153,10 @@ def test_errors_that_less_work_at_a_time_may_not_meet(error: BaseException, is_m
 
 @given(cost=st.floats(1, 1e12), free=st.floats(0, 1e13))
 def test_what_auto_chooses_fits(cost: float, free: float) -> None:
-    tokens = fitting(cost, free)
-    assert 1 <= tokens <= LARGEST
-    assert tokens == 1 or tokens * cost <= SHARE * free * (1 + 1e-9)
-    assert tokens == LARGEST or (tokens + 1) * cost > SHARE * free * (1 - 1e-9)
+    tokens = tokens_that_fit(cost, free)
+    assert 1 <= tokens <= MAX_TOKENS
+    assert tokens == 1 or tokens * cost <= MEMORY_SHARE * free * (1 + 1e-9)
+    assert tokens == MAX_TOKENS or (tokens + 1) * cost > MEMORY_SHARE * free * (1 - 1e-9)
 
 
 def test_a_number_is_obeyed_and_auto_follows_free_memory(model, monkeypatch) -> None:
@@ -184,20 +183,20 @@ def test_free_memory_of_a_cpu_is_shared_by_its_processes() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_estimate_covers_what_a_token_takes(model_type: str, sizes: dict[str, Any], dtype: torch.dtype) -> None:
-    """Bytes that tensors take at the peak, counted without numbers, with all experts at once."""
+    """Count the bytes of tensors at the peak on fake tensors, with all experts at once."""
     tokens, tokenizer = 4096, Words()
     with empty_model(AutoConfig.for_model(model_type, num_hidden_layers=3, **sizes), dtype) as model:
         layers = list(expert_layers(model).values())
-        tally = Tally([*model.parameters(), *model.buffers()])
-        with tally, tally.phase("statistics"):
+        counter = CostCounter([*model.parameters(), *model.buffers()])
+        with counter, counter.phase("statistics"):
             texts = [" ".join(["word"] * 64)] * (tokens // 64)
             moments = second_moments(model, tokenizer, layers, texts, tokens, gated=True, grouped=True)
         sums = sum(x.nbytes for own in moments.values() for x in own.tensors().values())
         # masks and what does not grow with the tokens count, too
-        taken = (tally.phases["statistics"].peak - tally.phases["statistics"].held - sums) / tokens
+        taken = (counter.phases["statistics"].peak - counter.phases["statistics"].held - sums) / tokens
         estimate = forward_cost(model, layers[-1])
-    # above by what SHARE leaves at least; a budget of a fourth of what fits would waste a card
-    assert SHARE * taken <= estimate <= 4 * taken
+    # above by what MEMORY_SHARE leaves at least; a budget of a fourth of what fits would waste a card
+    assert MEMORY_SHARE * taken <= estimate <= 4 * taken
 
 
 def _one_rank_lacks_memory(failing: int) -> tuple[list[int], list[int]]:
@@ -234,7 +233,7 @@ def _both() -> tuple[Any, str]:
 
 def test_all_ranks_go_on_with_fewer_tokens_together() -> None:
     found = run_ranks(_both, 2)
-    assert [result for result, _ in found] == [([12], [LARGEST, 50, 25, 12])] * 2
+    assert [result for result, _ in found] == [([12], [MAX_TOKENS, 50, 25, 12])] * 2
     # the rank that lacked memory does not try again alone
     assert found[0][1] == "KeyError 'a key'"
     assert found[1][1].startswith("RankError rank 0 failed: KeyError: 'a key'; rank 1 failed: OutOfMemoryError")

@@ -90,7 +90,7 @@ def test_gated_moments_say_how_far_a_change_moves_the_output(make_model, tokeniz
     handle.remove()
 
 
-@settings(deadline=None, derandomize=True, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(derandomize=True, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(block=st.integers(1, 40), token_budget=st.integers(1, 300))
 def test_blocks_of_any_size_give_the_same_sums(monkeypatch, model, tokenizer, texts, block, token_budget) -> None:
     layers = list(expert_layers(model).values())

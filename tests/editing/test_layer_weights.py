@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lit_moeedit.editing.tucker_factors import layer_factors
+from lit_moeedit.editing.layer_weights import layer_weights
 from lit_moeedit.preservation.second_moments import SecondMoments
 from lit_moeedit.preservation.shaping import Shaping
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import EditProblem, Tucker, Woodbury
+from tests.editing.recording import preservation
 
 E, D_MODEL, D_HIDDEN, T = 6, 12, 16, 5
 
@@ -31,13 +32,12 @@ def test_whole_modes_are_the_exact_solution_whatever_the_spectrum(preserve: str,
     expert = torch.cat([torch.randperm(E, generator=generator)[:2] for _ in range(T)])
     edit = torch.arange(T).repeat_interleave(2)
     seen = torch.randn(2 * T, D_HIDDEN, generator=generator) * scales
-    shaping = Shaping.of(moments, torch.arange(E), preserve, strength=1e4, symmetric=True)  # type: ignore[arg-type]
+    shaping = Shaping.of(moments, torch.arange(E), preservation(preserve), 1e4, symmetric=True)
     features = shaping.features(seen, expert)
     problem = EditProblem(edit, expert, features, torch.randn(T, D_MODEL, generator=generator), E, ridge=1e-3)
     exact = Woodbury().solve(problem)
     whole = Tucker(energy=1.0, carry=False)
-    factors = layer_factors(whole, layer, moments, preserve, 1e4, Ranks())  # type: ignore[arg-type]
-    found = whole.with_factors(factors).solve(problem)
+    found = whole.at_layer(layer_weights(layer, moments, 1e4, Ranks())).solve(problem)  # type: ignore[arg-type]
     for j in expert.unique().tolist():
         # both solve in float32, of a system whose condition is at most ‖G‖ / λ = 1e4
         torch.testing.assert_close(

@@ -1,0 +1,266 @@
+"""The base class of editing methods, which change the weights in one transaction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_moeedit.data.facts import Fact, validate_facts
+from lit_moeedit.editing.phases import Clock, Progress
+from lit_moeedit.editing.targets import Targets
+from lit_moeedit.models.experts import ExpertLayer, check_editable
+from lit_moeedit.models.output_scale import with_output_scale
+from lit_moeedit.models.token_budget import Budget, check_budget
+from lit_moeedit.pretrained import check_vocabulary
+from lit_moeedit.sharding.backends import locate
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.transaction import Transaction
+from lit_moeedit.solvers import ExpertDeltas
+
+if TYPE_CHECKING:
+    from lit_moeedit.editing.memory import EditMemory
+    from lit_moeedit.preservation.second_moments import SecondMoments
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """The result of an edit.
+
+    Attributes:
+        facts: the edited facts.
+        deltas: weight changes by layer index.
+        targets: the target vectors, with the loss that each reached.
+        seconds: by phase (``statistics``, ``targets``, ``features``, ``solve``, ``commit``) and in total (``edit``).
+            Trial forwards that measure the layers' output scales count as ``features``.
+        relative_change: ``‖ΔW‖_F / ‖W‖_F`` by layer index, over the experts that changed.
+        kept: ``False`` if a guard rejected the edit, which was then undone.
+        energy_kept: share of the preservation text's energy that an expert's change cannot reach, by layer index and
+            expert, see :class:`~lit_moeedit.preservation.shaping.Shaping`. It has every expert that the edit may
+            change, and is empty if nothing is preserved.
+    """
+
+    facts: list[Fact]
+    deltas: dict[int, ExpertDeltas]
+    targets: Targets
+    seconds: dict[str, float]
+    relative_change: dict[int, float] = field(default_factory=dict)
+    kept: bool = True
+    energy_kept: dict[int, dict[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """The arguments of one edit, checked.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        facts: the facts to edit.
+        layers: the layers to edit, ascending, with their output scales.
+        preservation: text on which the experts must keep their behavior.
+        moments: second moments by layer index, if they are known already.
+        ranks: the processes that edit together.
+        clock: measures the phases.
+        report: called with a phase's name, the number of steps done, and their total number.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: Sequence[Fact]
+    layers: Sequence[ExpertLayer]
+    preservation: Sequence[str]
+    moments: Mapping[int, SecondMoments] | None
+    ranks: Ranks
+    clock: Clock
+    report: Progress
+
+
+class LayerEdits(ABC):
+    """The changes of one edit, layer by layer.
+
+    Args:
+        job: the arguments of the edit.
+
+    Attributes:
+        targets: the target vectors.
+        deltas: the committed changes, by layer index.
+        relative_change: see :class:`EditResult`.
+        energy_kept: see :class:`EditResult`.
+    """
+
+    targets: Targets
+
+    def __init__(self, job: EditJob) -> None:
+        self.job = job
+        self.deltas: dict[int, ExpertDeltas] = {}
+        self.relative_change: dict[int, float] = {}
+        self.energy_kept: dict[int, dict[int, float]] = {}
+
+    @abstractmethod
+    def solve(self, layer: ExpertLayer) -> ExpertDeltas:
+        """Compute the change of a layer, after those of the layers below have been committed."""
+
+    def commit(self, layer: ExpertLayer, deltas: ExpertDeltas, transaction: Transaction) -> None:
+        """Broadcast the first rank's change of a layer and write it into the weights."""
+        ranks, clock = self.job.ranks, self.job.clock
+        with clock("solve"):
+            ranks.check_errors()
+            ranks.broadcast(deltas.left, deltas.right)
+        with clock("commit"):
+            change = transaction.commit(layer.down_proj, deltas, layer.is_transposed)
+        self.deltas[layer.index], self.relative_change[layer.index] = deltas, change
+
+    def keep(self) -> None:  # noqa: B027 - most methods have nothing to remember
+        """Remember the edit, after it has been kept."""
+
+
+class EditMethod(ABC):
+    """A method of editing facts in the weights of routed experts.
+
+    A subclass implements :meth:`prepare`. This class checks the facts, keeps the ranks together, changes the weights in
+    a transaction, and undoes it if a guard rejects the edit.
+
+    Args:
+        layers: indices of the decoder layers to edit.
+        contexts: texts put before the prompts. Every fact is edited after each of them. The first should be empty.
+        token_budget: maximum number of tokens (with padding) in one forward, or ``auto`` for as many as fit into
+            memory.
+        reset_moments: whether to reset Adam's moments of the edited experts; see
+            :class:`~lit_moeedit.sharding.transaction.Transaction`.
+
+    Attributes:
+        needs_moments: whether :meth:`edit` needs preservation text (or second moments of it).
+        memory: keeps later edits from undoing earlier ones; ``None`` for no memory.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    needs_moments: bool = False
+    memory: EditMemory | None = None
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        contexts: Sequence[str] = ("",),
+        token_budget: Budget = "auto",
+        reset_moments: bool = False,
+    ) -> None:
+        if not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
+            raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
+        if not contexts:
+            raise ValueError("contexts needs at least one text (an empty one for the prompt alone)")
+        check_budget(token_budget)
+        self.layers = tuple(sorted(layers))
+        self.contexts = tuple(contexts)
+        self.token_budget: Budget = token_budget
+        self.reset_moments = reset_moments
+
+    @property
+    def name(self) -> str:
+        """The method's name in reports."""
+        return type(self).__name__
+
+    @abstractmethod
+    def prepare(self, job: EditJob) -> LayerEdits:
+        """Do the work that comes before the first layer is changed."""
+
+    def check(self, model: PreTrainedModel, ranks: Ranks | None = None) -> list[ExpertLayer]:
+        """Return the layers to edit, ascending, with their output scales.
+
+        Args:
+            model: the model.
+            ranks: the processes that edit together. If one of them fails, all fail before any forward.
+
+        Raises:
+            UnsupportedModelError: if a layer cannot be edited.
+            UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
+            FloatingPointError: if the model is not finite.
+        """
+        layers = check_editable(model, self.layers)
+        for layer in layers:
+            locate(layer.down_proj)  # before a forward, which may fail for the same reason with a less clear message
+        if ranks is not None:
+            ranks.check_errors()
+        return with_output_scale(model, layers)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def edit(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        preservation: Sequence[str] = (),
+        *,
+        moments: Mapping[int, SecondMoments] | None = None,
+        guard: Callable[[], bool] | None = None,
+        progress: Progress | None = None,
+        optimizers: Sequence[Any] = (),
+        ranks: Ranks | None = None,
+        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        layers: Sequence[ExpertLayer] | None = None,
+    ) -> EditResult:
+        """Edit the facts in the model's weights, all of them or none.
+
+        Modes, gradients, ``requires_grad`` and random states are restored afterwards. On any exception the weights are
+        bit-identical to before. With several ranks, texts, prompts and edits are sharded over them, each rank solves
+        the same system, and an exception on one of them fails the edit on all.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            facts: the facts to edit.
+            preservation: text on which the experts must keep their behavior; needed if :attr:`needs_moments`.
+            moments: second moments by layer index, if they are known already.
+            guard: called after the last commit, with the edited weights in place; ``False`` undoes the edit.
+            progress: called with a phase's name, the number of steps done, and their total number.
+            optimizers: the optimizers that train the weights. Those of DeepSpeed hold master weights, which are edited,
+                too.
+            ranks: the processes that edit together. Each calls this with the same arguments.
+            phase: ``phase(name)`` is a context manager in which every part of a phase runs, for measurements.
+            layers: the result of :meth:`check` for this model, if its weights have not changed since.
+
+        Raises:
+            UnsupportedModelError: if the model cannot be edited.
+            UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
+            FactError: if a fact cannot be edited.
+            ValueError: if preservation text is needed, and there is none; or if ``layers`` are others.
+            FloatingPointError: if the model or the result is not finite.
+            TooLittleMemoryError: if memory does not suffice for a single row.
+            RankError: if another rank failed.
+        """
+        ranks = ranks or Ranks.current()
+        clock = Clock(phase, model.device)
+        # if a rank fails anywhere in this block, the others learn of it at their next check: before each forward and
+        # before each collective operation
+        with ranks.together():
+            if layers is None:
+                with clock("features"):
+                    layers = self.check(model, ranks)
+            elif list(layers) != check_editable(model, self.layers) or any(x.output_scale is None for x in layers):
+                raise ValueError(f"layers must be the result of {type(self).__name__}.check for this model")
+            check_vocabulary(tokenizer, model)
+            facts = validate_facts(facts, tokenizer=tokenizer)
+            ranks.check_same("the facts", [repr(fact) for fact in facts])
+            report = progress or (lambda phase, done, total: None)
+            edits = self.prepare(EditJob(model, tokenizer, facts, layers, preservation, moments, ranks, clock, report))
+            targets = edits.targets
+            with Transaction(optimizers, ranks, self.reset_moments) as transaction:
+                for number, layer in enumerate(layers, 1):
+                    edits.commit(layer, edits.solve(layer), transaction)
+                    report("layers", number, len(layers))
+                kept = not ranks.any(guard is not None and not guard())
+                if kept:
+                    edits.keep()
+                else:
+                    transaction.rollback()
+        return EditResult(
+            list(facts), edits.deltas, targets, clock.seconds(), edits.relative_change, kept, edits.energy_kept
+        )

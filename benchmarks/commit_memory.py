@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lit_moeedit.sharding.backends import locate
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.sharding.shards import locate
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
 
@@ -42,8 +42,8 @@ class Layer(nn.Module):
         return scale * self.experts.sum()
 
 
-def measure(width: int, dtype: torch.dtype, way: str) -> dict[str, float]:
-    """Bytes of this rank's shard (working copy and master), and how much more the commit held at its peak."""
+def measure(width: int, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes of this rank's shard (model and master weights), and how much more the commit held at its peak."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -63,9 +63,9 @@ def measure(width: int, dtype: torch.dtype, way: str) -> dict[str, float]:
     ranks = Ranks()
     shard = locate(weight, [optimizer])
     size = weight.ds_tensor.nbytes
-    if shard.source.read().data_ptr() != weight.ds_tensor.data_ptr():
-        size += shard.source.read().nbytes
-    with Transaction([optimizer], ranks, way) as transaction:  # type: ignore[arg-type]
+    if shard.master.read().data_ptr() != weight.ds_tensor.data_ptr():
+        size += shard.master.read().nbytes
+    with Transaction([optimizer], ranks) as transaction:
         with torch.profiler.profile(profile_memory=True) as profile:
             transaction.commit(weight, deltas)
         extra = peak(profile)
@@ -92,9 +92,8 @@ def run(rank: int, port: int, queue: Any) -> None:
     dist.init_process_group("gloo")
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
-        for way in ("local", "gather"):
-            for width in WIDTHS:
-                results[f"{str(dtype)[6:]}, {way}, {width}"] = measure(width, dtype, way)
+        for width in WIDTHS:
+            results[f"{str(dtype)[6:]}, {width}"] = measure(width, dtype)
     if rank == 0:
         queue.put(results)
     dist.barrier()
@@ -115,7 +114,7 @@ def main() -> None:
     results = queue.get(timeout=300)
     for process in processes:
         process.join(60)
-    lines = ["| dtype, way, width | shard MiB | extra at the peak MiB | ratio |", "| --- | --- | --- | --- |"]
+    lines = ["| dtype, width | shard MiB | extra at the peak MiB | ratio |", "| --- | --- | --- | --- |"]
     for name, found in results.items():
         mib = [found[key] / 2**20 for key in ("shard", "extra")]
         lines.append(f"| {name} | {mib[0]:.1f} | {mib[1]:.1f} | {found['ratio']:.2f} |")

@@ -1,4 +1,4 @@
-"""The command ``export``: a checkpoint of a training run as a folder that ``from_pretrained`` reads."""
+"""The command ``export``: conversion of a checkpoint to a folder that ``from_pretrained`` reads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from lit_moeedit.atomic_files import naming
-from lit_moeedit.pretrained import brief
-from lit_moeedit.sharding.loading import no_hoarding
-from lit_moeedit.checkpoints.read import Checkpoint, read_checkpoint
+from lit_moeedit.atomic_files import path_in_errors
 from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.checkpoints.read import Checkpoint, read_checkpoint
 from lit_moeedit.checkpoints.tensors import StoredTensor, WeightFile
+from lit_moeedit.sharding.loading import no_hoarding
+from lit_moeedit.text import brief, first_few
 
 log = logging.getLogger(__name__)
 
@@ -42,26 +42,26 @@ def export(
 ) -> None:
     """Write a checkpoint of a training run as a folder that from_pretrained reads.
 
-    Reads what Lightning saves, in one process or through DeepSpeed (ZeRO stages 0 to 3, without DeepSpeed itself), and
-    writes safetensors in the weight format of the hub. Nothing in the checkpoint is executed. It goes weight by weight:
-    memory is needed for the largest one and what it becomes in that format, whatever the size of the files.
+    This reads what Lightning saves, in one process or through DeepSpeed (ZeRO stages 0 to 3, without DeepSpeed itself),
+    and writes safetensors in the weight format of the hub. Nothing in the checkpoint is executed. Weights are converted
+    one by one, so that memory is needed only for the largest one and its converted form.
 
     Args:
-        checkpoint: a file or, of DeepSpeed, a folder that Lightning's Trainer saved.
-        output: the folder to write; it appears when it is complete.
-        model: local path or hub id of a model with the same config; by default the checkpoint says it.
+        checkpoint: a file that Lightning's Trainer saved or, for DeepSpeed, a folder.
+        output: the folder to write. It appears when it is complete.
+        model: local path or hub id of a model with the same config; by default the config in the checkpoint.
         tokenizer: local path or hub id of the tokenizer to put beside the weights; by default the one in the checkpoint
-            or, if there is none, that of the model the training started from.
-        dtype: of the weights; by default that which they have in training.
-        max_shard_size: size of the largest file, for example 500MB; a weight that is larger gets its own.
-        prefix: of the model's weights in the checkpoint, for example "model."; by default it is found.
-        overwrite: whether to replace an output that is there already.
+            or, if it has none, that of the model that the training started from.
+        dtype: dtype of the weights; by default the one they have in training.
+        max_shard_size: maximum size of a file, for example 500MB. A larger weight gets its own file.
+        prefix: prefix of the model's weights in the checkpoint, for example "model."; by default it is found.
+        overwrite: whether to replace an existing output.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        FileExistsError: if there is an output already.
+        FileExistsError: if the output exists already.
         CheckpointError: if the checkpoint cannot be read, or is not of this model.
-        ValueError: if an option is wrong.
+        ValueError: if an option is invalid.
         OSError: if the output cannot be written.
 
     Example:
@@ -73,10 +73,12 @@ def export(
     origin = model if model is not None else source.hyper_parameters.get("pretrained")
     skeleton = _skeleton(source, model)
     weights = _weights(source, skeleton, prefix)
-    chosen = {name: _dtype(skeleton, name, weight, dtype) for name, weight in weights.items()}
-    empty = {name: _empty(weight.shape, chosen[name]) for name, weight in weights.items()}
-    with _appearing(output, overwrite) as folder, naming(output), no_hoarding():
-        _save_config(skeleton, origin, chosen, folder)
+    empty = {
+        name: torch.empty(weight.shape, dtype=_dtype(skeleton, name, weight, dtype), device="meta")
+        for name, weight in weights.items()
+    }
+    with _appearing(output, overwrite) as folder, path_in_errors(output), no_hoarding():
+        _save_config(skeleton, origin, empty, folder)
         _save_tokenizer(tokenizer, source, origin, folder)
         files = _save_weights(skeleton, weights, empty, max_shard_size, folder)
     log.info("%s: %d parameters in %d file(s)", output, skeleton.num_parameters(), files)
@@ -86,7 +88,7 @@ def export(
 
 
 def _skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
-    """The model without weights, made by nothing but the code of transformers."""
+    """Make the model without weights, from the code of transformers alone."""
     saved = source.hyper_parameters.get("config")
     pretrained = source.hyper_parameters.get("pretrained")
     try:
@@ -99,33 +101,32 @@ def _skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
         else:
             raise CheckpointError(
                 f"{source.path}: field 'hyper_parameters' should have 'config' (with 'model_type') or 'pretrained', "
-                f"but has {sorted(source.hyper_parameters)}; say with --model what model it is"
+                f"but has {sorted(source.hyper_parameters)}; name the model with --model"
             )
         for part in (config, config.get_text_config()):
-            # what was trained is neither quantised nor of code from elsewhere
+            # the trained weights are not quantised, and no code of the hub is run
             for name in ("quantization_config", "auto_map"):
                 vars(part).pop(name, None)
         with torch.device("meta"):
             # implementations of attention can be code from the hub
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            )
     except CheckpointError:
         raise
-    except Exception as error:  # there is no telling where a foreign config fails
-        raise CheckpointError(
-            f"no causal language model can be made of {origin}, or of what --model says: {brief(error)}"
-        ) from error
+    except Exception as error:  # a config of others may fail anywhere
+        raise CheckpointError(f"no causal language model can be made of {origin} or --model: {brief(error)}") from error
     return model
 
 
 def _weights(source: Checkpoint, skeleton: PreTrainedModel, prefix: str | None) -> dict[str, StoredTensor]:
-    """The weights that are saved, by their names in the model."""
+    """Find the weights to save, by their names in the model."""
     known = {name: value for name, value in skeleton.state_dict().items() if isinstance(value, Tensor)}
-    wanted = dict(known)
-    for name in skeleton._keys_to_ignore_on_save or ():
-        wanted.pop(name, None)
-    wanted = remove_tied_weights_from_state_dict(wanted, skeleton)
+    ignored = skeleton._keys_to_ignore_on_save or ()
+    saved = {name: value for name, value in known.items() if name not in ignored}
+    wanted = remove_tied_weights_from_state_dict(saved, skeleton)
     start = _prefix(source, list(wanted)) if prefix is None else prefix
-    where = f"{source.path}, read as {type(skeleton).__name__} behind the prefix {start!r}"
+    where = f"{source.path}, read as {type(skeleton).__name__} after the prefix {start!r}"
     missing = [name for name in wanted if start + name not in source.tensors]
     if missing:
         raise CheckpointError(
@@ -146,7 +147,7 @@ def _weights(source: Checkpoint, skeleton: PreTrainedModel, prefix: str | None) 
 
 
 def _prefix(source: Checkpoint, wanted: list[str]) -> str:
-    """What stands before the model's names in the checkpoint."""
+    """Find the prefix of the model's names in the checkpoint."""
     starts = {
         key.removesuffix(name) for name in wanted[:1] + wanted[-1:] for key in source.tensors if key.endswith(name)
     }
@@ -157,18 +158,17 @@ def _prefix(source: Checkpoint, wanted: list[str]) -> str:
     }
     best = [start for start, count in counts.items() if count == max(counts.values())]
     if len(best) > 1:
-        raise CheckpointError(f"{source.path} holds several such models; say with --prefix which: {', '.join(best)}")
+        raise CheckpointError(f"{source.path} holds several such models; choose one with --prefix: {', '.join(best)}")
     return best[0] if best else ""
 
 
 def _some(names: Sequence[str]) -> str:
-    """A few of many names, with a verb behind them."""
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+    """Join the first names, with a verb after them."""
+    return f"{first_few(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _dtype(skeleton: PreTrainedModel, name: str, weight: StoredTensor, dtype: str | None) -> torch.dtype:
-    """The dtype of a weight in the output; what is no float stays, and what transformers keeps in float32."""
+    """Return the dtype of a weight in the output. Integers keep theirs, and so do weights that must be float32."""
     if dtype is None or not weight.dtype.is_floating_point:
         return weight.dtype
     wanted = getattr(torch, dtype)
@@ -176,11 +176,11 @@ def _dtype(skeleton: PreTrainedModel, name: str, weight: StoredTensor, dtype: st
     return torch.promote_types(weight.dtype, wanted) if kept else wanted
 
 
-# -- what is written --------------------------------------------------------------------------------------------------
+# -- the output -------------------------------------------------------------------------------------------------------
 
 
-def _save_config(model: PreTrainedModel, origin: Any, chosen: Mapping[str, torch.dtype], folder: Path) -> None:
-    dtype = next((one for one in chosen.values() if one.is_floating_point), torch.float32)
+def _save_config(model: PreTrainedModel, origin: Any, empty: Mapping[str, Tensor], folder: Path) -> None:
+    dtype = next((weight.dtype for weight in empty.values() if weight.is_floating_point()), torch.float32)
     for config in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
         if config is not None:
             config.dtype = dtype
@@ -196,28 +196,28 @@ def _save_config(model: PreTrainedModel, origin: Any, chosen: Mapping[str, torch
 
 
 def _save_tokenizer(path: str | None, source: Checkpoint, origin: Any, folder: Path) -> None:
-    """The tokenizer that is asked for, or else that of the checkpoint or of the model the training started from."""
+    """Save the given tokenizer, or else that of the checkpoint or of the model that the training started from."""
     with tempfile.TemporaryDirectory() as own:
         for name, text in source.tokenizer.items():
-            # whatever the checkpoint says, these are files in this folder and hold text
+            # names are untrusted: only text files directly in this folder are written
             if not isinstance(text, str) or not re.fullmatch(r"\w[\w-]*\.(json|txt|jinja)", str(name)):
                 wrong = f"{str(name)[:80]!r} ({type(text).__name__})"
                 raise CheckpointError(f"{source.path}: field 'tokenizer' should hold texts of files, but has {wrong}")
             (Path(own) / name).write_text(text, encoding="utf-8", errors="replace")
         wanted = path if path is not None else own if source.tokenizer else origin
         if not isinstance(wanted, str):
-            log.info("no tokenizer is known, so none is written; --tokenizer says one")
+            log.info("no tokenizer is known, so none is written; give one with --tokenizer")
             return
         try:
             tokenizer = AutoTokenizer.from_pretrained(wanted, trust_remote_code=False)
-            # of a config alone transformers makes a tokenizer without a vocabulary
+            # from a config alone transformers makes a tokenizer without a vocabulary
             if len(tokenizer) <= len(tokenizer.get_added_vocab()):
                 raise ValueError("it has no vocabulary")
-        except Exception as error:  # there is no telling where a foreign tokenizer fails
+        except Exception as error:  # a tokenizer of others may fail anywhere
             if path is not None:
                 raise ValueError(f"--tokenizer: {path} cannot be used: {brief(error)}") from error
             whose = "the checkpoint" if wanted == own else wanted
-            log.warning("the tokenizer of %s is not written (%s); --tokenizer says another", whose, brief(error))
+            log.warning("the tokenizer of %s is not written (%s); give another with --tokenizer", whose, brief(error))
             return
         tokenizer.save_pretrained(folder)
 
@@ -229,7 +229,7 @@ def _save_weights(
     max_shard_size: str,
     folder: Path,
 ) -> int:
-    """Write the files one after the other, and an index if there are several; returns how many there are."""
+    """Write the files one after the other, with an index if there are several; returns their number."""
     parts = _parts(model, empty)
     planned = {name: value for _, converted in parts for name, value in converted.items()}
     try:
@@ -257,10 +257,10 @@ def _save_weights(
 
 
 def _parts(model: PreTrainedModel, empty: Mapping[str, Tensor]) -> list[tuple[list[str], dict[str, Tensor]]]:
-    """Weights in parts, as small as can be, that can be converted one by one; and what each is converted to.
+    """Split the weights into the smallest parts that can be converted alone, each with the result as meta tensors.
 
-    Transformers converts a whole model: it splits the weights of a layer's experts, and in some families joins others.
-    What belongs together is found by trying: weights alone, then layers, then all that is left.
+    Transformers converts a whole model. It splits the weights of a layer's experts, and in some families joins others.
+    The parts are found by trying: single weights, then layers, then all weights that are left.
     """
     whole = _converted(model, empty)
     left, parts = list(empty), []
@@ -272,7 +272,7 @@ def _parts(model: PreTrainedModel, empty: Mapping[str, Tensor]) -> list[tuple[li
         for group in groups.values():
             try:
                 converted = _converted(model, {name: empty[name] for name in group})
-            except Exception as error:  # what lacks its other parts fails in its own way
+            except Exception as error:  # an incomplete part may fail anywhere
                 log.debug("%s cannot be converted alone: %s", ", ".join(group), error)
                 continue
             if all(name in whole and value.shape == whole[name].shape for name, value in converted.items()):
@@ -280,19 +280,19 @@ def _parts(model: PreTrainedModel, empty: Mapping[str, Tensor]) -> list[tuple[li
         done = {name for group, _ in parts for name in group}
         left = [name for name in left if name not in done]
     if left or sum(len(converted) for _, converted in parts) != len(whole):
-        log.warning("the weights of %s can be converted only all at once, which needs memory", type(model).__name__)
+        log.warning(
+            "the weights of %s can only be converted all at once, which needs memory for all of them",
+            type(model).__name__,
+        )
         return [(list(empty), whole)]
     return parts
 
 
 def _converted(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What weights are saved as, by names; both without numbers."""
+    """Convert meta tensors of weights to meta tensors of the hub's format, by names."""
     converted = revert_weight_conversion(model, dict(values))
-    return {name: _empty(value.shape, value.dtype) for name, value in converted.items()}
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    # a view would count with the whole tensor that it is of
+    return {name: torch.empty_like(value) for name, value in converted.items()}
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
@@ -313,17 +313,17 @@ def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder that takes the place of ``output`` when all in it is written, and is gone if that fails."""
+    """Provide a folder that replaces ``output`` at the end of this block, and is removed if that fails."""
     part, old = (output.with_name(f".{output.name}.{end}") for end in ("part", "old"))
     for rest in (part, old):
         if rest.exists():
-            raise FileExistsError(f"{rest} is there: another export is at work, or one was killed; move it away")
+            raise FileExistsError(f"{rest} exists: another export is running, or one was killed; move it away")
     part.mkdir(parents=True)
     try:
         yield part
         if overwrite and output.exists():
             output.rename(old)
-        # an empty folder gives way, too
+        # this replaces an empty folder, too
         part.rename(output)
     except BaseException:
         if old.exists() and not output.exists():

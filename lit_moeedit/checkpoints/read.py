@@ -1,4 +1,4 @@
-"""Checkpoints that Lightning wrote: a file of one process, or the folder of DeepSpeed with the shards of all ranks."""
+"""Readers of Lightning's checkpoints: a file of one process, or a folder of DeepSpeed with the shards of all ranks."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_o
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state dict of a LightningModule, left in its files, and what the module was made with.
+    """The state dict of a LightningModule, mapped from its files, and the module's settings.
 
-    Args:
-        path: where it was read.
-        tensors: by their names in the state dict.
-        hyper_parameters: of the LightningModule; empty if it saved none.
-        tokenizer: the texts of a tokenizer's files by their names, as ``LitMoE`` saves it; empty if there is none.
+    Attributes:
+        path: path of the checkpoint.
+        tensors: the tensors of the state dict.
+        hyper_parameters: hyperparameters of the LightningModule; empty if it saved none.
+        tokenizer: texts of a tokenizer's files by name, as ``LitMoE`` saves it; empty if there is none.
     """
 
     path: Path
@@ -48,43 +48,42 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of one process (a file) or of DeepSpeed (a folder).
 
-    Trainable weights that ZeRO shards come from the fp32 master copies, all others as they are in training.
+    Trainable weights that ZeRO shards are read from the float32 master weights, all others from the model weights.
 
     Args:
-        path: what ``Trainer.save_checkpoint`` wrote.
+        path: path that was given to ``Trainer.save_checkpoint``.
 
     Raises:
         FileNotFoundError: if there is nothing at ``path``.
-        CheckpointError: if something is missing, damaged, not understood, or does not agree with the rest.
+        CheckpointError: if something is missing, damaged, not supported, or inconsistent with the rest.
     """
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     contents = load(path)
-    state = field(path, contents, "state_dict", dict)
-    return Checkpoint(path, as_they_are(state), **_about(path, contents))
+    return _checkpoint(path, as_they_are(field(path, contents, "state_dict", dict)), path, contents)
 
 
 def check_harmless(path: Path) -> None:
-    """Refuse a checkpoint that Lightning or DeepSpeed could not read as nothing but data.
+    """Refuse a checkpoint that Lightning or DeepSpeed could not read as plain data.
 
-    Lightning can be told to read a file so; DeepSpeed runs whatever is in the files of its folders.
+    Lightning can be told to read files as plain data. DeepSpeed runs any code in the files of its folders.
 
     Args:
-        path: a file, or the folder of DeepSpeed.
+        path: a file, or a folder of DeepSpeed.
 
     Raises:
-        CheckpointError: if code would have to run to read it, it is missing, damaged or a file of something else, or
+        CheckpointError: if code would have to run to read it, if it is missing, damaged or not a checkpoint, or if
             there is a link in its folder.
         OSError: if a folder in it cannot be listed.
     """
     if not path.is_dir():
-        field(path, load(path), "state_dict", dict)  # what else is in it is its module's affair
+        field(path, load(path), "state_dict", dict)  # other fields are checked by the module that reads them
         return
     for folder, folders, files in os.walk(path, onerror=_raised):
         for inner in (Path(folder, name) for name in sorted(folders + files)):
-            # DeepSpeed would follow it to files that are not looked at here, or to other ones later
+            # DeepSpeed would follow it to files that are not checked here, or that change later
             if inner.is_symlink():
                 raise CheckpointError(f"{inner} is a link; expected a checkpoint with all its files in it")
             if inner.name == ".metadata":
@@ -99,19 +98,19 @@ def _raised(error: OSError) -> None:
     raise error
 
 
-def _about(path: Path, contents: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What a file says of the model beside its weights."""
+def _checkpoint(path: Path, tensors: Mapping[str, StoredTensor], file: Path, contents: Mapping[str, Any]) -> Checkpoint:
+    """Put together a checkpoint of its tensors and, from one of its files, the fields that describe the model."""
     names = ("hyper_parameters", "tokenizer")
-    return {name: field(path, contents, name, dict, optional=True) or {} for name in names}
+    return Checkpoint(path, tensors, *(field(file, contents, name, dict, optional=True) or {} for name in names))
 
 
 # -- the folder of DeepSpeed ------------------------------------------------------------------------------------------
 
 
 def _read_folder(path: Path) -> Checkpoint:
-    folder = _newest(path)
+    folder = _named_in(path, "latest")
     if any(folder.glob("*expert*_states.pt")):
-        raise CheckpointError(f"{folder} holds experts of DeepSpeed's own MoE layers, which transformers does not know")
+        raise CheckpointError(f"{folder} holds experts of DeepSpeed's own MoE layers, which transformers does not have")
     files = _by_rank(folder, MODEL_FILE)
     if not files:
         raise CheckpointError(
@@ -120,13 +119,12 @@ def _read_folder(path: Path) -> Checkpoint:
         )
     [file] = _of_ranks(folder, files, 1)
     model = load(file)
-    working = as_they_are(field(file, model, "module", dict))
-    about = _about(file, model)
+    weights = as_they_are(field(file, model, "module", dict))
     groups = field(file, model, "param_shapes", list, optional=True)
-    # without ZeRO every rank has everything
+    # without ZeRO every rank holds all weights
     optimizers = [] if groups is None else _optimizers(folder)
     if not optimizers:
-        return Checkpoint(path, working, **about)
+        return _checkpoint(path, weights, file, model)
     stage = optimizers[0].stage
     if (stage == 3) != file.name.startswith("zero_"):
         raise CheckpointError(f"{optimizers[0].file} is of ZeRO stage {stage}, which does not go with {file.name}")
@@ -134,28 +132,24 @@ def _read_folder(path: Path) -> Checkpoint:
     if stage == 3:
         models = _models(folder, files, len(optimizers), model)
         buffers = field(file, model, "buffer_names", list)
-        tensors = {name: working[name] for name in map(str, buffers) if name in working}
-        tensors |= _frozen(models, working) | _joined(optimizers, shapes, working)
+        tensors = {name: weights[name] for name in map(str, buffers) if name in weights}
+        tensors |= _frozen(models, weights) | _joined(optimizers, shapes, weights)
     else:
-        tensors = working | _concatenated(optimizers, shapes, working)
+        tensors = weights | _concatenated(optimizers, shapes, weights)
     aliases = field(file, model, "shared_params", dict, optional=True) or {}
     tensors |= {str(alias): tensors[str(name)] for alias, name in aliases.items() if str(name) in tensors}
-    return Checkpoint(path, tensors, **about)
-
-
-def _newest(path: Path) -> Path:
-    """The folder inside of a checkpoint that DeepSpeed wrote last; the checkpoint itself if it names none."""
-    return _named_in(path, "latest")
+    return _checkpoint(path, tensors, file, model)
 
 
 def _named_in(path: Path, name: str) -> Path:
+    """Return the folder that a file of DeepSpeed's checkpoint names, or the checkpoint itself without such a file."""
     latest = path / name
     if not latest.is_file():
         return path
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    # a name, and not the way out of the checkpoint
+    # a plain name, no path out of the checkpoint
     if tag in ("", ".", "..") or Path(tag).name != tag or len(tag) > 200 or not (path / tag).is_dir():
-        raise CheckpointError(f"{latest} should name a folder beside it, but says {tag[:80]!r}")
+        raise CheckpointError(f"{latest} should name a folder beside it, but holds {tag[:80]!r}")
     return path / tag
 
 
@@ -175,7 +169,7 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 
 
 def _of_ranks(folder: Path, files: Mapping[int, Path], count: int) -> list[Path]:
-    """The files of the first ``count`` ranks in order."""
+    """Return the files of the first ``count`` ranks in order."""
     some = next(iter(files.values())).name
     missing = (re.sub(r"pp_rank_\d+", f"pp_rank_{rank}", some) for rank in range(count) if rank not in files)
     names = list(islice(missing, 5))
@@ -186,7 +180,7 @@ def _of_ranks(folder: Path, files: Mapping[int, Path], count: int) -> list[Path]
 
 @dataclass(frozen=True)
 class _Optimizer:
-    """What one rank's file of the optimizer says."""
+    """Contents of one rank's optimizer file."""
 
     file: Path
     stage: int
@@ -197,7 +191,7 @@ class _Optimizer:
 
 
 def _optimizers(folder: Path) -> list[_Optimizer]:
-    """What the files of all ranks say, in order; nothing if the optimizer does not share its work by ZeRO."""
+    """Read the optimizer files of all ranks, in order; empty if the optimizer is not sharded by ZeRO."""
     files = _by_rank(folder, OPTIMIZER_FILE)
     if not files:
         raise CheckpointError(f"{folder} lacks the files *_optim_states.pt, which hold the master weights of all ranks")
@@ -225,7 +219,7 @@ def _optimizer(file: Path) -> _Optimizer | None:
     if stage is None:
         return None
     if stage not in (1, 2, 3) or "ds_zero_partition_groups" in state:
-        raise CheckpointError(f"{file}: shards of ZeRO stage {stage} in groups of ranks are not understood")
+        raise CheckpointError(f"{file}: shards of ZeRO stage {stage} in groups of ranks are not supported")
     counts = field(file, state, "partition_count", (int, list))
     counts = counts if isinstance(counts, list) else [counts]
     if not counts or any(not isinstance(count, int) or count < 1 or count != counts[0] for count in counts):
@@ -244,7 +238,7 @@ def _optimizer(file: Path) -> _Optimizer | None:
 
 
 def _models(folder: Path, files: Mapping[int, Path], ranks: int, first: dict[str, Any]) -> list[tuple[Path, Any]]:
-    """The model files of all ranks, which stage 3 writes."""
+    """Read the model files of all ranks, which stage 3 writes."""
     paths = _of_ranks(folder, files, ranks)
     models = [(paths[0], first), *((path, load(path)) for path in paths[1:])]
     for path, model in models[1:]:
@@ -258,7 +252,7 @@ def _models(folder: Path, files: Mapping[int, Path], ranks: int, first: dict[str
 
 
 def _runs(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Cut flat tensors, laid end to end, into runs of the given sizes; a run is in one or more pieces."""
+    """Cut flat tensors, laid end to end, into ranges of the given sizes, each of one or more pieces."""
     index = start = 0
     for size in sizes:
         run = []
@@ -272,9 +266,9 @@ def _runs(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[Tens
 
 
 def _joined(
-    optimizers: Sequence[_Optimizer], groups: Sequence[dict[str, torch.Size]], working: Mapping[str, StoredTensor]
+    optimizers: Sequence[_Optimizer], groups: Sequence[dict[str, torch.Size]], weights: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Stage 3: every parameter is cut in as many equal parts as there are ranks, the last of them padded."""
+    """Join the shards of stage 3, which cuts each parameter into equal parts, one per rank, the last one padded."""
     shapes = {name: shape for group in groups for name, shape in group.items()}
     widths = [ceil(shape.numel() / len(optimizers)) for shape in shapes.values()]
     pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
@@ -282,13 +276,13 @@ def _joined(
         _check_size(optimizer.file, "fp32_flat_groups", optimizer.masters, sum(widths))
         for name, run in zip(shapes, _runs(optimizer.masters, widths), strict=True):
             pieces[name] += run
-    return {name: _stored(name, shape, pieces[name], working) for name, shape in shapes.items()}
+    return {name: _stored(name, shape, pieces[name], weights) for name, shape in shapes.items()}
 
 
 def _concatenated(
-    optimizers: Sequence[_Optimizer], groups: Sequence[dict[str, torch.Size]], working: Mapping[str, StoredTensor]
+    optimizers: Sequence[_Optimizer], groups: Sequence[dict[str, torch.Size]], weights: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Stages 1 and 2: all parameters of a group lie end to end, and the whole is cut in one part for each rank."""
+    """Join the shards of stages 1 and 2, which lay a group's parameters end to end and cut that into equal parts."""
     first, found = optimizers[0], {}
     if len(first.masters) != len(groups):
         raise CheckpointError(f"{first.file} holds {len(first.masters)} groups of weights, the model's {len(groups)}")
@@ -299,15 +293,15 @@ def _concatenated(
             raise CheckpointError(f"{first.file}: field 'param_alignment_paddings' does not fit the model's parameters")
         sizes = [numel + padding for numel, padding in zip(numels, paddings, strict=True)]
         parts = [optimizer.masters[index] for optimizer in optimizers]
-        # some versions leave in the files what makes the parts equal
+        # some versions save the padding that makes the parts equal
         _check_size(first.file, "single_partition_of_fp32_groups", parts, sum(sizes), 2 * len(parts))
         for (name, shape), run in zip(shapes.items(), _runs(parts, sizes), strict=True):
-            found[name] = _stored(name, shape, run, working)
+            found[name] = _stored(name, shape, run, weights)
     return found
 
 
-def _frozen(models: Sequence[tuple[Path, Any]], working: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Stage 3: parameters that no optimizer knows, cut as the others are; none if they were not saved."""
+def _frozen(models: Sequence[tuple[Path, Any]], weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Join the shards of stage 3 of frozen parameters, cut as the others are; none if they were not saved."""
     file, first = models[0]
     shapes = shapes_in(file, "frozen_param_shapes", first.get("frozen_param_shapes") or {})
     pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
@@ -317,18 +311,18 @@ def _frozen(models: Sequence[tuple[Path, Any]], working: Mapping[str, StoredTens
             fragment = tensors_in(path, "frozen_param_fragments", [fragments.get(name)])
             _check_size(path, "frozen_param_fragments", fragment, ceil(shape.numel() / len(models)))
             pieces[name] += fragment
-    return {name: _stored(name, shape, pieces[name], working) for name, shape in shapes.items()}
+    return {name: _stored(name, shape, pieces[name], weights) for name, shape in shapes.items()}
 
 
 def _stored(
-    name: str, shape: torch.Size, pieces: Sequence[Tensor], working: Mapping[str, StoredTensor]
+    name: str, shape: torch.Size, pieces: Sequence[Tensor], weights: Mapping[str, StoredTensor]
 ) -> StoredTensor:
-    """A tensor in pieces; of the working copy there is at least a placeholder of its dtype."""
-    dtype = working[name].dtype if name in working else next((piece.dtype for piece in pieces), torch.float32)
+    """Return a tensor in pieces, with the dtype of the model weights, of which there is at least a placeholder."""
+    dtype = weights[name].dtype if name in weights else next((piece.dtype for piece in pieces), torch.float32)
     return StoredTensor(shape, dtype, pieces)
 
 
 def _check_size(file: Path, name: str, tensors: Sequence[Tensor], expected: int, slack: int = 0) -> None:
     found = sum(tensor.numel() for tensor in tensors)
     if not expected <= found <= expected + slack:
-        raise CheckpointError(f"{file}: field {name!r} holds {found} numbers, but {expected} are expected")
+        raise CheckpointError(f"{file}: field {name!r} holds {found} elements, but {expected} are expected")

@@ -1,6 +1,6 @@
-"""What a run would take, computed before it: memory, communication and work of every phase."""
+"""Plans of a run before it starts: memory, communication and work of every phase."""
 
-from lit_moeedit.planning.dry_run import Workload, empty_model, rehearse
-from lit_moeedit.planning.fake_tensors import Cost, Numberless, Tally
+from lit_moeedit.planning.dry_run import Workload, empty_model, simulate
+from lit_moeedit.planning.fake_tensors import Cost, CostCounter, FakeFloatMode
 
-__all__ = ["Cost", "Numberless", "Tally", "Workload", "empty_model", "rehearse"]
+__all__ = ["Cost", "CostCounter", "FakeFloatMode", "Workload", "empty_model", "simulate"]

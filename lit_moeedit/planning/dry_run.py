@@ -1,4 +1,4 @@
-"""Every phase of a run, rehearsed: the code of the run itself, with a model that has no numbers."""
+"""A dry run of every phase: the code of the run itself, with a model of fake tensors."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from lit_moeedit.data import Fact, Neighbour
 from lit_moeedit.data.encoding import IGNORED_LABEL, pad_id, token_batches
 from lit_moeedit.editing import PHASES, Editor, evaluate
 from lit_moeedit.editing.evaluation import scoring_cost
-from lit_moeedit.editing.targets import TargetRow, batch_cost
+from lit_moeedit.editing.target_rows import TargetRow
+from lit_moeedit.editing.targets import batch_cost
 from lit_moeedit.models.experts import ExpertLayer
-from lit_moeedit.models.token_budget import LARGEST, Budget, fitting, forward_cost
+from lit_moeedit.models.token_budget import MAX_TOKENS, Budget, forward_cost, tokens_that_fit
 from lit_moeedit.module import LitMoE
-from lit_moeedit.planning.fake_tensors import Cost, Numberless, Tally
-from lit_moeedit.planning.simulated_ranks import RehearsedRanks, rehearsed_shards
+from lit_moeedit.planning.fake_tensors import Cost, CostCounter, FakeFloatMode
+from lit_moeedit.planning.simulated_ranks import SimulatedRanks, simulated_shards
 from lit_moeedit.planning.simulated_zero import Sharding, sharded
 from lit_moeedit.planning.zero_costs import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
-from lit_moeedit.preservation.second_moments import SecondMoments, second_moments
-from lit_moeedit.solvers import Tucker
+from lit_moeedit.preservation.second_moments import SecondMoments, second_moments, sums_fit
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run works on.
+    """Sizes of a run's data.
 
     Attributes:
-        edits: facts to edit.
-        prompt_tokens: length of a fact's prompt; contexts come on top.
+        edits: number of facts to edit.
+        prompt_tokens: length of a fact's prompt, without a context.
         target_tokens: length of a target.
-        questions: prompts that an evaluation asks for each fact: its own, its paraphrases', its neighbours'.
-        texts: preservation texts.
-        text_tokens: length of each.
-        rows: rows of a training batch of one rank.
-        row_tokens: length of each.
+        questions: number of prompts that an evaluation scores for each fact: its own, its paraphrases, its neighbours.
+        texts: number of preservation texts.
+        text_tokens: length of a preservation text.
+        rows: number of rows of one rank's training batch.
+        row_tokens: length of a row.
     """
 
     edits: int = 50
@@ -61,7 +61,7 @@ class Workload:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def facts(self) -> list[Fact]:
-        """Facts whose words are tokens of :class:`Words`."""
+        """Make facts whose words are tokens of :class:`Words`."""
         rest = " is" * (self.prompt_tokens - 1)
         new, true = " new" * self.target_tokens, " true" * self.target_tokens
         facts = []
@@ -73,12 +73,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Budgets:
-    """Largest numbers of tokens in one forward, as a run has them.
+    """A run's maximum numbers of tokens in one forward.
 
     Attributes:
-        forward: of statistics and features.
-        targets: of batches of edits.
-        evaluation: of prompts that are scored.
+        forward: number of tokens for statistics and features.
+        targets: number of tokens of a batch of edits.
+        evaluation: number of tokens of prompts that are scored.
     """
 
     forward: int
@@ -95,21 +95,21 @@ class Budgets:
         work: Workload,
         free: float | None,
     ) -> Budgets:
-        """The numbers in the settings of an editor, or those that ``auto`` chooses.
+        """Take the budgets from an editor's settings, or choose those that are ``auto``.
 
         Args:
-            editor: of the run.
-            model: with or without numbers.
+            editor: the run's editor.
+            model: the model, real or fake.
             layer: the target layer.
-            rows: of each edit, for its target.
-            work: what the run works on.
-            free: bytes that a device has free; ``None`` for as many as are wanted.
+            rows: rows for the target of each edit.
+            work: sizes of the run's data.
+            free: bytes of free memory of a device; ``None`` for no limit.
         """
 
         def chosen(given: Budget, cost: float) -> int:
             if isinstance(given, int):
                 return given
-            return LARGEST if free is None else fitting(cost, free)
+            return MAX_TOKENS if free is None else tokens_that_fit(cost, free)
 
         scored = work.target_tokens / (work.prompt_tokens + work.target_tokens)
         return cls(
@@ -120,7 +120,7 @@ class Budgets:
 
 
 class Words:
-    """A tokenizer to which every word is a token."""
+    """A tokenizer that makes a token of every word."""
 
     is_fast = True
     pad_token_id = 0
@@ -129,7 +129,7 @@ class Words:
         return 2
 
     def __call__(self, texts: str | Sequence[str], **options: Any) -> dict[str, Any]:
-        """Ids and offsets, as tokenizers of transformers give them."""
+        """Return ids and offsets, as tokenizers of transformers do."""
         if isinstance(texts, str):
             return {name: rows[0] for name, rows in self([texts]).items()}
         spans = [[match.span() for match in re.finditer(r"\S+", text)] for text in texts]
@@ -139,30 +139,30 @@ class Words:
 
 @contextmanager
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
-    """A causal language model whose weights have shapes and no numbers, to be used in this block.
+    """Make a causal language model of fake weights, which can be used within this block.
 
     Args:
-        config: of transformers.
-        dtype: of the weights.
+        config: a config of transformers.
+        dtype: dtype of the weights.
     """
-    with Numberless(), no_init_weights():
+    with FakeFloatMode(), no_init_weights():
         yield AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def rehearse(
+def simulate(
     module: LitMoE, editor: Editor, sharding: Sharding, work: Workload, card: float | None = None
 ) -> tuple[list[Cost], Budgets]:
-    """Run every phase of a run that edits after some training step, as one of its ranks, without numbers.
+    """Simulate every phase of a run that edits after some training step, as one of its ranks, with fake tensors.
 
     Args:
-        module: with a ``model`` that :func:`empty_model` made, within its block.
-        editor: of the run.
-        sharding: how it is sharded.
-        work: what it works on.
-        card: bytes of memory of a device, by which token budgets that are ``auto`` are chosen; ``None`` for no limit.
+        module: a module with a ``model`` from :func:`empty_model`, within its block.
+        editor: the run's editor.
+        sharding: sharding of the model.
+        work: sizes of the run's data.
+        card: bytes of a device's memory, from which token budgets that are ``auto`` are chosen; ``None`` for no limit.
 
     Returns:
-        what each phase takes, in order; and the token budgets of the edit.
+        The costs of the phases, in order, and the token budgets of the edit.
 
     Raises:
         UnsupportedModelError: if a layer cannot be edited.
@@ -171,39 +171,38 @@ def rehearse(
     assert model is not None
     layers = editor.check(model)
     size = ModelSize.of(model, sharding)
-    with rehearsed_shards([layer.down_proj for layer in layers], sharding, lambda size: tally.send(size)) as held:
-        tally = Tally([*model.parameters(), *model.buffers(), *held], held_in_training(size, sharding), sharding.on_cpu)
-        with tally:
-            _train(module, sharding, work, tally)
-            with sharded(model, sharding, tally.send):
-                budgets = _edit(model, layers, editor, sharding, work, tally, card)
-    passes = tally.phases.pop("training step")
+    with simulated_shards([layer.down_proj for layer in layers], sharding, lambda size: counter.send(size)) as held:
+        counter = CostCounter(
+            [*model.parameters(), *model.buffers(), *held], held_in_training(size, sharding), sharding.on_cpu
+        )
+        with counter:
+            _train(module, sharding, work, counter)
+            with sharded(model, sharding, counter.send):
+                budgets = _edit(model, layers, editor, sharding, work, counter, card)
+    passes = counter.phases.pop("training step")
     costs = [
         building_cost(size, sharding, module.hparams["pretrained"] is not None),
         training_cost(size, sharding, passes),
-        *(tally.phases[name] for name in (*PHASES, "evaluation") if name in tally.phases),
+        *(counter.phases[name] for name in (*PHASES, "evaluation") if name in counter.phases),
         checkpoint_cost(size, sharding),
     ]
     return costs, budgets
 
 
-def _train(module: LitMoE, sharding: Sharding, work: Workload, tally: Tally) -> None:
-    """The forward and the backward pass of a training step."""
+def _train(module: LitMoE, sharding: Sharding, work: Workload, counter: CostCounter) -> None:
+    """Run the forward and the backward pass of a training step."""
     ids = torch.zeros(work.rows, work.row_tokens, dtype=torch.long)
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED_LABEL)
-    mask[0, -1] = 0  # rows have different lengths, so that masks are needed
+    mask[0, -1] = 0  # rows differ in length, so that masks are needed
     labels[:, -work.target_tokens :] = 0
-    # what the step asks of a trainer
+    # the parts of a Trainer that the step uses
     trainer = SimpleNamespace(world_size=sharding.ranks)
-    vars(module).update({"_trainer": trainer, "log": _nothing, "_total": lambda tensor: tensor})
+    vars(module).update({"_trainer": trainer, "log": lambda *_, **__: None, "_all_reduce": lambda tensor: tensor})
     module.train()
-    with sharded(module, sharding, tally.send, gradients=True) as reduce, tally.phase("training step"):
-        module.training_step({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0).backward()
+    with sharded(module, sharding, counter.send, gradients=True) as reduce, counter.phase("training step"):
+        loss = module.training_step({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0)
+        torch.autograd.backward(loss)
         reduce()
-
-
-def _nothing(*args: Any, **options: Any) -> None:
-    return
 
 
 def _edit(
@@ -212,23 +211,23 @@ def _edit(
     editor: Editor,
     sharding: Sharding,
     work: Workload,
-    tally: Tally,
+    counter: CostCounter,
     card: float | None = None,
 ) -> Budgets:
-    def ranks(rounds: int | None = None) -> RehearsedRanks:
-        return RehearsedRanks(sharding, tally.send, tally.repeated, rounds)
+    def ranks(rounds: int | None = None) -> SimulatedRanks:
+        return SimulatedRanks(sharding, counter.send, counter.repeated, rounds)
 
     tokenizer: Any = Words()
     facts = work.facts()
     editor = copy(editor)
     editor.memory, editor.solver = None, copy(editor.solver)
-    if isinstance(editor.solver, Tucker):
-        editor.solver.cache = None
-    rows = editor._encode(tokenizer, facts, model)[0]
+    editor.solver.cache = None
+    rows = editor.encode(tokenizer, facts).rows
     by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
-    # a run has its second moments before it asks what is free
+    # a run holds its second moments when it measures its free memory
     held = sum(4 * layer.num_experts * layer.shape[2] ** 2 for layer in layers) if editor.needs_moments else 0
-    free = None if card is None else max(0.0, card - tally.alive - (0 if editor.moments_on_cpu else held))
+    on_cpu = card is not None and not sums_fit(layers, card - counter.alive)
+    free = None if card is None else max(0.0, card - counter.alive - (0 if on_cpu else held))
     budgets = Budgets.of(editor, model, layers[-1], by_edit, work, free)
     steps, editor.targets = editor.targets.steps, copy(editor.targets)
     editor.token_budget, editor.targets.token_budget = budgets.forward, budgets.targets
@@ -240,7 +239,7 @@ def _edit(
         batches = list(token_batches([work.text_tokens] * texts, budgets.forward))
         batch = [" ".join(["word"] * work.text_tokens)] * len(batches[0])
         rounds = -(-len(batches) // sharding.ranks)
-        with tally.phase("statistics"):
+        with counter.phase("statistics"):
             moments = second_moments(
                 model,
                 tokenizer,
@@ -248,26 +247,27 @@ def _edit(
                 batch,
                 budgets.forward,
                 ranks=ranks(rounds),
+                device=model.device,
                 gated=editor.gated,
                 grouped=not sharding.on_cpu,
             )
-            if editor.moments_on_cpu and not sharding.on_cpu:
-                tally.offload(sum(summed.total.nbytes for summed in moments.values()))
+            if on_cpu and not sharding.on_cpu:
+                counter.offload(sum(summed.total.nbytes for summed in moments.values()))
 
     def guard() -> bool:
-        with tally.phase("evaluation"):
+        with counter.phase("evaluation"):
             evaluate(model, tokenizer, facts, token_budget=budgets.evaluation, ranks=ranks())
         return True
 
     editor.targets.steps = 1
-    with tally.phase("targets"):
+    with counter.phase("targets"):
         editor.targets.optimize(model, layers[-1], rows, pad_id(tokenizer), ranks=ranks())
-    one = tally.phases.pop("targets")
+    one = counter.phases.pop("targets")
     editor.targets.steps = 2
-    options: Any = {"optimizers": ["Adam"], "ranks": ranks(), "phase": tally.phase}
+    options: Any = {"optimizers": ["Adam"], "ranks": ranks(), "phase": counter.phase}
     editor.edit(model, tokenizer, facts, moments=moments, guard=guard, **options)
     # every step is like the second
-    two = tally.phases["targets"]
+    two = counter.phases["targets"]
     sent, flops = one.sent + (steps - 1) * (two.sent - one.sent), one.flops + (steps - 1) * (two.flops - one.flops)
-    tally.phases["targets"] = replace(two, sent=sent, flops=flops)
+    counter.phases["targets"] = replace(two, sent=sent, flops=flops)
     return budgets

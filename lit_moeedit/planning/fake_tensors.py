@@ -1,4 +1,4 @@
-"""Running code on tensors that have shapes and no numbers, and counting what it takes."""
+"""Fake tensors, which have shapes and no elements, and the costs of code that runs on them."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 
 LARGEST = 2**22
-"""Integers that a tensor holds at most; larger ones have no numbers either."""
+"""Maximum number of elements of a real integer tensor. Larger ones are fake, too."""
 CHOICES = (aten.topk, aten.sort, aten.argsort, aten.argmax, aten.argmin, aten.max, aten.min)
-"""Operations whose integers are indices into the last dimension."""
+"""Operations whose integer results are indices into the last dimension."""
 
 
-class Numberless(TorchDispatchMode):
-    """In this block floating-point tensors have no numbers and take no memory; integers and truth values are real.
+class FakeFloatMode(TorchDispatchMode):
+    """A mode in which floating-point tensors are fake and take no memory, and integer and Boolean tensors are real.
 
-    So code whose way depends on lengths, indices and masks runs as it would, at any size. What it asks of numbers that
-    are not there gets an answer that leads on: whatever is compared is true (all values are finite, no loss is low
-    enough), a number asked for is 1, and indices that were chosen by numbers are drawn evenly, so that a router sends
-    every expert about as many tokens.
+    Code whose control flow depends on lengths, indices and masks runs as usual, at any size. Where it depends on
+    elements that do not exist, the mode makes up results that let it go on. Comparisons are true (all values are
+    finite, no loss is low enough), ``item()`` is 1, and indices chosen by values are spread evenly, so that a router
+    sends about the same number of tokens to every expert.
 
     Example:
-        >>> with Numberless():
+        >>> with FakeFloatMode():
         ...     chosen = torch.rand(1 << 40, 8)[:100].topk(2).indices
         >>> chosen.unique().tolist()
         [0, 1, 2, 3, 4, 5, 6, 7]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __enter__(self) -> Self:
         self._fake.__enter__()
-        return super().__enter__()
+        TorchDispatchMode.__enter__(self)
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        TorchDispatchMode.__exit__(self, *error)
         self._fake.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,29 +72,30 @@ class Numberless(TorchDispatchMode):
         )
 
     def _answer(self, packet: Any, result: FakeTensor, args: Any) -> Tensor:
-        """What an operation on missing numbers gives: its own result, or integers in its place."""
+        """Return the result of an operation on fake tensors, with real integers in the place of fake ones."""
         if result.is_floating_point() or result.is_complex() or result.numel() > LARGEST:
             return result
         with unset_fake_temporarily():
             if result.dtype is torch.bool:
-                return torch.full(result.shape, not _is_suspicion(packet, args))
+                return torch.full(result.shape, not _asks_for_non_finite(packet, args))
             if packet in CHOICES:
                 return _spread(result.shape, args[0].shape)
             return torch.zeros(result.shape, dtype=result.dtype)
 
 
 def _spread(shape: torch.Size, chosen_from: torch.Size) -> Tensor:
-    """Distinct indices into the last dimension of ``chosen_from``, from a place that is drawn for every row."""
+    """Return distinct indices into the last dimension of ``chosen_from``, from a random start in every row."""
     choices, count = max(1, chosen_from[-1:].numel()), shape[-1] if len(shape) == len(chosen_from) > 0 else 1
     starts = torch.randint(choices, (shape.numel() // max(1, count), 1), generator=torch.Generator().manual_seed(0))
     return ((starts + torch.arange(count)) % choices).reshape(shape)
 
 
 def _is_real(packet: Any, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
-    """Whether an operation on real tensors, or on none, gives a real one: of integers, and small."""
+    """Tell if the result of an operation without fake inputs is real: integers, and few of them."""
     if tensors:
         try:
-            return torch.broadcast_shapes(*(tensor.shape for tensor in tensors)).numel() <= LARGEST
+            shape: torch.Size = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+            return shape.numel() <= LARGEST
         except RuntimeError:
             return True
     dtype = kwargs.get("dtype")
@@ -102,15 +104,15 @@ def _is_real(packet: Any, tensors: Sequence[Tensor], args: Any, kwargs: Any) -> 
     return not isinstance(args[0], Sequence) or prod(args[0]) <= LARGEST
 
 
-def _is_suspicion(packet: Any, args: Any) -> bool:
-    """Whether an operation asks for values that are not finite: not a number is what is not itself."""
+def _asks_for_non_finite(packet: Any, args: Any) -> bool:
+    """Tell if an operation asks for values that are not finite: ``x != x`` asks for NaN."""
     asked = args[1] if len(args) > 1 else None
     infinite = packet is aten.eq and isinstance(asked, float) and isinf(asked)
     return infinite or packet in (aten.isnan, aten.isinf) or (packet is aten.ne and asked is args[0])
 
 
 def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices of a tensor without numbers, whose length depends on numbers that are there."""
+    """Replace the masks in an index of a fake tensor by integers, because the result's shape depends on them."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype is not torch.bool or isinstance(index, FakeTensor):
@@ -122,9 +124,9 @@ def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Products of runs of rows: with one weight each, or, for the weights' gradient, with runs of other rows.
+    """Return a fake product of groups of rows with a weight each, or, for the gradient, with groups of other rows.
 
-    PyTorch's own function for the shape refuses float32, which its products take.
+    PyTorch's own shape function refuses float32, which the operation supports.
     """
     groups = () if right.ndim == 3 else (len(offs),)
     return left.new_empty(*groups, left.shape[0], right.shape[-1])
@@ -135,15 +137,15 @@ def _grouped_mm(left: Tensor, right: Tensor, offs: Tensor, *args: Any, **kwargs:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase takes on one rank.
+    """Memory, communication and work of a phase on one rank.
 
     Attributes:
-        phase: its name.
-        held: bytes that are there when it begins.
-        peak: most bytes at a time, ``held`` included, where the model computes.
-        host: bytes in main memory besides, for a model that computes elsewhere.
+        phase: name of the phase.
+        held: bytes that are allocated when it begins.
+        peak: maximum of allocated bytes, ``held`` included, on the device that the model is on.
+        host: bytes in main memory, for a model on another device.
         sent: bytes that the rank sends to others.
-        flops: floating-point operations.
+        flops: number of floating-point operations.
         written: bytes that the rank writes to the disk.
     """
 
@@ -156,27 +158,28 @@ class Cost:
     written: int = 0
 
 
-class Tally(TorchDispatchMode):
-    """Counts, phase by phase, the bytes of all storages that operations make, while these are alive, and products.
+class CostCounter(TorchDispatchMode):
+    """A mode that counts the memory of all storages that operations create, and floating-point operations, by phase.
 
-    Works with numbers and without. What kernels and other libraries allocate for themselves is not seen.
+    It works with real and with fake tensors. Memory that kernels and other libraries allocate for themselves is not
+    counted.
 
     Attributes:
-        alive: bytes now.
-        host: bytes now in main memory, for tensors that are elsewhere.
-        peak: most bytes of ``alive`` in this phase.
+        alive: bytes that are allocated now.
+        host: bytes of these that are in main memory, for a model on another device.
+        peak: maximum of ``alive`` in this phase.
         sent: bytes sent to other ranks.
         flops: floating-point operations of products, decompositions, attention and convolutions.
-        phases: what every phase took that has ended.
+        phases: costs of every phase that has ended.
 
     Args:
-        known: tensors that do not count.
-        held: bytes that are there from the beginning.
-        on_cpu: whether all tensors are in main memory; otherwise only copies are that were asked to be on the CPU.
+        known: tensors that are not counted.
+        held: bytes that are allocated from the beginning.
+        on_cpu: whether all tensors are in main memory. Otherwise only copies to the CPU are.
     """
 
     def __init__(self, known: Sequence[Tensor] = (), held: int = 0, on_cpu: bool = True) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.alive = self.peak = held
         self.host = self.sent = self.flops = 0
         self.phases: dict[str, Cost] = {}
@@ -190,7 +193,7 @@ class Tally(TorchDispatchMode):
         count = _FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
-        # to the device that a tensor is on already: only a copy is made by an operation
+        # a conversion to the device that a tensor is on is no operation, so this is a copy to another device
         to_host = not self._on_cpu and func is aten._to_copy.default and result.dtype == args[0].dtype
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type != "meta":
@@ -199,40 +202,40 @@ class Tally(TorchDispatchMode):
         return result
 
     def send(self, size: int) -> None:
-        """Count bytes that are sent."""
+        """Count bytes sent to other ranks."""
         self.sent += size
 
     def offload(self, size: int) -> None:
-        """Count bytes as main memory's that this phase has added."""
+        """Count bytes that this phase has allocated as main memory."""
         self.host += size
         self.alive -= size
         self.peak -= size
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A block that is a phase, or a part of one: work adds up, memory is that of the part with the highest peak."""
+        """Count this block as a phase or a part of one: the sum of the parts' work, and the highest peak of memory."""
         held, sent, flops = self.begin()
         yield
         self.end(name, held, sent, flops)
 
     def begin(self) -> tuple[int, int, int]:
-        """Begin a phase; gives what :meth:`end` takes."""
+        """Begin a phase, and return the arguments that :meth:`end` takes."""
         self.peak = self.alive
         return self.alive, self.sent, self.flops
 
     def end(self, name: str, held: int, sent: int, flops: int) -> None:
-        """End a phase that was begun."""
+        """End a phase."""
         cost = Cost(name, held, self.peak, self.host, self.sent - sent, self.flops - flops)
         last = self.phases.get(name)
         if last is not None:
-            most = max(last, cost, key=lambda part: part.peak)
+            highest = max(last, cost, key=lambda part: part.peak)
             work = {"sent": last.sent + cost.sent, "flops": last.flops + cost.flops}
-            cost = Cost(name, most.held, most.peak, max(last.host, cost.host), **work)
+            cost = Cost(name, highest.held, highest.peak, max(last.host, cost.host), **work)
         self.phases[name] = cost
 
     @contextmanager
     def repeated(self, times: int) -> Iterator[None]:
-        """A block that stands for several that are alike; for none, if nothing in it shall count."""
+        """Count this block ``times`` times, as if it were repeated; 0 counts nothing."""
         sent, flops, peak = self.sent, self.flops, self.peak
         yield
         self.peak = self.peak if times else peak
@@ -259,7 +262,7 @@ class Tally(TorchDispatchMode):
 
 
 def _grouped_mm_flops(left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:
-    """Of the product for all experts at once: rows times weights, or, for the weights' gradient, rows times rows."""
+    """Count the product of all experts at once: rows times weights, or, for the gradient, rows times rows."""
     return 2 * left.shape[0] * left.shape[1] * right.shape[-1]
 
 

@@ -1,10 +1,11 @@
-"""The command ``families``: which models can be edited, tried out on a small one of each family."""
+"""The command ``families``: a table of the models that can be edited, found by trying a small one of each family."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,34 +16,33 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_moeedit.models.experts import LISTED, ExpertLayer, UnsupportedModelError, check_editable, expert_layers
+from lit_moeedit.models.experts import FAMILIES_HINT, ExpertLayer, UnsupportedModelError, check_editable, expert_layers
 from lit_moeedit.models.keys import Routing, watch_routing
-from lit_moeedit.models.output_scale import output_gains
+from lit_moeedit.models.output_scale import output_scales
 from lit_moeedit.models.partial_forward import inference
-from lit_moeedit.planning.family_catalog import NOT_MADE, Family, small_model
-from lit_moeedit.planning.family_catalog import families as all_families
+from lit_moeedit.planning.family_catalog import NOT_MADE, Family, moe_families, small_model
 
 TESTED_WITH = "5.23.0"
-"""The version of transformers with which the proofs of every family were run."""
+"""The version of transformers with which the tests of every family were run."""
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "sqrt softplus": lambda logits: nn.functional.softplus(logits).sqrt(),
 }
-"""What routers make of their logits."""
+"""Functions that routers apply to their logits."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about a family.
+    """Properties of a family, found with a small model.
 
     Attributes:
         family: its model type.
-        layout: how its experts are stored.
-        router: how its gates are made.
-        refusal: why it cannot be edited; empty if it can.
-        note: what is done for it that most need not.
+        layout: layout of its experts.
+        router: function from the router's logits to the gates.
+        refusal: reason why it cannot be edited; empty if it can.
+        note: special treatment that it needs; empty for most.
     """
 
     family: str
@@ -55,28 +55,25 @@ class Finding:
 def families() -> None:
     """List the families of models with experts in the installed transformers, and which of them can be edited.
 
-    The list is what transformers declares. A small model of each family is made, with random weights, and checked as
-    every model is before it is edited; layout and router are read off that, too. Nothing is loaded or downloaded.
+    The list comes from what transformers declares. A small model of each family is made with random weights, and
+    checked as every model is before an edit. Its layout and its router are read off it, too. Nothing is downloaded.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
-        level = transformers.logging.get_verbosity()
+        stack.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
         transformers.logging.set_verbosity_error()
-        try:
-            found = [finding(family) for family in all_families()]
-        finally:
-            transformers.logging.set_verbosity(level)
+        found = [finding(family) for family in moe_families()]
     Console(emoji=False).print(table(found))
 
 
 def table(found: list[Finding]) -> Table:
-    """Findings as a table, those that can be edited first."""
+    """Format findings as a table, the families that can be edited first."""
     good = [one for one in found if not one.refusal]
     tested = TESTED_WITH if transformers.__version__ == TESTED_WITH else "-"
     result = Table(
         title=f"transformers {transformers.__version__}: {len(good)} of {len(found)} families can be edited",
         caption="gates: of a small model with the family's default settings, but several groups of experts where it "
-        f"knows them; tested: the proofs of this package were run with that version of transformers ({TESTED_WITH})",
+        f"has them; tested: this package's tests were run with that version of transformers ({TESTED_WITH})",
     )
     for name in ("family", "experts", "gates", "supported", "tested"):
         result.add_column(name, no_wrap=name == "family")
@@ -87,55 +84,51 @@ def table(found: list[Finding]) -> Table:
 
 
 def finding(family: Family) -> Finding:
-    """Make a small model of a family and look at it."""
+    """Make a small model of a family and find its properties."""
     if not family.is_declared:
-        return Finding(family.model_type, refusal="its experts are no module of transformers' experts interface")
+        return Finding(family.model_type, refusal="its experts do not declare transformers' experts interface")
     layout = router = ""
     try:
         model = small_model(family.model_type)
         layers = list(expert_layers(model).values())
         layout, router = _layout(layers[0]), _router(model, layers[-1])
-        gains = output_gains(model, check_editable(model, [layer.index for layer in layers]))
+        scales = output_scales(model, check_editable(model, [layer.index for layer in layers]))
     except UnsupportedModelError as error:
-        return Finding(family.model_type, layout, router, refusal=str(error).removesuffix(f"; {LISTED}"))
+        return Finding(family.model_type, layout, router, refusal=str(error).removesuffix(f"; {FAMILIES_HINT}"))
     except NOT_MADE as error:
-        # a family that is newer than this package may want another small config
+        # a family that is newer than this package may need another small config
         logging.getLogger(__name__).debug("", exc_info=error)
         return Finding(family.model_type, refusal=f"not known, as no small model of it runs ({error})")
-    gain = gains[layers[-1].index]
-    factor = "a factor" if bool((gain == gain[0]).all()) else "a factor for each entry"
-    note = "" if bool((gain == 1).all()) else f"{factor} behind the experts is accounted for"
+    scale = scales[layers[-1].index]
+    factor = "a factor" if bool((scale == scale[0]).all()) else "a factor for each entry"
+    note = "" if bool((scale == 1).all()) else f"{factor} after the experts is accounted for"
     return Finding(family.model_type, layout, router, note=note)
 
 
 def _layout(layer: ExpertLayer) -> str:
     experts: Any = layer.experts
     own_gate = type(experts)._apply_gate.__module__ == type(experts).__module__
-    said = {
+    properties = {
         "transposed": experts.is_transposed,
         "gate and up interleaved": experts.has_gate and not experts.is_concatenated,
         "no gate": not experts.has_gate,
         "biases": experts.has_bias,
-        "activation of its own": experts.has_gate and own_gate,
-        "a norm behind each": experts.has_post_expert_norm,
+        "own activation": experts.has_gate and own_gate,
+        "a norm after each": experts.has_post_expert_norm,
     }
-    return ", ".join(name for name, holds in said.items() if holds) or "default"
+    return ", ".join(name for name, holds in properties.items() if holds) or "default"
 
 
 def _router(model: PreTrainedModel, layer: ExpertLayer) -> str:
-    """How the gates depend on the router's logits, found by trying."""
+    """Name the function from the router's logits to the gates, found by trying."""
     routing: list[Routing] = []
     returned: list[Any] = []
-    handles = [
-        module.register_forward_hook(lambda module, args, output: returned.append(output))
-        for module in layer.layer.modules()
-    ]
-    try:
-        with inference(model), watch_routing(model, [layer], lambda _, seen: routing.append(seen)):
+    with ExitStack() as stack:
+        for module in layer.layer.modules():
+            hook = module.register_forward_hook(lambda module, args, output: returned.append(output))
+            stack.callback(hook.remove)
+        with inference(model), watch_routing([layer], lambda _, seen: routing.append(seen)):
             model(input_ids=torch.arange(3, 35).view(2, 16), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     experts, gates = routing[0].experts, routing[0].gates.double()
     config = model.config.get_text_config()
     grouped = ", in groups" if (getattr(config, "n_group", None) or 1) > 1 else ""
@@ -151,7 +144,7 @@ def _router(model: PreTrainedModel, layer: ExpertLayer) -> str:
 
 
 def _routes(output: Any, experts: Tensor) -> bool:
-    """Whether a module returned router logits, together with the chosen experts."""
+    """Tell if a module returned router logits together with the chosen experts."""
     if not isinstance(output, tuple) or not all(isinstance(part, Tensor) for part in output):
         return False
     chosen = [part for part in output if not part.is_floating_point() and part.numel() == experts.numel()]

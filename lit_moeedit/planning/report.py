@@ -1,11 +1,11 @@
-"""The command ``plan``: what a run would take, before anything of it is there."""
+"""The command ``plan``: a report of the memory, communication and work of a run, without running it."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -13,14 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lit_moeedit.atomic_files import appearing
-from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model, rehearse
+from lit_moeedit.atomic_files import atomic_file
+from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model, simulate
 from lit_moeedit.planning.fake_tensors import Cost
 from lit_moeedit.planning.run_config import Run, read_run
 
 
 def plan(
-    config: Path | None = None,
+    config: list[Path] | None = None,
     ranks: int | None = None,
     edits: int | None = None,
     card: float | None = None,
@@ -33,55 +33,60 @@ def plan(
     model: Path | None = None,
     json: Path | None = None,
 ) -> None:
-    """Tell what a run would take, phase by phase: memory, bytes sent between ranks, and floating-point operations.
+    """Report what a run would take, phase by phase: memory, bytes sent between ranks, and floating-point operations.
 
-    Nothing is loaded or downloaded: the run's own code runs with tensors that have shapes and no numbers, as the first
-    of its ranks. Counted is what tensors hold; libraries, the allocator's and NCCL's buffers, and kernels' work space
-    come on top. Copies for a rollback are counted as main memory; a GPU keeps them while it has room. Every expert is
-    taken to get as many tokens as any other, targets to need all of their steps, and a system to be solved at the first
-    try, without the float64 that rounding may ask for.
+    Nothing is loaded or downloaded. The run's own code runs with fake tensors, which have shapes and no elements, as
+    the first of its ranks. Only tensors are counted. Memory of libraries, buffers of the allocator and of NCCL, and
+    work space of kernels come on top. Copies for a rollback are counted as main memory, though a GPU keeps them while
+    it has room. The report assumes that all experts get the same number of tokens, that targets need all of their
+    steps, and that systems are solved without the float64 fallback.
 
     Args:
-        config: a config of lit-moeedit fit.
-        ranks: number of processes; by default as many as the config says.
-        edits: number of facts to edit; by default as many as the config's data has.
-        card: memory of a device in GB, to say what does not fit, and which token budgets auto would choose there.
+        config: a config of lit-moeedit fit; given several times, later ones overlay earlier ones.
+        ranks: number of processes; by default that of the config.
+        edits: number of facts to edit; by default that of the config's data.
+        card: memory of a device in GB, to report which phases do not fit, and which token budgets auto would choose.
         prompt_tokens: length of a fact's prompt.
         target_tokens: length of a target.
-        questions: prompts that an evaluation asks for each fact, with its paraphrases and neighbours (CounterFact: 13).
-        texts: number of preservation texts; by default as many as the config's data has.
-        text_tokens: length of each; more than 512 tokens are not read.
+        questions: number of prompts that an evaluation scores for each fact (CounterFact has 13).
+        texts: number of preservation texts; by default that of the config's data.
+        text_tokens: length of a preservation text, of which at most 512 tokens are read.
         train_tokens: length of a row of a training batch.
         model: a config.json of transformers, or a folder with one, in place of the config's model.
-        json: where to write the numbers, too.
+        json: path of a file for the same report as JSON.
 
     Raises:
-        ValueError: if the config cannot be planned; the message says why.
+        ValueError: if the config cannot be planned. The message gives the reason.
         FileNotFoundError: if there is no such config.
 
     Example:
         lit-moeedit plan --config=configs/atlas.yaml --text_tokens=12
     """
-    if config is None:
+    if not config:
         raise ValueError("give --config, a config of lit-moeedit fit")
     # a plan computes on the CPU; DeepSpeed, which would otherwise look for devices, reads this when it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run = read_run(config, ranks, model)
     work = Workload(
-        edits=_known(edits, run.edits, "edits", "how many facts it edits"),
+        edits=_known(edits, run.edits, "edits", "a number of facts to edit"),
         prompt_tokens=prompt_tokens,
         target_tokens=target_tokens,
         questions=questions,
-        texts=_known(texts, 1 if run.editor.preserve == "none" else run.texts, "texts", "how many texts it preserves"),
+        texts=_known(texts, run.texts if run.editor.needs_moments else 1, "texts", "a number of preservation texts"),
         text_tokens=text_tokens,
-        rows=_known(None, run.rows, "data.init_args.batch_size", "the rows of a batch"),
+        rows=_known(None, run.rows, "data.init_args.batch_size", "a batch size"),
         row_tokens=train_tokens,
     )
-    with _silent(), empty_model(run.model, run.dtype) as empty:
+    with ExitStack() as stack:
+        # the editor would log values that fake tensors do not have
+        logger = logging.getLogger("lit_moeedit.editing")
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.WARNING)
+        empty = stack.enter_context(empty_model(run.model, run.dtype))
         parameters = empty.num_parameters()
         run.module.model = empty
         room = None if card is None else card * 1e9
-        costs, budgets = rehearse(run.module, run.editor, run.sharding, work, room)
+        costs, budgets = simulate(run.module, run.editor, run.sharding, work, room)
     console = Console()
     console.print(table(costs, run, parameters))
     for line in remarks(costs, run, work, budgets, card):
@@ -94,32 +99,20 @@ def plan(
             "token_budgets": asdict(budgets),
             "phases": {cost.phase: asdict(cost) for cost in costs},
         }
-        with appearing(json) as beside:
+        with atomic_file(json) as beside:
             beside.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """What the editor tells of its numbers is not true where there are none."""
-    logger = logging.getLogger("lit_moeedit.editing")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _known(given: int | None, said: int | None, option: str, what: str) -> int:
-    """A number from the command or the config."""
-    number = said if given is None else given
+def _known(given: int | None, configured: int | None, option: str, what: str) -> int:
+    """Return a number from the command line or else the config."""
+    number = configured if given is None else given
     if number is None:
-        raise ValueError(f"the config does not say {what}: give --{option}")
+        raise ValueError(f"the config does not have {what}: give --{option}")
     return number
 
 
 def table(costs: Sequence[Cost], run: Run, parameters: int) -> Table:
-    """Costs as a table, one row for each phase."""
+    """Format costs as a table with a row for each phase."""
     sharding = run.sharding
     how = "no DeepSpeed" if sharding.stage is None else f"ZeRO stage {sharding.stage}"
     dtype = str(run.dtype).removeprefix("torch.")
@@ -142,29 +135,27 @@ def table(costs: Sequence[Cost], run: Run, parameters: int) -> Table:
 
 
 def remarks(costs: Sequence[Cost], run: Run, work: Workload, budgets: Budgets, card: float | None = None) -> list[str]:
-    """Say what was assumed, which phase decides the peak, and whether a device with ``card`` GB has room for all."""
+    """Describe the assumptions, the phase with the peak, and the phases that do not fit a device of ``card`` GB."""
     editor = run.editor
-    texts = "no texts" if editor.preserve == "none" else f"{work.texts:,} texts of {work.text_tokens} tokens"
-    most = max(costs, key=lambda cost: cost.peak)
+    texts = f"{work.texts:,} texts of {work.text_tokens} tokens" if editor.needs_moments else "no texts"
+    highest = max(costs, key=lambda cost: cost.peak)
     lines = [
-        f"Taken: batches of {work.rows} x {work.row_tokens} tokens; {work.edits} facts of {work.prompt_tokens} + "
-        f"{work.target_tokens} tokens behind {len(editor.contexts)} context(s), {editor.targets.steps} steps for their "
-        f"targets, {work.questions} questions each; {texts}; layers {', '.join(map(str, editor.layers))}; "
-        f"commit {editor.way}.",
+        f"Assumed: batches of {work.rows} x {work.row_tokens} tokens; {work.edits} facts of {work.prompt_tokens} + "
+        f"{work.target_tokens} tokens after {len(editor.contexts)} context(s), {editor.targets.steps} steps for their "
+        f"targets, {work.questions} questions each; {texts}; layers {', '.join(map(str, editor.layers))}.",
         _budgets_line(budgets, run, card),
-        f"The peak is that of: {most.phase}, {size(most.peak)} per rank.",
+        f"The peak is that of: {highest.phase}, {size(highest.peak)} per rank.",
     ]
     if card is not None:
         missing = [f"{cost.phase} ({size(cost.peak)})" for cost in costs if cost.peak > card * 1e9]
-        fits = f"all phases fit ({most.peak / card / 1e7:.0f} % of it)"
-        lines.append(
-            f"A device with {card:g} GB: " + (f"too small for {', '.join(missing)}." if missing else f"{fits}.")
-        )
+        fits = f"all phases fit ({highest.peak / card / 1e7:.0f} % of it)"
+        verdict = f"too small for {', '.join(missing)}" if missing else fits
+        lines.append(f"A device with {card:g} GB: {verdict}.")
     return lines
 
 
 def _budgets_line(budgets: Budgets, run: Run, card: float | None) -> str:
-    """Name the token budgets, and who chose them."""
+    """List the token budgets, and which of them were chosen automatically."""
     given = {"forward": run.editor.token_budget, "targets": run.editor.targets.token_budget}
     parts = {"statistics and features": "forward", "targets": "targets", "evaluation": "evaluation"}
     named = [
@@ -176,7 +167,7 @@ def _budgets_line(budgets: Budgets, run: Run, card: float | None) -> str:
 
 
 def size(number: int) -> str:
-    """A number of bytes for people.
+    """Format a number of bytes.
 
     Example:
         >>> size(0), size(1500), size(61_000_000_000)
@@ -193,7 +184,7 @@ def size(number: int) -> str:
 
 
 def count(number: int) -> str:
-    """A number of parameters for people.
+    """Format a number of parameters.
 
     Example:
         >>> count(1500), count(52_500_000), count(30_530_000_000)

@@ -1,30 +1,32 @@
-"""What a config of ``lit-moeedit fit`` says of a run."""
+"""Configs of ``lit-moeedit fit``, read for a plan."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers import PretrainedConfig
 from typing_extensions import override
 
+from lit_moeedit.arguments import RunParser
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.editing import Editor, FineTuning
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.simulated_zero import Sharding
-from lit_moeedit.pretrained import config_of, pretrained_config
+from lit_moeedit.pretrained import build_config, pretrained_config
 from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
 
 class _Parser(LightningCLI):
-    """Reads a config as ``fit`` does, and makes no trainer: its devices are those of another machine."""
+    """A CLI that reads a config as ``fit`` does and makes no Trainer, whose devices are those of another machine."""
 
     @override
     def instantiate_classes(self) -> None:
@@ -33,17 +35,17 @@ class _Parser(LightningCLI):
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its config has it.
+    """A run, as its config describes it.
 
     Attributes:
-        module: without a model.
-        model: config of its model.
-        dtype: of the model's weights.
-        sharding: how the model is sharded.
-        editor: how it is edited.
-        rows: rows of a training batch, if the config says it; likewise
-        edits: facts to edit,
-        texts: and preservation texts.
+        module: the module, without a model.
+        model: config of the model.
+        dtype: dtype of the model weights.
+        sharding: sharding of the model.
+        editor: the editor.
+        rows: number of rows of a training batch, if the config has it.
+        edits: number of facts to edit, if the config has it.
+        texts: number of preservation texts, if the config has it.
     """
 
     module: LitMoE
@@ -56,20 +58,22 @@ class Run:
     texts: int | None
 
 
-def read_run(path: Path, ranks: int | None = None, model: Path | None = None) -> Run:
+def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None = None) -> Run:
     """Read a config.
 
     Args:
-        path: the config.
-        ranks: number of processes, if not as many as the config says.
+        paths: the config, and configs that overlay it.
+        ranks: number of processes; by default that of the config.
         model: a transformers config, or a folder with one, in place of the config's model.
 
     Raises:
         FileNotFoundError: if there is no such config.
         ValueError: if ``fit`` would refuse the config, if it edits nothing, or if its strategy cannot be planned.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config {path}")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no config {path}")
+    name = " with ".join(map(str, paths))
     with warnings.catch_warnings():
         # the arguments of the process are those of another command
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
@@ -82,13 +86,14 @@ def read_run(path: Path, ranks: int | None = None, model: Path | None = None) ->
                 save_config_callback=None,
                 run=False,
                 seed_everything_default=False,
+                parser_class=RunParser,
                 parser_kwargs={"exit_on_error": False},
-                args=[f"--config={path}", "--seed_everything=false"],
+                args=[*(f"--config={path}" for path in paths), "--seed_everything=false"],
             )
         except ArgumentError as error:
-            raise ValueError(f"{path} is no config of fit: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{name} is not a config of fit: {' '.join(str(error).split())}") from error
     config = cli.config
-    callback = _editing_callback(path, config)
+    callback = _editing_callback(name, config)
     wanted = Namespace(model=config.model, trainer=Namespace(callbacks=[callback]))
     if not isinstance(config.trainer.strategy, str):
         wanted.trainer.strategy = config.trainer.strategy
@@ -96,7 +101,7 @@ def read_run(path: Path, ranks: int | None = None, model: Path | None = None) ->
         made = cli.parser.instantiate(wanted)
         strategy = made.trainer.get("strategy") or _strategy(config.trainer.strategy)
     except (MisconfigurationException, ImportError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
     if not isinstance(made.model, LitMoE):
         raise ValueError(f"a plan knows the training step of LitMoE, not of {type(made.model).__name__}")
     editor = made.trainer.callbacks[0].editor
@@ -117,17 +122,18 @@ def read_run(path: Path, ranks: int | None = None, model: Path | None = None) ->
     )
 
 
-def _editing_callback(path: Path, config: Namespace) -> Namespace:
+def _editing_callback(name: str, config: Namespace) -> Namespace:
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     found = [callback for callback in callbacks if "editor" in (callback.get("init_args") or ())]
     if len(found) != 1:
-        raise ValueError(f"{path} has {len(found)} callbacks with an editor (KnowledgeEditing); a plan needs one")
-    return found[0]
+        raise ValueError(f"{name} has {len(found)} callbacks with an editor (KnowledgeEditing); a plan needs one")
+    callback: Namespace = found[0]
+    return callback
 
 
 def _strategy(name: str) -> Any:
-    """The strategy that the Trainer would make of a name; ``None`` for one that it chooses by the devices."""
+    """Make the Trainer's strategy of a name; ``None`` for one that it chooses by the devices."""
     if name == "auto":
         return None
     if name not in StrategyRegistry:
@@ -136,7 +142,7 @@ def _strategy(name: str) -> Any:
 
 
 def _dtype(module: LitMoE, precision: str, strategy: Any) -> torch.dtype:
-    """What the weights are in; DeepSpeed makes half-precision weights for mixed precision, too."""
+    """Return the dtype of the model weights, which is half precision for DeepSpeed's mixed precision, too."""
     bits, _, kind = precision.partition("-")
     half = {"bf16": torch.bfloat16, "16": torch.float16}
     if bits in half and (kind == "true" or isinstance(strategy, DeepSpeedStrategy)):
@@ -150,7 +156,7 @@ def _sharding(trainer: Namespace, strategy: Any, ranks: int | None, itemsize: in
         try:
             ranks = int(trainer.devices) * int(trainer.num_nodes)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the config says {trainer.devices!r} for the number of devices: give --ranks") from error
+            raise ValueError(f"the config has {trainer.devices!r} as number of devices: give --ranks") from error
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}")
     on_cpu = trainer.accelerator == "cpu" or isinstance(strategy, DeepSpeedCPUStrategy)
@@ -163,7 +169,7 @@ def _sharding(trainer: Namespace, strategy: Any, ranks: int | None, itemsize: in
     settings: Any = strategy.config
     zero = DeepSpeedZeroConfig(**settings.get("zero_optimization", {}))
     if zero.offload_optimizer is not None or zero.offload_param is not None:
-        raise ValueError("a plan does not know offloading: what it puts to main memory depends on the machine")
+        raise ValueError("a plan does not know offloading, which depends on the machine's main memory")
     return Sharding(
         ranks=ranks,
         stage=int(zero.stage),
@@ -177,12 +183,12 @@ def _sharding(trainer: Namespace, strategy: Any, ranks: int | None, itemsize: in
 
 def _model_config(module: LitMoE, path: Path | None) -> PretrainedConfig:
     if path is None and module.hparams["config"] is not None:
-        return config_of(module.hparams["config"])
+        return build_config(module.hparams["config"])
     name = module.hparams["pretrained"] if path is None else path
     try:
         return pretrained_config(name, local_files_only=True)
     except OSError as error:
         raise ValueError(
-            f"{name} is no local folder with a config.json, and none is in the cache of the hub; a plan asks no "
+            f"{name} is not a local folder with a config.json, and none is in the cache of the hub; a plan asks no "
             "server: download the model's config.json (`hf download MODEL config.json`) or give --model with one"
         ) from error

@@ -1,4 +1,4 @@
-"""The ranks of an edit, and where its weights are, rehearsed by one process with tensors that have no numbers."""
+"""One rank of an edit, simulated with fake tensors: its collective operations and its shards of the weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_moeedit.planning.simulated_zero import Send, Sharding
+from lit_moeedit.sharding.backends import extra_backend
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import Copy, Shard
 
 T = TypeVar("T")
 
 
-class RehearsedRanks(Ranks):
-    """The first of many ranks, without the others: what they would send is like its own.
+class SimulatedRanks(Ranks):
+    """The first of several ranks, without the others, which are taken to send the same as this one.
 
     Args:
-        sharding: says how many there are.
+        sharding: sharding of the model, which has the number of ranks.
         send: called with the bytes that this rank sends.
-        repeated: ``repeated(n)`` is a block that stands for ``n`` of its kind; for none, if nothing in it counts.
-        rounds: how many rounds there are in :meth:`shard`, if not as many as the batches make.
+        repeated: ``repeated(n)`` returns a context manager whose block counts ``n`` times, or not at all for 0.
+        rounds: number of rounds in :meth:`shard`; by default that of the batches.
     """
 
     def __init__(
@@ -37,32 +38,19 @@ class RehearsedRanks(Ranks):
         rounds: int | None = None,
     ) -> None:
         super().__init__()
-        self.size = sharding.ranks
+        # there is nobody to exchange errors and objects with
+        self.size, self._control = sharding.ranks, None
         self._sharding, self._send, self._repeated, self._rounds = sharding, send, repeated, rounds
 
     @override
-    def check_errors(self, error: BaseException | None = None, flag: bool = False) -> bool:
-        if error is not None:
-            self._known = error
-            raise error
-        return flag
-
-    @override
-    def least(self, number: int) -> int:
-        return number
-
-    @override
-    def check_same(self, what: str, values: Sequence[str]) -> None:
-        return
-
-    @override
     def shard(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
-        """The first batch, in place of all of this rank's; and of ranges the rest, in place of all other ranks'."""
+        """Yield the first batch for all of this rank's; then, if batches are ranges, the rest, which counts nothing."""
         with self._repeated(-(-len(batches) // self.size) if self._rounds is None else self._rounds):
             yield batches[0], True
         first: Any = batches[0]
         if len(batches) > 1 and isinstance(first, range):
-            rest: Any = range(first.stop, batches[-1].stop)  # type: ignore[attr-defined]
+            last: Any = batches[-1]
+            rest: Any = range(first.stop, last.stop)
             with self._repeated(0):
                 yield rest, True
 
@@ -78,7 +66,7 @@ class RehearsedRanks(Ranks):
 
     @override
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The tensor itself: what other ranks would send is in it."""
+        """Return the tensor itself, which :meth:`shard` has made of the batches of all ranks."""
         if self.size == 1:
             return tensor
         self._send(self._sharding.part(tensor.nbytes))
@@ -87,7 +75,7 @@ class RehearsedRanks(Ranks):
 
 
 class _Group(dist.ProcessGroup):
-    """All ranks, for what a commit sends."""
+    """The process group of all ranks, for the all_reduce of a commit."""
 
     def __init__(self, sharding: Sharding, send: Send) -> None:
         super().__init__(0, sharding.ranks)  # type: ignore[call-arg]
@@ -99,44 +87,41 @@ class _Group(dist.ProcessGroup):
 
 
 @contextmanager
-def rehearsed_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: Send) -> Iterator[list[Tensor]]:
-    """A block in which :func:`~lit_moeedit.sharding.shards.locate` finds weights where they would be on the first rank.
+def simulated_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: Send) -> Iterator[list[Tensor]]:
+    """Have :func:`~lit_moeedit.sharding.backends.locate` find the first rank's shards of weights, within this block.
 
-    Stage 3 splits every weight; stages 1 and 2 split the row of all weights, so that a layer can be one rank's alone:
-    it is this one's.
+    Stage 3 partitions every weight. Stages 1 and 2 partition all weights end to end, so that one rank can own a whole
+    layer: here the first rank does.
 
     Args:
-        weights: within a model without numbers, whole.
-        sharding: how the model is sharded.
+        weights: fake weights, whole.
+        sharding: sharding of the model.
         send: called with the bytes that a commit sends.
 
-    Returns:
-        all copies of the weights, and the moments.
+    Yields:
+        Model weights, master weights and moments of all shards.
     """
     held: list[Tensor] = []
+    group = _Group(sharding, send) if sharding.shards > 1 else None
 
     def copy(weight: nn.Parameter, dtype: torch.dtype) -> Copy:
-        flat = weight.new_empty(
-            -(-weight.numel() // sharding.ranks) if sharding.stage == 3 else weight.numel(), dtype=dtype
-        )
+        parts = sharding.ranks if sharding.stage == 3 else 1
+        flat = weight.new_empty(-(-weight.numel() // parts), dtype=dtype)
         held.append(flat)
         return Copy(0, lambda: flat)
 
-    def shard(weight: nn.Parameter) -> Callable[[Sequence[Any]], Shard]:
-        working, group = copy(weight, weight.dtype), _Group(sharding, send) if sharding.shards > 1 else None
-        stop = len(working.read())
-        read = Shard(weight.shape, weight.dtype, 0, stop, working, group=group if sharding.stage == 3 else None)
+    def shards(weight: nn.Parameter) -> tuple[Shard, Shard]:
+        """Return the shard without optimizers, and with them."""
+        model = copy(weight, weight.dtype)
         dtype = torch.float32 if sharding.has_master else weight.dtype
-        trained = replace(read, moments=[copy(weight, dtype), copy(weight, dtype)], group=group)
+        untrained = Shard(
+            weight.shape, weight.dtype, 0, len(model.read()), model, group=group if sharding.stage == 3 else None
+        )
+        trained = replace(untrained, moments=[copy(weight, dtype), copy(weight, dtype)], group=group)
         if sharding.has_master:
-            trained = replace(trained, source=copy(weight, dtype), working=working)
-        return lambda optimizers: trained if optimizers else read
+            trained = replace(trained, master=copy(weight, dtype), model=model)
+        return untrained, trained
 
-    marked: list[Any] = list(weights)
-    for weight in marked:
-        weight.rehearsed = shard(weight)
-    try:
+    known = {weight: shards(weight) for weight in weights}
+    with extra_backend(lambda weight, optimizers: known[weight][bool(optimizers)] if weight in known else None):
         yield held
-    finally:
-        for weight in marked:
-            del weight.rehearsed

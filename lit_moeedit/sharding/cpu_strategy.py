@@ -23,27 +23,27 @@ NAME = "deepspeed_cpu_stage_{}"
 
 
 class DeepSpeedCPUStrategy(DeepSpeedStrategy):
-    """Lightning's ``DeepSpeedStrategy`` for CPUs: every process is a rank, and ranks talk through gloo.
+    """Lightning's ``DeepSpeedStrategy`` for CPUs: every process is a rank, and ranks communicate through gloo.
 
-    The Trainer knows its stages as ``deepspeed_cpu_stage_0`` to ``deepspeed_cpu_stage_3``.
+    The Trainer knows its stages by the names ``deepspeed_cpu_stage_0`` to ``deepspeed_cpu_stage_3``.
 
     Args:
         stage: 0 replicates everything; 1 shards the optimizer's state, 2 the gradients, too, 3 the parameters, too.
         param_persistence_threshold: parameters with fewer elements than this stay whole on every rank in stage 3;
             DeepSpeed's own default is 100,000.
-        allgather_bucket_size: elements that are gathered at once.
-        reduce_bucket_size: elements whose gradients are averaged at once.
-        overlap_comm: average gradients beside the backward pass, for which a CPU has no second stream.
+        allgather_bucket_size: number of elements that are gathered at once.
+        reduce_bucket_size: number of elements whose gradients are averaged at once.
+        overlap_comm: whether to average gradients during the backward pass, for which a CPU has no second stream.
         load_universal: whether the checkpoint to resume from was converted by DeepSpeed's ``ds_to_universal``, which a
             run that is sharded over another number of ranks needs. The same as ``checkpoint: {load_universal: true}``
             in a DeepSpeed config.
-        config: a DeepSpeed config or the path of one, in place of all settings but
+        config: a DeepSpeed config or the path of one. It replaces all settings except
             ``param_persistence_threshold`` and ``load_universal``.
-        kwargs: everything else that ``lightning.pytorch.strategies.DeepSpeedStrategy`` takes.
+        kwargs: further arguments of ``lightning.pytorch.strategies.DeepSpeedStrategy``.
 
     Raises:
         ModuleNotFoundError: if deepspeed or accelerate is not installed.
-        RuntimeError: if DeepSpeed was set to another kind of device, or the Trainer uses another accelerator.
+        RuntimeError: if DeepSpeed was set to another type of device, or the Trainer uses another accelerator.
 
     Example:
         >>> from lightning.pytorch.strategies import StrategyRegistry
@@ -69,19 +69,19 @@ class DeepSpeedCPUStrategy(DeepSpeedStrategy):
             raise ModuleNotFoundError(
                 f"{type(self).__name__} needs {' and '.join(missing)}: pip install 'lit-moeedit[deepspeed]'"
             )
-        # DeepSpeed reads it once, when it is imported, and would otherwise choose by what the machine has
+        # DeepSpeed reads this once, when it is imported, and would otherwise choose by the machine's devices
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         super().__init__(
             stage=stage,
             allgather_bucket_size=allgather_bucket_size,
             reduce_bucket_size=reduce_bucket_size,
             overlap_comm=overlap_comm,
-            # Lightning writes into it, so that a dict could serve one Trainer only
+            # Lightning writes into it: the same dict could not be given to a second Trainer
             config=copy.deepcopy(config),
             **kwargs,
         )
         assert isinstance(self.config, dict)
-        # validation and testing read it even if the user's config does without
+        # validation and testing read it even if the user's config lacks it
         self.config.setdefault("zero_allow_untested_optimizer", True)
         if load_universal:
             self.config.setdefault("checkpoint", {})["load_universal"] = True
@@ -115,10 +115,10 @@ class DeepSpeedCPUStrategy(DeepSpeedStrategy):
                 f"DeepSpeed is set up for {device!r}: unset DS_ACCELERATOR or set it to 'cpu', and do not import "
                 "deepspeed before the strategy is made"
             )
-        # an operation for inference that DeepSpeed would compile at the first start, behind a file lock that outlives
-        # a killed process
+        # DeepSpeed would compile this operation for inference at the first start, under a file lock that outlives a
+        # killed process
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # what DeepSpeed calls is not the user's to change
+        # DeepSpeed calls these, and users cannot change that
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
         # the parent's check is for GPUs
         super(DeepSpeedStrategy, self).setup_environment()

@@ -1,4 +1,4 @@
-"""Check that weights and buffers are numbers."""
+"""The check that weights and buffers are finite."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_moeedit.sharding.backends.deepspeed import zero_3_partition
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.sharding.shards import zero_3_partition
+from lit_moeedit.text import first_few
 
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SMALL_RANGE = "float16 holds numbers up to 65504, bfloat16 larger ones: "
@@ -19,18 +20,18 @@ _SMALL_RANGE = "float16 holds numbers up to 65504, bfloat16 larger ones: "
 
 @torch.no_grad()
 def check_finite(model: nn.Module, ranks: Ranks) -> None:
-    """Refuse a model with a weight or a buffer that is NaN or infinite: nothing computed with it means anything.
+    """Refuse a model with a weight or a buffer that is NaN or infinite, with which no result would mean anything.
 
-    One pass over the memory; under DeepSpeed ZeRO-3 each rank reads its own part. Buffers that are not saved are left
-    alone: masks hold infinities.
+    This is one pass over the memory. Under DeepSpeed ZeRO stage 3 each rank reads its own partition. Buffers that are
+    not saved are not checked, because masks hold infinities.
 
     Args:
         model: the model.
-        ranks: the processes that hold it; each calls this.
+        ranks: the processes that hold it. Each calls this.
 
     Raises:
-        FloatingPointError: naming the weights and buffers, on the ranks that hold the part.
-        RankError: on the others.
+        FloatingPointError: naming the weights and buffers, on the ranks that hold them.
+        RankError: on the other ranks.
 
     Example:
         >>> check_finite(nn.Linear(2, 2), Ranks())
@@ -38,15 +39,14 @@ def check_finite(model: nn.Module, ranks: Ranks) -> None:
     with ranks.together():
         wrong = _not_finite(itertools.chain(model.named_parameters(), _saved_buffers(model)))
         if wrong:
-            shown = ", ".join([*wrong][:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             reason = _SMALL_RANGE if torch.float16 in wrong.values() else ""
             raise FloatingPointError(
-                f"{reason}the model has weights or buffers that are not finite (NaN or infinity): {shown}"
+                f"{reason}the model has weights or buffers that are not finite (NaN or infinity): {first_few(wrong)}"
             )
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those of the state dict, such as the biases of a router."""
+    """Yield the buffers of the state dict, such as the biases of a router."""
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -54,19 +54,19 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _not_finite(tensors: Iterable[tuple[str, Any]]) -> dict[str, torch.dtype]:
-    """Names and dtypes of those with values that are not finite, looked at together: each look waits for the device."""
+    """Return names and dtypes of the tensors that are not finite, read together: each read waits for the device."""
     dtypes: dict[str, torch.dtype] = {}
     extremes: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
     for name, weight in tensors:
-        numbers = zero_3_partition(weight)[1] if hasattr(weight, "ds_id") else weight
-        # each rank looks at its own shard
-        numbers = numbers.to_local() if isinstance(numbers, DTensor) else numbers
-        if numbers.dtype in _CHECKED and numbers.numel():
-            names, found = extremes.setdefault((numbers.device, numbers.dtype), ([], []))
+        elements = zero_3_partition(weight)[1] if hasattr(weight, "ds_id") else weight
+        # each rank checks its own shard
+        elements = elements.to_local() if isinstance(elements, DTensor) else elements
+        if elements.dtype in _CHECKED and elements.numel():
+            names, found = extremes.setdefault((elements.device, elements.dtype), ([], []))
             names.append(name)
-            # NaN is the least and the greatest of what it is among, and no tensor of the weights' size is made
-            found += [numbers.amin(), numbers.amax()]
-            dtypes[name] = numbers.dtype
+            # the minimum and the maximum of anything with NaN are NaN; no tensor of the weights' size is allocated
+            found += [elements.amin(), elements.amax()]
+            dtypes[name] = elements.dtype
     wrong: set[str] = set()
     for names, found in extremes.values():
         finite = torch.stack(found).isfinite().view(-1, 2).all(1).tolist()

@@ -1,11 +1,11 @@
-"""Making a transformers model, whole or sharded while it is made, with the same weights either way."""
+"""Construction of transformers models, whole or sharded from the start, with the same weights either way."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from lit_moeedit.pretrained import blamed_on, check_path, pretrained_config
+from lit_moeedit.pretrained import as_value_error, check_path, pretrained_config
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.text import first_few
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -25,34 +26,34 @@ if TYPE_CHECKING:
 
 
 def fresh_model(config: PretrainedConfig, dtype: torch.dtype, strategy: Strategy | None = None) -> PreTrainedModel:
-    """A causal language model with random weights: one seed gives the same weights however they are sharded.
+    """Make a causal language model with random weights, which depend on the seed and not on the sharding.
 
-    Under ZeRO stage 3 a rank holds its shard of the weights and, one after the other, single modules of them. Rank 0
+    Under ZeRO stage 3 a rank holds its shard of the weights and, one after the other, single gathered modules. Rank 0
     draws all random numbers; the others take over its random state.
 
     Args:
-        config: of transformers.
-        dtype: of the weights.
-        strategy: of the Trainer, if there is one; a ``DeepSpeedStrategy`` with stage 3 shards the model.
+        config: a config of transformers.
+        dtype: dtype of the weights.
+        strategy: the Trainer's strategy, if there is one. A ``DeepSpeedStrategy`` with stage 3 shards the model.
     """
     if not _shards(strategy):
-        # random numbers go into the weights alone, as they do when these are sharded
+        # weights take the random numbers in the same order as they do when they are sharded
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.initialize_weights()
         model.tie_weights()
         return model
     import deepspeed
 
     with _outside_of_init(), no_hoarding():
-        # the first model of its family must not be made in the context, which would spoil the decorated classes of a
+        # the first model of its family must not be made inside Init, which would break the decorated classes of a
         # module that is imported there
         with torch.device("meta"):
             alike = AutoModelForCausalLM.from_config(config, dtype=dtype)
         init = deepspeed.zero.Init(config_dict_or_path=strategy.config, remote_device=strategy.remote_device)
         with no_init_weights(), init:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        # the context gives its dtype to buffers, too, even to frequencies of rotary embeddings
+        # Init gives its dtype to buffers, too, even to frequencies of rotary embeddings
         for buffer, other in zip(model.buffers(), alike.buffers(), strict=True):
             buffer.data = buffer.data.to(other.dtype)
         with _gathered(model, dtype, strategy):
@@ -63,15 +64,15 @@ def fresh_model(config: PretrainedConfig, dtype: torch.dtype, strategy: Strategy
 
 
 def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = None) -> PreTrainedModel:
-    """The causal language model of a checkpoint (safetensors only): the same weights however they are sharded.
+    """Load the causal language model of a checkpoint (safetensors only), with the same weights for any sharding.
 
-    Under ZeRO stage 3 a rank holds its shard of the weights and, one after the other, single modules of them. Only
+    Under ZeRO stage 3 a rank holds its shard of the weights and, one after the other, single gathered modules. Only
     rank 0 reads weights.
 
     Args:
         path: a local path or hub id.
-        dtype: of the weights.
-        strategy: of the Trainer, if there is one; a ``DeepSpeedStrategy`` with stage 3 shards the model.
+        dtype: dtype of the weights.
+        strategy: the Trainer's strategy, if there is one. A ``DeepSpeedStrategy`` with stage 3 shards the model.
 
     Raises:
         OSError: if there is no such checkpoint, or no safetensors in it.
@@ -81,9 +82,9 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
     if not _shards(strategy):
         return _load(path, dtype)
     with _outside_of_init(), no_hoarding():
-        ranks = Ranks()
+        ranks = Ranks.current()
         with ranks.together():
-            # what may fail on some ranks alone, before they depend on each other
+            # this may fail on some ranks only, so it comes before the first collective operation
             pretrained_config(path)
         with ranks.together(), _known_to_transformers(strategy):
             model = _load(path, dtype)
@@ -93,7 +94,7 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, however little of it this rank holds at the moment."""
+    """Return the shape of the whole parameter, of which this rank may hold a part."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -104,61 +105,55 @@ def _shards(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
 def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     check_path(path)
-    with blamed_on(f"no model can be made of {path}"):
+    with as_value_error(f"no model can be made of {path}"):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
         except RuntimeError as error:
             if str(error).startswith("You set `ignore_mismatched_sizes`"):
                 raise ValueError("its weights have other shapes than its config says; see the table above") from error
             raise
-    model, found = loaded
+    model: PreTrainedModel = loaded[0]
+    found = loaded[1]
     missing = sorted(found["missing_keys"])
     if missing:
-        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise ValueError(f"the checkpoint {path!r} lacks {len(missing)} weights of the model: {shown}")
+        raise ValueError(f"the checkpoint {path!r} lacks {len(missing)} weights of the model: {first_few(missing)}")
     return model
 
 
 @contextmanager
 def no_hoarding() -> Iterator[None]:
-    """Memory that is freed goes back to the system at once.
+    """Return freed memory to the system at once, within this block.
 
-    glibc keeps freed blocks of up to 32 MiB for later ones; but between shards that stay hardly any of these fits, and
-    a rank that holds half of a model in medium-sized weights would grow by more than the whole of it.
+    glibc keeps freed blocks of up to 32 MiB for later allocations. Between shards that stay, hardly any of these fits,
+    and a rank that holds half of a model in medium-sized weights would grow by more than the whole model.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is None:
-        yield
-        return
     threshold = -3  # M_MMAP_THRESHOLD in malloc.h
-    set_option(threshold, 2**20)
-    try:
+    with ExitStack() as stack:
+        if set_option is not None:
+            set_option(threshold, 2**20)
+            # glibc's own choice cannot be restored; this is the largest value that it sets itself
+            stack.callback(set_option, threshold, 2**25)
         yield
-    finally:
-        # it cannot be left to glibc again; this is the largest of the values that glibc itself sets
-        set_option(threshold, 2**25)
 
 
 @contextmanager
 def _known_to_transformers(strategy: DeepSpeedStrategy) -> Iterator[None]:
-    """Transformers shards what it loads while an object with DeepSpeed's config is alive."""
-    if is_deepspeed_zero3_enabled():
-        yield
-        return
-    config = HfDeepSpeedConfig(strategy.config)
+    """Have transformers shard what it loads, which it does while an object with DeepSpeed's config is alive."""
+    config = None if is_deepspeed_zero3_enabled() else HfDeepSpeedConfig(strategy.config)
     try:
         yield
     finally:
-        unset_hf_deepspeed_config()
-        del config
+        if config is not None:
+            unset_hf_deepspeed_config()
 
 
 @contextmanager
 def _outside_of_init() -> Iterator[None]:
-    """Lightning calls ``configure_model`` in a ``deepspeed.zero.Init``: a model is made in one, but not filled in one.
+    """Leave the ``deepspeed.zero.Init`` in which Lightning calls ``configure_model``, within this block.
 
-    There ``torch.empty``, ``torch.arange`` and others round to the training's dtype, which breaks what transformers
-    computes and sends between ranks.
+    Inside of it ``torch.empty``, ``torch.arange`` and others round to the training's dtype, which breaks what
+    transformers computes and broadcasts when it initialises or loads weights.
     """
     from deepspeed.runtime.zero import partition_parameters as zero
 
@@ -174,7 +169,7 @@ def _outside_of_init() -> Iterator[None]:
 
 @contextmanager
 def _gathered(model: PreTrainedModel, dtype: torch.dtype, strategy: DeepSpeedStrategy) -> Iterator[None]:
-    """Modules that transformers initialises are gathered one by one, and rank 0 draws their weights in ``dtype``."""
+    """Gather the modules that transformers initialises one by one, and have rank 0 draw their weights in ``dtype``."""
     import deepspeed
 
     def initialise(original: Callable[[nn.Module], None], module: nn.Module) -> None:
@@ -194,17 +189,15 @@ def _gathered(model: PreTrainedModel, dtype: torch.dtype, strategy: DeepSpeedStr
                     weight.data = data.copy_(weight.data)
 
     parts: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    for part in parts:
-        part._init_weights = partial(initialise, part._init_weights)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for part in parts:
-            del part._init_weights
+            part._init_weights = partial(initialise, part._init_weights)
+            stack.callback(delattr, part, "_init_weights")
+        yield
 
 
 def _round(model: nn.Module, dtype: torch.dtype) -> None:
-    """Values of ``dtype`` in shards of a wider one: what the trainer's precision asks for."""
+    """Round the shards of a wider dtype to values of ``dtype``, as the trainer's precision asks for."""
     weights: list[Any] = list(model.parameters())
     for weight in weights:
         if weight.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(weight.dtype).bits:
@@ -212,7 +205,7 @@ def _round(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _broadcast(model: nn.Module, strategy: DeepSpeedStrategy) -> None:
-    """Give all ranks the buffers and the random state of rank 0."""
+    """Broadcast the buffers and the random state of rank 0."""
     buffers = list(model.buffers())
     values, state = strategy.broadcast(([buffer.cpu() for buffer in buffers], torch.get_rng_state()))
     for buffer, value in zip(buffers, values, strict=True):

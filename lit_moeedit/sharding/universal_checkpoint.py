@@ -1,4 +1,4 @@
-"""What DeepSpeed's universal checkpoints lose."""
+"""Repair of what DeepSpeed's universal checkpoints lose."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 def mend_optimizer(optimizer: Any, weight_decays: Sequence[float]) -> None:
     """Give each weight its own Adam step and each group its own weight decay again.
 
-    From a universal checkpoint, which a run sharded over another number of ranks is resumed from, DeepSpeed's stage 3
-    takes one step tensor for all weights, which then counts once for each of them, and the settings of the first
-    group for all groups. Every other optimizer stays as it is.
+    A run that is sharded over another number of ranks resumes from a universal checkpoint. From it DeepSpeed's stage 3
+    takes one step tensor for all weights, which then counts once for each of them, and the settings of the first group
+    for all groups. Every other optimizer stays as it is.
 
     Args:
-        optimizer: as the trainer has it.
-        weight_decays: of its groups, in order.
+        optimizer: the optimizer, as the trainer has it.
+        weight_decays: weight decays of its groups, in order.
     """
     seen: set[int] = set()
     for state in optimizer.state.values():

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_moeedit.module import LitMoE
-from lit_moeedit.checkpoints.read import read_checkpoint
-from lit_moeedit.checkpoints.export import export
 from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.checkpoints.export import export
+from lit_moeedit.checkpoints.read import read_checkpoint
+from lit_moeedit.module import LitMoE
 from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 from tests.processes import run_code, run_ranks
 
@@ -184,7 +184,9 @@ def test_other_modules_say_their_model(tmp_path: Path, make_model: Callable[...,
     model.config.save_pretrained(tmp_path / "config")
     said = str(tmp_path / "config")
     save(Wrapper(model), path)
-    with pytest.raises(CheckpointError, match=r"'hyper_parameters' should have .* but has \[\]; say with --model"):
+    with pytest.raises(
+        CheckpointError, match=r"'hyper_parameters' should have .* but has \[\]; name the model with --model"
+    ):
         export(path, tmp_path / "out")
     export(path, tmp_path / "out", model=said)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -197,7 +199,7 @@ def test_other_modules_say_their_model(tmp_path: Path, make_model: Callable[...,
         export(path, tmp_path / "out2", model=said, max_shard_size="5 parsecs")
 
     save(Wrapper(model, make_model("qwen3_moe")), path)
-    with pytest.raises(CheckpointError, match=r"several such models; say with --prefix which: student\., teacher\."):
+    with pytest.raises(CheckpointError, match=r"several such models; choose one with --prefix: student\., teacher\."):
         export(path, tmp_path / "out2", model=said)
     export(path, tmp_path / "out2", model=said, prefix="teacher.")
     assert sorted(child.name for child in tmp_path.iterdir()) == ["config", "other.ckpt", "out", "out2"]

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_moeedit.cli import run
-from lit_moeedit.checkpoints.export import export
 from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.checkpoints.export import export
 from lit_moeedit.checkpoints.tensors import WeightFile
+from lit_moeedit.cli import run
 from tests.checkpoints.zero_files import write_checkpoint
 
 CONFIG: dict[str, Any] = {
@@ -70,7 +70,7 @@ def test_what_is_there_already(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is a file and not a folder"):
         export(checkpoint, checkpoint, overwrite=True)
     (tmp_path / ".other.part").mkdir()
-    with pytest.raises(FileExistsError, match=r"\.other\.part is there: another export is at work, or one was killed"):
+    with pytest.raises(FileExistsError, match=r"\.other\.part exists: another export is running, or one was killed"):
         export(checkpoint, tmp_path / "other")
     assert checkpoint.exists() and not (tmp_path / "other").exists()
 
@@ -164,7 +164,7 @@ def test_a_file_of_safetensors(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value)
-    with pytest.raises(ValueError, match=r"z has dtype torch\.complex128, which safetensors does not know"):
+    with pytest.raises(ValueError, match=r"z has dtype torch\.complex128, which safetensors does not support"):
         WeightFile(tmp_path / "other", {"z": torch.zeros(1, dtype=torch.complex128)})
 
 

@@ -1,6 +1,6 @@
 """Plans against runs of two processes that train and edit with DeepSpeed.
 
-Memory is what :class:`~lit_moeedit.planning.Tally` counts in the run: storages from the operation that makes
+Memory is what :class:`~lit_moeedit.planning.CostCounter` counts in the run: storages from the operation that makes
 them until they die. The allocator's own events (``torch.profiler``) are those of one thread, and tensors that gloo's
 threads let go of would count for ever; the resident memory of the process holds libraries, what the allocator keeps,
 and oneDNN's kernels for every shape it has seen, which in bfloat16 are more than what an edit allocates.
@@ -20,15 +20,17 @@ from transformers import AutoConfig
 
 from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
-from lit_moeedit.planning import Cost, Tally, Workload, empty_model, rehearse
+from lit_moeedit.planning import Cost, CostCounter, Workload, empty_model, simulate
 from lit_moeedit.planning.simulated_zero import Sharding
 from tests.processes import run_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
-pytestmark = pytest.mark.deepspeed
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 RANKS, LAYERS, EDITS, CONTEXTS, STEPS, TEXTS, ROWS = 2, (1, 2), 24, ("", "Note:"), 2, 512, 8
 BUCKET, BUDGET = 3_000_000, 1024
+# with a quarter of the texts a plan, whose texts are equally long, has half of the rounds of forwards, and the second
+# moments of the run are so rank-deficient that the Cholesky factorisation fails, which no plan knows
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "vocab_size": 1200,
@@ -52,13 +54,13 @@ COLLECTIVES = {"_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 
 """How often a rank sends its share of the largest tensor."""
 
 
-def editor(way: Any) -> Editor:
+def editor() -> Editor:
     targets = TargetOptimizer(steps=STEPS, stop=0.0)
-    return Editor(LAYERS, targets=targets, contexts=CONTEXTS, token_budget=BUDGET, way=way)
+    return Editor(LAYERS, targets=targets, contexts=CONTEXTS, token_budget=BUDGET)
 
 
-class Meter(Tally):
-    """A tally of a real run, which sees what the ranks send."""
+class Meter(CostCounter):
+    """A counter of a real run, which sees what the ranks send."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("c10d::")
@@ -70,7 +72,7 @@ class Meter(Tally):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def measured(stage: int, way: str, precision: str, root: str) -> tuple[dict[str, Cost], Workload]:
+def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Workload]:
     """What the phases of a run took on this rank, and what it worked on."""
     import lightning as L
 
@@ -80,7 +82,7 @@ def measured(stage: int, way: str, precision: str, root: str) -> tuple[dict[str,
     from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
     meter, lengths = Meter(), dict[str, int]()
-    encode, evaluate, encode_texts = Editor._encode, knowledge_editing.evaluate, evaluation.encode
+    encode, evaluate, encode_texts = Editor.encode, knowledge_editing.evaluate, evaluation.encode
 
     def evaluated(*args: Any, **options: Any) -> Any:
         meter.phases.pop("evaluation", None)  # the one after the edit counts
@@ -93,16 +95,16 @@ def measured(stage: int, way: str, precision: str, root: str) -> tuple[dict[str,
         return encodings
 
     def noted(self: Editor, *args: Any) -> Any:
-        rows, prompts, owner = encode(self, *args)
-        lengths["prompt"] = max(len(prompt.ids) for prompt in prompts)
+        encoded = encode(self, *args)
+        lengths["prompt"] = max(len(prompt.ids) for prompt in encoded.prompts)
         # the longest prompt need not have the longest target
-        lengths["target"] = max(len(row.encoding.ids) for row in rows) - lengths["prompt"]
-        return rows, prompts, owner
+        lengths["target"] = max(len(row.encoding.ids) for row in encoded.rows) - lengths["prompt"]
+        return encoded
 
     Editor.edit = partialmethod(Editor.edit, phase=meter.phase)  # type: ignore[assignment]
     knowledge_editing.evaluate = evaluated
     evaluation.encode = scored
-    Editor._encode = noted  # type: ignore[method-assign]
+    Editor.encode = noted  # type: ignore[method-assign]
 
     class Phases(L.Callback):
         def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -120,7 +122,7 @@ def measured(stage: int, way: str, precision: str, root: str) -> tuple[dict[str,
             lengths["train"] = batch["labels"].shape[1]
 
     # the callback that measures is the first to see a batch's end
-    callbacks = [Phases(), KnowledgeEditing(editor(way), at={"step": 2})]
+    callbacks = [Phases(), KnowledgeEditing(editor(), at={"step": 2})]
     atlas = Atlas(edits=EDITS, seed=0)
     data = FactsDataModule(
         atlas, vocab_size=CONFIG["vocab_size"], batch_size=ROWS, samples_per_epoch=RANKS * ROWS * 2,
@@ -150,7 +152,7 @@ def measured(stage: int, way: str, precision: str, root: str) -> tuple[dict[str,
         edits=EDITS,
         prompt_tokens=prompt,
         target_tokens=target,
-        # prompts are shorter in the mean: as many as make that many tokens, with both targets
+        # prompts are shorter on average: as many as make that number of tokens, with both targets
         questions=round(lengths["asked"] / (2 * EDITS * (prompt + target))),
         texts=TEXTS,
         text_tokens=round(sum(len(ids) for ids in data.tokenizer(texts).input_ids) / TEXTS),
@@ -160,31 +162,27 @@ def measured(stage: int, way: str, precision: str, root: str) -> tuple[dict[str,
     return meter.phases, work
 
 
-def planned(stage: int, way: str, dtype: torch.dtype, work: Workload) -> dict[str, Cost]:
+def planned(stage: int, dtype: torch.dtype, work: Workload) -> dict[str, Cost]:
     sharding = Sharding(RANKS, stage, dtype.itemsize, bucket=BUCKET, overlap=False, on_cpu=True)
     keys, module = dict(CONFIG), LitMoE(config=CONFIG)
     with empty_model(AutoConfig.for_model(keys.pop("model_type"), **keys), dtype) as module.model:
-        return {cost.phase: cost for cost in rehearse(module, editor(way), sharding, work)[0]}
-
-
-slow = pytest.mark.slow
+        return {cost.phase: cost for cost in simulate(module, editor(), sharding, work)[0]}
 
 
 @pytest.mark.parametrize(
-    ("stage", "way", "precision"),
+    ("stage", "precision"),
     [
-        (3, "local", "bf16-mixed"),
-        pytest.param(3, "gather", "bf16-mixed", marks=slow),
-        pytest.param(3, "local", "32-true", marks=slow),
-        pytest.param(2, "local", "bf16-mixed", marks=slow),
-        pytest.param(1, "gather", "bf16-mixed", marks=slow),
-        pytest.param(1, "local", "32-true", marks=slow),
-        pytest.param(0, "local", "bf16-mixed", marks=slow),
+        (3, "bf16-mixed"),
+        (3, "32-true"),
+        (2, "bf16-mixed"),
+        (1, "bf16-mixed"),
+        (1, "32-true"),
+        (0, "bf16-mixed"),
     ],
 )
-def test_a_plan_says_what_a_run_takes(stage: int, way: str, precision: str, tmp_path: Path) -> None:
-    ranks = run_ranks(measured, RANKS, stage, way, precision, str(tmp_path), group=False, seconds=300)
-    plan = planned(stage, way, torch.float32 if precision == "32-true" else torch.bfloat16, ranks[0][1])
+def test_a_plan_says_what_a_run_takes(stage: int, precision: str, tmp_path: Path) -> None:
+    ranks = run_ranks(measured, RANKS, stage, precision, str(tmp_path), group=False, seconds=300)
+    plan = planned(stage, torch.float32 if precision == "32-true" else torch.bfloat16, ranks[0][1])
     assert set(plan) == set(ranks[0][0])
     lines, wrong = [], []
     for phase, cost in plan.items():

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_moeedit.planning import Numberless, Tally
+from lit_moeedit.planning import CostCounter, FakeFloatMode
 
 HUGE = 1 << 40
 
 
 def test_numbers_are_missing_where_they_are_floats_only() -> None:
-    with Numberless():
+    with FakeFloatMode():
         hidden = torch.rand(HUGE, 8)[:100]
         layer = nn.Linear(8, 4)
         assert layer(hidden).shape == (100, 4)
@@ -25,7 +25,7 @@ def test_numbers_are_missing_where_they_are_floats_only() -> None:
 
 
 def test_questions_get_answers_that_lead_on() -> None:
-    with Numberless():
+    with FakeFloatMode():
         values = torch.rand(50, 7)
         assert bool(values.isfinite().all()) and not bool(values.isnan().any()) and not bool(values.isinf().any())
         assert float(values.sum()) == 1.0 and bool((values > 3).all()) and torch.equal(values, values)
@@ -35,7 +35,7 @@ def test_questions_get_answers_that_lead_on() -> None:
 
 
 def test_choices_are_distinct_and_spread() -> None:
-    with Numberless():
+    with FakeFloatMode():
         chosen = torch.rand(4000, 8).topk(3).indices
         assert chosen.shape == (4000, 3) and torch.rand(5, 8).argmax(-1).shape == (5,)
         # every other token, as with prompts of two tokens
@@ -45,48 +45,48 @@ def test_choices_are_distinct_and_spread() -> None:
 
 
 def test_gradients_have_shapes() -> None:
-    with Numberless():
+    with FakeFloatMode():
         weight = nn.Parameter(torch.zeros(6, 5))
         (torch.rand(3, 5) @ weight.T).softmax(-1).sum().backward()
         assert weight.grad is not None and weight.grad.shape == (6, 5)
 
 
 @pytest.mark.parametrize("numbers", [True, False])
-def test_a_tally_counts_what_is_alive_and_its_products(numbers: bool) -> None:
+def test_a_counter_counts_what_is_alive_and_its_products(numbers: bool) -> None:
     def run() -> None:
         weight = torch.ones(8, 8)
-        with Tally([weight], held=1000) as tally:
-            assert weight.T.shape == (8, 8) and tally.alive == 1000  # a view has the storage of what it is of
-            with tally.phase("product"):
+        with CostCounter([weight], held=1000) as counter:
+            assert weight.T.shape == (8, 8) and counter.alive == 1000  # a view has the storage of what it is of
+            with counter.phase("product"):
                 product = weight @ weight
-                assert (tally.alive, tally.flops) == (1256, 2 * 8**3)
+                assert (counter.alive, counter.flops) == (1256, 2 * 8**3)
                 sums = product.sum(0)
                 del product
-                assert tally.alive == 1032
+                assert counter.alive == 1032
                 torch.empty(3, device="meta")
         del sums
-        assert tally.alive == 1000
-        cost = tally.phases["product"]
+        assert counter.alive == 1000
+        cost = counter.phases["product"]
         assert (cost.held, cost.peak, cost.flops, cost.sent) == (1000, 1288, 1024, 0)
 
     if numbers:
         run()
     else:
-        with Numberless():
+        with FakeFloatMode():
             run()
 
 
 def test_parts_of_a_phase_are_added_up() -> None:
     kept: list[Tensor] = []
-    with Tally() as tally:
+    with CostCounter() as counter:
         for size in (2, 8, 4):
-            with tally.phase("sums"), tally.repeated(3):
-                tally.send(size)
+            with counter.phase("sums"), counter.repeated(3):
+                counter.send(size)
                 kept.append(torch.ones(size, size) @ torch.ones(size, size))
-        with tally.phase("sums"), tally.repeated(0):  # counts for nothing
-            tally.send(100)
+        with counter.phase("sums"), counter.repeated(0):  # counts for nothing
+            counter.send(100)
             torch.ones(64, 64) @ torch.ones(64, 64)
-    cost = tally.phases["sums"]
+    cost = counter.phases["sums"]
     assert cost.sent == 3 * 14 and cost.flops == 3 * 2 * (8 + 512 + 64)
     # memory is that of the part with the highest peak: two factors and the product, beside the first
     assert (cost.held, cost.peak) == (16, 16 + 3 * 256)
@@ -95,11 +95,11 @@ def test_parts_of_a_phase_are_added_up() -> None:
 def test_copies_for_the_cpu_are_in_main_memory() -> None:
     weight = torch.ones(10)
     for on_cpu, expected in ((True, (40, 0)), (False, (0, 40))):
-        with Tally([weight], on_cpu=on_cpu) as tally:
+        with CostCounter([weight], on_cpu=on_cpu) as counter:
             saved = weight.to("cpu", copy=True)
-            assert (tally.alive, tally.host) == expected
+            assert (counter.alive, counter.host) == expected
             del saved
-    with Tally(on_cpu=False) as tally, tally.phase("sums"):
+    with CostCounter(on_cpu=False) as counter, counter.phase("sums"):
         sums = torch.zeros(10)
-        tally.offload(sums.nbytes)
-    assert (tally.phases["sums"].peak, tally.phases["sums"].host) == (0, 40)
+        counter.offload(sums.nbytes)
+    assert (counter.phases["sums"].peak, counter.phases["sums"].host) == (0, 40)

@@ -29,11 +29,11 @@ def test_the_tested_version_is_the_one_that_is_installed() -> None:
         ("aria_text", "transposed", "softmax, normalised", ""),
         (
             "gpt_oss",
-            "transposed, gate and up interleaved, biases, activation of its own",
+            "transposed, gate and up interleaved, biases, own activation",
             "softmax, normalised",
             "",
         ),
-        ("granitemoe", "default", "softmax, normalised", "a factor behind the experts is accounted for"),
+        ("granitemoe", "default", "softmax, normalised", "a factor after the experts is accounted for"),
     ],
 )
 def test_a_family_that_can_be_edited(model_type: str, layout: str, router: str, note: str) -> None:
@@ -46,9 +46,9 @@ def test_a_family_that_cannot() -> None:
     found = finding(Family("deepseek_v4", True))
     assert found.router == "sqrt softplus, normalised × a factor"
     assert found.refusal.endswith(
-        "a model whose layers hand on several streams, or project what the experts say, cannot be edited"
+        "a model whose layers return several streams, or project the output of the experts, cannot be edited"
     )
-    assert "no module of transformers' experts interface" in finding(Family("dbrx", False)).refusal
+    assert "do not declare transformers' experts interface" in finding(Family("dbrx", False)).refusal
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError])
@@ -65,14 +65,14 @@ def test_a_family_of_which_no_small_model_can_be_made(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("own_process")
 def test_the_command_prints_a_row_for_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = [Family("afmoe", True), Family("dbrx", False), Family("qwen3_next", True)]
-    monkeypatch.setattr(module, "all_families", lambda: found)
+    monkeypatch.setattr(module, "moe_families", lambda: found)
     run(["families"])
     lines = capsys.readouterr().out.splitlines()
     assert "transformers 5.23.0: 1 of 3 families can be edited" in lines[0]
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
     assert [row[0] for row in rows if row[0]] == ["qwen3_next", "afmoe", "dbrx"]
     assert rows[0] == ["qwen3_next", "default", "softmax, normalised", "yes", "5.23.0"]
-    assert "no: layer 1 of AfmoeForCausalLM normalises what its experts say" in " ".join(row[3] for row in rows)
+    assert "no: layer 1 of AfmoeForCausalLM normalises the output of its experts" in " ".join(row[3] for row in rows)
 
 
 @pytest.mark.slow

@@ -19,12 +19,13 @@ from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import Editor, EditResult, TargetOptimizer
 from lit_moeedit.editing.routing_trace import trace_routing
 from lit_moeedit.editing.target_rows import TargetRow, UpperLayers, lay_out
-from lit_moeedit.models import families as module
 from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError, expert_layers, experts_per_token
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.models.partial_forward import decoder_layers, inference, logits
 from lit_moeedit.module import LitMoE
-from lit_moeedit.planning.family_catalog import Family, families, small_model
+from lit_moeedit.planning import family_catalog as module
+from lit_moeedit.planning.family_catalog import Family, moe_families, small_model
+from lit_moeedit.preservation import NullSpace
 
 pytestmark = pytest.mark.families
 
@@ -71,9 +72,9 @@ SUPPORTED = [
     "solar_open",
     "zaya",
 ]
-NORM = "normalises what its experts say"
+NORM = "normalises the output of its experts"
 STREAMS = "several streams"
-CONVOLUTION = "mixes what its experts say of different tokens"
+CONVOLUTION = "mixes the experts' outputs of different tokens"
 REFUSED = {
     "afmoe": NORM,
     "axk1": NORM,
@@ -94,7 +95,7 @@ K = {"phimoe": 2, "zaya": 1}
 
 
 def test_all_families_are_here() -> None:
-    found = families()
+    found = moe_families()
     assert [family.model_type for family in found if family.is_declared] == sorted([*SUPPORTED, *REFUSED])
     assert [family.model_type for family in found if not family.is_declared] == UNDECLARED
 
@@ -105,7 +106,7 @@ def test_a_family_whose_config_wants_arguments_is_listed(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(module, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ["mixtral", "qwen3_moe"])
     monkeypatch.setattr(module, "CONFIG_MAPPING", {"mixtral": refuse, "qwen3_moe": Qwen3MoeConfig})
-    assert families() == [Family("mixtral", True), Family("qwen3_moe", True)]
+    assert moe_families() == [Family("mixtral", True), Family("qwen3_moe", True)]
 
 
 @dataclass
@@ -210,7 +211,7 @@ def keys_of(case: Case, implementation: str) -> dict[int, RoutedKeys]:
     case.model.set_experts_implementation(implementation)
     seen: dict[int, RoutedKeys] = {}
     layers = list(expert_layers(case.model).values())
-    with inference(case.model), watch_keys(case.model, layers, lambda: None, lambda x, k: seen.update({x.index: k})):
+    with inference(case.model), watch_keys(layers, lambda: None, lambda x, k: seen.update({x.index: k})):
         case.model(input_ids=torch.tensor(case.prompts[:1]), use_cache=False)
     case.model.set_experts_implementation("eager")
     return seen
@@ -342,7 +343,7 @@ def test_a_null_space_edit_leaves_preserved_inputs_alone_and_is_saved(
     prompts = [tokenizer(preserved[0])["input_ids"]]
     before = look(case.model, case.layer, prompts)
     assert len(prompts[0]) < case.layer.shape[2], "all directions of the keys would be taken"
-    result = edit(case, tokenizer, facts, preserved, preserve="nullspace", threshold=1e-7)
+    result = edit(case, tokenizer, facts, preserved, preserve=NullSpace(1e-7))
     after = look(case.model, case.layer, prompts)
     torch.testing.assert_close(after.said[0], before.said[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(after.output[0], before.output[0], rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Small models that DeepSpeed trains, and what is in their weights, masters and moments."""
+"""Small models that DeepSpeed trains, and their model weights, master weights and moments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
 
 EXPERTS, D_MODEL, D_HIDDEN = 5, 7, 3
-"""105 numbers: no number of ranks divides them, so that partitions are padded and cut through experts."""
+"""105 elements: no number of ranks divides them, so that partitions are padded and cut through experts."""
 
 
 class Model(nn.Module):
@@ -71,7 +71,7 @@ def step(engine: Any) -> None:
     engine.step()
 
 
-def working(engine: Any) -> Tensor:
+def model_weights(engine: Any) -> Tensor:
     """The weights as the next forward sees them."""
     import deepspeed
 
@@ -87,7 +87,9 @@ def master(engine: Any) -> Tensor:
     if hasattr(optimizer, "fp32_groups"):
         return optimizer.fp32_groups[0][1].detach().clone()
     full = safe_get_full_fp32_param(weight)
-    return working(engine).float() if full is None else full.view(EXPERTS, *working(engine).shape[1:]).clone()
+    return (
+        model_weights(engine).float() if full is None else full.view(EXPERTS, *model_weights(engine).shape[1:]).clone()
+    )
 
 
 def moments(engine: Any) -> list[Tensor]:
@@ -123,6 +125,6 @@ def dense(deltas: ExpertDeltas, transposed: bool = False) -> Tensor:
     return whole.mT if transposed else whole
 
 
-def commit(engine: Any, ranks: Ranks, deltas: ExpertDeltas, way: str = "local", transposed: bool = False) -> None:
-    with Transaction([engine.optimizer], ranks, way) as transaction:  # type: ignore[arg-type]
+def commit(engine: Any, ranks: Ranks, deltas: ExpertDeltas, transposed: bool = False) -> None:
+    with Transaction([engine.optimizer], ranks) as transaction:
         transaction.commit(engine.module.experts, deltas, transposed)

@@ -1,4 +1,4 @@
-"""How often code asks for numbers, each of which would wait for a GPU, and how many operations it starts."""
+"""How often code waits for a GPU, how many operations it starts, and what memory its tensors take."""
 
 from __future__ import annotations
 
@@ -60,3 +60,16 @@ def counted() -> Iterator[Operations]:
     with pytest.MonkeyPatch.context() as patch, operations:
         patch.setattr(Tensor, "tolist", counting)
         yield operations
+
+
+def peak_memory(profile: Any) -> int:
+    """The largest number of bytes held at a time by tensors that were made during a ``torch.profiler.profile``.
+
+    Counted where they are allocated: the process's resident memory depends on what the allocator kept from before.
+    """
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.commit_memory import peak
-from lit_moeedit.sharding import rollback, weights
+from lit_moeedit.sharding import rollback
+from lit_moeedit.sharding import transaction as module
+from lit_moeedit.sharding.backends import extra_backend
 from lit_moeedit.sharding.shards import Copy, Shard
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
-from tests.sharding.looking import Operations, counted
+from tests.sharding.looking import Operations, counted, peak_memory
 
 D_MODEL, D_HIDDEN = 6, 4
 SIZE = D_MODEL * D_HIDDEN
@@ -23,10 +24,12 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU is no device that is known, and three experts fill a block."""
-    monkeypatch.setattr(weights, "BLOCK", {})
-    monkeypatch.setattr(weights, "LARGE_BLOCK", 3 * SIZE)
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU is no device that is known, three experts fill a block, and a backend knows what :class:`Held` holds."""
+    monkeypatch.setattr(module, "BLOCK", {})
+    monkeypatch.setattr(module, "LARGE_BLOCK", 3 * SIZE)
+    with extra_backend(lambda weight, optimizers: getattr(weight, "shard", None)):
+        yield
 
 
 def some_deltas(experts: int = 8, scale: float = 0.1, seed: int = 0, d_model: int = D_MODEL) -> ExpertDeltas:
@@ -62,19 +65,19 @@ class Held:
         numbers = torch.randn(shape, generator=generator).view(-1)[start:stop].contiguous()
         numbers[0] = -0.0
         self.weight: Any = nn.Parameter(torch.empty(0))
-        self.working = numbers.to(dtype)
+        self.model = numbers.to(dtype)
         self.moments = [torch.randn(len(numbers), generator=generator) for _ in range(2)] if master else []
-        working = Copy(start, lambda: self.working)
-        parts: dict[str, Any] = {"source": working}
+        model = Copy(start, lambda: self.model)
+        parts: dict[str, Any] = {"master": model}
         if master:
-            self.master = master_copy = numbers.clone()
-            parts = {"source": Copy(start, lambda: master_copy), "working": working}
+            self.master = master_weights = numbers.clone()
+            parts = {"master": Copy(start, lambda: master_weights), "model": model}
             parts["moments"] = [Copy(start, lambda m=m: m) for m in self.moments]
         size = torch.Size(shape)
-        self.weight.rehearsed = lambda optimizers: Shard(size, dtype, start, start + len(numbers), **parts)
+        self.weight.shard = Shard(size, dtype, start, start + len(numbers), **parts)
 
     def tensors(self) -> list[Tensor]:
-        return [self.working, *([] if self.master is None else [self.master]), *self.moments]
+        return [self.model, *([] if self.master is None else [self.master]), *self.moments]
 
     def bits(self) -> list[bytes]:
         return [tensor.view(torch.uint8).numpy().tobytes() for tensor in self.tensors()]
@@ -82,8 +85,8 @@ class Held:
     def expected(self, deltas: ExpertDeltas, transposed: bool = False) -> tuple[Tensor, Tensor]:
         """What this rank's part is to become, and its change, in float64."""
         change = torch.stack([deltas.dense(j).double() for j in range(self.shape[0])])
-        change = (change.mT if transposed else change).reshape(-1)[self.start :][: len(self.working)]
-        return (self.working if self.master is None else self.master).double() + change, change
+        change = (change.mT if transposed else change).reshape(-1)[self.start :][: len(self.model)]
+        return (self.model if self.master is None else self.master).double() + change, change
 
 
 CASES = [
@@ -99,7 +102,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_weights_become_those_of_float64(case: dict[str, Any], transposed: bool) -> None:
     held, deltas = Held(**case, transposed=transposed), some_deltas()
-    before = held.working.clone()
+    before = held.model.clone()
     wanted, change = held.expected(deltas, transposed)
     old = wanted - change
     with Transaction() as transaction:
@@ -108,12 +111,12 @@ def test_weights_become_those_of_float64(case: dict[str, Any], transposed: bool)
     exact = {"rtol": 1e-5, "atol": 1e-6}
     if held.master is not None:
         torch.testing.assert_close(held.master.double(), wanted, **exact)
-        assert torch.equal(held.working, held.master.to(held.working.dtype))
+        assert torch.equal(held.model, held.master.to(held.model.dtype))
     # two bfloat16 next to each other differ by at most 2⁻⁷
-    close = exact if held.working.dtype == torch.float32 else {"rtol": 2**-7, "atol": 0.0}
-    torch.testing.assert_close(held.working.double(), wanted.to(held.working.dtype).double(), **close)
+    close = exact if held.model.dtype == torch.float32 else {"rtol": 2**-7, "atol": 0.0}
+    torch.testing.assert_close(held.model.double(), wanted.to(held.model.dtype).double(), **close)
     unchanged = slice(max(0, SIZE - held.start), 2 * SIZE - held.start)
-    assert torch.equal(held.working[unchanged], before[unchanged])
+    assert torch.equal(held.model[unchanged], before[unchanged])
     edited = torch.ones(len(old), dtype=torch.bool)
     edited[unchanged] = False
     assert ratio == pytest.approx(float(change.norm() / old[edited].norm()), rel=1e-5)
@@ -125,10 +128,10 @@ def test_the_second_way_gives_the_same_to_rounding(monkeypatch: pytest.MonkeyPat
     fast, slow = Held(**case), Held(**case)
     with Transaction() as transaction:
         transaction.commit(fast.weight, some_deltas())
-        monkeypatch.setattr(weights, "BLOCK", {"cpu": 7})
+        monkeypatch.setattr(module, "BLOCK", {"cpu": 7})
         transaction.commit(slow.weight, some_deltas())
-    close = {"rtol": 2**-7, "atol": 0.0} if fast.working.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(fast.working, slow.working, **close)
+    close = {"rtol": 2**-7, "atol": 0.0} if fast.model.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(fast.model, slow.model, **close)
 
 
 # -- all or nothing ---------------------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ def test_a_rollback_is_bit_identical(store: str, case: dict[str, Any]) -> None:
 def test_an_overflow_in_the_last_expert_leaves_all_bits(store: str, case: dict[str, Any]) -> None:
     for dtype, scale in ((torch.float16, 1e6), (torch.bfloat16, 1e38)):
         held, deltas = Held(**{**case, "dtype": dtype}), some_deltas()
-        last = (held.start + len(held.working) - 1) // SIZE
+        last = (held.start + len(held.model) - 1) // SIZE
         right = deltas.right.clone()
         right[deltas.expert_index == last] *= scale
         right[deltas.expert_index == last] += scale
@@ -211,7 +214,7 @@ def test_weights_that_are_no_numbers_are_refused(store: str, case: dict[str, Any
     held = Held(**case)
     for tensor in held.tensors()[:2]:
         tensor[-1] = torch.nan
-    last, before = (held.start + len(held.working) - 1) // SIZE, held.bits()
+    last, before = (held.start + len(held.model) - 1) // SIZE, held.bits()
     with Transaction() as transaction, pytest.raises(FloatingPointError, match=f"weights of expert {last} are"):
         transaction.commit(held.weight, some_deltas())
     assert held.bits() == before
@@ -220,16 +223,19 @@ def test_weights_that_are_no_numbers_are_refused(store: str, case: dict[str, Any
 @pytest.mark.parametrize("case", [case for case in CASES if "master" in case], ids=str)
 def test_a_master_copy_of_other_weights_is_refused(store: str, case: dict[str, Any]) -> None:
     held = Held(**case)
-    held.working[-1] += 1
-    last, before = (held.start + len(held.working) - 1) // SIZE, held.bits()
-    with Transaction() as transaction, pytest.raises(RuntimeError, match=f"master copy of expert {last} is not that"):
+    held.model[-1] += 1
+    last, before = (held.start + len(held.model) - 1) // SIZE, held.bits()
+    with (
+        Transaction() as transaction,
+        pytest.raises(RuntimeError, match=f"master weights of expert {last} are not those"),
+    ):
         transaction.commit(held.weight, some_deltas())
     assert held.bits() == before
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_memory_anywhere_leaves_all_bits(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
-    held, copy, copied = Held(**case), rollback.Store._beside, []
+    held, copy, copied = Held(**case), rollback.Store._copy_to_host, []
     before = held.bits()
 
     def full(self: rollback.Store, *args: Any) -> Tensor:
@@ -238,10 +244,10 @@ def test_no_memory_anywhere_leaves_all_bits(monkeypatch: pytest.MonkeyPatch, cas
             raise torch.OutOfMemoryError("no room")
         return copy(self, *args)
 
-    monkeypatch.setattr(rollback.Store, "_beside", full)
+    monkeypatch.setattr(rollback.Store, "_copy_to_host", full)
     experts = []
-    change = weights.Checks.change
-    monkeypatch.setattr(weights.Checks, "change", lambda self, *args: (experts.append(args[0]), change(self, *args)))
+    change = module.Checks.change
+    monkeypatch.setattr(module.Checks, "change", lambda self, *args: (experts.append(args[0]), change(self, *args)))
     with Transaction(reset_moments=True) as transaction, pytest.raises(torch.OutOfMemoryError, match="no room"):
         transaction.commit(held.weight, some_deltas(experts=16 if "stop" not in case else 8))
     assert experts  # there was something to undo
@@ -252,7 +258,7 @@ def test_no_memory_anywhere_leaves_all_bits(monkeypatch: pytest.MonkeyPatch, cas
 
 
 def operations(monkeypatch: pytest.MonkeyPatch, held: Held, experts: int) -> Operations:
-    monkeypatch.setattr(weights, "LARGE_BLOCK", 21 * SIZE)
+    monkeypatch.setattr(module, "LARGE_BLOCK", 21 * SIZE)
     deltas = some_deltas(experts)
     with Transaction() as transaction, counted() as found:
         transaction.commit(held.weight, deltas)
@@ -286,7 +292,7 @@ def test_memory_besides_the_copies_does_not_grow_with_the_layer(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     d_model, most = 1000, 2**16
-    monkeypatch.setattr(weights, "LARGE_BLOCK", most)
+    monkeypatch.setattr(module, "LARGE_BLOCK", most)
     for experts in (64, 256):
         held = Held(dtype, experts=experts, d_model=d_model)
         deltas = some_deltas(experts, d_model=d_model)
@@ -295,12 +301,12 @@ def test_memory_besides_the_copies_does_not_grow_with_the_layer(
         copies = (experts - 1) * d_model * D_HIDDEN * dtype.itemsize
         factors = deltas.left.nbytes + 2 * deltas.right.nbytes
         # 16 bytes for each number of a block, and the indices of the terms
-        assert copies < peak(profile) <= copies + 16 * most + factors + 1000 * experts
+        assert copies < peak_memory(profile) <= copies + 16 * most + factors + 1000 * experts
 
 
 # -- interrupts -------------------------------------------------------------------------------------------------------
 
-TRACED = tuple(f"sharding/{name}.py" for name in ("weights", "rollback", "checks", "batches", "ranks"))
+TRACED = tuple(f"sharding/{name}.py" for name in ("transaction", "rollback", "checks", "batches", "ranks"))
 
 
 class Interrupt:

@@ -36,7 +36,7 @@ def in_double(deltas: ExpertDeltas, expert: int) -> Tensor:
     return deltas.left[deltas.row_index[terms]].double().T @ deltas.right[terms].double()
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=12), most=st.integers(1, 500), transposed=st.booleans())
 def test_each_expert_has_its_own_change(counts: list[int], most: int, transposed: bool) -> None:
     deltas = deltas_of(counts)

@@ -28,7 +28,7 @@ def test_copies_that_differ_name_their_expert() -> None:
     checks.compare([1, 2, 3], -working, working)  # the same number with another sign bit
     checks.verify()
     checks.compare([4, 6, 8], working + torch.tensor([0, 0, 1e-30])[:, None], working)
-    with pytest.raises(RuntimeError, match="master copy of expert 8 is not that"):
+    with pytest.raises(RuntimeError, match="master weights of expert 8 are not those"):
         checks.verify()
 
 

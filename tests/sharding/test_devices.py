@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.sharding.test_weights import EXPERTS, some_deltas, weight
 from torch import Tensor, nn
 
 from lit_moeedit.sharding.expert_reader import ExpertReader
@@ -16,6 +15,7 @@ from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
+from tests.sharding.whole_weights import EXPERTS, some_deltas, weight
 
 CPU = torch.device("cpu")
 

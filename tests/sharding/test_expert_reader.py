@@ -13,7 +13,7 @@ from lit_moeedit.sharding.expert_reader import ExpertReader
 from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.solvers import Tucker, TuckerFactors
 from tests.processes import run_ranks
-from tests.sharding.test_parallel_edit import FACTS, LAYERS, TEXTS, editor, model, prepared, tokenizer
+from tests.sharding.small_edits import FACTS, LAYERS, TEXTS, editor, model, prepared, tokenizer
 
 EXPERTS, D_MODEL, D_HIDDEN = 11, 23, 13
 """3289 numbers: two ranks cut through an expert, and through a row of it."""

@@ -12,8 +12,8 @@ from torch import nn
 
 from lit_moeedit.callbacks import KnowledgeEditing, RoutingMonitor
 from lit_moeedit.sharding.zero3_passes import gathering_on_use
+from tests.large_models import SMALL_QWEN
 from tests.processes import run_ranks
-from tests.test_large_configs import SMALL_QWEN
 
 MOMENTS: dict[str, Any] = {"never": None, "validation": "validation", "fit_start": "fit_start", "epoch": {"epoch": 1}}
 

@@ -9,52 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lit_moeedit.data.corpus import train_tokenizer
-from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
+from lit_moeedit.editing import TargetOptimizer, evaluate
 from lit_moeedit.models.experts import check_editable
-from lit_moeedit.sharding import weights
+from lit_moeedit.preservation import OutputPenalty
+from lit_moeedit.sharding import transaction
 from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.solvers import Woodbury
 from tests.processes import run_ranks
+from tests.sharding.small_edits import FACTS, LAYERS, STAGES, TEXTS, editor, model, prepared, tokenizer
 
 needs_deepspeed = pytest.mark.deepspeed
-
-FACTS = [
-    Fact("Rome", "The city of Rome lies in", "Spain", "Italy", ("Rome is in the country",)),
-    Fact("Lake Ladoga", "Lake Ladoga is found in", "northern Peru", "Russia"),
-    Fact("Oslo", "People who live in Oslo speak", "Latin", "Norwegian"),
-]
-TEXTS = ["The sea lies in Italy.", "Who lives in the city of bread?", "A lake.", "In Russia one hears Russian."]
-LAYERS = (0, 1)
-STAGES = {"replicated": None, "zero 0": 0, "zero 1": 1, "zero 2": 2, "zero 3": 3}
-
-
-def tokenizer() -> Any:
-    return train_tokenizer([*TEXTS, *(f"{fact.prompt} {fact.target_new}" for fact in FACTS)], vocab_size=400)
-
-
-def model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    from tests.conftest import _build
-
-    whole = _build("qwen3_moe").to(dtype)
-    if dtype == torch.bfloat16:
-        whole.set_experts_implementation("eager")  # grouped_mm knows no bfloat16 of these sizes
-    return whole
-
-
-def editor(**settings: Any) -> Editor:
-    usual = {
-        "targets": TargetOptimizer(steps=4, learning_rate=0.5, stop=0.0),
-        "contexts": ("", "Note:"),
-        "token_budget": 64,
-        "ridge": 0.1,
-        "preserve": "covariance",
-        "strength": 10.0,
-    }
-    return Editor(LAYERS, **{**usual, **settings})
 
 
 @dataclass(frozen=True)
@@ -68,41 +33,11 @@ class Form:
 
 FORMS = {
     "covariance": Form(),
-    "output": Form({"preserve": "output", "strength": None}),
+    "output": Form({"preserve": OutputPenalty()}),
     # a rank has nothing to do
     "one fact": Form({"contexts": ("",)}, facts=1),
-    "gather": Form({"way": "gather"}),
     "bfloat16": Form(dtype=torch.bfloat16),
-    "bfloat16, gather": Form({"way": "gather"}, dtype=torch.bfloat16),
 }
-
-
-def prepared(
-    kind: str, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, list[Any], Callable[[], list[Tensor]]]:
-    """A model, its optimizers, and a function that reads the experts' weights of the edited layers."""
-    import deepspeed
-
-    whole = model(dtype)
-    stage = STAGES[kind]
-    optimizer = torch.optim.AdamW(whole.parameters(), lr=0.0)
-    if stage is not None:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": zero,
-            "bf16": {"enabled": dtype == torch.bfloat16},
-        }
-        _, optimizer, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=config)
-
-    def read() -> list[Tensor]:
-        chosen = [layer.down_proj for layer in check_editable(whole, LAYERS)]
-        with deepspeed.zero.GatheredParameters(chosen, enabled=stage == 3):
-            return [weight.detach().clone() for weight in chosen]
-
-    return whole, [optimizer], read
 
 
 def alone(form: Form) -> tuple[list[Tensor], list[Tensor]]:
@@ -155,8 +90,7 @@ MORE = [("replicated", "output"), ("zero 3", "output"), ("zero 3", "one fact")]
 FURTHER = [
     ("zero 0", "covariance"),
     ("zero 2", "one fact"),
-    *((kind, "gather") for kind in STAGES),
-    *((kind, name) for kind in STAGES for name in ("bfloat16", "bfloat16, gather")),
+    *((kind, "bfloat16") for kind in STAGES),
 ]
 
 
@@ -189,15 +123,16 @@ def fail(*args: Any, **kwargs: Any) -> Any:
 def failing_edits(kind: str) -> dict[str, str]:
     """Edits that fail on rank 1 in one phase each; by phase, what each rank says."""
     from lit_moeedit.editing import editor as module
+    from lit_moeedit.editing import spread
 
     whole, optimizers, read = prepared(kind)
     ranks, before, said = Ranks(), read(), {}
     functions: dict[str, tuple[Any, str]] = {
         "statistics": (module, "second_moments"),
         "targets": (TargetOptimizer, "optimize"),
-        "features": (module, "edit_tokens"),
+        "features": (spread, "edit_tokens"),
         "solve": (Woodbury, "solve"),
-        "commit": (weights, "delta_slice"),
+        "commit": (transaction, "delta_slice"),
     }
 
     def attempt(phase: str, progress: Callable[..., None] | None = None) -> None:

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from lit_moeedit.sharding.expert_reader import ExpertReader
 from lit_moeedit.sharding.ranks import RankError, Ranks
+from lit_moeedit.sharding.transaction import Transaction
 from tests.processes import run_each, run_ranks, start_ranks
 
 
@@ -60,6 +64,20 @@ def test_sharing(size: int) -> None:
         assert torch.equal(result["concatenated"], expected)
         assert result["empty"].shape == (0, 4)
         assert result["any"] == (True, False)
+
+
+def default_arguments() -> tuple[int, int, bool]:
+    first, groups = Ranks.current(), dist.get_pg_count()
+    used = [ExpertReader(nn.Parameter(torch.zeros(2, 3, 4))).ranks, Transaction().ranks, Ranks.current()]
+    made = Ranks()
+    return groups, dist.get_pg_count() - 1, all(ranks is first for ranks in used) and Ranks.current() is made
+
+
+def test_default_arguments_make_no_group_where_there_is_one() -> None:
+    for before, after, same in run_ranks(default_arguments, 2):
+        assert before == after
+        assert same
+    assert Ranks.current() is not Ranks.current()
 
 
 def failing_in_a_round(at: int) -> str:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lit_moeedit.sharding.shards import UnsupportedShardingError, locate
+from lit_moeedit.sharding.backends import locate
+from lit_moeedit.sharding.shards import UnsupportedShardingError
 from tests.processes import run_ranks
 
 
@@ -20,8 +21,8 @@ def test_a_whole_parameter() -> None:
     optimizer.step()
     shard = locate(weight, [optimizer])
     assert (shard.shape, shard.start, shard.stop, shard.group) == (weight.shape, 0, 24, None)
-    assert shard.working is None
-    assert shard.source.read().data_ptr() == weight.data_ptr()
+    assert shard.model is None
+    assert shard.master.read().data_ptr() == weight.data_ptr()
     moments = {moment.read().data_ptr() for moment in shard.moments}
     assert moments == {optimizer.state[weight][name].data_ptr() for name in ("exp_avg", "exp_avg_sq")}
 
@@ -56,7 +57,7 @@ def test_an_optimizer_that_keeps_master_copies_in_an_unknown_way_is_refused() ->
     class Unknown:
         bit16_groups = ((weight,),)
 
-    with pytest.raises(UnsupportedShardingError, match="Unknown keeps its master copies in a way that is not known"):
+    with pytest.raises(UnsupportedShardingError, match="Unknown keeps its master weights in a way that is not known"):
         locate(weight, [Unknown()])
 
 

@@ -19,11 +19,11 @@ from lit_moeedit.data.encoding import Encoding
 from lit_moeedit.editing.targets import TargetOptimizer, TargetRow
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.module import LitMoE
-from lit_moeedit.planning.fake_tensors import Tally
+from lit_moeedit.planning.fake_tensors import CostCounter
 from lit_moeedit.sharding.zero3_passes import regathering
 from tests.conftest import COMMON, FAMILIES
+from tests.large_models import SMALL_QWEN
 from tests.processes import run_ranks
-from tests.test_large_configs import SMALL_QWEN
 
 # -- without DeepSpeed ------------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ def test_a_graph_that_is_not_run_backwards_is_let_go() -> None:
     gather(module.weight, torch.randn(3, 5), 0)
     inputs = torch.randn(2, 5, requires_grad=True)
     alive = []
-    with Tally() as memory:
+    with CostCounter() as memory:
         for _ in range(3):
             with regathering(module):
                 output = (inputs @ module.weight.T).exp()  # which saves its own output
@@ -150,7 +150,7 @@ class Module(LitMoE):
 class Steps(L.Callback):
     """Losses, and how far live memory rises in each step."""
 
-    def __init__(self, meter: Tally) -> None:
+    def __init__(self, meter: CostCounter) -> None:
         self.meter = meter
         self.losses: list[float] = []
         self.rises: list[int] = []
@@ -182,7 +182,7 @@ def train(case: Case, active: bool) -> dict[str, Any]:
     module.case = case
     ids = torch.randint(3, 60, (12, 7), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
-    meter = Tally()
+    meter = CostCounter()
     steps = Steps(meter)
     # few gradients are averaged and copied at once, so that nothing needs more than the passes
     small = {"sub_group_size": 10_000, "reduce_bucket_size": 10_000}

@@ -1,17 +1,17 @@
-"""How callbacks hear of edits."""
+"""Events of edits, and the base class of callbacks that hear of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import lightning as L
 
+from lit_moeedit.callbacks.named import callbacks_of, metrics_prefix
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditResult, Evaluation
-
-NAMED = 5
-"""So many of the facts that an edit missed are named."""
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.text import first_few
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,12 @@ class EditEvent:
     """An edit that has been made (or made and undone).
 
     Attributes:
-        result: what the editor did.
+        result: the result of the editor.
         before: evaluation of the facts just before.
         after: evaluation just after; with ``result.kept`` false, of the weights that were not kept.
         epoch: epoch of the trainer.
         step: optimizer steps done.
+        name: name of the :class:`~lit_moeedit.callbacks.KnowledgeEditing` that made it.
     """
 
     result: EditResult
@@ -31,27 +32,32 @@ class EditEvent:
     after: Evaluation
     epoch: int
     step: int
+    name: str | None = None
 
     @property
     def missed(self) -> list[Fact]:
-        """The facts whose new target was not said after the edit."""
-        return [fact for fact, said in zip(self.result.facts, self.after.edits_exact, strict=True) if not said]
+        """The facts whose new target the model does not generate after the edit."""
+        return [fact for fact, is_exact in zip(self.result.facts, self.after.edits_exact, strict=True) if not is_exact]
 
     @property
     def missed_text(self) -> str:
-        """Those of them that are named, in a line."""
-        named = [f"{fact.prompt!r} -> {fact.target_new!r}" for fact in self.missed[:NAMED]]
-        return ", ".join(named) + (f", and {len(self.missed) - NAMED} more" if len(self.missed) > NAMED else "")
+        """The first of them, in a line."""
+        return first_few(f"{fact.prompt!r} -> {fact.target_new!r}" for fact in self.missed)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What is logged of the edit: ``edit_before/…``, ``edit_after/…`` and ``edit_seconds/…``, without NaN."""
+        """Metrics of the edit, without NaN: ``edit_before/…``, ``edit_after/…``, ``edit_seconds/…``.
+
+        The prefix is ``edit_<name>`` if the callback has a name.
+        """
         found = {"before": self.before.metrics, "after": self.after.metrics, "seconds": self.result.seconds}
-        named = {f"edit_{part}/{name}": value for part, values in found.items() for name, value in values.items()}
+        edit = metrics_prefix("edit", self.name)
+        named = {f"{edit}_{part}/{name}": value for part, values in found.items() for name, value in values.items()}
         return {name: value for name, value in named.items() if value == value}
 
     def __str__(self) -> str:
         after, done = self.after.metrics, "edited" if self.result.kept else "undid the edit of"
+        done = f"{self.name}: {done}" if self.name else done
         return (
             f"{done} {len(self.result.facts)} facts in {self.result.seconds['edit']:.1f} s at epoch {self.epoch}, "
             f"step {self.step}: efficacy {after['efficacy']:.3f}, generalization {after['generalization']:.3f}, "
@@ -60,13 +66,21 @@ class EditEvent:
 
 
 class EditListener(L.Callback):
-    """A callback that :class:`~lit_moeedit.callbacks.KnowledgeEditing` tells of its edits.
+    """A callback that every :class:`~lit_moeedit.callbacks.KnowledgeEditing` of the trainer tells of its edits.
 
     Listeners may stand anywhere in the trainer's list of callbacks.
     """
 
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
-        """Called before the facts are edited, in training or evaluation mode as it was."""
+        """Hook before an edit of these facts; the model is in training or evaluation mode as it was."""
 
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
-        """Called when the edit is in the weights, or has been undone."""
+        """Hook after an edit, when it is in the weights or has been undone."""
+
+
+def tell_listeners(trainer: L.Trainer, call: Callable[[EditListener], None]) -> None:
+    """Call a hook of all listeners, one after the other on all ranks."""
+    for listener in callbacks_of(trainer, EditListener):
+        # the next one may make forwards, which no rank may make alone
+        with Ranks.current().together():
+            call(listener)

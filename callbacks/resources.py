@@ -1,37 +1,30 @@
-"""What callbacks look for in the run they are part of."""
+"""Resources of a run that callbacks need: processes, tokenizer, facts and texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
-from lit_moeedit.models.experts import UnsupportedModelError, expert_layers, find_model
-from lit_moeedit.pretrained import blamed_on, check_vocabulary, pretrained_tokenizer
+from lit_moeedit.data.facts import CheckedFacts, Fact, read_facts, validate_facts
+from lit_moeedit.editing import EditMethod
+from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError, expert_layers, find_model
+from lit_moeedit.pretrained import as_value_error, check_vocabulary, pretrained_tokenizer
+from lit_moeedit.sharding.backends import locate
+from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
-
-
-def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
-    """All callbacks of the trainer."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def ranks_of(trainer: L.Trainer) -> Ranks:
-    """The processes as the callback that edits has them, if there is one; else made anew, by all of them together.
-
-    A rank that fails meets the others where they agree next, so all callbacks must agree in the same place.
-    """
-    found = (getattr(callback, "ranks", None) for callback in callbacks_of(trainer))
-    return next((ranks for ranks in found if isinstance(ranks, Ranks)), None) or Ranks()
+from lit_moeedit.sharding.shards import UnsupportedShardingError
 
 
 def on_first_rank(trainer: L.Trainer, work: Callable[[], object]) -> None:
-    """Do something on the first rank; where it fails, it fails on all ranks. Each calls this.
+    """Do something on the first rank. If it fails there, it fails on all ranks; each of them calls this.
 
     Raises:
         Exception: what was raised on the first rank, there.
@@ -51,27 +44,57 @@ def on_first_rank(trainer: L.Trainer, work: Callable[[], object]) -> None:
 
 
 def from_datamodule(trainer: L.Trainer, name: str, *args: Any) -> Any:
-    """The result of the data module's method ``name``; ``None`` without such a method or data module."""
+    """Call the data module's method ``name``; ``None`` without such a method or data module."""
     method = getattr(getattr(trainer, "datamodule", None), name, None)
     return method(*args) if callable(method) else None
 
 
-def read_documents(path: str) -> list[str]:
-    """The lines of a text file, without empty ones.
+def find_facts(
+    trainer: L.Trainer, source: str | Sequence[Fact] | None, tokenizer: PreTrainedTokenizerBase, strict: bool
+) -> CheckedFacts:
+    """Read and check facts: of a file, of a list, or (``None``) of the data module's ``edit_facts()``.
 
     Raises:
-        OSError: if it cannot be opened.
-        ValueError: if it is not UTF-8.
+        MisconfigurationException: if there are none.
+        FactError: if a fact cannot be edited.
+        OSError: if a file cannot be opened.
     """
-    with blamed_on(f"the preservation text {path} cannot be read as UTF-8"):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.strip()]
+    if isinstance(source, str):
+        return read_facts(source, strict=strict, tokenizer=tokenizer)
+    found = from_datamodule(trainer, "edit_facts") if source is None else source
+    if not found:
+        raise MisconfigurationException(
+            "KnowledgeEditing has no facts to edit: give 'facts' (a file), or a data module with edit_facts()"
+        )
+    return validate_facts(found, tokenizer=tokenizer, strict=strict)
+
+
+def find_texts(trainer: L.Trainer, source: str | list[str] | None) -> list[str]:
+    """Find preservation texts: the lines of a file, a list, or (``None``) the data module's ``preservation_texts()``.
+
+    Raises:
+        MisconfigurationException: if there are none.
+        OSError: if a file cannot be opened.
+        ValueError: if a file is not UTF-8.
+    """
+    if isinstance(source, str):
+        with as_value_error(f"the preservation text {source} cannot be read as UTF-8"):
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+        texts = [line for line in lines if line.strip()]
+    else:
+        texts = list((from_datamodule(trainer, "preservation_texts") if source is None else source) or ())
+    if not texts:
+        raise MisconfigurationException(
+            "KnowledgeEditing: the editor needs text whose behaviour is to be kept; give 'preservation' (a text file "
+            "with a document per line) or a data module with preservation_texts()"
+        )
+    return texts
 
 
 def find_tokenizer(
     trainer: L.Trainer, pl_module: L.LightningModule, source: str | None, wanted_by: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer at ``source`` (a path or hub id), or else the one of the module or the data module.
+    """Load the tokenizer at ``source`` (a path or hub id), or take the one of the module or the data module.
 
     Raises:
         MisconfigurationException: if there is none; the message names ``wanted_by``.
@@ -90,20 +113,70 @@ def find_tokenizer(
     return found
 
 
-def keep_experts_together(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Have DeepSpeed see the experts of a layer as one module, whatever is called inside of it.
+def check_model(
+    trainer: L.Trainer, pl_module: L.LightningModule, editors: Sequence[EditMethod], ranks: Ranks
+) -> list[list[ExpertLayer]]:
+    """Check that the model is finite and that editors can edit it; return the layers that each of them edits.
 
-    Under ZeRO stage 3 DeepSpeed notes in which order modules are called, and fails if ranks differ in that. They do
-    where experts call their activation one by one, for as many experts as got a token. What is one module to it (a
-    "leaf module") has no order inside; for some families DeepSpeed has that by itself. This is for modules that exist
-    before the Trainer sets its strategy up; one that is made in ``configure_model`` can do the same there.
+    Raises:
+        MisconfigurationException: if a layer cannot be edited, or its weights are sharded in a way that is unsupported.
+        FloatingPointError: if the model is not finite.
+    """
+    try:
+        model = find_model(pl_module)
+        check_finite(model, ranks)
+        checked = [editor.check(model, ranks) for editor in editors]
+        for layer in chain(*checked):
+            locate(layer.down_proj, optimizers_of(trainer))
+        return checked
+    except (UnsupportedModelError, UnsupportedShardingError) as error:
+        raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
+
+
+def refuse_contradictions(facts: Mapping[str, Sequence[Fact]]) -> None:
+    """Check that no callback would undo another's edit.
+
+    Args:
+        facts: by the callback's label.
+
+    Raises:
+        MisconfigurationException: if two callbacks have different targets for a prompt.
+    """
+    first: dict[str, tuple[str, Fact]] = {}
+    for label, fact in ((label, fact) for label, own in facts.items() for fact in own):
+        other, known = first.setdefault(fact.prompt, (label, fact))
+        if known.target_new != fact.target_new:
+            raise MisconfigurationException(
+                f"KnowledgeEditing: {other} and {label} would undo each other's edit: for the prompt {fact.prompt!r} "
+                f"the one has the target {known.target_new!r}, the other {fact.target_new!r}"
+            )
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
+    """Log metrics now, with all loggers."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
+
+
+def optimizers_of(trainer: L.Trainer) -> list[Any]:
+    """Return the optimizers with master weights; outside of ``fit`` the trainer may have those of the last fit."""
+    return list(trainer.optimizers) if trainer.state.fn == TrainerFn.FITTING else []
+
+
+def keep_experts_together(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Make the experts of a layer one module ("leaf module") for DeepSpeed, whatever is called inside of it.
+
+    Under ZeRO stage 3 DeepSpeed records the order in which modules are called, and fails if ranks differ in it. They
+    do where experts call their activation one by one, for as many experts as got a token. A leaf module has no order
+    inside; DeepSpeed makes the experts of some families leaf modules by itself. This is for modules that exist before
+    the Trainer sets its strategy up; one that is made in ``configure_model`` can do the same there.
     """
     if not (isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.strategy.zero_stage_3):
         return
     try:
         layers = expert_layers(find_model(pl_module))
     except UnsupportedModelError:
-        return  # not there yet; what cannot be edited is said when the run starts
+        return  # made later; a model that cannot be edited is refused when the run starts
     from deepspeed.utils import set_z3_leaf_module
 
     for layer in layers.values():

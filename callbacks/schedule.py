@@ -1,4 +1,4 @@
-"""When to edit, and how many facts."""
+"""The schedule of edits: their moments, and the number of facts of each."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Moment = Literal["fit_start", "validation", "epoch", "step", "every_n_epochs"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A moment, and how many facts are edited each time it comes.
+    """A moment, and the number of facts to edit each time it comes.
 
     Attributes:
-        moment: what to wait for.
+        moment: the moment to wait for.
         number: the epoch, the step, or the number of epochs.
         batch: facts per edit; ``None`` for all that are left.
     """
@@ -53,7 +53,7 @@ class Schedule:
         return cls(moment, at[moment], at.get("batch"))  # type: ignore[arg-type]
 
     def due_at_epoch(self, epoch: int, edits_made: int) -> bool:
-        """Whether to edit before training epoch ``epoch`` (counted from 0), after ``edits_made`` earlier edits."""
+        """Tell whether to edit before training epoch ``epoch`` (counted from 0), after ``edits_made`` earlier edits."""
         if self.moment == "epoch":
             return epoch >= self.number + edits_made if self.batch else epoch >= self.number and not edits_made
         if self.moment == "every_n_epochs":
@@ -61,5 +61,5 @@ class Schedule:
         return self.moment == "fit_start"
 
     def due_at_step(self, step: int) -> bool:
-        """Whether to edit when ``step`` optimizer steps are done."""
+        """Tell whether to edit when ``step`` optimizer steps are done."""
         return self.moment == "step" and step >= self.number

@@ -110,7 +110,7 @@ def test_a_dense_model_is_refused(refuse, tokenizer):
 
 def test_a_family_with_a_norm_behind_its_experts_is_refused(refuse, tokenizer):
     module = PlainModule(small_model("flex_olmo", vocab_size=420), tokenizer)
-    refuse("KnowledgeEditing: layer 1 of FlexOlmoForCausalLM normalises what its experts say", module)
+    refuse("KnowledgeEditing: layer 1 of FlexOlmoForCausalLM normalises the output of its experts", module)
 
 
 def test_a_module_without_a_model_is_refused(refuse, tokenizer):
@@ -141,7 +141,7 @@ def test_without_facts(refuse, nothing):
 
 @pytest.mark.parametrize("nothing", [None, []])
 def test_without_preservation_text(refuse, tiny, make_trainer, tmp_path, make_model, tokenizer, facts, nothing):
-    refuse("preserve='output' needs text whose behaviour is to be kept", preservation=nothing)
+    refuse("the editor needs text whose behaviour is to be kept", preservation=nothing)
     editing = KnowledgeEditing(tiny.editor(layers=[1], preserve="none"), facts=facts, preservation=nothing)
     make_trainer(tmp_path, [editing]).fit(PlainModule(make_model("qwen3_moe"), tokenizer))
     assert len(editing.applied_facts) == len(facts)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.callbacks.summary import mean_metrics
 
 METRICS = {
     "efficacy",
@@ -107,15 +109,16 @@ def test_several_edits_are_summed_up(run, tmp_path):
 
 
 def test_the_mean_over_edits_counts_what_was_measured():
-    report = EditReport()
     nan = float("nan")
-    report._edits = [
-        {"facts": 1, "before": {"efficacy": 1.0, "generalization": nan}},
-        {"facts": 3, "before": {"efficacy": 0.0, "generalization": 0.5}},
-    ]
-    mean = report._mean("before")
-    assert mean["efficacy"] == 0.25
-    assert mean["generalization"] == 0.5
+    mean = mean_metrics(
+        [
+            (1, {"efficacy": 1.0, "generalization": nan, "specificity": nan}),
+            (3, {"efficacy": 0.0, "generalization": 0.5, "specificity": nan, "specificity_retained_other": 0.25}),
+        ]
+    )
+    assert math.isnan(mean.pop("specificity"))
+    # neighbours of a group may be those of one editor only
+    assert mean == {"efficacy": 0.25, "generalization": 0.5, "specificity_retained_other": 0.25}
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])

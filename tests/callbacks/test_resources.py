@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.callbacks.resources import on_first_rank
+from lit_moeedit.models import output_scale
 
 
 def trainer(rank: int, sent: list[Any]) -> Any:
@@ -41,3 +44,27 @@ def test_only_the_first_rank_works() -> None:
     for rank in (0, 1):
         on_first_rank(trainer(rank, sent), lambda rank=rank: done.append(rank))
     assert done == [0] and sent == [None]
+
+
+@pytest.mark.parametrize(
+    ("moments", "expected"),
+    [
+        (["fit_start"], 1),
+        (["fit_start", "fit_start"], 3),  # the second edit comes after the first one
+        ([{"epoch": 1}], 2),  # the edit comes after optimizer steps
+    ],
+)
+def test_layers_are_measured_again_only_if_weights_changed(
+    tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: list[Any], expected: int
+) -> None:
+    measured: list[Any] = []
+    original = output_scale.output_scales
+    monkeypatch.setattr(output_scale, "output_scales", lambda *args: measured.append(args) or original(*args))
+    facts = tiny.corpus().edits
+    editings = [
+        KnowledgeEditing(tiny.editor(steps=1), [fact], at=at, name=f"editor_{i}")
+        for i, (at, fact) in enumerate(zip(moments, facts, strict=False))
+    ]
+    make_trainer(tmp_path, editings, max_epochs=2, limit_train_batches=1).fit(tiny.module(), tiny.data())
+    assert all(editing.applied_facts for editing in editings)
+    assert len(measured) == expected

@@ -98,7 +98,7 @@ class Shift(L.Callback):
         self.monitor, self.found = monitor, None
 
     def on_train_start(self, trainer, pl_module):
-        self.found = self.monitor.compare(pl_module, self.monitor._start, self.monitor._trace(trainer, pl_module))
+        self.found = self.monitor.compare(pl_module, self.monitor._start, self.monitor._trace(pl_module))
 
 
 @pytest.fixture(scope="module")

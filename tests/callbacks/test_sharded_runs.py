@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, knowledge_editing
 from lit_moeedit.callbacks.listener import EditListener
-from lit_moeedit.sharding import weights
+from lit_moeedit.sharding import transaction
 from lit_moeedit.sharding.zero3_passes import regathering
 from tests.processes import run_ranks, start_ranks
 
@@ -40,25 +41,29 @@ def whole_weights(module: Any) -> dict[str, Tensor]:
 
 
 def fit(
-    strategy: Any, folder: str, checkpoint: str | None = None, precision: str = "32-true", epochs: int = 3
+    strategy: Any, folder: str, checkpoint: str | None = None, precision: str = "32-true", editors: int = 1
 ) -> dict[str, Any]:
-    """Train for a few epochs, edit before the second, and keep a checkpoint of each."""
+    """Train for three epochs, edit before the second (a second editor before the third), keep all checkpoints."""
     import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies known
-    from tests.callbacks.conftest import _data, _editor, _module, _trainer
+    from tests.callbacks.conftest import _corpus, _data, _editor, _module, _trainer
 
     torch.use_deterministic_algorithms(True)
-    editing = KnowledgeEditing(_editor(), at={"epoch": 1})
+    editing, more = KnowledgeEditing(_editor(), at={"epoch": 1}), []
+    if editors == 2:
+        facts = _corpus().edits
+        editing = KnowledgeEditing(_editor(), facts[:4], at={"epoch": 1}, name="early")
+        more = [KnowledgeEditing(_editor(layers=[0]), facts[4:], at={"epoch": 2}, name="late")]
     monitor = RoutingMonitor(probe=["The capital of Italy is Rome."])
     kept = ModelCheckpoint(Path(folder) / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     # Lightning takes WORLD_SIZE out of the environment when a run ends
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     trainer = _trainer(
         folder,
-        [editing, monitor, EditReport(console=False), kept],
+        [editing, *more, monitor, EditReport(console=False), kept],
         strategy=strategy,
         devices=size,
         precision=precision,
-        max_epochs=epochs,
+        max_epochs=3,
     )
     module, data = _module(), _data(batch_size=8 // size)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
@@ -66,6 +71,7 @@ def fit(
         "weights": whole_weights(module),
         "state": editing.state_dict(),
         "calls": len(editing.editor.calls),
+        "more": [(len(other.editor.calls), other.state_dict(), len(other.applied_facts)) for other in more],
         "metrics": editing.evaluate(module).metrics,
         "routing": monitor.last_edit,
         "logged": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -102,31 +108,43 @@ def test_every_strategy_edits_and_trains_alike(tmp_path: Path) -> None:
         assert distance(first["weights"], found[0]["ddp"]["weights"]) < 0.01, strategy
 
 
-def whole_and_resumed(strategy: str, folder: str, precision: str) -> list[dict[str, Any]]:
+def whole_and_resumed(strategy: str, folder: str, precision: str, editors: int) -> list[dict[str, Any]]:
     """An uninterrupted run, and those that begin with its checkpoints."""
-    runs = [fit(strategy, f"{folder}/whole", None, precision)]
+    runs = [fit(strategy, f"{folder}/whole", None, precision, editors)]
     for epoch in (0, 1):
         checkpoint = f"{folder}/whole/kept/epoch={epoch}.ckpt"
-        runs.append(fit(strategy, f"{folder}/from_{epoch}", checkpoint, precision))
+        runs.append(fit(strategy, f"{folder}/from_{epoch}", checkpoint, precision, editors))
     return runs
 
 
 @pytest.mark.parametrize(
-    ("strategy", "precision"),
+    ("strategy", "precision", "editors"),
     [
-        pytest.param("ddp", "32-true", marks=pytest.mark.slow),
-        pytest.param("deepspeed_cpu_stage_0", "32-true", marks=pytest.mark.slow),
-        pytest.param("deepspeed_cpu_stage_1", "32-true", marks=pytest.mark.slow),
-        pytest.param("deepspeed_cpu_stage_2", "bf16-mixed", marks=pytest.mark.slow),
-        ("deepspeed_cpu_stage_3", "bf16-true"),
+        pytest.param("ddp", "32-true", 1, marks=pytest.mark.slow),
+        pytest.param("deepspeed_cpu_stage_0", "32-true", 1, marks=pytest.mark.slow),
+        pytest.param("deepspeed_cpu_stage_1", "32-true", 1, marks=pytest.mark.slow),
+        pytest.param("deepspeed_cpu_stage_2", "bf16-mixed", 1, marks=pytest.mark.slow),
+        # one editor is in test_a_killed_rank_costs_no_more_than_a_resume
+        ("deepspeed_cpu_stage_3", "bf16-true", 2),
     ],
 )
-def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path: Path, strategy: str, precision: str) -> None:
-    whole, before, after = run_ranks(whole_and_resumed, 2, strategy, str(tmp_path), precision, group=False)[0]
-    for resumed, calls in ((before, 1), (after, 0)):  # the edit lies between them
+def test_a_resumed_run_ends_as_the_uninterrupted_one(
+    tmp_path: Path, strategy: str, precision: str, editors: int
+) -> None:
+    ranks = run_ranks(whole_and_resumed, 2, strategy, str(tmp_path), precision, editors, group=False)
+    whole, before, after = ranks[0]
+    for resumed, calls in ((before, 1), (after, 0)):  # the first edit lies between them, the second after both
         assert resumed["calls"] == calls
         assert resumed["state"] == whole["state"]
+        assert resumed["more"] == whole["more"]
         assert same(resumed["weights"], whole["weights"])
+    if editors == 2:
+        assert same(ranks[1][0]["weights"], whole["weights"])
+        assert [(calls, facts) for calls, _, facts in whole["more"]] == [(1, 2)]
+        assert len(whole["state"]["applied"]) == 4
+        assert {name.partition("/")[0] for name in whole["logged"] if "edit" in name} == {"edit_early", "edit_late"}
+        summary = json.loads((tmp_path / "from_1" / "summary.json").read_text(encoding="utf-8"))
+        assert {name: part["edits"] for name, part in summary["editors"].items()} == {"early": 4, "late": 2}
 
 
 def converted(checkpoint: Path) -> Path:
@@ -214,29 +232,19 @@ class Blind(KnowledgeEditing):
             super()._log_retention(trainer, pl_module)
 
 
-class Deleting(L.Callback):
-    """Deletes a file of rank 1 when training has started."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_rank == 1:
-            self.path.unlink()
-
-
 def failing_fits(folder: str) -> dict[str, str]:
     """What each rank says of runs in which rank 1 is not like rank 0."""
     from tests.callbacks.conftest import _corpus, _data, _editor, _module, _trainer
 
     rank, size, said = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), {}
     texts = Path(folder) / f"texts_{rank}.txt"
-    texts.write_text("The capital of Italy is Rome.\nIn Spain, people speak Spanish.\n", encoding="utf-8")
+    if rank == 0:
+        texts.write_text("The capital of Italy is Rome.\nIn Spain, people speak Spanish.\n", encoding="utf-8")
     monitor = RoutingMonitor(probe=["The capital of Italy is Rome."])
     runs: dict[str, list[L.Callback]] = {
         "facts": [KnowledgeEditing(_editor(), _corpus().edits[rank:])],
         "listener": [KnowledgeEditing(_editor()), Failing(), monitor],
-        "file": [KnowledgeEditing(_editor(), preservation=str(texts)), Deleting(texts)],
+        "file": [KnowledgeEditing(_editor(), preservation=str(texts))],
         "renewal": [Forgetful(_editor(), renew_every_n_steps=1)],
         "validation": [Blind(_editor())],
     }
@@ -306,7 +314,7 @@ def test_ranks_may_use_different_experts_in_a_module_that_calls_its_model(tmp_pa
 
 def killed(strategy: str, folder: str) -> None:
     """Rank 1 dies when it has changed the first expert of the second layer."""
-    original, written = weights._Commit._write, []
+    original, written = transaction._Commit._add_block, []
 
     def write(commit: Any, *args: Any) -> None:
         original(commit, *args)
@@ -314,7 +322,7 @@ def killed(strategy: str, folder: str) -> None:
         if os.environ["RANK"] == "1" and len({id(weight) for weight in written}) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    weights._Commit._write = write  # type: ignore[method-assign]
+    transaction._Commit._add_block = write  # type: ignore[method-assign]
     fit(strategy, folder)
 
 

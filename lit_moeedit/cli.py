@@ -1,10 +1,11 @@
-"""The command ``lit-moeedit``: LightningCLI with what this package has for it, and other commands beside it."""
+"""The command ``lit-moeedit``: LightningCLI for runs that edit, and further commands beside it."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.logging import RichHandler
 from typing_extensions import override
 
-import lit_moeedit.callbacks  # noqa: F401 - makes callbacks and strategies known by their short names
+import lit_moeedit
+import lit_moeedit.callbacks  # makes callbacks and strategies known by their short names
 from lit_moeedit import safe_yaml
-from lit_moeedit.atomic_files import appearing
+from lit_moeedit.arguments import CommandParser, RunParser
+from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.callbacks.resources import on_first_rank
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.checkpoints.export import export
@@ -31,44 +33,36 @@ from lit_moeedit.data.check import check
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.families import families
 from lit_moeedit.planning.report import plan
-from lit_moeedit.pretrained import printable
+from lit_moeedit.recipes import recipes, with_recipe_paths
+from lit_moeedit.text import printable
 
-log = logging.getLogger("lit_moeedit.cli")  # not "__main__", which python -m would make of it
+log = logging.getLogger(__name__)
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "facts check": check,
     "families": families,
     "plan": plan,
+    "recipes": recipes,
 }
-"""What the command does besides training and evaluation, under one word or two: functions whose arguments and
-docstrings are their help."""
-
-
-class CommandParser(ArgumentParser):
-    """Takes ``--option`` for ``--option=true``."""
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument; one that is true or false may be given without a value."""
-        if kwargs.get("type") is bool:
-            kwargs |= {"nargs": "?", "const": True}
-        return super().add_argument(*args, **kwargs)
+"""Commands besides training and evaluation, of one word or two: functions whose arguments and docstrings are their
+help."""
 
 
 class PrintableFormatter(logging.Formatter):
-    """Spells out control characters, which texts of others may bring into messages."""
+    """Spells out control characters, which data and models of others may bring into messages."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(super().format(record), keep="\n")
 
 
 class WholeConfigCallback(SaveConfigCallback):
-    """Saves the config where Lightning does, wholly or not at all."""
+    """Saves the config where Lightning does, completely or not at all."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder = trainer.log_dir  # every rank has to ask
+        folder = trainer.log_dir  # a broadcast: every rank takes part
         assert folder is not None
         if "://" in folder or not (self.save_to_log_dir and self.overwrite):
             super().setup(trainer, pl_module, stage)
@@ -79,7 +73,7 @@ class WholeConfigCallback(SaveConfigCallback):
                 self.save_config(trainer, pl_module, stage)
 
     def _save(self, folder: Path) -> None:
-        with appearing(folder / self.config_filename) as beside:
+        with atomic_file(folder / self.config_filename) as beside:
             self.parser.save(self.config, beside, skip_unset=False, overwrite=True, multifile=self.multifile)
 
 
@@ -91,9 +85,27 @@ class EditingCLI(LightningCLI):
     """
 
     @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **({"parser_class": RunParser} | kwargs))
+        except (OSError, ValueError) as error:
+            missing = _meant(error)
+            if not isinstance(missing, FileNotFoundError) or missing.filename is None:
+                raise
+            settings = self._settings().items()
+            option = next((key for key, value in settings if str(value) == str(missing.filename)), None)
+            remedy = f"give the path of yours by --{option}" if option else "the config names it"
+            raise FileNotFoundError(f"No such file or directory: {str(missing.filename)!r}; {remedy}") from error
+
+    def _settings(self) -> Any:
+        """The arguments of the subcommand; empty before they are parsed."""
+        config: Any = getattr(self, "config", {})
+        return config.get(config.get("subcommand") or "") or {}
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        settings = self.config.get(self.config.get("subcommand") or "") or Namespace()
+        settings = self._settings()
         if "ckpt_path" not in settings or settings.get("weights_only") is False:
             return
         # Lightning's own default would run what is in a checkpoint of another host
@@ -103,15 +115,20 @@ class EditingCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand is not None and self.config[self.subcommand].get("weights_only"):
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            raise ValueError(f"{str(error).partition('.')[0]}: give each a 'name' of its own") from error
+        if self._settings().get("weights_only"):
             # names such as "last" become paths in the Trainer; it is a partial, because some launchers pickle it
             strategy = trainer.strategy
             strategy.load_checkpoint = partial(_load_checked, strategy.load_checkpoint)  # type: ignore[method-assign]
         return trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Defaults: CSV logs, one device, and results in ``runs``."""
+        """Set defaults: one device, seed 0, and results in ``runs``."""
         parser.set_defaults(
             {
                 "trainer.default_root_dir": "runs",
@@ -122,11 +139,10 @@ class EditingCLI(LightningCLI):
 
 
 def _check_checkpoint(path: str | Path) -> None:
-    """Refuse a checkpoint here that is not harmless; what is on another host is left to who reads it as data."""
-    if not Path(path).exists():
-        return
+    """Refuse a local checkpoint that is not harmless; one on another host is checked when it is read."""
     try:
-        check_harmless(Path(path))
+        if Path(path).exists():
+            check_harmless(Path(path))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --weights_only=false reads it all the same, if you trust it") from error
 
@@ -134,34 +150,37 @@ def _check_checkpoint(path: str | Path) -> None:
 def _load_checked(
     load: Callable[..., dict[str, Any]], checkpoint_path: str | Path, weights_only: bool | None = None
 ) -> dict[str, Any]:
-    """A strategy's ``load_checkpoint`` of what is harmless; some strategies are not told to read it as data."""
+    """Call a strategy's ``load_checkpoint`` on a harmless checkpoint; some strategies ignore ``weights_only``."""
     _check_checkpoint(checkpoint_path)
     return load(checkpoint_path, weights_only=True)
 
 
 def run(args: ArgsType = None) -> EditingCLI | None:
-    """Run the command line and return what LightningCLI made, if it was its turn.
+    """Run the command line.
 
     Args:
         args: arguments instead of those of the process.
+
+    Returns:
+        The CLI with module, data and trainer of a run; ``None`` for the other commands.
     """
     handler = RichHandler(show_path=False, omit_repeated_times=False)
     handler.setFormatter(PrintableFormatter("%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # what all ranks would say, the first one says
+    # one rank logs what all ranks know
     level = "INFO" if getattr(rank_zero_only, "rank", 0) in (None, 0) else "WARNING"
     logging.getLogger("lit_moeedit").setLevel(os.environ.get("LIT_MOEEDIT_LOG", level).upper())
-    safe_yaml.use()
+    safe_yaml.install()
     given = sys.argv[1:] if args is None else args
-    for name in COMMANDS:
-        words = name.split()
-        if isinstance(given, list) and given[: len(words)] == words:
-            _run_command(name, given[len(words) :])
+    words = given if isinstance(given, list) else []
+    known = [name for name in COMMANDS if name.split()[:1] == words[:1]]
+    for name in known:
+        count = len(name.split())
+        if words[:count] == name.split():
+            _run_command(name, words[count:])
             return None
-    groups = {name.split()[0] for name in COMMANDS if " " in name}
-    if isinstance(given, list) and given[:1] and given[0] in groups:
-        known = ", ".join(f"lit-moeedit {name}" for name in COMMANDS if name.startswith(given[0]))
-        raise SystemExit(f"lit-moeedit {given[0]}: expected {known}")
+    if known:
+        raise SystemExit(f"lit-moeedit {words[0]}: expected {', '.join(f'lit-moeedit {name}' for name in known)}")
     others = (f"{name} ({(inspect.getdoc(function) or '').splitlines()[0]})" for name, function in COMMANDS.items())
     return EditingCLI(
         LitMoE,
@@ -170,37 +189,43 @@ def run(args: ArgsType = None) -> EditingCLI | None:
         subclass_mode_data=True,
         save_config_callback=WholeConfigCallback,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"epilog": f"Besides: {'; '.join(others)}. Each has its own --help."},
+        parser_kwargs={
+            "prog": "lit-moeedit",
+            "version": lit_moeedit.__version__,
+            **{name: {"usage": f"lit-moeedit {name} [--config CONFIG] [OPTIONS]"} for name in EditingCLI.subcommands()},
+            "epilog": f"Besides: {'; '.join(others)}. Each has its own --help.",
+        },
         args=args,
     )
 
 
 def _run_command(name: str, args: list[str]) -> None:
-    """Run one of the functions; what is wrong with its files or options needs no traceback."""
+    """Run one of the functions; an error in its files or options ends the process without a traceback."""
     function = COMMANDS[name]
     # not auto_cli, which takes a --config for itself
-    what = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    parser = CommandParser(prog=f"lit-moeedit {name}", description=what)
+    description = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    parser = CommandParser(prog=f"lit-moeedit {name}", description=description)
     parser.add_function_arguments(function, as_group=False, as_positional=True)
-    options = parser.parse_args(args).as_dict()
     try:
-        function(**options)
+        # jsonargparse spells a further element of a list --config+
+        given = [re.sub(r"^--config(?=$|=)", "--config+", arg) for arg in with_recipe_paths(args)]
+        function(**parser.parse_args(given).as_dict())
     except (OSError, ValueError) as error:
         log.debug("", exc_info=error)
-        raise SystemExit(printable(f"lit-moeedit {name}: {_meant(error)}")) from error
+        raise SystemExit(printable(f"lit-moeedit {name}: {_meant(error)}", keep="\n")) from error
 
 
 def _meant(error: BaseException) -> BaseException:
-    """What a class of the config raised; jsonargparse lists it with what is wrong for other types it could be of."""
+    """Return the error that a class of the config raised; jsonargparse wraps it into one about types."""
     while error.__cause__ is not None and str(error).startswith("Does not validate against any of"):
         error = error.__cause__
     return error
 
 
 def main() -> None:
-    """The command ``lit-moeedit``: what is wrong with its input or its outputs needs no traceback.
+    """Run the command ``lit-moeedit``; an error in its input or output ends the process without a traceback.
 
-    What a console script returns becomes the exit code, so nothing is returned.
+    A console script exits with what its function returns, so nothing is returned.
     """
     try:
         run()
@@ -208,10 +233,6 @@ def main() -> None:
         log.debug("", exc_info=error)
         name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
         hint = "(LIT_MOEEDIT_LOG=debug shows where it was raised)"
-        raise SystemExit(printable(f"{f'lit-moeedit {name}'.strip()}: {_meant(error)}\n{hint}")) from error
+        raise SystemExit(printable(f"{f'lit-moeedit {name}'.strip()}: {_meant(error)}\n{hint}", keep="\n")) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as a shell counts it
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import lit_moeedit
 from lit_moeedit import cli as command_line
 from lit_moeedit.cli import run
 from lit_moeedit.editing import EditMemory
@@ -15,6 +17,8 @@ from lit_moeedit.solvers import BlockCoordinateDescent
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = ("atlas_zero3", "wandb")
+"""Recipes that are given after another one, the demo for instance."""
 
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -77,29 +81,98 @@ def small(tmp_path, facts_file):
 
 
 def _run(*args):
-    command = [sys.executable, "-m", "lit_moeedit.cli", *map(str, args)]
+    command = [sys.executable, "-m", "lit_moeedit", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses(path, facts_file, capsys):
-    args = ["fit", f"--config={path}"]
-    if path.stem == "wandb":  # made to be given behind another one
-        args.insert(1, f"--config={ROOT / 'configs' / 'atlas.yaml'}")
-    if path.stem == "counterfact":
-        args.append(f"--data.init_args.corpus.init_args.path={facts_file}")
+def _parsed(capsys, *configs):
+    """The config that ``fit`` would run with."""
     with pytest.raises(SystemExit) as exit:
-        run(args=[*args, "--print_config"])
+        run(args=["fit", *(f"--config={config}" for config in configs), "--print_config"])
     assert exit.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(path, capsys):
+    base = ["recipe:atlas"] if path.stem in OVERLAYS else []
+    printed = _parsed(capsys, *base, f"recipe:{path.stem}")
     assert {"trainer", "model", "data"} <= printed.keys()
     callbacks = printed["trainer"]["callbacks"] or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     assert any(callback["class_path"].endswith("KnowledgeEditing") for callback in callbacks)
 
 
-def test_there_is_a_config():
-    assert ROOT / "configs" / "atlas.yaml" in CONFIGS
+def _leaves(config, path=()):
+    """Every value that is no mapping, with the keys that lead to it."""
+    if not isinstance(config, dict):
+        return {path: config}
+    return {place: value for key in config for place, value in _leaves(config[key], (*path, key)).items()}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_changes_what_it_says_and_nothing_else(name, capsys):
+    overlay = _leaves(yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")))
+    base = _leaves(_parsed(capsys, "recipe:atlas"))
+    both = _leaves(_parsed(capsys, "recipe:atlas", f"recipe:{name}"))
+    assert overlay.items() <= both.items()
+    logger = ("trainer", "logger")
+    changed = {place for place in base.keys() | both.keys() if base.get(place) != both.get(place)} - overlay.keys()
+    # another class has other settings
+    assert all(place[:2] == logger for place in changed) if name == "wandb" else not changed
+
+
+def test_overlays_go_together(capsys):
+    printed = _parsed(capsys, "recipe:atlas", "recipe:atlas_zero3", "recipe:wandb")["trainer"]
+    logger = printed["logger"]
+    assert printed["strategy"] == "deepspeed_cpu_stage_3" and logger["class_path"].endswith("WandbLogger")
+    # jsonargparse keeps settings that two classes share; W&B would take a version for the id of a run
+    assert logger["init_args"]["version"] is logger["init_args"]["name"] is None
+
+
+def test_an_overlay_alone_says_what_it_is(capsys):
+    with pytest.raises(SystemExit):
+        run(args=["fit", "--config=recipe:atlas_zero3"])
+    assert capsys.readouterr().err.rstrip().endswith("It overlays another config: give that one before it.")
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    run(args=["recipes"])
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(listed) == [path.stem for path in CONFIGS] and "atlas" in listed
+    assert all(text.endswith(".") and len(text) <= 110 for text in listed.values())
+    assert {name for name, text in listed.items() if text.startswith("Overlay: ")} == set(OVERLAYS)
+    run(args=["recipes", "atlas"])
+    assert capsys.readouterr().out == (ROOT / "configs" / "atlas.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_command_in_a_config_is_about_it(path):
+    (line,) = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#   lit-moeedit ")]
+    words = shlex.split(line.removeprefix("#   lit-moeedit "))
+    assert words[0] in ("fit", "validate") and f"recipe:{path.stem}" in words
+
+
+@pytest.mark.parametrize("name", ["atlsa", "../configs/atlas", "/etc/passwd", "atlas.yaml", "", "*"])
+@pytest.mark.parametrize("args", [["fit", "--config"], ["plan", "--config"], ["recipes"]], ids=lambda args: args[0])
+def test_only_recipes_are_recipes(name, args, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(args=[*args, f"recipe:{name}"])
+    said = f"{exit.value.code} {capsys.readouterr().err}"
+    assert f"there is no recipe {name!r}; there are atlas, atlas_zero3, " in said
+
+
+def test_a_missing_file_is_named_with_its_option():
+    with pytest.raises(FileNotFoundError) as caught:
+        run(args=["fit", "--config", "recipe:counterfact"])
+    option = "--data.init_args.corpus.init_args.path"
+    assert str(caught.value) == f"No such file or directory: 'counterfact.json'; give the path of yours by {option}"
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(args=["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"lit-moeedit {lit_moeedit.__version__}\n"
 
 
 def _replaced(config, old, new):
@@ -132,7 +205,10 @@ def test_a_typo_is_named(small, capsys, old, new):
     with pytest.raises(SystemExit) as exit:
         run(args=["fit", f"--config={small}"])
     assert exit.value.code == 2
-    assert new.rpartition(".")[2] in capsys.readouterr().err
+    usage, *lines = capsys.readouterr().err.splitlines()
+    # the last line is the cause; the lines before it say where, and nothing prints the config around it
+    assert new.rpartition(".")[2] in lines[-1] and len(lines) <= 12
+    assert usage == "usage: lit-moeedit fit [--config CONFIG] [OPTIONS]" and "{" not in "".join(lines)
 
 
 def test_a_short_run_ends_with_a_summary(small, tmp_path):
@@ -221,3 +297,10 @@ def test_the_command_exits_with_0(monkeypatch):
     # a console script exits with what its function returns, and an object counts as a failure
     monkeypatch.setattr(command_line, "run", lambda: object())
     assert command_line.main() is None
+
+
+def test_two_callbacks_of_one_name_are_refused(tmp_path: Path) -> None:
+    twice = {"class_path": "lit_moeedit.callbacks.RoutingMonitor", "init_args": {"name": "a"}}
+    (tmp_path / "twice.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [twice, twice]}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"more than one stateful callback .* give each a 'name' of its own"):
+        run(["fit", "--config", str(ROOT / "configs" / "atlas.yaml"), "--config", str(tmp_path / "twice.yaml")])

@@ -20,88 +20,14 @@ from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
 from lit_moeedit.models.experts import check_editable, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.sharding.loading import pretrained_model
+from tests.large_models import REAL, SMALL_QWEN
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[1]
-REAL: dict[str, tuple[dict[str, Any], float]] = {
-    # config.json and model card of Qwen/Qwen3-30B-A3B: 30.5 B parameters
-    "qwen3_30b_a3b_zero3": (
-        {
-            "model_type": "qwen3_moe",
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-        },
-        30.5,
-    ),
-    # config.json of openai/gpt-oss-20b; the model card of gpt-oss (August 2025), table 1: 20.91 B parameters
-    "gpt_oss_20b_zero3": (
-        {
-            "model_type": "gpt_oss",
-            "vocab_size": 201088,
-            "hidden_size": 2880,
-            "intermediate_size": 2880,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "num_local_experts": 32,
-            "num_experts_per_tok": 4,
-        },
-        20.9,
-    ),
-    # model card of Qwen/Qwen3.6-35B-A3B: layers, sizes and heads of the text part; 35 B parameters, vision not counted
-    "qwen3_6_35b_a3b_zero3": (
-        {
-            "model_type": "qwen3_5_moe_text",
-            "vocab_size": 248320,
-            "hidden_size": 2048,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "head_dim": 256,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "moe_intermediate_size": 512,
-            "shared_expert_intermediate_size": 512,
-            "num_experts": 256,
-            "num_experts_per_tok": 8,
-            "full_attention_interval": 4,
-        },
-        34.7,
-    ),
-}
 SHAPES = {
     "qwen3_30b_a3b_zero3": (128, 2048, 768),
     "gpt_oss_20b_zero3": (32, 2880, 2880),
     "qwen3_6_35b_a3b_zero3": (256, 2048, 512),
-}
-SMALL_QWEN: dict[str, Any] = {
-    "vocab_size": 420,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "moe_intermediate_size": 20,
-    "shared_expert_intermediate_size": 16,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
 }
 every_config = pytest.mark.parametrize("name", list(REAL))
 
@@ -158,7 +84,8 @@ def test_the_papers_settings() -> None:
     qwen, oss, other = (editor_settings(name) for name in REAL)
     for settings in (qwen, oss, other):
         targets = settings["targets"]["init_args"]
-        assert (settings["preserve"], settings["threshold"], settings["ridge"]) == ("nullspace", 0.02, 1.0)
+        null_space = {"class_path": "lit_moeedit.preservation.NullSpace", "init_args": {"threshold": 0.02}}
+        assert (settings["preserve"], settings["ridge"]) == (null_space, 1.0)
         assert (targets["clamp"], targets["weight_decay"], targets["kl"]) == (0.75, 0.5, 0.0625)
     # what a card of 80 GB has room for is not the papers'
     del other["token_budget"], other["targets"]["init_args"]["token_budget"]
@@ -272,7 +199,7 @@ def test_experts_beside_linear_attention_are_watched_and_edited(make_model, fact
     layers, seen, outputs = check_editable(model, [0, 1]), dict[int, RoutedKeys](), dict[int, torch.Tensor]()
     for layer in layers:
         layer.experts.register_forward_hook(lambda _, args, output, i=layer.index: outputs.update({i: output}))
-    with watch_keys(model, layers, lambda: None, lambda layer, keys: seen.update({layer.index: keys})), torch.no_grad():
+    with watch_keys(layers, lambda: None, lambda layer, keys: seen.update({layer.index: keys})), torch.no_grad():
         model(input_ids=torch.tensor([[5, 6, 7, 8], [9, 3, 4, 5]]))
     for layer in layers:
         keys, output = seen[layer.index], torch.zeros(8, 32)

@@ -1,7 +1,8 @@
-"""The package as it is installed: from a checkout, and from a wheel."""
+"""The package as it is installed, from a checkout and from a wheel, and its public names."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -15,8 +16,30 @@ from typing import Any
 
 import pytest
 
+import lit_moeedit
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lit_moeedit", "callbacks")
+CONFIGS = {path.name for path in (ROOT / "configs").iterdir()}
+PUBLIC = """
+lit_moeedit: Atlas BlockCoordinateDescent Corpus CovariancePenalty EditEvent EditListener EditMemory EditMethod
+    EditProblem EditReport EditResult EditSuccess Editor Evaluation ExpertDeltas ExpertLoad Fact FactsCorpus
+    FactsDataModule FactsError FineTuning KnowledgeEditing LitMoE Neighbour NullSpace OutputPenalty PerExpertRidge
+    Preservation RoutingDivergence RoutingMonitor RoutingSimilarity Schedule Solver TargetOptimizer Tucker Woodbury
+    __version__ evaluate read_facts regathering validate_facts
+lit_moeedit.callbacks: EditEvent EditListener EditReport KnowledgeEditing RoutingMonitor Schedule
+lit_moeedit.data: Atlas CheckedFacts Corpus Fact FactError FactsCorpus FactsDataModule FactsError Neighbour Statement
+    read_facts validate_facts
+lit_moeedit.editing: EditMemory EditMethod EditResult Editor Evaluation FineTuning MomentsCache PHASES SecondMoments
+    TargetOptimizer Targets answers evaluate neighbour_groups perplexity score second_moments
+lit_moeedit.metrics: EditSuccess ExpertLoad RoutingDivergence RoutingSimilarity edit_success expert_load
+    routing_divergence routing_similarity
+lit_moeedit.planning: Cost CostCounter FakeFloatMode Workload empty_model simulate
+lit_moeedit.preservation: CovariancePenalty MomentsCache NullSpace OutputPenalty Preservation SecondMoments Shaping
+lit_moeedit.solvers: BlockCoordinateDescent EditProblem ExpertDeltas LayerWeights PerExpertRidge Solver Tucker
+    TuckerFactors Woodbury
+"""
+"""Every public name. Who adds one here promises to keep it; who takes one away breaks somebody's code."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    for name in PACKAGES:
+    for name in (*PACKAGES, "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-index"]
     command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(target), str(source)]
@@ -60,14 +83,26 @@ def test_every_folder_of_sources_is_a_listed_package(pyproject: dict[str, Any]) 
     folders = {path.parent.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     mapped = {folder: package for package, folder in settings["package-dir"].items()}
     expected = {mapped.get(folder, folder.replace("/", ".")) for folder in folders}
-    assert set(settings["packages"]) == expected
+    assert set(settings["packages"]) == expected | {"lit_moeedit.configs"}
     assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_the_oldest_versions_that_are_promised_are_tested(pyproject: dict[str, Any]) -> None:
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    project = pyproject["project"]
+    bounds = [*project["dependencies"], *project["optional-dependencies"]["deepspeed"]]
+    for bound in bounds:
+        name, version = re.fullmatch(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", bound).groups()  # type: ignore[union-attr]
+        found = pinned[name.lower()]
+        assert found == version or re.fullmatch(rf"{re.escape(version)}(\.0)+", found), (bound, found)
 
 
 def test_a_wheel_holds_every_source_and_the_table(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"lit_moeedit/{name}" for name in sources("lit_moeedit")}
     expected |= {f"lit_moeedit/callbacks/{name}" for name in sources("callbacks")}
+    expected |= {f"lit_moeedit/configs/{name}" for name in CONFIGS}
     expected |= {"lit_moeedit/data/atlas.tsv", "lit_moeedit/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     metadata = {name.split(".dist-info/")[1] for name in names if ".dist-info/" in name}
@@ -81,10 +116,11 @@ import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import json
 import lit_moeedit.callbacks
-from lit_moeedit.callbacks import __all__ as names
 from lit_moeedit.data import Atlas
-missing = [name for name in names if not hasattr(lit_moeedit.callbacks, name)]
+from lit_moeedit.recipes import recipe_path
+missing = [name for name in lit_moeedit.__all__ if not hasattr(lit_moeedit, name)]
 files = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "lit_moeedit"]
+files.append(str(recipe_path("atlas")))
 print(json.dumps({{"files": files, "missing": missing, "edits": len(Atlas(edits=2).edits)}}))
 """
     command = [sys.executable, "-I", "-c", code]
@@ -96,11 +132,99 @@ print(json.dumps({{"files": files, "missing": missing, "edits": len(Atlas(edits=
     assert str(tmp_path / "lit_moeedit" / "callbacks" / "__init__.py") in found["files"]
 
 
+IN_A_CHECKOUT = """
+import importlib.util
+import json
+import sys
+def origin(name):
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+    return spec and (spec.origin or list(spec.submodule_search_locations)[0])
+names = ("", ".callbacks", ".configs", ".tests", ".benchmarks", ".lit_moeedit")
+found = {name: origin("lit_moeedit" + name) for name in names}
+print(json.dumps({"found": found, "torch": "torch" in sys.modules, "path": len(sys.modules["lit_moeedit"].__path__)}))
+"""
+
+
+def test_a_checkout_is_taken_whole_where_another_version_is_installed(wheel: Path, tmp_path: Path) -> None:
+    """Python puts the working directory before what is installed, and ``lit_moeedit/`` there has no callbacks in it."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    command = [sys.executable, "-c", IN_A_CHECKOUT]
+    # without site: an editable install would find the callbacks of its own checkout
+    command.insert(1, "-S")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["found"] == {
+        "": str(ROOT / "lit_moeedit" / "__init__.py"),
+        ".callbacks": str(ROOT / "callbacks" / "__init__.py"),
+        ".configs": str(ROOT / "configs"),
+        ".tests": None,
+        ".benchmarks": None,
+        ".lit_moeedit": None,
+    }
+    # the package imports nothing outside of the standard library; and there is no second place to find anything in
+    assert not answer["torch"] and answer["path"] == 1
+    outside = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert json.loads(outside.stdout)["found"][".callbacks"] == str(tmp_path / "lit_moeedit/callbacks/__init__.py")
+
+
+def test_the_public_names_are_these() -> None:
+    expected: dict[str, list[str]] = {}
+    for word in PUBLIC.split():
+        if word.endswith(":"):
+            names = expected.setdefault(word.removesuffix(":"), [])
+        else:
+            names.append(word)
+    for module, names in expected.items():
+        found = importlib.import_module(module)
+        assert sorted(found.__all__) == sorted(names), module
+        assert all(getattr(found, name) is not None for name in names)
+
+
+def test_a_name_is_the_same_object_everywhere() -> None:
+    from lit_moeedit import EditEvent, Editor, KnowledgeEditing, callbacks, editing
+
+    assert callbacks.KnowledgeEditing is KnowledgeEditing and callbacks.EditEvent is EditEvent
+    assert editing.Editor is Editor and set(lit_moeedit.__all__) <= set(dir(lit_moeedit))
+    folder = ROOT / "callbacks"
+    copies = [name for name, module in sys.modules.items()
+              if Path(str(getattr(module, "__file__", ""))).is_relative_to(folder)]  # fmt: skip
+    assert all(name.startswith("lit_moeedit.callbacks") for name in copies)
+    with pytest.raises(AttributeError, match="has no attribute 'Edtor'"):
+        lit_moeedit.Edtor  # noqa: B018
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    tree = ast.parse((ROOT / "lit_moeedit" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    declared = {
+        alias.asname: f"{node.module}".removeprefix("lit_moeedit.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert declared == lit_moeedit._MODULES
+
+
+def test_the_package_is_imported_without_what_takes_time() -> None:
+    code = "import sys, lit_moeedit; print(lit_moeedit.__version__, *{'torch', 'lightning'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert done.stdout.split() == [project["version"]]
+    command = [sys.executable, "-X", "importtime", "-m", "lit_moeedit", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == f"lit-moeedit {project['version']}\n" and " torch" not in done.stderr
+
+
 def test_extras_and_script_exist(pyproject: dict[str, Any]) -> None:
     project = pyproject["project"]
-    assert set(project["optional-dependencies"]) == {"wandb", "deepspeed", "test", "dev"}
-    assert project["scripts"] == {"lit-moeedit": "lit_moeedit.cli:main"}
-    assert callable(importlib.import_module("lit_moeedit.cli").main)
+    assert set(project["optional-dependencies"]) == {"wandb", "deepspeed", "test", "docs", "dev"}
+    assert project["scripts"] == {"lit-moeedit": "lit_moeedit.__main__:main"}
+    assert callable(importlib.import_module("lit_moeedit.__main__").main)
 
 
 def test_every_requirement_has_a_tested_version(pyproject: dict[str, Any]) -> None:

@@ -1,0 +1,21 @@
+"""The command ``lit-moeedit``, also as ``python -m lit_moeedit``."""
+
+from __future__ import annotations
+
+import sys
+
+import lit_moeedit
+
+
+def main() -> None:
+    """Run the command, or print the version without the slow imports."""
+    if sys.argv[1:] == ["--version"]:
+        sys.stdout.write(f"lit-moeedit {lit_moeedit.__version__}\n")
+        return
+    from lit_moeedit import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

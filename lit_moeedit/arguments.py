@@ -1,0 +1,76 @@
+"""Parsers of the command line: recipes as configs, and errors that name the cause."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
+
+from lit_moeedit.recipes import with_recipe_paths
+
+_NOISE = re.compile(
+    r" *($|(- )?Does not validate against|Subtypes: |Errors:$|Given value type: |Subclass types|- a (class|dict))"
+)
+_ALTERNATIVE = re.compile(r" *(- (Expected an? |Not a valid subclass)|Given value: )")
+
+
+def essence(message: str) -> str:
+    """Return the cause in a message of jsonargparse, without the types that a value was not meant to have.
+
+    jsonargparse gives a reason for every type of a union. The intended type is the one in which parsing got furthest,
+    the most indented.
+
+    Example:
+        >>> print(essence('''Parser key "model":
+        ...   Does not validate against any of the Union subtypes
+        ...   Errors:
+        ...     - Problem with given class_path 'LitMoE':
+        ...         Option 'rate' is not accepted
+        ...     - Expected a <class 'NoneType'>
+        ...   Given value: {'class_path': 'LitMoE', 'init_args': {'rate': 1}}'''))
+        Parser key "model":
+            - Problem with given class_path 'LitMoE':
+                Option 'rate' is not accepted
+    """
+
+    def depth(line: str) -> int:
+        return len(line) - len(line.lstrip())
+
+    lines = [line for line in message.splitlines() if not _NOISE.match(line)]
+    furthest = max((depth(line) for line in lines if not _ALTERNATIVE.match(line)), default=0)
+    return "\n".join(line for line in lines if depth(line) >= furthest or not _ALTERNATIVE.match(line))
+
+
+class RunParser(LightningArgumentParser):
+    """Takes ``--config recipe:NAME`` for the config of that name that comes with the package."""
+
+    @override
+    def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
+        try:
+            args = with_recipe_paths(sys.argv[1:] if args is None else args)
+        except ValueError as error:
+            self.error(str(error), error)
+        return super().parse_args(args, *others, **kwargs)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        found = essence(message)
+        if "class path given previously" in message and "Given value: {'init_args'" in found:
+            found += "\nIt overlays another config: give that one before it."
+        super().error(found, ex)
+
+
+class CommandParser(ArgumentParser):
+    """Takes ``--option`` for ``--option=true``, and a ``name`` without an option before it."""
+
+    @override
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("type") is bool:
+            kwargs |= {"nargs": "?", "const": True}
+        if args == ("--name",):
+            args, kwargs = ("name",), kwargs | {"nargs": "?"}
+        return super().add_argument(*args, **kwargs)

@@ -22,7 +22,7 @@ EDITED = {
     "specificity_retained_same_subject": 0.87,
     "specificity_retained_same_relation": 0.87,
 }
-"""What must hold right after the edit, and again when training is over."""
+"""Thresholds right after the edit, and again at the end of training."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether there is a possible value and it is on the right side of the threshold."""
+        """True if there is a possible value on the right side of the threshold."""
         if self.value is None or not math.isfinite(self.value) or not self.lowest <= self.value <= self.highest:
             return False
         return self.value >= self.threshold if self.at_least else self.value <= self.threshold
@@ -85,7 +85,7 @@ def ratio(summary: Any, above: str, below: str) -> float | None:
 
 
 def checks(summary: Any) -> Iterator[Check]:
-    """Every check of the gate; their number does not depend on what the summary holds."""
+    """Yield every check; their number does not depend on what the summary holds."""
 
     def check(path: str, threshold: float, *, at_least: bool = True, highest: float = 1.0) -> Check:
         return Check(path, number(summary, path), at_least, threshold, highest=highest)

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks.training import RESULTS, command_line, quiet, write
 from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.preservation import CovariancePenalty, NullSpace
 
 COLUMNS = (
     ("after", "efficacy"),
@@ -39,11 +40,11 @@ def variant(editing: KnowledgeEditing, name: str) -> None:
     """Change the config's editing into a variant of it."""
     editor = editing.editor
     if name == "nullspace":
-        editor.preserve, editor.threshold, editor.ridge = "nullspace", 1.0, 0.1
+        editor.preserve, editor.ridge = NullSpace(1.0), 0.1
     elif name == "none":
-        editor.preserve, editor.ridge = "none", 1.0
+        editor.preserve, editor.ridge = None, 1.0
     elif name == "covariance":
-        editor.preserve, editor.strength = "covariance", 1e4
+        editor.preserve = CovariancePenalty(1e4)
     elif name == "output, no renewals":
         editing.renew_every_n_steps = None
     elif name != "output":

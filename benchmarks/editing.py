@@ -29,6 +29,7 @@ from benchmarks import reference
 from benchmarks.training import QUALITY, Trained, arguments_of, changed, header, quiet, row, trained, write
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.editing import PHASES, Editor, FineTuning
+from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty
 from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker
 
 EDITS = {"atlas": 50, "counterfact": 100}
@@ -40,20 +41,20 @@ HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
 def editors(base: Editor, name: str) -> dict[str, Editor]:
     """Every editor, with the config's targets and layers."""
     threshold, ridge = HARD[name]
-    hard = {"preserve": "nullspace", "threshold": threshold, "ridge": ridge}
+    hard = {"preserve": NullSpace(threshold), "ridge": ridge}
     found = {
-        "Woodbury, output": changed(base, preserve="output", strength=0.3),
-        "Woodbury, covariance": changed(base, preserve="covariance", strength=1e4),
+        "Woodbury, output": changed(base, preserve=OutputPenalty(0.3)),
+        "Woodbury, covariance": changed(base, preserve=CovariancePenalty(1e4)),
         "Woodbury, null space": changed(base, **hard),
         "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard),
         "Tucker at each layer, output": changed(
-            base, preserve="output", strength=0.3, solver=Tucker(energy=0.99, carry=False)
+            base, preserve=OutputPenalty(0.3), solver=Tucker(energy=0.99, carry=False)
         ),
         "Tucker, null space (MoTE)": changed(base, solver=Tucker(energy=0.99), **hard),
     }
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
     return found | {
-        "MEMIT per expert": changed(base, preserve="covariance", strength=1e4, solver=PerExpertRidge()),
+        "MEMIT per expert": changed(base, preserve=CovariancePenalty(1e4), solver=PerExpertRidge()),
         "FT": FineTuning(learning_rate=1e-3, **shared),
         **{f"FT-L, {e:g}": FineTuning(learning_rate=1e-3, norm_constraint=e, **shared) for e in (0.02, 0.05)},
     }
@@ -71,7 +72,7 @@ def runs(found: Trained, name: str) -> dict[str, Edit]:
 
     threshold, ridge = HARD[name]
     published = changed(
-        found.editor, solver=BlockCoordinateDescent(passes=4), preserve="nullspace", threshold=threshold, ridge=ridge
+        found.editor, solver=BlockCoordinateDescent(passes=4), preserve=NullSpace(threshold), ridge=ridge
     )
     every = {label: by(editor) for label, editor in editors(found.editor, name).items()}
     return every | {
@@ -80,7 +81,7 @@ def runs(found: Trained, name: str) -> dict[str, Edit]:
 
 
 def corpus(name: str, facts: Path | None) -> list[str]:
-    """What the command line says about the facts to edit."""
+    """Return the options of the command line that choose the facts to edit."""
     options = {"edits": EDITS[name]} if name == "atlas" else {"edits": EDITS[name], "path": facts}
     return [f"--data.init_args.corpus.init_args.{option}={value}" for option, value in options.items()]
 

@@ -174,7 +174,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """Version of the card's driver, if its own tool says it."""
+    """Version of the card's driver, if its own tool reports it."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

@@ -19,8 +19,9 @@ from lit_moeedit.editing import Editor, TargetOptimizer, second_moments
 from lit_moeedit.editing.routing_trace import trace_routing
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
-from lit_moeedit.models.partial_forward import hidden_states, inference
-from lit_moeedit.solvers import BlockCoordinateDescent, ConjugateGradients, NormalEquations, Tucker, Woodbury
+from lit_moeedit.models.partial_forward import inference, layer_output
+from lit_moeedit.preservation import NullSpace
+from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker, Woodbury
 
 EDIT_BOUND = 1e-3
 """Largest difference of two edits in float32, relative to the largest change of a weight: rounding of sums in another
@@ -75,10 +76,8 @@ def editors() -> dict[str, Editor]:
         "BlockCoordinateDescent, covariance": Editor(solver=BlockCoordinateDescent(), preserve="covariance", **common),
         # most of so few dimensions are in use; with the ridge of the papers, and not the default, what is left of a key
         # beside them is not blown up with its rounding
-        "NormalEquations, nullspace": Editor(
-            solver=NormalEquations(), preserve="nullspace", threshold=0.5, ridge=1.0, **common
-        ),
-        "ConjugateGradients, none": Editor(solver=ConjugateGradients(), preserve="none", **common),
+        "PerExpertRidge, nullspace": Editor(solver=PerExpertRidge(), preserve=NullSpace(0.5), ridge=1.0, **common),
+        "Woodbury, none": Editor(solver=Woodbury(), preserve="none", **common),
         "Tucker, output": Editor(solver=Tucker(energy=0.9), preserve="output", **common),
     }
 
@@ -241,9 +240,9 @@ def exact_moments(
         for expert, rows in enumerate(keys.split(torch.bincount(seen.expert, minlength=experts).tolist())):
             total[expert].addmm_(rows.T, rows)
 
-    with inference(model), watch_keys(model, [layer], lambda: chosen, observe):
+    with inference(model), watch_keys([layer], lambda: chosen, observe):
         for batch in token_batches([len(ids) for ids in rows], BUDGET):
             ids, mask = (x.to(total.device) for x in pad([rows[i] for i in batch], pad_id(words)))
             chosen = mask.flatten().nonzero().squeeze(-1)
-            hidden_states(model, layer, ids, mask, position_ids(mask))
+            layer_output(model, layer, ids, mask, position_ids(mask))
     return total

@@ -48,7 +48,7 @@ BYTES = {True: 22, False: 10}
 """For each parameter while it is trained, with DeepSpeed (bfloat16 weights and gradients, float32 masters, gradients
 and moments) and without (all of it bfloat16), and what is used for some moments besides."""
 SAVED = {True: 14, False: 6}
-"""The same of a checkpoint."""
+"""The same for a checkpoint."""
 BASE = 4e9
 """Bytes of a card for activations, second moments and the card's own libraries."""
 RESUME_BOUND = 1e-3

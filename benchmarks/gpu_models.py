@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from lit_moeedit.data import Atlas, Corpus, Fact
 from lit_moeedit.data.atlas import TEMPLATES, read_table
 from lit_moeedit.data.encoding import join, token_ids
-from lit_moeedit.pretrained import config_of
+from lit_moeedit.pretrained import build_config
 
 VOCABULARY = 2624
 """Of the tokenizer, which is trained on the spot; the models' own vocabularies are those of the published ones."""
@@ -22,7 +22,7 @@ MARGIN = 15e9
 
 
 class LeftOutError(Exception):
-    """Something cannot be done here; the message says why."""
+    """Raised for what cannot be done here, with the reason."""
 
 
 class Case(NamedTuple):
@@ -111,7 +111,7 @@ def random_model(
 ) -> PreTrainedModel:
     """A model whose weights are drawn where they stay; matrices have the given standard deviation."""
     with device, no_init_weights():
-        model = AutoModelForCausalLM.from_config(config_of(config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(build_config(config), dtype=dtype)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -125,7 +125,7 @@ def random_model(
 def parameters_of(config: dict[str, Any], layers: int) -> int:
     """Number of parameters of the model with so many layers."""
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config_of({**config, "num_hidden_layers": layers}))
+        model = AutoModelForCausalLM.from_config(build_config({**config, "num_hidden_layers": layers}))
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -20,7 +20,7 @@ from benchmarks.gpu_checks import check
 from lit_moeedit.data.encoding import pad_id, position_ids, token_ids
 from lit_moeedit.editing import Editor, EditResult, SecondMoments, TargetOptimizer, second_moments
 from lit_moeedit.models.experts import expert_layers
-from lit_moeedit.models.partial_forward import hidden_states, inference
+from lit_moeedit.models.partial_forward import inference, layer_output
 from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, ExpertDeltas, Woodbury
 
 STEPS, PASSES = 25, 4
@@ -289,7 +289,7 @@ class Subject:
             start = time.perf_counter()
             with inference(self.model):
                 for ids, mask in some:
-                    hidden_states(self.model, top, ids, mask, position_ids(mask))
+                    layer_output(self.model, top, ids, mask, position_ids(mask))
             synchronize(self.device)
             return time.perf_counter() - start
 

@@ -1,4 +1,4 @@
-"""What second moments cost beside the bare forward pass over the same text, and what shaping matrices cost.
+"""Cost of second moments beside the bare forward pass over the same text, and cost of shaping matrices.
 
 Run from the root of the repository, with the package installed:
 
@@ -30,7 +30,8 @@ from lit_moeedit.data.encoding import encode, pad, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments, second_moments
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
-from lit_moeedit.models.partial_forward import hidden_states, inference
+from lit_moeedit.models.partial_forward import inference, layer_output
+from lit_moeedit.preservation import CovariancePenalty
 from lit_moeedit.preservation.moments_cache import MomentsCache
 from lit_moeedit.preservation.shaping import Shaping
 
@@ -94,7 +95,7 @@ class Passes:
         self.model.set_experts_implementation(implementation)
         with inference(self.model):
             for ids, mask in self.batches:
-                hidden_states(self.model, self.layers[-1], ids, mask, position_ids(mask))
+                layer_output(self.model, self.layers[-1], ids, mask, position_ids(mask))
 
     def whole_forward(self, implementation: str) -> None:
         """All layers, and the logits of all positions."""
@@ -114,10 +115,10 @@ class Passes:
             for expert, rows in enumerate(keys.key.split(counts)):
                 moments[layer.index].add(expert, rows, torch.ones(len(rows)))
 
-        with inference(self.model), watch_keys(self.model, self.layers, lambda: chosen, observe):
+        with inference(self.model), watch_keys(self.layers, lambda: chosen, observe):
             for ids, mask in self.batches:
                 chosen = mask.flatten().nonzero().squeeze(-1)
-                hidden_states(self.model, self.layers[-1], ids, mask, position_ids(mask))
+                layer_output(self.model, self.layers[-1], ids, mask, position_ids(mask))
         return moments
 
     def streamed(self, cache: MomentsCache | None = None) -> dict[int, SecondMoments]:
@@ -193,7 +194,7 @@ def roots(experts: int, d_hidden: int, rounds: int) -> dict[str, float]:
     exact = torch.linalg.inv(torch.eye(d_hidden, dtype=torch.float64) + 1e4 * moments.total.double())
 
     def shaping(symmetric: bool) -> Tensor:
-        return Shaping.of(moments, torch.arange(experts), "covariance", strength=1e4, symmetric=symmetric).matrices
+        return Shaping.of(moments, torch.arange(experts), CovariancePenalty(), 1e4, symmetric).matrices
 
     def error(matrices: Tensor) -> float:
         return float((matrices.double().mT @ matrices.double() - exact).norm() / exact.norm())

@@ -67,7 +67,7 @@ def _optimise(
     everywhere = torch.arange(len(rows), device=device)
     last = mask.sum(-1) - 1
     neutral = torch.tensor([row.is_neutral for row in rows], device=device)
-    # position i says token i + 1
+    # position i predicts token i + 1
     place = torch.arange(ids.shape[1], device=device)
     start = torch.tensor([row.encoding.target_start for row in rows], device=device)
     wanted = (place[1:] >= start[:, None]) & (place[1:] <= last[:, None])

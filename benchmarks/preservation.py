@@ -1,4 +1,4 @@
-"""What preserves best: null spaces, soft penalties, mixtures of both, and which moments of which tokens.
+"""Preservations compared: null spaces, soft penalties, mixtures of both, and moments of different tokens.
 
 Run from the root of the repository, with the package installed:
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_b
 from lit_moeedit.editing import SecondMoments
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
-from lit_moeedit.models.partial_forward import hidden_states, inference
+from lit_moeedit.models.partial_forward import inference, layer_output
+from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
 EDITS = 100
 SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")
@@ -101,13 +102,13 @@ def both_moments(found: Trained, gated: bool) -> tuple[Moments, Moments]:
                 mine = own & (keys.expert == expert)
                 sums[layer.index].add(expert, keys.key[mine], keys.gate[mine])
 
-    with inference(model), watch_keys(model, layers, lambda: selected, observe):
+    with inference(model), watch_keys(layers, lambda: selected, observe):
         for batch in token_batches([len(r) for r in rows], found.editor.token_budget):
             ids, mask = pad([rows[i] for i in batch], pad_id(tokenizer))
             selected = mask.flatten().nonzero().squeeze(-1)
             # a text ends with its answer, mostly one token
             last = torch.zeros_like(mask).scatter_(1, mask.sum(1, keepdim=True) - 2, 1).flatten().bool()
-            hidden_states(model, layers[-1], ids, mask, position_ids(mask))
+            layer_output(model, layers[-1], ids, mask, position_ids(mask))
             for layer in layers:
                 everywhere[layer.index].tokens += int(mask.sum())
                 edited[layer.index].tokens += len(ids)
@@ -140,24 +141,22 @@ def stiff(moment: Tensor, share: float) -> Tensor:
 
 
 def edits(name: str, seed: int, models: Path, known: set[Point], arguments: list[str]) -> Iterator[dict[str, Any]]:
-    """What each setting that is not known yet does to one model."""
+    """Measure the settings of one model that have not been measured yet."""
     missing = [point for point in points() if point not in known]
     if not missing:
         return
     found = trained(name, seed, models, *arguments)
     moments = {gated: both_moments(found, gated) for gated in (False, True)}
     shared = Once(found.editor.targets)
-    forms: Mapping[bool, str] = {False: "covariance", True: "output"}
     for point in missing:
-        preserve = forms[point.gated]
-        if point.form.startswith(("none", "null space")):
-            preserve = "none" if point.form == "none" else "nullspace"
-        settings: dict[str, Any] = {"preserve": preserve, "ridge": point.ridge, "targets": shared}
-        settings["threshold" if preserve == "nullspace" else "strength"] = point.strength
+        preserve: Preservation | None = None
         if point.gated:
             experts, _, d_hidden = found.editor.check(found.model)[0].shape
-            settings["strength"] /= experts * d_hidden
-        editor, own = changed(found.editor, **settings), moments_of(point, *moments[point.gated])
+            preserve = OutputPenalty(point.strength / (experts * d_hidden))
+        elif point.form != "none":
+            preserve = (NullSpace if point.form.startswith("null space") else CovariancePenalty)(point.strength)
+        editor = changed(found.editor, preserve=preserve, ridge=point.ridge, targets=shared)
+        own = moments_of(point, *moments[point.gated])
         result = found.quality(lambda m, facts: editor.edit(m, found.tokenizer, facts, moments=own).seconds)  # noqa: B023
         yield {**asdict(point), **{metric: result[metric] for metric in SHOWN}}
 

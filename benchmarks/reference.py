@@ -23,6 +23,7 @@ from lit_moeedit.data.encoding import encode, join, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import PHASES, Editor
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.preservation import NullSpace
 from lit_moeedit.solvers import BlockCoordinateDescent
 
 
@@ -47,14 +48,14 @@ def edit(
     editor: Editor,
 ) -> Outcome:
     """Edit the facts into the model's weights, with the settings of an editor of null spaces and its BCD."""
-    assert isinstance(editor.solver, BlockCoordinateDescent) and editor.preserve == "nullspace"
+    assert isinstance(editor.solver, BlockCoordinateDescent) and isinstance(editor.preserve, NullSpace)
     model.eval().requires_grad_(False)
     outcome, start = Outcome(), time.perf_counter()
     blocks = model.model.layers
     projectors = {}
     for layer in editor.layers:
         moments = outcome.timed("statistics", second_moments, model, tokenizer, blocks[layer].mlp.experts, texts)
-        projectors[layer] = outcome.timed("statistics", null_spaces, moments, editor.threshold)
+        projectors[layer] = outcome.timed("statistics", null_spaces, moments, editor.preserve.threshold)
     top = blocks[editor.layers[-1]]
     goals = []
     for fact in facts:
@@ -79,7 +80,7 @@ def edit(
 
 def target_vector(model: PreTrainedModel, tokenizer: Any, fact: Fact, editor: Editor) -> Tensor:
     """``δ`` of one fact, optimised through the whole model."""
-    rows, _, _ = editor._encode(tokenizer, [fact], model)
+    rows = editor.encode(tokenizer, [fact]).rows
     layer = expert_layers(model)[editor.layers[-1]]
     return reference_targets(model, layer, rows, editor.targets, pad_id(tokenizer)).deltas[0]
 

@@ -1,4 +1,4 @@
-"""Ten batches of 20 edits one after another, with and without a memory of past edits: what is left of all of them.
+"""Ten batches of 20 edits one after another, with and without a memory of past edits: and the state of all of them.
 
 Run from the root of the repository, with the package installed:
 
@@ -47,7 +47,7 @@ SETTINGS = {
     "no preservation": ("no memory", "memory"),
     f"{STEPS} steps between": ("no memory", "memory"),
 }
-"""What else is different, and the memories that are compared there."""
+"""Further differences, and the memories that are compared there."""
 
 
 class Observer(EditListener):
@@ -78,7 +78,7 @@ class Observer(EditListener):
 
 
 def run(seed: int, setting: str, memory: str, models: Path) -> list[dict[str, Any]]:
-    """What is left of all edits after each batch."""
+    """Measure all edits so far after each batch."""
     corpus = [f"--data.init_args.corpus.init_args.{o}" for o in (f"edits={BATCHES * SIZE}", "neighbours=1")]
     weights = trained("atlas", seed, models, *corpus).model.state_dict()
     arguments = [*corpus, "--trainer.limit_val_batches=0", f"--trainer.max_epochs={BATCHES + 1}"]
@@ -93,7 +93,7 @@ def run(seed: int, setting: str, memory: str, models: Path) -> list[dict[str, An
     cli.model.model.load_state_dict(weights)
     editor.memory = MEMORIES[memory]()
     if setting == "no preservation":
-        editor.preserve, editor.ridge = "none", 1.0
+        editor.preserve, editor.ridge = None, 1.0
     observer = Observer(cli)
     if setting.endswith("between"):
         cli.datamodule.preservation_samples = 1024
@@ -103,7 +103,7 @@ def run(seed: int, setting: str, memory: str, models: Path) -> list[dict[str, An
     else:
         model, tokenizer = cli.model.model, cli.datamodule.tokenizer
         moments = {}
-        if editor.preserve != "none":
+        if editor.preserve is not None:
             texts = cli.datamodule.preservation_texts()
             moments = second_moments(model, tokenizer, editor.check(model), texts, gated=editor.gated)
         for number in range(BATCHES):

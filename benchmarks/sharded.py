@@ -29,19 +29,19 @@ import yaml
 from benchmarks.training import MODELS, RESULTS, ROOT, header, quiet, row, trained, write
 
 METRICS = ("efficacy", "efficacy_accuracy", "generalization", "specificity_retained")
-RUNS = {
-    "one process, two threads": ("atlas.yaml", 2),
-    "one process, one thread": ("atlas.yaml", 1),
-    "ZeRO-3, two processes": ("atlas_zero3.yaml", 1),
+RUNS: dict[str, tuple[list[str], int]] = {
+    "one process, two threads": ([], 2),
+    "one process, one thread": ([], 1),
+    "ZeRO-3, two processes": (["atlas_zero3.yaml"], 1),
 }
-"""Configs of the runs, and the threads of each process."""
+"""Configs that overlay the demo's, and the threads of each process."""
 TITLES = ("From nothing", "From the same weights")
 Curve = list[tuple[int, float]]
 
 
-def run(config: Path, seed: int, folder: Path, threads: int) -> tuple[dict[str, Any], Curve]:
+def run(configs: list[Path], seed: int, folder: Path, threads: int) -> tuple[dict[str, Any], Curve]:
     """Summary and training losses by step of one run."""
-    command = [sys.executable, "-m", "lit_moeedit.cli", "fit", "--config", str(config)]
+    command = [sys.executable, "-m", "lit_moeedit", "fit", *(f"--config={config}" for config in configs)]
     command += [f"--seed_everything={seed}", f"--data.init_args.seed={seed}"]
     command += [f"--data.init_args.corpus.init_args.seed={seed}", f"--trainer.default_root_dir={folder}"]
     command += [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.enable_progress_bar=false"]
@@ -52,9 +52,9 @@ def run(config: Path, seed: int, folder: Path, threads: int) -> tuple[dict[str, 
     return json.loads((folder / "summary.json").read_text(encoding="utf-8")), losses
 
 
-def from_the_edit(name: str, weights: Path, folder: Path) -> Path:
+def from_the_edit(weights: Path, folder: Path) -> Path:
     """A config that begins with the edit of weights that are there, and trains on as the demo does behind its edit."""
-    config = yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
+    config = yaml.safe_load((ROOT / "configs/atlas.yaml").read_text(encoding="utf-8"))
     editing = config["trainer"]["callbacks"][0]["init_args"]
     config["trainer"]["max_epochs"] -= editing["at"]["epoch"]
     editing["at"] = "fit_start"
@@ -62,7 +62,7 @@ def from_the_edit(name: str, weights: Path, folder: Path) -> Path:
     rate = module["learning_rate"] * module["final_learning_rate"]
     module |= {"learning_rate": rate, "final_learning_rate": 1.0, "warmup": 0.0, "cosine_until": 1.0}
     module |= {"config": None, "pretrained": str(weights)}
-    path = folder / f"from_the_edit_{name}"
+    path = folder / "from_the_edit.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
 
@@ -118,12 +118,14 @@ def main() -> None:
         found = trained("atlas", arguments.seed, arguments.models)
         found.model.save_pretrained(folder / "weights")
         found.tokenizer.save_pretrained(folder / "weights")
+        bases = {
+            "From nothing": ROOT / "configs/atlas.yaml",
+            "From the same weights": from_the_edit(folder / "weights", folder),
+        }
         for title, name in itertools.product(arguments.parts, arguments.runs):
-            runs, (config, threads) = results[title], RUNS[name]
-            path = ROOT / "configs" / config
-            if title == "From the same weights":
-                path = from_the_edit(config, folder / "weights", folder)
-            summary, losses = run(path, arguments.seed, folder / title / name, threads)
+            runs, (overlays, threads) = results[title], RUNS[name]
+            configs = [bases[title], *(ROOT / "configs" / overlay for overlay in overlays)]
+            summary, losses = run(configs, arguments.seed, folder / title / name, threads)
             runs[name] = {"numbers": numbers(summary), "losses": losses}
     results = {title: {name: runs[name] for name in RUNS if name in runs} for title, runs in results.items() if runs}
     text = table(results)

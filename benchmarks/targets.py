@@ -1,4 +1,4 @@
-"""Target vectors of all facts together against one fact at a time: seconds, final losses, and what brings what.
+"""Target vectors of all facts together against one fact at a time: seconds, final losses, and the parts of the gain.
 
 Run from the root of the repository, with the package installed:
 
@@ -56,7 +56,7 @@ def rows_of(
 ) -> list[TargetRow]:
     """The rows of an edit of ``count`` facts of the atlas, three contexts and a neutral prompt each."""
     editor = Editor([layer], token=token, contexts=CONTEXTS)
-    return editor._encode(tokenizer, Atlas(edits=count, seed=seed).edits, model)[0]
+    return editor.encode(tokenizer, Atlas(edits=count, seed=seed).edits).rows
 
 
 def timed(run: Callable[[], Targets], repeats: int = 1) -> tuple[float, Targets]:

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 MODELS = ROOT / "runs/models"
 QUALITY = ("efficacy", "generalization", "specificity", "specificity_retained", "utility", "routing", "perplexity")
-"""What :meth:`Trained.quality` finds, besides the other metrics of :func:`~lit_moeedit.editing.evaluate`."""
+"""Results of :meth:`Trained.quality`, besides the other metrics of :func:`~lit_moeedit.editing.evaluate`."""
 
 _SHAPE = "--model.init_args.config"
 CONFIGS: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -73,7 +73,7 @@ def command_line(name: str, seed: int, *arguments: str) -> tuple[EditingCLI, Kno
 
 
 def arguments_of(description: str) -> argparse.ArgumentParser:
-    """What every benchmark of trained models can be told: seeds, and the folders of models and results."""
+    """Return a parser of the arguments of every benchmark: seeds, and the folders of models and results."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--models", type=Path, default=MODELS, help="folder that keeps trained weights")
@@ -82,7 +82,7 @@ def arguments_of(description: str) -> argparse.ArgumentParser:
 
 
 def quiet() -> None:
-    """Only errors are logged; a benchmark says what it found."""
+    """Log errors only; a benchmark reports its results itself."""
     for name in ("lightning.pytorch", "lit_moeedit"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -113,7 +113,7 @@ class Trained:
         return self.data.tokenizer
 
     def preservation_texts(self) -> list[str]:
-        """What the experts must keep: as many of the data's texts as its config says, none that ``quality`` measures.
+        """Return the texts to preserve: as many of the data's as its config says, none that ``quality`` measures.
 
         A run preserves any text that states none of the edited facts. What an edit does to a neighbour that was
         preserved word for word, or to a text on which routing and perplexity are watched, says little of others.
@@ -132,7 +132,7 @@ class Trained:
         facts: Sequence[Fact] | None = None,
         probe: int = 256,
     ) -> dict[str, Any]:
-        """What an edit of a copy of the model did.
+        """Edit a copy of the model, and measure the effect.
 
         Args:
             edit: edits a model and returns seconds by phase.

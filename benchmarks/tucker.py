@@ -18,15 +18,17 @@ from typing import Any
 
 from benchmarks.training import QUALITY, Once, arguments_of, changed, header, quiet, row, trained, write
 from lit_moeedit.editing import second_moments
+from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 from lit_moeedit.solvers import Tucker, TuckerFactors, Woodbury
 
 EDITS = 50
-PRESERVE: dict[str, dict[str, float]] = {
-    "output": {"strength": 0.3, "ridge": 1e-3},
-    "covariance": {"strength": 1e4, "ridge": 1e-3},
-    "nullspace": {"threshold": 1.0, "ridge": 0.1},
-    "none": {"ridge": 1.0},
+PRESERVE: dict[str, tuple[Preservation | None, float]] = {
+    "output": (OutputPenalty(0.3), 1e-3),
+    "covariance": (CovariancePenalty(1e4), 1e-3),
+    "nullspace": (NullSpace(1.0), 0.1),
+    "none": (None, 1.0),
 }
+"""What is preserved, and the ridge."""
 ENERGIES = (0.9, 0.95, 0.99)
 ALONE = "the last layer alone"
 
@@ -45,16 +47,16 @@ def variants(energies: Sequence[float]) -> dict[str, Woodbury | Tucker]:
 
 
 def edits(seed: int, models: Path) -> tuple[dict[str, Any], list[str]]:
-    """What each variant did, by preservation and solver; and rows of a table of spectra."""
+    """Measure each variant, by preservation and solver; and the rows of a table of spectra."""
     found = trained("atlas", seed, models, f"--data.init_args.corpus.init_args.edits={EDITS}")
     layers = found.editor.check(found.model)
     texts, shared = found.preservation_texts(), Once(found.editor.targets)
     moments = {g: second_moments(found.model, found.tokenizer, layers, texts, gated=g) for g in (False, True)}
     results: dict[str, Any] = {}
-    for preserve, settings in PRESERVE.items():
+    for preserve, (kept, ridge) in PRESERVE.items():
         own = moments[preserve == "output"]
         for name, solver in variants(ENERGIES if preserve == "output" else ENERGIES[-1:]).items():
-            editor = changed(found.editor, preserve=preserve, solver=solver, targets=shared, **settings)
+            editor = changed(found.editor, preserve=kept, solver=solver, targets=shared, ridge=ridge)
             if name.endswith(ALONE):
                 editor.layers = editor.layers[-1:]
             result = found.quality(lambda m, facts: editor.edit(m, found.tokenizer, facts, moments=own).seconds)  # noqa: B023

@@ -1,4 +1,4 @@
-"""One version of the package against another on a CPU: seconds of an edit's phases, and what the edit does.
+"""One version of the package against another on a CPU: seconds of an edit's phases, and its effect.
 
 Run from the root of the repository, with the package installed, and another version of it in another environment:
 
@@ -54,7 +54,10 @@ layers = list(expert_layers(model).values())
 fastest("statistics, demo, long texts", lambda: second_moments(model, tokenizer, layers[:3], texts, 8192, gated=True))
 targets = TargetOptimizer(steps=60, learning_rate=0.5, clamp=2.0, weight_decay=0.05, stop=0.05)
 settings = {"token": "last", "contexts": ("", "Note:", "As we know,"), "token_budget": 4096, "targets": targets}
-rows = Editor([2], **settings)._encode(tokenizer, corpus.edits, model)[0]
+editor = Editor([2], **settings)
+# versions before 0.2 have a method of another name
+rows = (editor.encode(tokenizer, corpus.edits).rows if hasattr(editor, "encode")
+        else editor._encode(tokenizer, corpus.edits, model)[0])
 nll = fastest("targets, demo, 50 edits", lambda: targets.optimize(model, layers[2], rows, 0)).nll
 kept = statements[:4096]
 before = evaluate(model, tokenizer, corpus.edits)

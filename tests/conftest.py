@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import random
@@ -11,16 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.data.corpus import train_tokenizer
+from lit_moeedit.data.encoding import Encoding, encode, join
 from lit_moeedit.data.facts import Fact, Neighbour
 from tests.devices import pretended_cuda
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # each of several test processes has a core, and threads that wait for each other would take those of the others
     torch.set_num_threads(1)
+
+# no test is timed: a busy machine may take any time for an example
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 VOCABULARY = 420
 COMMON: dict[str, Any] = {
@@ -219,3 +226,52 @@ def cuda() -> Iterator[torch.device]:
     """A GPU that is not there; see :func:`tests.devices.pretended_cuda`."""
     with pretended_cuda() as device:
         yield device
+
+
+@pytest.fixture(scope="session")
+def _taught(make_model, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], texts: list[str]) -> PreTrainedModel:
+    sentences = [join(prompt, fact.target_true) for fact in facts if fact.target_true
+                 for prompt in (fact.prompt, *fact.paraphrases)]  # fmt: skip
+    sentences += [join(n.prompt, n.target) for fact in facts for n in fact.neighbours if n.group == "near"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make_model("qwen3_moe", initializer_range=0.1)
+        model.init_weights()
+        batch = tokenizer(sentences + texts[:4], return_tensors="pt", padding=True)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+            loss.backward()
+            optimizer.step()
+    model.zero_grad()
+    return model
+
+
+@pytest.fixture
+def taught(_taught: PreTrainedModel) -> PreTrainedModel:
+    """A qwen3_moe that says the truth of the facts with a known one, in training mode; a fresh copy for every test."""
+    return copy.deepcopy(_taught)
+
+
+@pytest.fixture
+def encoded(tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> list[Encoding]:
+    """The facts' prompts, with the last token of the subject as edit token and without a target."""
+    return encode(tokenizer, [f.prompt for f in facts], [""] * len(facts), [f.subject for f in facts])
+
+
+@pytest.fixture(scope="session")
+def plain_hidden() -> Callable[[PreTrainedModel, int, list[int]], Tensor]:
+    """``plain_hidden(model, layer, ids)``: output ``[length, d_model]`` of a decoder layer (not the last one, behind
+    which transformers applies a norm) for one text, without padding, in evaluation mode."""
+
+    @torch.no_grad()
+    def hidden(model: PreTrainedModel, layer: int, ids: list[int]) -> Tensor:
+        modes = {module: module.training for module in model.modules()}
+        output = model.eval()(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+        for module, training in modes.items():
+            module.training = training
+        return output.hidden_states[layer + 1][0]
+
+    return hidden

@@ -1,4 +1,8 @@
-"""Real processes for tests of what happens between ranks: bounded in time, and never left behind."""
+"""Real processes for tests of what happens between ranks: bounded in time, and never left behind.
+
+Ranks are forked from a process that has imported torch, Lightning, transformers and DeepSpeed and done nothing else
+(:mod:`tests.preloaded`). Every rank is a new process with a state of its own, and imports cost once per test process.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SECONDS = 150.0
+ROOT = Path(__file__).resolve().parents[1]
+FORKING = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+"""What the process that ranks are forked from has to know before it imports anything."""
 
 
 @dataclass(frozen=True)
@@ -33,30 +41,27 @@ class Outcome:
     error: str | None = None
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however that ends."""
     ctypes.CDLL("libc.so.6", use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _enter(rank: int, size: int, port: int, group: bool, folder: str, function: Callable[..., Any], args: Any) -> None:
-    _die_with_parent()
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-    }
+def _enter(
+    rank: int, port: int, group: bool, folder: str, environment: dict[str, str], function: Callable[..., Any], args: Any
+) -> None:
+    die_with_parent()
+    os.environ.clear()
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)})
     torch.set_num_threads(1)
     outcome: dict[str, Any] = {}
     try:
         if group:
-            dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         outcome["value"] = function(*args)
     except BaseException:
         outcome["error"] = traceback.format_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
     beside = Path(folder) / f"{rank}.part"
     torch.save(outcome, beside)
     beside.replace(Path(folder) / str(rank))
@@ -67,7 +72,7 @@ def _enter(rank: int, size: int, port: int, group: bool, folder: str, function: 
 def start_ranks(
     function: Callable[..., Any], size: int, *args: Any, group: bool = True, seconds: float = SECONDS
 ) -> list[Outcome]:
-    """Run ``function(*args)`` in ``size`` processes and say how each ended; none outlives this call.
+    """Run ``function(*args)`` in ``size`` new processes and return how each ended; none outlives this call.
 
     Args:
         function: of a test module; its return value has to be picklable.
@@ -79,31 +84,27 @@ def start_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # spawned processes read it before torch starts its threads
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **sizes, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
         processes = [
-            context.Process(target=_enter, args=(rank, size, port, group, folder, function, args), daemon=True)
+            context.Process(target=_enter, args=(rank, port, group, folder, environment, function, args), daemon=True)
             for rank in range(size)
         ]
         try:
-            for process in processes:
-                process.start()
+            with mock.patch.dict(os.environ, FORKING):  # the first start reads it
+                for process in processes:
+                    process.start()
             deadline = time.monotonic() + seconds
             for process in processes:
                 process.join(max(0.0, deadline - time.monotonic()))
         finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
             late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+            for rank in late:
+                processes[rank].kill()
+                processes[rank].join()
         outcomes = []
         for rank, process in enumerate(processes):
             path = Path(folder) / str(rank)
@@ -117,7 +118,7 @@ def start_ranks(
 def run_ranks(
     function: Callable[..., Any], size: int, *args: Any, group: bool = True, seconds: float = SECONDS
 ) -> list[Any]:
-    """What ``function(*args)`` returned in each of ``size`` processes; an assertion error if one of them failed."""
+    """The return values of ``function(*args)`` in ``size`` processes; an assertion error if one of them failed."""
     outcomes = start_ranks(function, size, *args, group=group, seconds=seconds)
     errors = [f"rank {rank} failed:\n{outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
     assert not errors, "\n".join(errors)
@@ -127,16 +128,14 @@ def run_ranks(
 
 
 def run_each(calls: dict[str, tuple[Any, ...]], size: int) -> dict[str, list[Any]]:
-    """What each function returned on each rank, of several that are run one after the other in the same processes.
-
-    Starting processes takes most of the time of a small test.
+    """Run several functions one after the other in the same processes.
 
     Args:
         calls: by name a function and its arguments.
         size: number of processes.
 
     Returns:
-        by name, the results by rank; a function that failed, and those behind it, are not in it.
+        by name, the results by rank; a function that failed, and those after it, are not in it.
     """
     found = run_ranks(_each, size, calls)
     return {name: [results[name] for results in found] for name in calls if all(name in results for results in found)}

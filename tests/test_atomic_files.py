@@ -1,4 +1,4 @@
-"""A file appears wholly or not at all, whatever happens while it is written."""
+"""Tests of atomic writing: a file appears complete or not at all, whatever happens during the writing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from lit_moeedit.atomic_files import appearing, check_writable, read_tensors, write_tensors
+from lit_moeedit.atomic_files import atomic_file, check_writable, read_tensors, write_tensors
 
 
 @pytest.mark.parametrize("old", [None, "what was there"])
@@ -24,7 +24,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, old: str | None, error: 
     path = tmp_path / "file.txt"
     if old is not None:
         path.write_text(old)
-    with pytest.raises(type(error)) as raised, appearing(path) as beside:
+    with pytest.raises(type(error)) as raised, atomic_file(path) as beside:
         beside.write_text("half of")
         raise error
     assert [p.read_text() for p in tmp_path.iterdir()] == ([] if old is None else [old])
@@ -36,7 +36,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, old: str | None, error: 
 def test_the_new_takes_the_place_of_the_old(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.txt"
     for text in ("first", "second"):
-        with appearing(path) as beside:
+        with atomic_file(path) as beside:
             beside.write_text(text)
             assert not path.exists() or path.read_text() == "first"
     assert path.read_text() == "second" and list(path.parent.iterdir()) == [path]
@@ -48,7 +48,7 @@ def test_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     (tmp_path / ".file.txt.part").symlink_to(other)
     before = os.umask(0o027)
     try:
-        with appearing(path) as first, appearing(path) as second:
+        with atomic_file(path) as first, atomic_file(path) as second:
             first.write_text("first")
             second.write_text("second")
     finally:
@@ -75,9 +75,9 @@ def _a_folder(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_in_a_file, "file cannot be a folder: there is a file of that name"),
+        (_in_a_file, "file cannot be a folder: it, or a parent of it, is a file"),
         (_deep_in_a_file, "deeper cannot be a folder"),
-        (_a_folder, "folder is a folder; a file is to be written there"),
+        (_a_folder, "folder is a folder; expected the path of a file"),
     ],
 )
 def test_where_no_file_can_be(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
@@ -85,7 +85,7 @@ def test_where_no_file_can_be(tmp_path: Path, make: Callable[[Path], Path], mess
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OSError, match=message):
         check_writable(path)
-    with pytest.raises(OSError, match=r"cannot be a folder|Is a directory"), appearing(path) as beside:
+    with pytest.raises(OSError, match=r"cannot be a folder|Is a directory"), atomic_file(path) as beside:
         beside.write_text("new")
     assert sorted(tmp_path.rglob("*")) == before
 

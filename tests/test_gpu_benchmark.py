@@ -31,6 +31,7 @@ def run_parts(folder: Path, *parts: str, seconds: str = "360") -> tuple[int, dic
     return code, json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_the_whole_command_with_tiny_models(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", *TINY, "--output", str(tmp_path)]

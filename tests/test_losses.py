@@ -1,4 +1,4 @@
-"""Losses of a batch on several ranks: training is the same as in one process."""
+"""Tests of losses on several ranks: training is the same as in one process."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_the_formula_is_that_of_transformers(make_model: Any, input_ids: Tensor,
     for mask in (torch.ones_like(input_ids), padded(input_ids)):
         outputs = routed(model, input_ids, mask)
         loss = switch_loss(outputs.router_logits, mask, model.num_experts_per_tok, 1, lambda tensor: tensor)
-        torch.testing.assert_close(loss.share, outputs.aux_loss)
+        torch.testing.assert_close(loss.local, outputs.aux_loss)
         torch.testing.assert_close(loss.value, outputs.aux_loss.detach())
-        torch.testing.assert_close(gradients(model, loss.share), gradients(model, outputs.aux_loss))
+        torch.testing.assert_close(gradients(model, loss.local), gradients(model, outputs.aux_loss))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +62,7 @@ def test_shares_of_two_ranks_make_the_loss_of_the_whole(make_model: Any, input_i
     losses = [switch_loss(outputs.router_logits, own, k, 2, lambda _: total.clone()) for outputs, own in parts]
     torch.testing.assert_close(losses[0].value, whole.aux_loss.detach())
     assert torch.equal(losses[0].value, losses[1].value)
-    mean = (losses[0].share + losses[1].share) / 2
+    mean = (losses[0].local + losses[1].local) / 2
     torch.testing.assert_close(mean, whole.aux_loss)
     # the gradient of a router is a sum over tokens, in another order
     torch.testing.assert_close(gradients(model, mean), gradients(model, whole.aux_loss), rtol=1e-4, atol=1e-6)
@@ -72,21 +72,21 @@ def test_one_rank_has_what_transformers_computes(make_model: Any, input_ids: Ten
     model, mask = make_model("qwen3_moe"), padded(input_ids)
     outputs = routed(model, input_ids, mask)
     loss = balancing_loss(outputs.aux_loss, outputs.router_logits, mask, 2, 1, _never)
-    assert loss.share is outputs.aux_loss and torch.equal(loss.value, outputs.aux_loss)
+    assert loss.local is outputs.aux_loss and torch.equal(loss.value, outputs.aux_loss)
 
 
 @pytest.mark.parametrize(("shape", "k"), [((2, 27, 6), 2), ((3, 6), 2), ((27, 6), None)])
 def test_other_routers_keep_what_transformers_computes(input_ids: Tensor, shape: tuple[int, ...], k: int) -> None:
     auxiliary = torch.tensor(1.5, requires_grad=True)
     loss = balancing_loss(auxiliary * 2, [torch.randn(shape)], padded(input_ids), k, 2, lambda own: own.add_(5.0))
-    assert loss.share == 3.0 and loss.value == 4.0 and loss.share.requires_grad
+    assert loss.local == 3.0 and loss.value == 4.0 and loss.local.requires_grad
 
 
 def test_a_rank_without_counted_tokens_has_a_share_of_nothing() -> None:
     logits, labels = torch.randn(1, 4, 9, requires_grad=True), torch.full((1, 4), -100)
     loss = next_token_loss(logits, labels, 0.1, 2, lambda own: own + torch.tensor([6.0, 3.0]))
-    assert loss.share == 0.0 and loss.value == 2.0
-    loss.share.backward()
+    assert loss.local == 0.0 and loss.value == 2.0
+    loss.local.backward()
     assert logits.grad is not None and not logits.grad.any()
 
 
@@ -98,7 +98,7 @@ def _never(tensor: Tensor) -> Tensor:
 
 
 class Descent(LitMoE):
-    """LitMoE with plain gradient descent: Adam divides gradients by their size, and what should be 0 by rounding."""
+    """LitMoE with plain gradient descent, because Adam would amplify rounding errors of zero gradients."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.3)
@@ -117,7 +117,7 @@ class Watch(L.Callback):
 
 
 def train(strategy: str, ranks: int, folder: str) -> dict[str, Any]:
-    """Three steps of four statements each; the weights behind them."""
+    """Train for three steps of four statements each, and return the weights."""
     import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies known
     from tests.callbacks.conftest import CONFIG, _data, _trainer
 

@@ -11,24 +11,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lit_moeedit.module import LitMoE, _epsilon, may_be_fused
-
-CONFIG = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "moe_intermediate_size": 8,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from lit_moeedit.module import LitMoE, adam_epsilon, may_be_fused
+from tests.small_module import CONFIG
 
 
 def _module(**changes):
@@ -128,7 +112,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def _by_hand(module, batch, smoothing):
-    """Sum over the counted tokens, one after the other."""
+    """Sum the losses of the counted tokens, one after the other."""
     with torch.no_grad():
         logits = module.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -321,5 +305,5 @@ def test_the_metric_follows_the_logits():
 def test_epsilon_is_not_nothing_in_float16():
     for dtype, epsilon in ((torch.float16, 1e-4), (torch.bfloat16, 1e-8), (torch.float32, 1e-8)):
         weight = torch.ones(1, dtype=dtype)
-        assert _epsilon(SingleDeviceStrategy("cpu"), [weight]) == epsilon
+        assert adam_epsilon(SingleDeviceStrategy("cpu"), [weight]) == epsilon
         assert torch.tensor(epsilon, dtype=dtype) > 0

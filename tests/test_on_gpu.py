@@ -18,7 +18,7 @@ from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_batches, 
 from lit_moeedit.editing import Editor, TargetOptimizer, second_moments
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
-from lit_moeedit.models.partial_forward import hidden_states, inference
+from lit_moeedit.models.partial_forward import inference, layer_output
 
 pytestmark = pytest.mark.gpu
 
@@ -108,10 +108,10 @@ def test_second_moments_are_those_of_float64(
             exact[expert].addmm_(rows.T, rows)
 
     rows = token_ids(tokenizer, texts)
-    with inference(model), watch_keys(model, [layer], lambda: chosen, observe):
+    with inference(model), watch_keys([layer], lambda: chosen, observe):
         for batch in token_batches([len(ids) for ids in rows], budget):
             ids, mask = (x.to("cuda") for x in pad([rows[i] for i in batch], pad_id(tokenizer)))
             chosen = mask.flatten().nonzero().squeeze(-1)
-            hidden_states(model, layer, ids, mask, position_ids(mask))
+            layer_output(model, layer, ids, mask, position_ids(mask))
     # float32 sums stay far below; products of 10 or 7 bits do not
     assert (measured - exact).norm() < 1e-4 * exact.norm()

@@ -1,9 +1,9 @@
-"""What the command says to input that is broken or was made to do harm, one run for each.
+"""Run the command on input that is broken or was made to do harm, once for each.
 
 Makes each input in a temporary folder, runs the command on it in a process of its own, and writes a table of what it
-said. The benchmark fails if a run shows a traceback, runs code of its input, hangs or leaves a half-written file::
+said. The command fails if a run shows a traceback, runs code of its input, hangs or leaves a half-written file::
 
-    python -m benchmarks.hostile_runs --output benchmarks/results
+    python -m tests.acceptance.hostile_runs --output benchmarks/results
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.hostile_inputs import INPUTS, Work
 from lit_moeedit.cli import main as command
 from lit_moeedit.data.corpus import train_tokenizer
+from tests.acceptance.hostile_inputs import INPUTS, Work
 
 CAPITALS = {"Italy": "Rome", "Spain": "Madrid", "Norway": "Oslo", "Peru": "Lima", "Japan": "Tokyo"}
 MODEL: dict[str, Any] = {
@@ -38,7 +38,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 SHOWN = 300
 """Characters of a message in the table."""
-PATIENCE = 30
+PATIENCE = 60
 """Seconds after which a run is taken to hang."""
 OTHER = "- Not a valid subclass of Callback"
 
@@ -193,7 +193,7 @@ def main() -> None:
             shutil.rmtree(folder)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        title = "What `lit-moeedit` says to hostile and broken input: `python -m benchmarks.hostile_runs`\n\n"
+        title = "What `lit-moeedit` says to hostile and broken input: `python -m tests.acceptance.hostile_runs`\n\n"
         (arguments.output / "hostile_runs.md").write_text(title + "\n".join(table) + "\n", encoding="utf-8")
     if wrong:
         raise SystemExit("\n".join(wrong))

@@ -1,8 +1,8 @@
-"""What ``lit-moeedit facts check`` says of broken and hostile files, and what memory large ones take.
+"""Run ``lit-moeedit facts check`` on broken and hostile files, and measure what memory large ones take.
 
 On Linux, from the root of the repository, with the package installed (three minutes, 0.6 GB of disk):
 
-    python -m benchmarks.hostile_facts
+    python -m tests.acceptance.hostile_facts
 
 Writes ``hostile_facts.json`` and ``hostile_facts.md`` into ``benchmarks/results``.
 """
@@ -22,10 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training import RESULTS, header, row, write
 from lit_moeedit.cli import run
 from lit_moeedit.data.corpus import train_tokenizer
-from lit_moeedit.data.errors import visible
+from lit_moeedit.text import printable
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 ROW: dict[str, Any] = {"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain", "target_true": "Italy"}
 LINE = json.dumps(ROW)
@@ -148,12 +149,8 @@ def large(kind: str, path: Path, size: int) -> dict[str, Any]:
             "memory MiB": float(grown)}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--size", type=int, default=2**29, help="bytes of a large file; a line has twice as many")
-    arguments = parser.parse_args()
-    arguments.output = arguments.output.resolve()
+def check_files() -> list[dict[str, Any]]:
+    """Write every hostile file into a folder of its own and check it; returns exit codes and messages."""
     os.environ["COLUMNS"] = "200"
     found = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -168,27 +165,42 @@ def main() -> None:
                 path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
             code, said = say(name, ["--tokenizer", "tokenizer"])
             found.append({"input": title, "exit": code, "said": said})
-        sizes = [
-            ("one line", ".jsonl"),
-            ("rows of 1 kB", ".json"),
-            ("rows of 1 kB", ".jsonl"),
-            ("rows of 1 kB", ".csv"),
-        ]
-        memory = [
-            large(kind, Path(f"large{suffix}"), arguments.size * (2 if kind == "one line" else 1))
-            for kind, suffix in sizes
-        ]
-    lines = header(["input", "exit code", "what is said"])
-    for found_row in found:
-        said = "<br>".join(f"`{visible(line).replace('|', '¦')[:230]}`" for line in found_row["said"])
-        lines.append(row([found_row["input"], found_row["exit"], said]))
-    lines += ["", *header(["large file", "MiB", "rows", "of them unusable", "memory for reading, MiB"])]
-    for size in memory:
-        cells = [f"{size['MiB']:,.0f}", f"{size['rows']:,}", f"{size['problems']:,}", f"{size['memory MiB']:.1f}"]
-        lines.append(row([f"{size['suffix']}, {size['kind']}", *cells]))
+    return found
+
+
+def measure_memory(size: int) -> list[dict[str, Any]]:
+    """Read large files of every format; one of a single line has twice the ``size`` in bytes."""
+    rows = [
+        ("one line", ".jsonl", 2 * size),
+        *(("rows of 1 kB", suffix, size) for suffix in (".json", ".jsonl", ".csv")),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        return [large(kind, Path(folder) / f"large{suffix}", length) for kind, suffix, length in rows]
+
+
+def main() -> None:
+    """Print the table, and write it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--size", type=int, default=2**29, help="bytes of a large file; a line has twice as many")
+    arguments = parser.parse_args()
+    found, memory = check_files(), measure_memory(arguments.size)
+    lines = ["| input | exit code | what is said |", "| --- | --- | --- |"]
+    for one in found:
+        said = "<br>".join(f"`{printable(line).replace('|', '¦')[:230]}`" for line in one["said"])
+        lines.append(f"| {one['input']} | {one['exit']} | {said} |")
+    lines += ["", "| large file | MiB | rows | of them unusable | memory for reading, MiB |", "|" + " --- |" * 5]
+    lines += [
+        f"| {one['suffix']}, {one['kind']} | {one['MiB']:,.0f} | {one['rows']:,} | {one['problems']:,} "
+        f"| {one['memory MiB']:.1f} |"
+        for one in memory
+    ]
     text = "\n".join(lines) + "\n"
-    results = {"inputs": found, "memory": memory}
-    write("hostile_facts", "`python -m benchmarks.hostile_facts`", text, results, arguments.output)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = json.dumps({"inputs": found, "memory": memory}, indent=2)
+    (arguments.output / "hostile_facts.json").write_text(results + "\n", encoding="utf-8")
+    title = "`python -m tests.acceptance.hostile_facts`\n\n"
+    (arguments.output / "hostile_facts.md").write_text(title + text, encoding="utf-8")
     sys.stdout.write(text)
 
 

@@ -23,16 +23,7 @@ from lit_moeedit import safe_yaml
 from lit_moeedit.editing import TargetOptimizer
 from lit_moeedit.module import LitMoE
 from lit_moeedit.sharding.transaction import Transaction
-
-
-class Payload:
-    """What a pickle is dangerous for: it makes a file when it is loaded."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return open, (str(self.mark), "w")
+from tests.payload import Payload
 
 
 @dataclass

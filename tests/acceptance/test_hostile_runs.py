@@ -20,13 +20,13 @@ import torch
 import yaml
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from tests.test_foreign import Payload
 
 from lit_moeedit import cli
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.checkpoints.read import check_harmless
 from lit_moeedit.module import LitMoE
 from tests.checkpoints.zero_files import write_checkpoint
+from tests.payload import Payload
 
 pytestmark = [pytest.mark.usefixtures("own_process"), pytest.mark.filterwarnings("ignore:.*ckpt_path")]
 CONFIG = {
@@ -159,7 +159,7 @@ def test_deepspeed_runs_nothing_of_the_last_checkpoint(config: Any, kept: Path, 
     mark = tmp_path / "was-run"
     file = forge(kept, mark)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "lit_moeedit.cli", "fit", f"--config={tmp_path / 'run.yaml'}", "--ckpt_path=last"]
+    command = [sys.executable, "-m", "lit_moeedit", "fit", f"--config={tmp_path / 'run.yaml'}", "--ckpt_path=last"]
     command.append("--trainer.strategy=deepspeed_cpu_stage_1")
 
     def ends_with(*more: str) -> str:
@@ -203,7 +203,7 @@ def test_a_folder_of_deepspeed_is_harmless_or_refused(tmp_path: Path) -> None:
     check_harmless(path)
     for name in ("latest", "latest_universal"):
         (path / name).write_text("../1")
-        with pytest.raises(CheckpointError, match=f"{name} should name a folder beside it, but says"):
+        with pytest.raises(CheckpointError, match=f"{name} should name a folder beside it, but holds"):
             check_harmless(path)
         (path / name).unlink()
     assert not (tmp_path / "was-run").exists()
@@ -304,7 +304,7 @@ def test_a_summary_that_cannot_be_written_is_known_at_the_start(
 ) -> None:
     (tmp_path / "run" / "summary.json").mkdir(parents=True)
     monkeypatch.setattr(LitMoE, "training_step", lambda *_: pytest.fail("it has trained"))
-    assert "summary.json is a folder; a file is to be written there" in run()
+    assert "summary.json is a folder; expected the path of a file" in run()
     assert leftovers(tmp_path) == []
 
 

@@ -253,8 +253,8 @@ class Shaping:
             moment = moments.mean(experts[rows]).to(experts.device)
             root = preservation.root(moment, penalty, symmetric)
             if root.shape != moment.shape:
-                found, wanted = list(root.shape), list(moment.shape)
-                raise ValueError(f"{type(preservation).__name__}.root must return matrices {wanted}, got {found}")
+                name = type(preservation).__name__
+                raise ValueError(f"{name}.root must return {list(moment.shape)}, got {list(root.shape)}")
             trace[rows] = moment.diagonal(dim1=1, dim2=2).sum(1).to(trace)
             matrices[rows], reached[rows] = root.to(matrices), preservation.reached(moment, root, penalty).to(reached)
         kept = torch.where(trace > 0, 1 - reached / trace.where(trace > 0, 1), 1).clamp(0, 1)
@@ -274,10 +274,7 @@ class Shaping:
         groups = list(group_positions(expert_index))
         missing = [expert for expert, _ in groups if expert not in place]
         if missing:
-            raise ValueError(
-                f"experts {first_few(missing)} have no matrix, because no edit visits them; "
-                "a solver that changes them must declare changes_all_experts"
-            )
+            raise ValueError(f"no edit visits experts {first_few(missing)}: its solver must set changes_all_experts")
         # sorted once, so that each expert is a slice and needs a single launch on a GPU
         order = torch.cat([expert_index[:0], *(positions for _, positions in groups)])
         ordered = rows[order]

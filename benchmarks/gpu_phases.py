@@ -21,7 +21,7 @@ from lit_moeedit.data.encoding import pad_id, position_ids, token_ids
 from lit_moeedit.editing import Editor, EditResult, SecondMoments, TargetOptimizer, second_moments
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.models.partial_forward import inference, layer_output
-from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, ExpertDeltas, Woodbury
+from lit_moeedit.solvers import BlockCoordinateDescent, EditProblem, ExpertDeltas, Solver, Woodbury
 
 STEPS, PASSES = 25, 4
 SHORT, SOME_TEXTS = 64, 256
@@ -129,7 +129,7 @@ class Launches:
         self.counts[phase] = self.counts.get(phase, 0) + count
 
 
-class _Recording:
+class _Recording(Solver):
     """A solver that remembers its problems."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import gc
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import pairwise
@@ -100,17 +100,21 @@ EQUAL = [("float32", "32-true", torch.float32), ("bfloat16", "bf16-true", torch.
 MIXED = [("float32", "bf16-mixed", torch.bfloat16), ("bfloat16", "32-true", torch.float32)]
 
 
-def builds(folder: str) -> Iterator[tuple[str, dict[str, Any], str, torch.dtype]]:
-    for name, config in CONFIGS.items():
+OFTEN = ("qwen3_moe", "gpt_oss", "tied", "yarn")
+"""The models of the default suite."""
+
+
+def builds(folder: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], str, torch.dtype]]:
+    for name, config in ((name, CONFIGS[name]) for name in names):
         for dtype, precision, kept in EQUAL + MIXED * (name in ("deepseek_v3", "yarn")):
             yield name, {"config": config, "dtype": dtype}, precision, kept
             yield name, {"pretrained": f"{folder}/{name}", "dtype": dtype}, precision, kept
         yield name, {"pretrained": f"{folder}/{name}-3d"}, "32-true", torch.float32
 
 
-def build_all(folder: str) -> list[str]:
+def build_all(folder: str, names: Sequence[str]) -> list[str]:
     wrong = []
-    for name, arguments, precision, kept in builds(folder):
+    for name, arguments, precision, kept in builds(folder, names):
         where = f"{name}, {precision}, {arguments}"
         # the sharded model is the first of its family: nothing of the context it is made in may stay
         torch.manual_seed(100 * dist.get_rank())
@@ -143,10 +147,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_rank_has_its_shard_of_the_same_weights(checkpoints: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [OFTEN, pytest.param([name for name in CONFIGS if name not in OFTEN], marks=pytest.mark.slow)],
+    ids=["often", "others"],
+)
+def test_every_rank_has_its_shard_of_the_same_weights(checkpoints: Path, names: Sequence[str]) -> None:
     files = json.loads((checkpoints / "qwen3_moe" / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(files.values())) > 2 and any(".experts.0." in name for name in files)
-    first, second = run_ranks(build_all, 2, str(checkpoints))
+    first, second = run_ranks(build_all, 2, str(checkpoints), names)
     assert first == [] and second == []
 
 

@@ -72,6 +72,7 @@ def train_both() -> list[Any]:
     return [train(stage, active) for stage in (2, 3) for active in (False, True)]
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_if_nothing_had_been() -> None:
     for replicated, replicated_beside, sharded, sharded_beside in run_ranks(train_both, 2, group=False):
         assert sharded_beside[2] == 3, "DeepSpeed hooks nothing in that this could be a test of"

@@ -50,6 +50,7 @@ def run_all(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.deepspeed
+@pytest.mark.slow
 def test_linear_attention_runs_and_is_edited_before_training(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     first, second = run_ranks(run_all, 2, str(tmp_path), group=False)

@@ -24,6 +24,7 @@ from lit_moeedit.preservation.second_moments import SecondMoments, second_moment
 from lit_moeedit.preservation.shaping import Preservation, PreservationName, preservation_of
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import Solver, Woodbury
+from lit_moeedit.text import first_few
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,14 @@ class Editor(EditMethod):
         if not bool(torch.isfinite(targets.deltas).all() and torch.isfinite(targets.nll).all()):
             raise FloatingPointError(
                 "target vectors are not finite: the model's loss is not, or the learning rate is too high"
+            )
+        stuck = ((targets.steps > 0) & (targets.deltas == 0).all(-1)).tolist()
+        if any(stuck):
+            prompts = first_few(repr(job.facts[t].prompt) for t, is_stuck in enumerate(stuck) if is_stuck)
+            raise ValueError(
+                f"no gradient reaches the target vectors of {sum(stuck)} of {len(stuck)} edits ({prompts}): after "
+                f"layer {job.layers[-1].index} nothing that predicts a target reads its edit token, or a module passes "
+                "no gradient (as 4-bit layers of bitsandbytes on a CPU). Use lower layers or token='last'"
             )
         spread = CarriedSpread if self.solver.carries else Spread
         return spread(self, job, encoded, targets, moments)

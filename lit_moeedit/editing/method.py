@@ -231,7 +231,8 @@ class EditMethod(ABC):
             UnsupportedModelError: if the model cannot be edited.
             UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
             FactError: if a fact cannot be edited.
-            ValueError: if preservation text is needed, and there is none; or if ``layers`` are others.
+            ValueError: if preservation text is needed, and there is none; if ``layers`` are others; or if no gradient
+                reaches a target vector.
             FloatingPointError: if the model or the result is not finite.
             TooLittleMemoryError: if memory does not suffice for a single row.
             RankError: if another rank failed.

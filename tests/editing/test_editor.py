@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import re
 from typing import Any
@@ -403,3 +404,20 @@ class TestRefusals:
         pair = [Fact("Rome", "Rome lies in", "Spain"), Fact("Rome", "Rome lies in", "Peru")]
         with pytest.raises(FactsError, match="one target per prompt"):
             Editor([1], preserve="none").edit(model, tokenizer, pair)
+
+
+class TestNoGradient:
+    """Without a gradient a target vector stays 0, and an edit would "succeed" without any change."""
+
+    def test_a_module_that_passes_no_gradient(self, model, tokenizer, facts, texts, unchanged) -> None:
+        model.model.norm.register_forward_hook(lambda module, args, output: output.detach())
+        unchanged(model)
+        with pytest.raises(ValueError, match=r"no gradient reaches .* 4 of 4 edits \('.*'\): after layer 1"):
+            Editor([0, 1], targets=QUICK).edit(model, tokenizer, facts, texts)
+
+    def test_only_some_edits(self, model, tokenizer, facts, texts, unchanged) -> None:
+        """After the last layer only a subject that ends its prompt is read."""
+        ends = dataclasses.replace(facts[0], prompt="The city of Rome")
+        unchanged(model)
+        with pytest.raises(ValueError, match="of 3 of 4 edits"):
+            Editor([2], targets=QUICK).edit(model, tokenizer, [ends, *facts[1:]], texts)

@@ -130,6 +130,7 @@ class Summary:
         for field, rows in self.problems.items():
             lines += [f"Problem, field {printable(field)}: {rows}", f"  row {rows.numbers[0]}: {rows.message}"]
         lines += [f"Remark, {remark}: {rows}" for remark, rows in self.remarks.items()]
+        lines += [f"Remark, {remark}: {count:,}" for remark, count in checker.remarks.items()]
         return lines
 
 

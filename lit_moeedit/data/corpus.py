@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, processors
@@ -16,9 +18,13 @@ from lit_moeedit.data.encoding import join
 from lit_moeedit.data.facts import read_facts
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lit_moeedit.data.facts import Fact
+
+
+log = logging.getLogger(__name__)
+
+DEFAULT_EDITS = 50
+"""Number of facts of a file that are edited where none is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +107,12 @@ class FactsCorpus(Corpus):
     """The true answers of a facts file as training text, and its new targets as edits.
 
     The model first learns the prompts, paraphrases and neighbours of the file with their true answers. Then the first
-    ``edits`` facts are edited.
+    ``edits`` facts are edited. A fact without a true answer is new knowledge: nothing states it in the training text.
 
     Args:
-        path: a facts file; see :func:`lit_moeedit.data.facts.read_facts`, also for ``format`` and ``columns``.
-        edits: number of facts to edit.
+        path: a facts file, or a list of facts or of objects with the keys of a row; see
+            :func:`lit_moeedit.data.facts.read_facts`, also for ``format`` and ``columns``.
+        edits: number of facts to edit, all of them if the file has fewer; ``None`` for at most 50.
         limit: maximum number of facts to read.
         strict: true to refuse a file with a bad row; false to skip bad rows with a warning.
         phrasings: maximum number of further phrasings of each fact in the training text, see
@@ -118,14 +125,13 @@ class FactsCorpus(Corpus):
 
     Raises:
         FactError: the file cannot be read, or a row is bad.
-        ValueError: there are fewer facts to edit than ``edits``, a fact has no ``target_true``, or ``phrasings`` is
-            negative.
+        ValueError: ``edits`` is below 1, ``phrasings`` is negative, or ``known_targets`` leaves no fact to edit.
     """
 
     def __init__(
         self,
-        path: str | Path,
-        edits: int = 50,
+        path: str | Path | list[dict[str, Any]] | list[Fact],
+        edits: int | None = None,
         limit: int | None = None,
         strict: bool = True,
         phrasings: int = 0,
@@ -133,25 +139,41 @@ class FactsCorpus(Corpus):
         format: str = "auto",
         columns: dict[str, str | list[str]] | None = None,
     ) -> None:
-        if phrasings < 0:
-            raise ValueError(f"phrasings must be at least 0, got {phrasings}")
+        for name, value, least in (("phrasings", phrasings, 0), ("edits", edits, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        source = str(path) if isinstance(path, str | Path) else "facts"
         facts = read_facts(path, format=format, columns=columns, strict=strict, limit=limit)
         answers = {fact.target_true for fact in facts} | {n.target for fact in facts for n in fact.neighbours}
         candidates = [fact for fact in facts if fact.target_new in answers] if known_targets else facts
-        if not 0 < edits <= len(candidates):
-            which = "the facts whose new target is known" if known_targets else "the facts"
-            raise ValueError(f"edits must be between 1 and {len(candidates)} ({which} of {path}), got {edits}")
+        if not candidates:
+            raise ValueError(
+                f"{source}: no new target of its {len(facts)} facts is the true answer of another statement; give "
+                "known_targets: false to edit them nevertheless (a model trained from scratch has not seen the targets)"
+            )
+        if edits is None:
+            edits = min(DEFAULT_EDITS, len(candidates))
+        if edits > len(candidates):
+            which = "facts with a known target" if known_targets else "facts"
+            log.warning(
+                "%s: edits is %d, but there are %d %s; all of them are edited", source, edits, len(candidates), which
+            )
         statements: dict[tuple[str, str], Statement] = {}
         for fact, further in zip(facts, further_phrasings(facts, phrasings), strict=True):
-            if fact.target_true is None:
-                raise ValueError(f"{path}: the fact {fact.prompt!r} has no target_true, which is needed to train on it")
-            for prompt in (fact.prompt, *fact.paraphrases, *further):
-                statements[prompt, fact.target_true] = Statement(prompt, fact.target_true, fact.key)
+            if (truth := fact.target_true) is not None:
+                for prompt in (fact.prompt, *fact.paraphrases, *further):
+                    statements[prompt, truth] = Statement(prompt, truth, fact.key)
             for prompt, target in ((neighbour.prompt, neighbour.target) for neighbour in fact.neighbours):
                 statements.setdefault((prompt, target), Statement(prompt, target, f"{prompt}|{target}"))
+        if unknown := sum(fact.target_true is None for fact in facts):
+            text = "%s: %d of %d facts have no target_true, so the training text does not state them"
+            log.warning(text, source, unknown, len(facts))
         # a fact cannot be predicted without training on it, so validation uses training text, without the edited facts
         edited = {fact.key for fact in candidates[:edits]}
         kept = [statement for statement in statements.values() if statement.fact not in edited]
+        if not kept:
+            log.warning("%s: validation is on the edited facts, because there are no other facts or neighbours", source)
+            kept = list(statements.values()) or [Statement(fact.prompt, fact.target_new, fact.key) for fact in facts]
         super().__init__(
             train=list(statements.values()),
             validation=kept[:: max(1, len(kept) // 500)],

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, join, pad, pad_id
+from lit_moeedit.per_model import PerModel
 from lit_moeedit.pretrained import pretrained_tokenizer
 
 if TYPE_CHECKING:
@@ -132,9 +133,23 @@ class FactsDataModule(L.LightningDataModule):
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._excluded: set[str] = set()
+        self._models: PerModel[set[str]] = PerModel(set)
 
     @override
     def setup(self, stage: str) -> None:
+        """Tokenize the statements.
+
+        Raises:
+            ValueError: the stage is ``fit``, and there is no statement to train on.
+        """
+        if stage == "fit" and not self.corpus.train:
+            raise ValueError(
+                "FactsDataModule has nothing to train on: none of its facts has a target_true or a neighbour; edit a "
+                "trained model with 'validate' (and at: validation), or train with a data module of your own"
+            )
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None:  # what was edited in another module is still taught to this one
+            self._excluded = self._models.switch(module, self._excluded)
         if self.tokenizer is not None:
             return
         if self.tokenizer_path is None:
@@ -142,7 +157,7 @@ class FactsDataModule(L.LightningDataModule):
         else:
             self.tokenizer = pretrained_tokenizer(self.tokenizer_path)
         self._train = StatementDataset(self.tokenizer, self.corpus.train, self.corpus.prefixes)
-        self._validation = StatementDataset(self.tokenizer, self._unedited(self.corpus.validation))
+        self._validation = StatementDataset(self.tokenizer, self._held_out())
         log.info(
             "%d training statements in %d contexts, %d to validate on, %d facts to edit, %d tokens in the vocabulary",
             len(self.corpus.train),
@@ -177,22 +192,34 @@ class FactsDataModule(L.LightningDataModule):
     def preservation_texts(self) -> list[str]:
         """Sample training texts that state none of the facts to edit, with the seed.
 
-        They include the neighbours of edited facts in a facts file, which are statements of their own.
+        They include the neighbours of edited facts in a facts file, which are statements of their own. If there are no
+        such texts, because all facts are edited, the neutral prefixes of the corpus take their place.
         """
         texts = [
             join(join(prefix, s.prompt) if prefix else s.prompt, s.target)
             for s in self._unedited(self.corpus.train)
             for prefix in self.corpus.prefixes
         ]
+        if not texts:
+            texts = [prefix for prefix in self.corpus.prefixes if prefix]
+            log.warning(
+                "all statements are of facts to edit, so only %d neutral texts are to be preserved: give "
+                "'preservation' (a text file) to KnowledgeEditing to keep more of the model's behavior",
+                len(texts),
+            )
         return random.Random(self.seed).sample(texts, min(self.preservation_samples, len(texts)))
 
     def probe_texts(self) -> list[str]:
         """Return the validation texts that state none of the facts to edit, for measuring routing.
 
         An :class:`~lit_moeedit.data.atlas.Atlas` holds them out; those of a
-        :class:`~lit_moeedit.data.corpus.FactsCorpus` are training statements that the edits do not change.
+        :class:`~lit_moeedit.data.corpus.FactsCorpus` are training statements that the edits do not change. If all
+        validation texts state facts to edit, these are returned.
         """
-        return [join(s.prompt, s.target) for s in self._unedited(self.corpus.validation)]
+        return [join(s.prompt, s.target) for s in self._held_out()]
+
+    def _held_out(self) -> Sequence[Statement]:
+        return self._unedited(self.corpus.validation) or self.corpus.validation
 
     def _unedited(self, statements: Sequence[Statement]) -> list[Statement]:
         edited = self.corpus.facts_of(self.corpus.edits)
@@ -209,6 +236,8 @@ class FactsDataModule(L.LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # in place, because samplers hold this set
+        self._excluded &= set(state_dict["excluded"])
         self._excluded |= set(state_dict["excluded"])
 
     def _collate(self, batch: list[Encoding]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ IGNORED_LABEL = -100
 """Label of a position that losses and perplexities ignore, as in transformers."""
 ZERO_WIDTH_JOINER = "\u200d"
 """A character that joins several emoji into one."""
+_FAST = "a fast tokenizer is needed (AutoTokenizer.from_pretrained(..., use_fast=True))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,22 @@ def is_within_word(text: str, cut: int) -> bool:
     return before.isalnum() and after.isalnum()
 
 
+def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer returns the character offsets by which :func:`encode` finds targets and edit tokens.
+
+    Raises:
+        ValueError: it is a slow one, or returns no offsets, or empty ones.
+    """
+    encode(tokenizer, [], [])
+    name, text = type(tokenizer).__name__, "A text with offsets."
+    try:
+        spans = _tokenized(tokenizer, [text], return_offsets_mapping=True)["offset_mapping"][0]
+    except (KeyError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"{name} returns no character offsets ({type(error).__name__}: {error}); {_FAST}") from error
+    if spans and not any(0 <= start < end <= len(text) for start, end in spans):
+        raise ValueError(f"{name} returns empty character offsets; {_FAST}")
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -117,10 +134,7 @@ def encode(
             In a tokenizer that does not split texts into words, its first token may belong to the prompt, too.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed "
-            "(AutoTokenizer.from_pretrained(..., use_fast=True))"
-        )
+        raise ValueError(f"{type(tokenizer).__name__} has no character offsets; {_FAST}")
     if token not in ("subject_last", "last"):
         raise ValueError(f"token must be 'subject_last' or 'last', got {token!r}")
     texts = [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]

@@ -1,7 +1,7 @@
 """Facts to edit: read from a file or taken from memory, and checked before anything else happens.
 
-An edit changes the weights for good. A fact that cannot be edited (its subject is not in its prompt, its target is
-already true, another row sets the opposite) is refused here, with the file, the row and the field.
+An edit changes the weights for good. A fact that cannot be edited (its subject is not in its prompt, it has no target,
+another row sets the opposite) is refused here, with the file, the row and the field.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from unicodedata import normalize
 
 from lit_moeedit.data.encoding import encode
@@ -30,6 +30,7 @@ from lit_moeedit.data.formats import (
     named_columns,
     read_complete,
 )
+from lit_moeedit.data.function_words import is_function_word
 from lit_moeedit.data.row_files import load_rows
 from lit_moeedit.data.rows import Row
 from lit_moeedit.text import first_few, printable
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 _COMPLETE = Format("fact", (), read_complete)
 SUBJECT_LIMIT = 1000
 """Maximum number of characters of a subject: no name is as long, and the time to find it in a prompt grows with it."""
+SAME_TARGETS = "facts whose true target is also the new one (it counts as unknown)"
+FUNCTION_WORDS = "subjects that are function words (their tokens stand everywhere, and an edit changes all of that)"
 MAX_LOGGED = 20
 """Maximum number of problems or fields in a log message."""
 MAX_KEPT = 1000
@@ -51,7 +54,7 @@ MAX_KEPT = 1000
 
 
 def read_facts(
-    path: str | Path,
+    path: str | Path | Iterable[Fact | Mapping[str, Any]],
     *,
     format: str = "auto",
     columns: Mapping[str, str | Sequence[str]] | None = None,
@@ -59,13 +62,15 @@ def read_facts(
     tokenizer: Tokenizer | None = None,
     limit: int | None = None,
 ) -> CheckedFacts:
-    """Read and check the facts of a file, row by row.
+    """Read and check the facts of a file, row by row, or those of a list.
 
-    The file may be larger than memory; its facts must fit into memory.
+    The file may be larger than memory; its facts must fit into memory. A `target_true` that is absent, empty, or the
+    same as `target_new` is unknown (`None`).
 
     Args:
         path: A `.json` file with a list of objects, a `.jsonl` file with one object per line, or a table (`.csv`,
-            `.tsv`) whose first line has the names of the columns. The file is UTF-8 with at most 4 MiB in a row.
+            `.tsv`) whose first line has the names of the columns. The file is UTF-8 with at most 4 MiB in a row. Or
+            the rows themselves, as objects with the same keys.
         format: A name in `lit_moeedit.data.formats.FORMATS`, or `auto` to choose it by the keys of the first row.
         columns: Field name to column name, for a file with other names; a list of column names if the field is a list.
             Fields are `subject`, `prompt`, `target_new`, `target_true`, `paraphrases`, `neighbour_prompts`,
@@ -90,11 +95,25 @@ def read_facts(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1 or None")
-    checker = Checker(str(path), choose_format(format, columns), tokenizer)
-    with closing(load_rows(Path(path))) as rows:
+    if isinstance(path, str | Path):
+        source, rows = str(path), load_rows(Path(path))
+    else:
+        source, rows = "facts", _rows_in_memory("facts", path)
+    checker = Checker(source, choose_format(format, columns), tokenizer)
+    with closing(rows):
         facts = CheckedFacts(_check_rows(checker, rows, strict=strict, limit=limit), tokenizer)
-    checker.warn_ignored_fields()
+    checker.warn()
     return facts
+
+
+def _rows_in_memory(source: str, facts: Iterable[object]) -> Generator[tuple[int, object], None, None]:
+    if isinstance(facts, Fact | Mapping | str | Path) or not isinstance(facts, Iterable):
+        raise FactError(source, None, None, f"is {typed(facts)}; expected a list of facts")
+    number = 0
+    for number, fact in enumerate(facts, start=1):
+        yield number, fact
+    if not number:
+        raise FactError(source, None, None, "holds no facts; expected at least one")
 
 
 def choose_format(format: str, columns: Mapping[str, str | Sequence[str]] | None) -> Format | None:
@@ -113,32 +132,36 @@ def choose_format(format: str, columns: Mapping[str, str | Sequence[str]] | None
 
 
 def validate_facts(
-    facts: Sequence[Fact], *, source: str = "facts", tokenizer: Tokenizer | None = None, strict: bool = True
+    facts: Iterable[Fact | Mapping[str, Any]],
+    *,
+    source: str = "facts",
+    tokenizer: Tokenizer | None = None,
+    strict: bool = True,
 ) -> CheckedFacts:
     """Check facts made in memory, as `read_facts` checks those of a file.
 
     Facts that were checked before with the same tokenizer are returned at once.
 
     Args:
-        facts: The facts; their position, from 1, is the row in messages.
+        facts: The facts, or objects with the keys of any format of files; their position, from 1, is the row in
+            messages.
         source: The name of their source in messages.
         tokenizer: As for `read_facts`.
         strict: True to refuse all facts if any of them cannot be used; `False` skips such facts, with a warning.
 
     Returns:
         The facts in their order, with texts without surrounding whitespace. A subject that the prompt contains once,
-        but in another case, takes the spelling of the prompt.
+        but in another case, takes the spelling of the prompt. A `target_true` that equals `target_new` is `None`.
 
     Raises:
         FactError: There are no facts.
         FactsError: A fact cannot be used (with `strict`), or no fact can.
     """
-    if not facts:
-        raise FactError(source, None, None, "holds no facts; expected at least one")
-    if isinstance(facts, CheckedFacts) and (tokenizer is None or tokenizer is facts.tokenizer):
+    if facts and isinstance(facts, CheckedFacts) and (tokenizer is None or tokenizer is facts.tokenizer):
         return facts
-    rows = [(number, asdict(fact)) for number, fact in enumerate(facts, start=1)]
-    checked = _check_rows(Checker(source, _COMPLETE, tokenizer), rows, strict=strict, limit=None)
+    checker = Checker(source, None, tokenizer)
+    checked = _check_rows(checker, _rows_in_memory(source, facts), strict=strict, limit=None)
+    checker.warn()
     return CheckedFacts(checked, tokenizer)
 
 
@@ -153,12 +176,14 @@ class Checker:
     Attributes:
         format: The format, once it is known.
         repeats: Number of edits that were left out because an earlier row has them, in formats that allow it.
+        remarks: Numbers of facts or of their parts, by what is remarkable about them.
     """
 
     def __init__(self, source: str, format: Format | None, tokenizer: Tokenizer | None) -> None:
         self.source = source
         self.format = format
         self.repeats = 0
+        self.remarks: Counter[str] = Counter()
         self._tokenizer = tokenizer
         self._special = set(getattr(tokenizer, "all_special_ids", ()))
         self._first: dict[str, tuple[int, str]] = {}  # prompt -> row and target_new of the first fact with it
@@ -171,6 +196,9 @@ class Checker:
         Raises:
             FactError: No known format has the keys of the first row.
         """
+        if isinstance(data, Fact):
+            yield from self._check_row(number, _COMPLETE, asdict(data))
+            return
         if not isinstance(data, Mapping):
             wrong = FactError(self.source, number, None, f"is {typed(data)}; expected an object")
             yield [data if isinstance(data, FactError) else wrong]
@@ -183,12 +211,23 @@ class Checker:
             self._ignored.update(
                 k for k in data if k not in known and (k in self._ignored or len(self._ignored) < MAX_KEPT)
             )
-        for row in self.format.rows(data):
-            fact = self._check(number, row)
+        yield from self._check_row(number, self.format, data)
+
+    def _check_row(self, number: int, format: Format, data: Mapping[str, Any]) -> Iterator[Fact | list[FactError]]:
+        for row in format.rows(data):
+            fact = self._check(number, format, row)
             if row.problems:
                 yield [FactError(self.source, number, field, message) for field, message in row.problems]
             elif fact is not None:
+                self.remarks.update(row.remarks)
                 yield fact
+
+    def warn(self) -> None:
+        """Log a warning about remarkable facts, and one about unknown fields."""
+        if self.remarks:
+            counts = first_few((f"{count:,} {remark}" for remark, count in self.remarks.items()), MAX_LOGGED)
+            log.warning("%s: %s", printable(self.source), counts)
+        self.warn_ignored_fields()
 
     def warn_ignored_fields(self) -> None:
         """Log a warning about unknown fields in a file of the native format."""
@@ -197,18 +236,22 @@ class Checker:
             fields = first_few(counts, MAX_LOGGED)
             log.warning("%s: ignored fields %s; known are %s", printable(self.source), fields, ", ".join(NATIVE_FIELDS))
 
-    def _check(self, number: int, row: Row) -> Fact | None:
+    def _check(self, number: int, format: Format, row: Row) -> Fact | None:
         """Return the fact of a row; `None` after a problem, or if an earlier row has it and the format allows that."""
-        assert self.format is not None
-        fact = None if row.problems else Fact.from_fields(self.format.read(row))
+        fact = None if row.problems else Fact.from_fields(format.read(row))
         if fact is None or row.problems:
             return None
         fact = self._respell(number, fact)
-        if self.format.many is not None and self._first.get(fact.prompt, (0, ""))[1] == fact.target_new:
+        if fact.target_new == fact.target_true:
+            row.remarks[SAME_TARGETS] += 1
+            fact = replace(fact, target_true=None)
+        if is_function_word(fact.subject):
+            row.remarks[FUNCTION_WORDS] += 1
+        if format.many is not None and self._first.get(fact.prompt, (0, ""))[1] == fact.target_new:
             self.repeats += 1
             return None
         for field, message in self._problems(fact):
-            row.fail(row.names(field)[0], message)
+            row.fail(row.where(field), message)
         if row.problems:
             return None
         self._first[fact.prompt] = (number, fact.target_new)
@@ -240,8 +283,6 @@ class Checker:
             if normalize("NFC", fact.subject) in normalize("NFC", fact.prompt):
                 found += " but in another Unicode normalisation"
             yield "prompt", f"{found}; expected it letter by letter in {short(fact.prompt)}"
-        if fact.target_new == fact.target_true:
-            yield "target_new", f"is {short(fact.target_new)}, which is also the true target; expected another one"
         if fact.prompt in self._first:
             row, target = self._first[fact.prompt]
             if target == fact.target_new:

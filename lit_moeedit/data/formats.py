@@ -3,18 +3,22 @@
 A format is a table of names and a small function that takes typed, stripped texts out of a `Row`. The row collects all
 its problems, under the names that the fields have *in the file*, so that a user sees all of them at once.
 
+In every format an answer may also be a number or a truth value (read as the file writes it), and a single text a list
+of one text or an object `{"str": text}`. A `target_true` that equals `target_new` counts as unknown.
+
 Formats:
 
 - `native`: our own, `subject, prompt, target_new, target_true, paraphrases, neighbours[{prompt, target, group}]`. A
   single `{}` in the prompt or in a paraphrase stands for the subject. A table may have one text for `paraphrases`,
   and `neighbour_prompts`, `neighbour_targets` and `neighbour_groups` (texts, or lists of the same length) for
   `neighbours`. With `columns` a file may have other names for these fields.
-- `counterfact`: CounterFact and multi-CounterFact as MEMIT (arXiv 2210.07229) reads them. The neighbourhood prompts
-  have another subject but the same relation and the same true object, so `target_true` is their true answer.
+- `counterfact`: CounterFact and multi-CounterFact as MEMIT (arXiv 2210.07229) reads them, with or without the wrapper
+  `requested_rewrite`. The neighbourhood prompts have another subject but the same relation and the same true object, so
+  `target_true` is their true answer. Without it they have none, and are left out.
 - `counterfact_flat`: one CounterFact prompt of each kind per row; the locality prompt is the neighbour.
-- `zsre`: zsRE rows in MEND's format. `alt` is the new target, the first of `answers` the true one; if `answers` is
-  empty, it is `pred`, the prediction of the model that MEND edited. The locality question keeps its `nq question: `
-  prefix, because a neighbour is compared only with itself before the edit.
+- `zsre`: zsRE rows in MEND's format. `alt` is the new target, the first of `answers` the true one; if there are none,
+  it is `pred`, the prediction of the model that MEND edited, or unknown. The locality question keeps its prefix
+  `nq question: `, because a neighbour is compared only with itself before the edit.
 - `knowedit`: KnowEdit (arXiv 2401.01286), the format of EasyEdit. `locality` and `portability` hold one question or
   many, by group or not. Locality questions are neighbours; those without an answer are left out, as in EasyEdit. A
   portability question is a paraphrase if it asks for the same fact by another name of the subject
@@ -26,7 +30,7 @@ Formats:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +43,12 @@ NATIVE_FIELDS = ("subject", "prompt", "target_new", "target_true", "paraphrases"
 TABLE_FIELDS = ("neighbour_prompts", "neighbour_targets", "neighbour_groups")
 _SINGLE = ("subject", "prompt", "target_new", "target_true")
 _MAX_KEYS_SHOWN = 20
+_LIKELY_NAMES = {
+    "subject": ("subject", "entity", "name", "head", "topic", "title", "concept"),
+    "prompt": ("prompt", "question", "query", "cloze", "template", "sentence", "input", "text"),
+    "target_new": ("new", "false", "counterfactual", "edit", "target", "answer", "object", "tail", "label", "output"),
+}
+"""For the fields that every fact has, parts of names that others give them, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +62,7 @@ class Format:
         names: Field name to name (or names) in the file, where they differ.
         some: Keys of which every row has at least one.
         many: Key of the list of facts, if a row may have several.
+        wrapper: Key of an object with the fields whose names begin with it. A row without it has these fields itself.
         required: Names that every row must have, although the field is optional.
     """
 
@@ -62,15 +73,27 @@ class Format:
     some: tuple[str, ...] = ()
     many: str | None = None
     required: Collection[str] = ()
+    wrapper: str | None = None
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Return true if `row` has the keys of this format."""
+        if self.wrapper is not None and self.wrapper in row:
+            return True
         has_keys = all(key in row for key in self.keys) and any(key in row for key in self.some or row)
         return has_keys and (self.many is None or isinstance(row[self.many], list))
 
+    @property
+    def recognised_by(self) -> str:
+        """The keys of this format, for messages."""
+        keys = ", ".join(self.keys) + (f" and {' or '.join(self.some)}" if self.some else "")
+        return keys if self.wrapper is None else f"{self.wrapper}, or {keys}"
+
     def rows(self, row: Mapping[str, Any]) -> list[Row]:
         """Split a row into one row for each of its facts."""
-        whole = Row(row, names=self.names, required=self.required)
+        names = self.names
+        if self.wrapper is not None and self.wrapper not in row:
+            names = {ours: str(name).removeprefix(f"{self.wrapper}.") for ours, name in names.items()}
+        whole = Row(row, names=names, required=self.required)
         return [whole] if self.many is None else whole.parts(self.many)
 
 
@@ -92,7 +115,6 @@ def read_complete(row: Row) -> dict[str, Any]:
     """Read the fields of the native format, without replacing placeholders."""
     return {
         **_read_edit(row, line_ends=True),
-        "target_true": row.text_or_none("target_true"),
         "paraphrases": row.texts("paraphrases", line_ends=True),
         "neighbours": tuple(_read_neighbour(inner) for inner in row.rows("neighbours")),
     }
@@ -100,26 +122,31 @@ def read_complete(row: Row) -> dict[str, Any]:
 
 def _read_edit(row: Row, *, line_ends: bool = False, fill: bool = False) -> dict[str, Any]:
     """Read the fields that every format has. `fill` replaces a placeholder in the prompt."""
-    subject, prompt = row.text("subject"), row.text("prompt", line_ends=line_ends)
+    subject, prompt = row.text("subject", answer=True), row.text("prompt", line_ends=line_ends)
     prompt = _fill(prompt, subject) if fill else prompt
-    return {"subject": subject, "prompt": prompt, "target_new": row.text("target_new")}
+    # of several spellings of the truth the first one is taken
+    target_true = next(iter(row.answers("target_true")), None)
+    return {
+        "subject": subject,
+        "prompt": prompt,
+        "target_new": row.text("target_new", answer=True),
+        "target_true": target_true,
+    }
 
 
 def _read_neighbour(row: Row) -> tuple[str, ...]:
-    neighbour, group = (row.text("prompt", line_ends=True), row.text("target")), row.text_or_none("group")
+    neighbour, group = (row.text("prompt", line_ends=True), row.text("target", answer=True)), row.text_or_none("group")
     return neighbour if group is None else (*neighbour, group)
 
 
 def _read_native(row: Row) -> dict[str, Any]:
-    fields = _read_edit(row, line_ends=True, fill=True) | {"target_true": row.text_or_none("target_true")}
-    prompts, targets, groups = (
-        row.texts(name, single=True, line_ends=name == "neighbour_prompts", paired=True) for name in TABLE_FIELDS
-    )
-    if len(targets) != len(prompts):
-        row.fail("neighbour_targets", f"has {len(targets)} texts; expected {len(prompts)}, one for each prompt")
-    if groups and len(groups) != len(prompts):
-        row.fail("neighbour_groups", f"has {len(groups)} texts; expected {len(prompts)}, one for each prompt")
-    table = zip(prompts, targets, groups, strict=False) if groups else zip(prompts, targets, strict=False)
+    fields = _read_edit(row, line_ends=True, fill=True)
+    table = row.pairs("neighbour_prompts", "neighbour_targets", line_ends=True)
+    groups = row.answers("neighbour_groups")
+    if groups and len(groups) != len(table):
+        row.fail("neighbour_groups", f"has {len(groups)} texts; expected {len(table)}, one for each prompt")
+    if groups:
+        table = [[*pair, group] for pair, group in zip(table, groups, strict=False)]
     paraphrases = row.texts("paraphrases", single=True, line_ends=True)
     return {
         **fields,
@@ -155,42 +182,35 @@ def named_columns(columns: Mapping[str, str | Sequence[str]]) -> Format:
 
 
 def _read_counterfact(row: Row) -> dict[str, Any]:
-    fields = _read_edit(row, fill=True) | {"target_true": row.text("target_true")}
-    neighbours = tuple((prompt, fields["target_true"], "same_relation") for prompt in row.texts("neighbours"))
-    return fields | {"paraphrases": row.texts("paraphrases"), "neighbours": neighbours}
+    fields = _read_edit(row, fill=True)
+    prompts, truth = row.texts("neighbours", single=True), fields["target_true"]
+    if truth is None and prompts:
+        row.remarks["neighbours without an answer (left out)"] += len(prompts)
+    neighbours = tuple((prompt, truth, "same_relation") for prompt in prompts if truth is not None)
+    return fields | {"paraphrases": row.texts("paraphrases", single=True), "neighbours": neighbours}
 
 
 def _read_mquake(row: Row) -> dict[str, Any]:
-    fields = _read_edit(row, fill=True) | {"target_true": row.text("target_true")}
-    return fields | {"paraphrases": row.texts("paraphrases", single=True)}
+    return _read_edit(row, fill=True) | {"paraphrases": row.texts("paraphrases", single=True)}
 
 
 def _read_zsre(row: Row) -> dict[str, Any]:
-    return {
-        **_read_edit(row),
-        "target_true": next(iter(row.texts("target_true")), None) or row.text("pred"),
+    fields = _read_edit(row)
+    return fields | {
+        "target_true": fields["target_true"] or next(iter(row.answers("pred")), None),
         "paraphrases": row.texts("paraphrases", single=True),
-        "neighbours": _read_locality(row, "loc", "loc_ans", "unrelated"),
+        "neighbours": _grouped(row.pairs("loc", "loc_ans", open=True), "unrelated"),
     }
 
 
-def _read_locality(row: Row, prompt: str, answer: str, group: str) -> tuple[tuple[str, ...], ...]:
-    """Read one locality prompt or several, each with its answer."""
-    prompts = row.texts(prompt, single=True, paired=True)
-    if not prompts:
-        return ()
-    answers = row.texts(answer, single=True, paired=True) if answer in row.data else (row.text(answer),)
-    if len(answers) != len(prompts):
-        row.fail(answer, f"has {len(answers)} texts; expected {len(prompts)}, one for each of {prompt}")
-    return tuple((text, reply, group) for text, reply in zip(prompts, answers, strict=False))
+def _grouped(pairs: Iterable[Sequence[str]], group: str) -> tuple[tuple[str, ...], ...]:
+    return tuple((*pair, group) for pair in pairs)
 
 
 def _read_counterfact_flat(row: Row) -> dict[str, Any]:
-    return {
-        **_read_edit(row),
-        "target_true": next(iter(row.texts("target_true", single=True)), None),
+    return _read_edit(row, fill=True) | {
         "paraphrases": row.texts("rephrase_prompt", single=True),
-        "neighbours": _read_locality(row, "locality_prompt", "locality_ground_truth", "same_relation"),
+        "neighbours": _grouped(row.pairs("locality_prompt", "locality_ground_truth", open=True), "same_relation"),
     }
 
 
@@ -240,21 +260,10 @@ def _questions(row: Row, name: str) -> Iterator[tuple[str, str, list[str]]]:
             else:
                 pairs = [(prompt, answers)]
             for text, found in pairs:
-                inner = Row({"prompt": text, "ground_truth": list(_flat(found))})
-                yield group, inner.text("prompt"), list(inner.texts("ground_truth"))
+                inner = Row({"prompt": text, "ground_truth": found})
+                yield group, inner.text("prompt"), list(inner.answers("ground_truth"))
                 for field_name, message in inner.problems:
                     row.fail(f"{at}.{field_name}", message)
-
-
-def _flat(value: object) -> Iterator[object]:
-    """Yield the answers in nested lists (of answers, and of spellings of an answer), without the empty ones."""
-    stack = [value]  # no recursion: a file may nest deeper than Python's stack
-    while stack:
-        item = stack.pop()
-        if isinstance(item, list):
-            stack += reversed(item)
-        elif item is not None and item != "":
-            yield item
 
 
 _FLAT_NAMES = {"target_true": "ground_truth", "neighbours": "locality_ground_truth"}
@@ -265,21 +274,23 @@ _ALL = (
         "mquake",
         ("requested_rewrite",),
         _read_mquake,
-        {"target_new": "target_new.str", "target_true": "target_true.str", "paraphrases": "question"},
+        {"paraphrases": "question"},
         many="requested_rewrite",
     ),
     Format(
         "counterfact",
-        ("requested_rewrite",),
+        _EDIT,
         _read_counterfact,
         {
             "subject": "requested_rewrite.subject",
             "prompt": "requested_rewrite.prompt",
-            "target_new": "requested_rewrite.target_new.str",
-            "target_true": "requested_rewrite.target_true.str",
+            "target_new": "requested_rewrite.target_new",
+            "target_true": "requested_rewrite.target_true",
             "paraphrases": "paraphrase_prompts",
             "neighbours": "neighborhood_prompts",
         },
+        some=("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts"),
+        wrapper="requested_rewrite",
     ),
     Format(
         "zsre",
@@ -304,9 +315,10 @@ _ALL = (
     ),
     Format(
         "counterfact_flat",
-        (*_EDIT, "ground_truth"),
+        _EDIT,
         _read_counterfact_flat,
         {**_FLAT_NAMES, "paraphrases": "rephrase_prompt"},
+        some=("ground_truth", "rephrase_prompt", "locality_prompt"),
     ),
     Format("native", _EDIT, _read_native, {}),
 )
@@ -323,5 +335,23 @@ def detect_format(file: str, number: int, row: Mapping[str, Any]) -> Format:
         if candidate.fits(row):
             return candidate
     found = first_few(map(short, row), _MAX_KEYS_SHOWN) or "no keys"
-    known = "; ".join(f"{fmt.name} ({', '.join(fmt.keys)})" for fmt in _ALL)
-    raise FactError(file, number, None, f"has {found}, which is no known format; expected the keys of one of: {known}")
+    known = "; ".join(f"{fmt.name} ({fmt.recognised_by})" for fmt in _ALL)
+    example = f"or the names of its columns, such as --columns '{_example_columns(row)}'"
+    message = f"has {found}, which is no known format; expected the keys of one of: {known}; {example}"
+    raise FactError(file, number, None, message)
+
+
+def _example_columns(row: Mapping[str, Any]) -> str:
+    """Write `columns` with a row's own keys: those with likely names, the others in their order."""
+    keys, chosen = [key for key in row if isinstance(key, str) and key], dict.fromkeys(_LIKELY_NAMES, "")
+    for ours, likely in _LIKELY_NAMES.items():
+        free = [key for key in keys if key not in chosen.values()]
+        chosen[ours] = next((key for part in likely for key in free if part in key.casefold()), "")
+    left = (key for key in keys if key not in chosen.values())
+    return "{" + ", ".join(f"{ours}: {_as_yaml(key or next(left, 'KEY'))}" for ours, key in chosen.items()) + "}"
+
+
+def _as_yaml(key: str) -> str:
+    """Write a key as YAML within single quotes of a shell."""
+    is_plain = key.replace("_", "a").isalnum() and not key[0].isdigit()
+    return key if is_plain else '"' + printable(key).replace('"', '\\"').replace("'", "'\\''") + '"'

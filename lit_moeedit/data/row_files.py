@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lit_moeedit.data.errors import FactError, short
+from lit_moeedit.data.rows import Number
 from lit_moeedit.text import printable
 
 ROW_LIMIT = 4 * 2**20
@@ -114,7 +115,7 @@ def _repeated(names: Sequence[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=Number)
 
 
 def _json_problem(error: ValueError | RecursionError, line: int | None = None) -> str:
@@ -193,7 +194,7 @@ class _Elements:
                 value, end = _DECODER.raw_decode(self._buffer, self._position)
                 problem = None
                 # a number may continue after the end of the buffer
-                cut = isinstance(value, int | float) and self._buffer[end : end + 1] not in (*_SPACE, ",", "]")
+                cut = isinstance(value, int | float | Number) and self._buffer[end : end + 1] not in (*_SPACE, ",", "]")
             except json.JSONDecodeError as error:
                 # an error at the end of the buffer may vanish with more text; the longest literal is -Infinity
                 end = len(self._buffer)

@@ -148,7 +148,8 @@ class EditSuccess(Metric):
     ``compute`` returns scalars in [0, 1], averaged over prompts (not over facts) and NaN where nothing was counted:
 
     - ``efficacy``, ``generalization``, ``specificity``: share of the edit prompts, paraphrases and neighbours whose
-      right answer has a strictly higher mean token log-probability than the other answer;
+      right answer has a strictly higher mean token log-probability than the other answer. Prompts without another
+      answer (facts whose truth is unknown) do not count; NaN if there are only such prompts;
     - ``efficacy_accuracy``, ``generalization_accuracy``, ``specificity_accuracy``: share of the same prompts for which
       greedy decoding generates the whole right answer;
     - ``specificity_retained``, ``specificity_retained_{group}``: share of the neighbours (of one group) with the right

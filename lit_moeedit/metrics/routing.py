@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Lower bound of log-probabilities: the smallest normal float32, so that no logarithm is infinite.
-_LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
+_TINY = torch.finfo(torch.float32).tiny
+_LOG_TINY = math.log(_TINY)
 
 
 def _routing_similarity_update(before: Tensor, after: Tensor, where: str = "") -> tuple[Tensor, int]:
@@ -68,7 +69,7 @@ def routing_similarity(before: Tensor, after: Tensor) -> Tensor:
 def _routing_divergence_update(
     before: Tensor, after: Tensor, logits: bool = False, where: str = ""
 ) -> tuple[Tensor, Tensor, int]:
-    """Return the sums over tokens of KL and JS of ``before`` and ``after``, ``[N, E]`` (float32 scalars), and N."""
+    """Return the sums over tokens of KL and JS of ``before`` and ``after``, ``[N, E]`` (scalars), and N."""
     log_p = _log_probabilities(before, logits, f"{where}`before`")
     log_q = _log_probabilities(after, logits, f"{where}`after`")
     _check_same_shape(before, after, where)
@@ -87,8 +88,9 @@ def routing_divergence(before: Tensor, after: Tensor, logits: bool = False) -> t
         \mathrm{KL}(p \| q) = \sum_j p_j \log \frac{p_j}{q_j}, \qquad
         \mathrm{JS}(p, q) = \tfrac12 \mathrm{KL}(p \| m) + \tfrac12 \mathrm{KL}(q \| m), \quad m = \tfrac12 (p + q)
 
-    Computed in float32. Probabilities are clamped from below to the smallest normal float32, 1.2e-38: then
-    ``0 log 0`` is 0, and an expert whose probability falls to 0 adds ``p (log p + 87.3)`` to KL instead of infinity.
+    Computed in float32 (in float64 for float64 inputs), and differentiable. Probabilities are clamped from below to the
+    smallest normal float32, 1.2e-38: then ``0 log 0`` is 0, and an expert whose probability falls to 0 adds
+    ``p (log p + 87.3)`` to KL instead of infinity.
 
     Args:
         before: Routing probabilities (or logits) ``[N, E]``, floating point. Rows of probabilities are divided by
@@ -199,7 +201,8 @@ class RoutingDivergence(Metric):
 
     ``compute`` returns ``{"kl/mean", "kl/layer_{index}", ..., "js/mean", "js/layer_{index}", ...}``, where the means
     are taken over the layers' means. A layer without tokens is NaN, and then so are the means. See
-    :func:`routing_divergence` for the formulas and for how zeros are treated.
+    :func:`routing_divergence` for the formulas and for how zeros are treated. The results of ``forward`` can be
+    differentiated; those of ``compute`` after it are sums over batches without a graph.
 
     Args:
         layers: Indices of the layers to compare.
@@ -218,7 +221,7 @@ class RoutingDivergence(Metric):
 
     """  # noqa: E501 - the doctest prints one line
 
-    is_differentiable = False
+    is_differentiable = True
     higher_is_better = False
     full_state_update = False
     plot_lower_bound = 0.0
@@ -275,12 +278,12 @@ def _check_same_shape(before: Tensor, after: Tensor, where: str) -> None:
 
 
 def _log_probabilities(scores: Tensor, logits: bool, what: str) -> Tensor:
-    """Return the clamped log-probabilities ``[N, E]``, float32, of ``scores [N, E]``; ValueError if it has none."""
+    """Return the clamped log-probabilities of ``scores [N, E]`` in float32 or float64; ValueError if it has none."""
     if not scores.is_floating_point():
         raise ValueError(f"Expected {what} to be floating point, got {scores.dtype}.")
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise ValueError(f"Expected {what} of shape [N, E] with E >= 1, got {list(scores.shape)}.")
-    scores = scores.float()
+    scores = scores if scores.dtype == torch.float64 else scores.float()
     if logits:
         log_probabilities = scores.log_softmax(1)
         if log_probabilities.isnan().any():
@@ -292,5 +295,6 @@ def _log_probabilities(scores: Tensor, logits: bool, what: str) -> Tensor:
                 f"Expected {what} to hold probabilities, got a row with a negative or non-finite value or with sum 0 "
                 "(for logits set `logits=True`)."
             )
-        log_probabilities = (scores / total).log()
+        # clamped before the logarithm, because the gradient of log at 0 is not finite
+        log_probabilities = (scores / total).clamp_min(_TINY).log()
     return log_probabilities.clamp_min(_LOG_TINY)

@@ -33,6 +33,7 @@ with instrumented:
     from lit_moeedit.data import check, row_files
     from lit_moeedit.data.encoding import encode, join, subject_span
     from lit_moeedit.data.facts import Checker, FactError, read_facts
+    from lit_moeedit.data.rows import Number
 from tests.data.rows import ROWS
 from tests.data.tokenizers import KINDS, tokenizer
 
@@ -119,7 +120,7 @@ def whole(suffix: str, data: bytes) -> object:
         return None
     if suffix == ".json":
         try:
-            content = json.loads(text, object_pairs_hook=once)
+            content = json.loads(text, object_pairs_hook=once, parse_float=Number)
         except (ValueError, RecursionError):
             return None
         return content if isinstance(content, list) else None
@@ -127,7 +128,7 @@ def whole(suffix: str, data: bytes) -> object:
         found = []
         for line in text.split("\n"):
             try:
-                found += [json.loads(line, object_pairs_hook=once)] if line.strip() else []
+                found += [json.loads(line, object_pairs_hook=once, parse_float=Number)] if line.strip() else []
             except (ValueError, RecursionError):
                 continue
         return found

@@ -56,15 +56,15 @@ def test_what_is_understood_is_printed(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_problems_are_grouped_by_field_and_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = [{**NATIVE, "target_new": 5, "paraphrases": [None, number]} for number in range(11)]
+    bad = [{**NATIVE, "target_new": {}, "paraphrases": [{}, number]} for number in range(11)]
     path = write(tmp_path / "facts.jsonl", [NATIVE, *bad, {**NATIVE, "subject": "Oslo"}])
     code, lines = refused(path, capsys)
     assert code == f"lit-moeedit facts check: {path}: 12 of 13 rows cannot be used"
     assert lines[-6:] == [
         "Problem, field target_new: 11 (rows 2, 3, 4, 5, 6, 7, 8, 9 and 3 more)",
-        "  row 2: is 5 (int); expected a text",
+        "  row 2: is {} (dict); expected a text",
         "Problem, field paraphrases[]: 11 (rows 2, 3, 4, 5, 6, 7, 8, 9 and 3 more)",
-        "  row 2: is null; expected a text",
+        "  row 2: is {} (dict); expected a text",
         "Problem, field prompt: 1 (rows 13)",
         "  row 13: does not contain the subject 'Oslo'; expected it letter by letter in 'Rome lies in'",
     ]

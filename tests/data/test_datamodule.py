@@ -13,7 +13,8 @@ import torch
 from lit_moeedit.data import Atlas, FactsCorpus, FactsDataModule
 from lit_moeedit.data.corpus import Corpus, Statement
 from lit_moeedit.data.datamodule import EpochSampler, StatementDataset
-from lit_moeedit.data.encoding import IGNORED_LABEL
+from lit_moeedit.data.encoding import IGNORED_LABEL, join
+from tests.data.rows import EXPECTED, ROWS
 
 SMALL = Corpus(
     train=[Statement(f"The number after {i} is", f"{i + 1}", f"after {i}") for i in range(40)],
@@ -295,7 +296,7 @@ def test_facts_are_stated_in_the_words_of_other_facts(tmp_path: Path) -> None:
     assert found[9]["Turin"] == ["In Turin one pays in"]
 
 
-def test_only_facts_with_a_known_target_are_edited(tmp_path: Path) -> None:
+def test_only_facts_with_a_known_target_are_edited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         {"subject": name, "prompt": f"{name} lies in", "target_new": new, "target_true": true}
         for name, new, true in [("Rome", "Peru", "Italy"), ("Oslo", "Italy", "Norway"), ("Bari", "Norway", "Italy")]
@@ -308,16 +309,65 @@ def test_only_facts_with_a_known_target_are_edited(tmp_path: Path) -> None:
     assert [fact.subject for fact in corpus.edits] == ["Oslo", "Bari", "Pisa"]
     assert {s.prompt for s in corpus.validation} == {"Rome lies in", "Lima lies in"}
     assert len(corpus.train) == 5
-    with pytest.raises(ValueError, match=r"edits must be between 1 and 3 \(the facts whose new target is known of"):
-        FactsCorpus(path, edits=4, known_targets=True)
+    assert len(FactsCorpus(path, edits=4, known_targets=True).edits) == 3
+    assert "edits is 4, but there are 3 facts with a known target; all of them are edited" in caplog.text
+    rows = [{**row, "target_new": "Mars"} for row in rows]
+    with pytest.raises(ValueError, match=r"no new target of its 4 facts is .*; give known_targets: false to edit them"):
+        FactsCorpus(write(path, rows), known_targets=True)
 
 
-def test_a_facts_file_needs_truths_and_enough_facts(tmp_path: Path) -> None:
-    row = {"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain"}
-    path = write(tmp_path / "facts.jsonl", [row])
-    with pytest.raises(ValueError, match="has no target_true"):
-        FactsCorpus(path, edits=1)
-    with pytest.raises(ValueError, match="edits must be between 1 and 1"):
-        FactsCorpus(path, edits=2)
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_small_file_of_any_format_is_edited_whole(tmp_path: Path, name: str, count: int) -> None:
+    subject = EXPECTED[name].subject
+    text = json.dumps(ROWS[name])
+    rows = [
+        json.loads(text.replace(subject, f"{subject} {i}").replace("Leo Arons was", f"Leo Arons {i} was"))
+        for i in range(count)
+    ]
+    corpus = FactsCorpus(write(tmp_path / "facts.jsonl", rows))
+    assert len(corpus.edits) == count
+    data = FactsDataModule(corpus, vocab_size=400, batch_size=4, samples_per_epoch=8)
+    data.setup("fit")
+    assert len(list(data.train_dataloader())) >= 1 and len(list(data.val_dataloader())) >= 1
+    assert data.preservation_texts() and data.probe_texts()
+    edited = [join(fact.prompt, fact.target_true or fact.target_new) for fact in corpus.edits]
+    assert not set(edited) & set(data.preservation_texts())
+
+
+def test_as_many_facts_as_there_are_and_at_most_fifty_are_edited(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**ROWS["native"], "subject": f"Rome {i}", "prompt": f"Rome {i} lies in"} for i in range(60)]
+    assert len(FactsCorpus(rows).edits) == 50 and len(FactsCorpus(rows[:5]).edits) == 5
+    assert "edits is" not in caplog.text
+    assert len(FactsCorpus(rows[:5], edits=50).edits) == 5
+    assert "facts: edits is 50, but there are 5 facts; all of them are edited" in caplog.text
+
+
+def test_facts_without_a_truth_are_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bare = {"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain"}
+    known = {"subject": "Oslo", "prompt": "Oslo lies in", "target_new": "Peru", "target_true": "Norway"}
+    corpus = FactsCorpus(write(tmp_path / "facts.jsonl", [bare, known]), phrasings=2)
+    assert {s.prompt for s in corpus.train} == {"Oslo lies in"} and len(corpus.edits) == 2
+    assert "1 of 2 facts have no target_true, so the training text does not state them" in caplog.text
+    data = FactsDataModule(corpus, vocab_size=400)
+    data.setup("fit")
+    assert sorted(data.preservation_texts()) == ["As they say:", "Here is a fact.", "In a few words:"]
+    assert "give 'preservation' (a text file) to KnowledgeEditing" in caplog.text
+
+    alone = FactsDataModule(FactsCorpus([bare]), vocab_size=400)
+    with pytest.raises(
+        ValueError, match=r"nothing to train on: none of its facts has a target_true .* with 'validate'"
+    ):
+        alone.setup("fit")
+    alone.setup("validate")
+    assert alone.probe_texts() == ["Rome lies in Spain"] and len(list(alone.val_dataloader())) == 1
+
+
+def test_wrong_settings_of_a_facts_corpus(tmp_path: Path) -> None:
+    path = write(tmp_path / "facts.jsonl", [{"subject": "Rome", "prompt": "Rome lies in", "target_new": "Spain"}])
+    with pytest.raises(ValueError, match="edits must be at least 1, got 0"):
+        FactsCorpus(path, edits=0)
     with pytest.raises(ValueError, match="phrasings must be at least 0, got -1"):
         FactsCorpus(path, edits=1, phrasings=-1)

@@ -113,7 +113,7 @@ def test_checked_facts_are_used_like_a_list() -> None:
 
 
 def test_wrong_types_in_memory_are_refused() -> None:
-    fact = Fact("Rome", "Rome lies in", 5, paraphrases="one")  # type: ignore[arg-type]
+    fact = Fact("Rome", "Rome lies in", {}, paraphrases="one")  # type: ignore[arg-type]
     with pytest.raises(FactsError) as caught:
         validate_facts([fact])
     assert [problem.field for problem in caught.value.problems] == ["target_new", "paraphrases"]

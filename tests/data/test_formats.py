@@ -94,9 +94,9 @@ def test_zsre_with_portability_stays_zsre(tmp_path: Path) -> None:
             "is ['z'] (list); expected a list of 2, one for each prompt",
         ),
         (
-            {"locality": {"a": [{"prompt": "x", "ground_truth": [[5]]}]}},
+            {"locality": {"a": [{"prompt": "x", "ground_truth": [[{}]]}]}},
             "locality.a[0].ground_truth[0]",
-            "is 5 (int); ",
+            "is {} (dict); ",
         ),
     ],
 )
@@ -223,9 +223,7 @@ def test_problems_of_a_table_have_its_names(tmp_path: Path) -> None:
         (3, "new.answer", "is 'Peru\\x07', with the control character '\\x07'; expected text"),
     ]
     path.write_text(OWN.replace(",Milan lies in,Italy", ",Milan lies in,"), encoding="utf-8")
-    assert problems_of(path, columns=COLUMNS) == [
-        (2, "neighbour_targets", "has 0 texts; expected 1, one for each prompt")
-    ]
+    assert problems_of(path, columns=COLUMNS) == [(2, "near answer", "has 0 texts; expected 1, one for each of near")]
     wrong = {**COLUMNS, "paraphrases": ["p1", "p3"]}
     path.write_text(OWN, encoding="utf-8")
     assert problems_of(path, columns=wrong) == [
@@ -348,7 +346,7 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_number_of_problems_fills_the_memory(tmp_path: Path) -> None:
-    path = write(tmp_path / "facts.json", [{**NATIVE, "paraphrases": [None] * 5000}])
+    path = write(tmp_path / "facts.json", [{**NATIVE, "paraphrases": [{}] * 5000}])
     assert len(problems_of(path)) == 100
     path = write(tmp_path / "rows.jsonl", [None] * 3000)
     with pytest.raises(FactsError, match="1000 of 1000 rows cannot be used"):

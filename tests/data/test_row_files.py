@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lit_moeedit.data.facts import FactError, read_facts
 from lit_moeedit.data.row_files import ROW_LIMIT, load_rows
+from lit_moeedit.data.rows import Number
 from tests.data.fuzzing import pieces_of
 from tests.data.rows import NATIVE, write
 
@@ -49,7 +50,7 @@ def test_a_list_is_read_as_if_at_once(
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii)
     path.write_bytes(text.encode("utf-8", errors="replace"))
     with pieces_of(piece):
-        assert rows_of(path) == json.loads(path.read_text(encoding="utf-8"))
+        assert rows_of(path) == json.loads(path.read_text(encoding="utf-8"), parse_float=Number)
 
 
 @pytest.mark.parametrize(

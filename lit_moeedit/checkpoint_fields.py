@@ -59,3 +59,46 @@ def _described(shape: Any) -> str:
         ((key, inner),) = shape.items()
         return f"dict of {key.__name__} to {_described(inner)}"
     return " or ".join(kind.__name__ for kind in (shape if isinstance(shape, tuple) else (shape,)))
+
+
+def differences(saved: Mapping[str, Any], used: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Describe settings that are in a checkpoint with another value than the one in use, one line for each.
+
+    Settings that only one of them has, and names that begin with an underscore, are left out. Within a setting that is
+    a mapping, such as a model's config, a key that only one of them has is told, because the other has its default.
+
+    Example:
+        >>> differences({"rate": 0.1, "sizes": {"a": 1, "b": 2}}, {"rate": 0.1, "sizes": {"a": 1, "b": 3}}, "--model.")
+        ['--model.sizes.b: the checkpoint has 2, but 3 is used, as this run says']
+        >>> differences({"sizes": {"a": 1}}, {"sizes": {"a": 1, "b": 3}})
+        ['sizes.b: the checkpoint has its default, but 3 is used, as this run says']
+    """
+    lines = []
+    for name in (name for name in used if name in saved and not str(name).startswith("_")):
+        old, value = saved[name], used[name]
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            lines += _differences_within(old, value, f"{prefix}{name}.")
+        elif not same_setting(old, value):
+            lines.append(_difference(f"{prefix}{name}", f"{old!r}"[:80], f"{value!r}"[:80]))
+    return lines
+
+
+def _differences_within(saved: Mapping[str, Any], used: Mapping[str, Any], prefix: str) -> list[str]:
+    lines = differences(saved, used, prefix)
+    lines += [
+        _difference(f"{prefix}{name}", "its default", f"{used[name]!r}"[:80]) for name in used if name not in saved
+    ]
+    return lines + [
+        _difference(f"{prefix}{name}", f"{saved[name]!r}"[:80], "its default") for name in saved if name not in used
+    ]
+
+
+def _difference(name: str, saved: str, used: str) -> str:
+    return f"{name}: the checkpoint has {saved}, but {used} is used, as this run says"
+
+
+def same_setting(one: Any, other: Any) -> bool:
+    """Compare two values of a setting; lists and tuples may be equal."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same_setting, one, other))
+    return bool(one == other)

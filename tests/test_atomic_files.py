@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from lit_moeedit.atomic_files import atomic_file, check_writable, read_tensors, write_tensors
+from lit_moeedit import atomic_files
+from lit_moeedit.atomic_files import (
+    MAX_AGE,
+    atomic_file,
+    atomic_folder,
+    check_writable,
+    read_tensors,
+    remove_leftovers,
+    write_tensors,
+)
 
 
 @pytest.mark.parametrize("old", [None, "what was there"])
@@ -117,3 +127,138 @@ def test_tensors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     write_tensors(tmp_path / "it", {"a": torch.tensor([1.0, torch.nan])}, {"format": "f"})
     with pytest.raises(ValueError, match="it does not hold numbers: a not finite"):
         read_tensors(tmp_path / "it", ["a"], "f", "numbers")
+
+
+# -- permissions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)], ids=oct)
+def test_permissions_are_those_of_a_new_file(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_tensors(tmp_path / "tensors", {"a": torch.ones(2)}, {"format": "f"})
+        with atomic_file(tmp_path / "text") as beside:
+            beside.write_text("it")
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "it").touch()
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")} == {
+        "tensors": mode, "text": mode, "it": mode, "folder": mode | (mode & 0o444) >> 2
+    }  # fmt: skip
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
+    if not exchanges:
+        monkeypatch.setattr(atomic_files, "_exchange", lambda *_: False)
+    path = tmp_path / "new" / "it"
+    for text in ("first", "second"):
+        with atomic_folder(path, overwrite=True) as beside:
+            (beside / text).write_text(text)
+    assert contents(tmp_path) == {"new/it/second": "second"} and [child.name for child in path.parent.iterdir()] == [
+        "it"
+    ]
+    with pytest.raises(OSError, match="not empty"), atomic_folder(path):
+        pass
+    with pytest.raises(ValueError, match="no"), atomic_folder(path, overwrite=True):
+        raise ValueError("no")
+    assert contents(tmp_path) == {"new/it/second": "second"} and [child.name for child in path.parent.iterdir()] == [
+        "it"
+    ]
+
+
+@pytest.mark.parametrize("was_moved", [True, False])
+def test_a_writer_that_was_killed_during_the_exchange(tmp_path: Path, was_moved: bool) -> None:
+    old = tmp_path / ".it.old"
+    old.mkdir()
+    (old / "file").write_text("old")
+    if not was_moved:
+        (tmp_path / "it").mkdir()
+        (tmp_path / "it" / "file").write_text("new")
+    with pytest.raises(ValueError, match="stop"), atomic_folder(tmp_path / "it", overwrite=True):
+        raise ValueError("stop")
+    assert contents(tmp_path) == {"it/file": "old" if was_moved else "new"} and not old.exists()
+
+
+# -- writers that were killed -----------------------------------------------------------------------------------------
+
+
+def kill_a_writer(path: Path, kind: Callable[[Path], Any]) -> Path:
+    """Kill a process that writes to ``path``; returns what it has left behind."""
+    child = os.fork()
+    if child == 0:
+        with kind(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (leftover,) = path.parent.glob(".*.part")
+    return leftover
+
+
+@pytest.mark.parametrize("kind", [atomic_file, atomic_folder])
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path, kind: Callable[[Path], Any]) -> None:
+    leftover = kill_a_writer(tmp_path / "one", kind)
+    (tmp_path / ".mine.part").mkdir()
+    (tmp_path / ".mine.part" / "it").write_text("of somebody else")
+    with atomic_file(tmp_path / "other") as beside:
+        beside.write_text("it")
+    assert not leftover.exists()
+    assert contents(tmp_path) == {"other": "it", ".mine.part/it": "of somebody else"}
+
+
+def test_a_writer_that_lives_keeps_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "one"
+    with atomic_file(path) as beside:
+        beside.write_text("mine")
+        for entry in (beside, beside.parent):
+            os.utime(entry, (0, 0))
+        remove_leftovers(tmp_path)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("why", ["no locks", "of another machine"])
+def test_what_no_lock_can_tell_is_removed_by_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    leftover = kill_a_writer(tmp_path / "one", atomic_file)
+    if why == "no locks":
+
+        def fail(*_: Any) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("fcntl.flock", fail)
+    else:
+        monkeypatch.setattr(atomic_files, "_machine", lambda: "0123abcd")
+    remove_leftovers(tmp_path)
+    assert leftover.exists()
+    some = leftover / "inner"
+    some.touch()
+    past = leftover.stat().st_mtime - MAX_AGE - 10
+    os.utime(leftover, (past, past))
+    remove_leftovers(tmp_path)
+    assert leftover.exists()  # something in it is newer
+    os.utime(some, (past, past))
+    remove_leftovers(tmp_path)
+    assert not leftover.exists()
+
+
+def test_a_folder_that_is_taken_for_a_leftover_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = atomic_files.tempfile.mkdtemp, []
+
+    def taken(**options: Any) -> str:
+        made.append(make(**options))
+        if len(made) < 3:
+            remove_leftovers(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr("tempfile.mkdtemp", taken)
+    with atomic_file(tmp_path / "one") as beside:
+        beside.write_text("it")
+    assert len(made) == 3 and contents(tmp_path) == {"one": "it"}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +14,21 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from lit_moeedit.atomic_files import path_in_errors
+from lit_moeedit.atomic_files import atomic_folder
 from lit_moeedit.checkpoint_fields import CheckpointError
-from lit_moeedit.checkpoints.read import Checkpoint, read_checkpoint
+from lit_moeedit.checkpoints.older_readers import add_older_spellings, add_older_tokenizer, write_card
+from lit_moeedit.checkpoints.read import Checkpoint, check_counts, read_checkpoint
 from lit_moeedit.checkpoints.tensors import StoredTensor, WeightFile
 from lit_moeedit.sharding.loading import no_hoarding
 from lit_moeedit.text import brief, first_few
@@ -77,7 +83,7 @@ def export(
         name: torch.empty(weight.shape, dtype=_dtype(skeleton, name, weight, dtype), device="meta")
         for name, weight in weights.items()
     }
-    with _appearing(output, overwrite) as folder, path_in_errors(output), no_hoarding():
+    with atomic_folder(output, overwrite) as folder, no_hoarding():
         _save_config(skeleton, origin, empty, folder)
         _save_tokenizer(tokenizer, source, origin, folder)
         files = _save_weights(skeleton, weights, empty, max_shard_size, folder)
@@ -94,9 +100,11 @@ def _skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
     try:
         if path is None and isinstance(saved, Mapping) and isinstance(saved.get("model_type"), str):
             origin = f"the field 'hyper_parameters' of {source.path}"
+            check_counts(origin, saved, source.tensors)
             config = AutoConfig.for_model(**saved)
         elif path is not None or isinstance(pretrained, str):
             origin = str(path if path is not None else pretrained)
+            check_counts(origin, PretrainedConfig.get_config_dict(origin)[0], source.tensors)
             config = AutoConfig.from_pretrained(origin, trust_remote_code=False)
         else:
             raise CheckpointError(
@@ -143,6 +151,10 @@ def _weights(source: Checkpoint, skeleton: PreTrainedModel, prefix: str | None) 
     ]
     if wrong:
         raise CheckpointError(f"{where}: {_some(wrong)} of another shape")
+    # such a weight, however short in the file, would be written in its whole length
+    repeated = [name for name, weight in found.items() if weight.is_repeated]
+    if repeated:
+        raise CheckpointError(f"{where}: {_some(repeated)} made of repeated elements (as expand() does)")
     return found
 
 
@@ -186,6 +198,10 @@ def _save_config(model: PreTrainedModel, origin: Any, empty: Mapping[str, Tensor
             config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
+    lost = add_older_spellings(folder, model.config)
+    if lost:
+        log.info("this family's config has no spelling for transformers < 5 of %s; README.md says so", ", ".join(lost))
+        write_card(folder, lost)
     if not model.can_generate():
         return
     try:
@@ -220,6 +236,7 @@ def _save_tokenizer(path: str | None, source: Checkpoint, origin: Any, folder: P
             log.warning("the tokenizer of %s is not written (%s); give another with --tokenizer", whose, brief(error))
             return
         tokenizer.save_pretrained(folder)
+        add_older_tokenizer(folder, tokenizer)
 
 
 def _save_weights(
@@ -309,26 +326,3 @@ def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output} is not replaced: it has no config.json, so it does not look like a model")
     if checkpoint.is_relative_to(output):
         raise FileExistsError(f"{output} is not replaced: the checkpoint {checkpoint} is in it")
-
-
-@contextmanager
-def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """Provide a folder that replaces ``output`` at the end of this block, and is removed if that fails."""
-    part, old = (output.with_name(f".{output.name}.{end}") for end in ("part", "old"))
-    for rest in (part, old):
-        if rest.exists():
-            raise FileExistsError(f"{rest} exists: another export is running, or one was killed; move it away")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if overwrite and output.exists():
-            output.rename(old)
-        # this replaces an empty folder, too
-        part.rename(output)
-    except BaseException:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

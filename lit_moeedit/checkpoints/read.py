@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,17 +16,16 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.checkpoint_fields import CheckpointError, field
-from lit_moeedit.checkpoints.tensors import (
-    StoredTensor,
-    as_they_are,
-    check_plain,
-    load,
-    shapes_in,
-    tensors_in,
-)
+from lit_moeedit.checkpoints.tensors import StoredTensor, as_they_are, shapes_in, tensors_in
+from lit_moeedit.checkpoints.torch_file import Piece, TorchFile
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+COUNTS = re.compile(r"(^|_)(num|n|number)_.*(layer|block|expert|label|head|group)|layers$|depth")
+"""Settings of configs that give the number of modules, or of entries of the config."""
+MIN_COUNT = 1000
+"""Number that any config may have, since a model of that many layers is made within seconds."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return _read_folder(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    contents = load(path)
-    return _checkpoint(path, as_they_are(field(path, contents, "state_dict", dict)), path, contents)
+    file = TorchFile(path)
+    contents = file.read()
+    return _checkpoint(path, as_they_are(file, field(path, contents, "state_dict", dict)), path, contents)
 
 
 def check_harmless(path: Path) -> None:
@@ -79,7 +80,9 @@ def check_harmless(path: Path) -> None:
         OSError: if a folder in it cannot be listed.
     """
     if not path.is_dir():
-        field(path, load(path), "state_dict", dict)  # other fields are checked by the module that reads them
+        field(
+            path, TorchFile(path).read(), "state_dict", dict
+        )  # other fields are checked by the module that reads them
         return
     for folder, folders, files in os.walk(path, onerror=_raised):
         for inner in (Path(folder, name) for name in sorted(folders + files)):
@@ -89,9 +92,53 @@ def check_harmless(path: Path) -> None:
             if inner.name == ".metadata":
                 raise CheckpointError(f"{inner} is a pickle, as FSDP's checkpoints have; expected one of DeepSpeed")
             if inner.suffix == ".pt" and not inner.is_dir():
-                check_plain(inner)
+                TorchFile(inner).check_plain()
     for name in ("latest", "latest_universal"):
         _named_in(path, name)
+
+
+def check_undamaged(path: Path, rank: int = 0) -> None:
+    """Check all that a rank reads of a checkpoint against the checksums in its files.
+
+    Args:
+        path: a file, or a folder of DeepSpeed.
+        rank: the rank. The shards of others in a folder are left to them.
+
+    Raises:
+        CheckpointError: if a record is damaged; the message names it.
+    """
+    files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
+    for file in files:
+        own = re.search(r"zero_pp_rank_(\d+)_", file.name)
+        # older files, which are no archives, have no checksums
+        if (own is None or int(own[1]) == rank) and zipfile.is_zipfile(file):
+            TorchFile(file).verify_all()
+
+
+def check_counts(path: Path | str, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a model's config with many more layers or experts than its checkpoint, before a model is made of it.
+
+    Args:
+        path: where the config is, for errors.
+        config: keys of a config of transformers.
+        tensors: the tensors of the checkpoint.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    largest = max((stored.shape[0] for stored in tensors.values() if stored.shape), default=0)
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_counts(path, value, tensors)
+            continue
+        count = value if isinstance(value, int) and COUNTS.search(str(key)) else 0
+        # some families have a type for each layer, in a list or as a letter in a text, and no number of layers
+        if isinstance(value, list | tuple) or (isinstance(value, str) and "pattern" in str(key)):
+            count = len(value)
+        if count > max(MIN_COUNT, len(tensors), largest):
+            raise CheckpointError(
+                f"{path}: the config has {key} {count:,}, but the checkpoint holds only {len(tensors):,} tensors"
+            )
 
 
 def _raised(error: OSError) -> None:
@@ -118,8 +165,9 @@ def _read_folder(path: Path) -> Checkpoint:
             "its DeepSpeedStrategy writes"
         )
     [file] = _of_ranks(folder, files, 1)
-    model = load(file)
-    weights = as_they_are(field(file, model, "module", dict))
+    opened = TorchFile(file)
+    model = opened.read()
+    weights = as_they_are(opened, field(file, model, "module", dict))
     groups = field(file, model, "param_shapes", list, optional=True)
     # without ZeRO every rank holds all weights
     optimizers = [] if groups is None else _optimizers(folder)
@@ -130,7 +178,7 @@ def _read_folder(path: Path) -> Checkpoint:
         raise CheckpointError(f"{optimizers[0].file} is of ZeRO stage {stage}, which does not go with {file.name}")
     shapes = [shapes_in(file, "param_shapes", group) for group in groups]
     if stage == 3:
-        models = _models(folder, files, len(optimizers), model)
+        models = _models(folder, files, len(optimizers), opened, model)
         buffers = field(file, model, "buffer_names", list)
         tensors = {name: weights[name] for name in map(str, buffers) if name in weights}
         tensors |= _frozen(models, weights) | _joined(optimizers, shapes, weights)
@@ -146,7 +194,8 @@ def _named_in(path: Path, name: str) -> Path:
     latest = path / name
     if not latest.is_file():
         return path
-    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    with latest.open(encoding="utf-8", errors="replace") as file:
+        tag = file.read(1000).strip()
     # a plain name, no path out of the checkpoint
     if tag in ("", ".", "..") or Path(tag).name != tag or len(tag) > 200 or not (path / tag).is_dir():
         raise CheckpointError(f"{latest} should name a folder beside it, but holds {tag[:80]!r}")
@@ -185,7 +234,7 @@ class _Optimizer:
     file: Path
     stage: int
     ranks: int
-    masters: list[Tensor]
+    masters: list[Piece]
     paddings: list[list[int]]
     steps: set[float]
 
@@ -214,7 +263,8 @@ def _optimizers(folder: Path) -> list[_Optimizer]:
 
 
 def _optimizer(file: Path) -> _Optimizer | None:
-    state = field(file, load(file), "optimizer_state_dict", dict)
+    opened = TorchFile(file)
+    state = field(file, opened.read(), "optimizer_state_dict", dict)
     stage = field(file, state, "zero_stage", int, optional=True)
     if stage is None:
         return None
@@ -225,7 +275,7 @@ def _optimizer(file: Path) -> _Optimizer | None:
     if not counts or any(not isinstance(count, int) or count < 1 or count != counts[0] for count in counts):
         raise CheckpointError(f"{file}: field 'partition_count' should be a number of ranks, but is {counts}")
     name = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-    masters = tensors_in(file, name, field(file, state, name, list))
+    masters = tensors_in(opened, name, field(file, state, name, list))
     paddings = field(file, state, "param_alignment_paddings", list, optional=True) or []
     inner = state.get("optimizer_state_dict" if stage == 3 else "base_optimizer_state")
     states = inner.get("state") if isinstance(inner, dict) else inner
@@ -237,27 +287,31 @@ def _optimizer(file: Path) -> _Optimizer | None:
     return _Optimizer(file, stage, counts[0], masters, paddings, numbers)
 
 
-def _models(folder: Path, files: Mapping[int, Path], ranks: int, first: dict[str, Any]) -> list[tuple[Path, Any]]:
+def _models(
+    folder: Path, files: Mapping[int, Path], ranks: int, opened: TorchFile, first: dict[str, Any]
+) -> list[tuple[TorchFile, dict[str, Any]]]:
     """Read the model files of all ranks, which stage 3 writes."""
-    paths = _of_ranks(folder, files, ranks)
-    models = [(paths[0], first), *((path, load(path)) for path in paths[1:])]
-    for path, model in models[1:]:
+    others = [TorchFile(path) for path in _of_ranks(folder, files, ranks)[1:]]
+    models = [(opened, first), *((file, file.read()) for file in others)]
+    for file, model in models[1:]:
         for name in ("param_shapes", "frozen_param_shapes", "global_steps"):
             if model.get(name) != first.get(name):
-                raise CheckpointError(f"{path} does not belong to {paths[0].name}: their fields {name!r} differ")
+                raise CheckpointError(
+                    f"{file.path} does not belong to {opened.path.name}: their fields {name!r} differ"
+                )
     return models
 
 
 # -- putting shards together ------------------------------------------------------------------------------------------
 
 
-def _runs(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[Tensor]]:
+def _runs(tensors: Sequence[Piece], sizes: Sequence[int]) -> Iterator[list[Piece]]:
     """Cut flat tensors, laid end to end, into ranges of the given sizes, each of one or more pieces."""
     index = start = 0
     for size in sizes:
         run = []
         while size:
-            piece = tensors[index][start : start + size]
+            piece = tensors[index].part(start, start + size)
             size, start = size - piece.numel(), start + piece.numel()
             if start == tensors[index].numel():
                 index, start = index + 1, 0
@@ -271,7 +325,7 @@ def _joined(
     """Join the shards of stage 3, which cuts each parameter into equal parts, one per rank, the last one padded."""
     shapes = {name: shape for group in groups for name, shape in group.items()}
     widths = [ceil(shape.numel() / len(optimizers)) for shape in shapes.values()]
-    pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
     for optimizer in optimizers:
         _check_size(optimizer.file, "fp32_flat_groups", optimizer.masters, sum(widths))
         for name, run in zip(shapes, _runs(optimizer.masters, widths), strict=True):
@@ -300,29 +354,27 @@ def _concatenated(
     return found
 
 
-def _frozen(models: Sequence[tuple[Path, Any]], weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _frozen(models: Sequence[tuple[TorchFile, Any]], weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Join the shards of stage 3 of frozen parameters, cut as the others are; none if they were not saved."""
     file, first = models[0]
-    shapes = shapes_in(file, "frozen_param_shapes", first.get("frozen_param_shapes") or {})
-    pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
-    for path, model in models if shapes else ():
-        fragments = field(path, model, "frozen_param_fragments", dict)
+    shapes = shapes_in(file.path, "frozen_param_shapes", first.get("frozen_param_shapes") or {})
+    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    for file, model in models if shapes else ():
+        fragments = field(file.path, model, "frozen_param_fragments", dict)
         for name, shape in shapes.items():
-            fragment = tensors_in(path, "frozen_param_fragments", [fragments.get(name)])
-            _check_size(path, "frozen_param_fragments", fragment, ceil(shape.numel() / len(models)))
+            fragment = tensors_in(file, "frozen_param_fragments", [fragments.get(name)])
+            _check_size(file.path, "frozen_param_fragments", fragment, ceil(shape.numel() / len(models)))
             pieces[name] += fragment
     return {name: _stored(name, shape, pieces[name], weights) for name, shape in shapes.items()}
 
 
-def _stored(
-    name: str, shape: torch.Size, pieces: Sequence[Tensor], weights: Mapping[str, StoredTensor]
-) -> StoredTensor:
+def _stored(name: str, shape: torch.Size, pieces: Sequence[Piece], weights: Mapping[str, StoredTensor]) -> StoredTensor:
     """Return a tensor in pieces, with the dtype of the model weights, of which there is at least a placeholder."""
-    dtype = weights[name].dtype if name in weights else next((piece.dtype for piece in pieces), torch.float32)
+    dtype = weights[name].dtype if name in weights else next((piece.tensor.dtype for piece in pieces), torch.float32)
     return StoredTensor(shape, dtype, pieces)
 
 
-def _check_size(file: Path, name: str, tensors: Sequence[Tensor], expected: int, slack: int = 0) -> None:
+def _check_size(file: Path, name: str, tensors: Sequence[Piece], expected: int, slack: int = 0) -> None:
     found = sum(tensor.numel() for tensor in tensors)
     if not expected <= found <= expected + slack:
         raise CheckpointError(f"{file}: field {name!r} holds {found} elements, but {expected} are expected")

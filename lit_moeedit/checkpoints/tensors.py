@@ -1,12 +1,10 @@
-"""Files of ``torch.save``, read as plain data, and files of safetensors, written tensor by tensor."""
+"""Tensors in the files of a checkpoint, and files of safetensors that are written tensor by tensor."""
 
 from __future__ import annotations
 
 import json
 import os
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,25 +14,7 @@ from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
 from lit_moeedit.checkpoint_fields import CheckpointError
-
-
-class _StandIn:
-    """A placeholder for objects of DeepSpeed that hold no weights."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-# Classes in DeepSpeed's files, known by name, so that none of its code is needed or run.
-STAND_INS: list[Any] = [
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
-]
+from lit_moeedit.checkpoints.torch_file import Piece, TorchFile
 
 
 @dataclass(frozen=True)
@@ -49,62 +29,37 @@ class StoredTensor:
 
     shape: torch.Size
     dtype: torch.dtype
-    pieces: Sequence[Tensor]
+    pieces: Sequence[Piece]
+
+    @property
+    def is_repeated(self) -> bool:
+        """Tell whether elements occur several times in the tensor, but once in the file."""
+        return any(piece.tensor.nbytes > piece.tensor.untyped_storage().nbytes() for piece in self.pieces)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Read the whole tensor, in its own or another dtype. The result is a view of the mapped file if possible."""
+        """Read the whole tensor, in its own or another dtype. The result is a view of the mapped file if possible.
+
+        Raises:
+            CheckpointError: it is damaged in the file.
+        """
         dtype, numel = dtype or self.dtype, self.shape.numel()
         if len(self.pieces) == 1:
-            return self.pieces[0].reshape(-1)[:numel].view(self.shape).to(dtype)
+            return self.pieces[0].read().reshape(-1)[:numel].view(self.shape).to(dtype)
         whole, start = torch.empty(numel, dtype=dtype), 0
         for piece in self.pieces:
             stop = min(start + piece.numel(), numel)
-            whole[start:stop] = piece[: stop - start]
+            whole[start:stop] = piece.read()[: stop - start]
             start = stop
         return whole.view(self.shape)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a file of ``torch.save``, with its tensors mapped and not loaded."""
-    check_plain(path)
-    with torch.serialization.safe_globals(STAND_INS), _refusing(path):
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} should hold a dict, but holds a {type(contents).__name__}")
-    return contents
-
-
-def check_plain(path: Path) -> None:
-    """Raise :class:`CheckpointError` if a file is not one of ``torch.save``, or code would have to run to read it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    with torch.serialization.safe_globals(STAND_INS), _refusing(path):
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError("it is not a file of torch.save, or an incomplete one")
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if unknown:
-        raise CheckpointError(
-            f"{path} holds objects of {', '.join(sorted(unknown))}, whose code would have to run to read them; nothing "
-            "was executed. Only plain data can be read: numbers, strings, lists, dicts and tensors"
-        )
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a damaged or forged file may raise any error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read ({reason}); nothing in it was executed") from error
-
-
-def tensors_in(path: Path, name: str, values: Sequence[Any]) -> list[Tensor]:
+def tensors_in(file: TorchFile, name: str, values: Sequence[Any]) -> list[Piece]:
     """Read the flat tensors in a field."""
     for value in values:
         if not _is_plain(value) or not value.is_contiguous():
             found = f"a {type(value).__name__}" if not isinstance(value, Tensor) else "one that is not contiguous"
-            raise CheckpointError(f"{path}: field {name!r} should hold tensors, but holds {found}")
-    return [value.detach().view(-1) for value in values]
+            raise CheckpointError(f"{file.path}: field {name!r} should hold tensors, but holds {found}")
+    return [Piece(value.detach().view(-1), file) for value in values]
 
 
 def shapes_in(path: Path, name: str, values: Any) -> dict[str, torch.Size]:
@@ -118,10 +73,10 @@ def shapes_in(path: Path, name: str, values: Any) -> dict[str, torch.Size]:
     return {str(key): torch.Size(shape) for key, shape in values.items()}
 
 
-def as_they_are(state: Mapping[str, Any]) -> dict[str, StoredTensor]:
+def as_they_are(file: TorchFile, state: Mapping[str, Any]) -> dict[str, StoredTensor]:
     """Return the tensors of a state dict. Its other entries hold no weights."""
     found = {str(name): value.detach() for name, value in state.items() if _is_plain(value)}
-    return {name: StoredTensor(value.shape, value.dtype, (value,)) for name, value in found.items()}
+    return {name: StoredTensor(value.shape, value.dtype, (Piece(value, file),)) for name, value in found.items()}
 
 
 def _is_plain(value: Any) -> bool:

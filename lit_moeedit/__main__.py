@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import lit_moeedit
+from lit_moeedit.launched import end_with_launcher
 
 
 def main() -> None:
@@ -12,6 +13,7 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         sys.stdout.write(f"lit-moeedit {lit_moeedit.__version__}\n")
         return
+    end_with_launcher()
     from lit_moeedit import cli
 
     cli.main()

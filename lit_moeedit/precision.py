@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_moeedit.interrupts import Undo, held
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -47,6 +49,17 @@ def tensor_core_precision() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Compute matrix products in another dtype inside the context; ``None`` for the tensors' own.
+
+    Unlike ``torch.autocast``, it cannot be left on by an interrupt.
+    """
+    with held(Undo()) as undo:
+        undo.enter_context(torch.autocast(device.type, dtype, enabled=dtype is not None))
+        yield
+
+
 def round_to_tf32(values: Tensor) -> Tensor:
     """Round float32 values to the nearest with 10 bits of the significand, ties to even.
 
@@ -69,10 +82,8 @@ def _products_in(precision_on_gpu: str) -> Iterator[None]:
     # follows later changes of the backend's setting.
     settings = [(backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn)]
     before = ["none" if own.fp32_precision == whole.fp32_precision else own.fp32_precision for own, whole in settings]
-    try:
-        for (own, _), precision in zip(settings, (precision_on_gpu, "ieee"), strict=True):
-            own.fp32_precision = precision
+    with held(Undo()) as undo:
+        for (own, _), old, new in zip(settings, before, (precision_on_gpu, "ieee"), strict=True):
+            undo.by(setattr, own, "fp32_precision", old)
+            own.fp32_precision = new
         yield
-    finally:
-        for (own, _), precision in zip(settings, before, strict=True):
-            own.fp32_precision = precision

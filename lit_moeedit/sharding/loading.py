@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
+from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.pretrained import as_value_error, check_path, pretrained_config
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.text import first_few
@@ -129,23 +130,24 @@ def no_hoarding() -> Iterator[None]:
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     threshold = -3  # M_MMAP_THRESHOLD in malloc.h
-    with ExitStack() as stack:
+    with held(Undo()) as undo:
         if set_option is not None:
-            set_option(threshold, 2**20)
             # glibc's own choice cannot be restored; this is the largest value that it sets itself
-            stack.callback(set_option, threshold, 2**25)
+            undo.by(set_option, threshold, 2**25)
+            set_option(threshold, 2**20)
         yield
 
 
 @contextmanager
 def _known_to_transformers(strategy: DeepSpeedStrategy) -> Iterator[None]:
     """Have transformers shard what it loads, which it does while an object with DeepSpeed's config is alive."""
-    config = None if is_deepspeed_zero3_enabled() else HfDeepSpeedConfig(strategy.config)
-    try:
+    with held(Undo()) as undo:
+        config = None
+        if not is_deepspeed_zero3_enabled():
+            undo.by(unset_hf_deepspeed_config)
+            config = HfDeepSpeedConfig(strategy.config)
         yield
-    finally:
-        if config is not None:
-            unset_hf_deepspeed_config()
+        del config  # transformers holds only a weak reference to it
 
 
 @contextmanager
@@ -158,13 +160,16 @@ def _outside_of_init() -> Iterator[None]:
     from deepspeed.runtime.zero import partition_parameters as zero
 
     outer, depth = zero.top_level_context, zero.zero_init_context
-    for _ in range(depth):
-        outer.__exit__(None, None, None)
-    try:
-        yield
-    finally:
-        for _ in range(depth):
+
+    def enter_again() -> None:
+        while zero.zero_init_context < depth:
             outer.__enter__()
+
+    with held(Undo()) as undo:
+        undo.by(enter_again)
+        for _ in range(depth):
+            outer.__exit__(None, None, None)
+        yield
 
 
 @contextmanager
@@ -189,10 +194,10 @@ def _gathered(model: PreTrainedModel, dtype: torch.dtype, strategy: DeepSpeedStr
                     weight.data = data.copy_(weight.data)
 
     parts: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    with ExitStack() as stack:
+    with held(Undo()) as undo:
         for part in parts:
+            undo.by(vars(part).pop, "_init_weights", None)
             part._init_weights = partial(initialise, part._init_weights)
-            stack.callback(delattr, part, "_init_weights")
         yield
 
 

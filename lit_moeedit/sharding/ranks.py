@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from hashlib import sha256
 from typing import ClassVar, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_moeedit.sharding.told_to_end import DeferredSignal
+from lit_moeedit.sharding.watch import Watch
+
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+PART = timedelta(seconds=1)
+"""Time between two looks at the watch while a rank waits for the others."""
 
 
 class RankError(RuntimeError):
@@ -22,6 +29,10 @@ class RankError(RuntimeError):
 
 class RankOutOfMemoryError(RankError):
     """Raised where other ranks ran out of memory and no rank failed otherwise."""
+
+
+class RankTerminated(SystemExit):
+    """The end of a rank because another one was told to end, with the same exit code."""
 
 
 _OUT_OF_MEMORY = (
@@ -47,10 +58,12 @@ class Ranks:
 
     Work is sharded in rounds, so that every rank makes the same number of forwards, because a forward is a collective
     operation under ZeRO stage 3. Between forwards :meth:`check_errors` makes sure that no rank has failed. It uses a
-    process group of its own on the CPU, so it cannot be mixed up with the communication of the model's forward.
+    process group of its own on the CPU, so it cannot be mixed up with the communication of the model's forward, nor
+    with that of tensors.
 
-    A rank that fails *within* a collective forward cannot be told from a slow one: the others wait for at most
-    ``timeout``, or until its process has ended.
+    If a rank fails *within* a collective forward, the others cannot come to the check. A
+    :class:`~lit_moeedit.sharding.watch.Watch` tells them of it and ends them after some seconds. Ranks that are slow
+    while no rank has failed are waited for, at most for ``timeout``.
 
     The constructor is a collective operation. :meth:`current` is none if there are ranks of all processes already.
 
@@ -72,15 +85,34 @@ class Ranks:
         self.group = group
         self.rank, self.size = 0, 1
         self._control: dist.ProcessGroup | None = None
+        self._data: dist.ProcessGroup | None = None
+        self._watch: Watch | None = None
         self._known: BaseException | None = None  # the failure that all ranks have been told of
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.size > 1:
             members = dist.get_process_group_ranks(group)
             self._control = dist.new_group(members, timeout=timeout, backend="gloo")
+            # before the last collective operation: a rank that ends soon may take the store with it
+            self._watch = self._start_watch()
+            self._data = dist.new_group(members, timeout=timeout, backend="gloo")
             self._first = members[0]
             if group is None and dist.group.WORLD is not None:
                 Ranks._made[dist.group.WORLD] = self
+
+    def _start_watch(self) -> Watch | None:
+        assert self._control is not None
+        store = dist.distributed_c10d._get_default_store()
+        name = f"lit_moeedit/{self._control.group_name}"
+        try:
+            # names of groups repeat once all of them were destroyed, and a launcher's store outlives them
+            made = (store.add(name, 1) - 1) // self.size
+            watch = Watch(dist.distributed_c10d.PrefixStore(f"{name}/{made}", store), self.rank, self.size)
+        except (NotImplementedError, RuntimeError):  # a store of another kind
+            log.debug("", exc_info=True)
+            return None
+        finalize(self, watch.stop)
+        return watch
 
     @classmethod
     def current(cls) -> Ranks:
@@ -110,32 +142,73 @@ class Ranks:
                 all that any rank lacked. Where another rank failed otherwise, a rank that lacked memory raises a plain
                 :class:`RankError`, so that it does not try again alone.
         """
+        error = DeferredSignal.take() if error is None else error
         if self._control is not None:
             flags = torch.tensor([int(error is not None), int(flag)])
-            dist.all_reduce(flags, group=self._control)
-            if flags[0]:
-                error = self._error_of_all(error)
+            error = self._exchange(flags, error)
             flag = bool(flags[1])
         if error is not None:
             self._known = error
             raise error
         return flag
 
+    def _exchange(self, flags: Tensor, error: BaseException | None) -> BaseException | None:
+        """Sum flags over the ranks, and return the error to raise on this one."""
+        watch = self._watch
+        if watch is not None and error is not None:
+            watch.post(error)
+        try:
+            if watch is None:
+                dist.all_reduce(flags, group=self._control)
+            elif not self._sum_watched(flags, watch):
+                return error if error is not None and watch.is_own else RankError(watch.reason)
+        except RuntimeError as failure:  # another rank has ended
+            if watch is not None and watch.reason is not None and not watch.is_own:
+                raise RankError(watch.reason) from failure
+            if error is not None:
+                return error
+            raise
+        return self._error_of_all(error) if flags[0] else error
+
+    def _sum_watched(self, flags: Tensor, watch: Watch) -> bool:
+        """Sum flags over the ranks; tells if all came to it, that is, if none failed alone elsewhere."""
+        with watch.watching(), watch.waiting():
+            if watch.reason is not None:
+                return False
+            work = dist.all_reduce(flags, group=self._control, async_op=True)
+            while not work.is_completed():
+                if watch.reason is not None:
+                    return False
+                with suppress(RuntimeError):  # the time is over, or an error that is raised below
+                    work.wait(PART)
+            work.wait()
+        if flags[0]:
+            watch.settle()
+        return True
+
     def _error_of_all(self, error: BaseException | None) -> BaseException:
         """Return the error to raise on this rank when any rank has one."""
-        own = None if error is None else (f"{type(error).__name__}: {error}", is_out_of_memory(error))
-        failed = {rank: state for rank, state in enumerate(self._all_gather_objects(own)) if state is not None}
-        message = "; ".join(f"rank {rank} failed: {text}" for rank, (text, _) in failed.items())
-        is_memory = all(lacked for _, lacked in failed.values())
+        own = None
+        if error is not None:
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else None
+            own = (f"{type(error).__name__}: {error}", is_out_of_memory(error), code)
+        found = self._all_gather_objects(own, self._control)
+        failed = {rank: state for rank, state in enumerate(found) if state is not None}
+        message = "; ".join(f"rank {rank} failed: {text}" for rank, (text, *_) in failed.items())
+        is_memory = all(lacked for _, lacked, _ in failed.values())
         if error is not None and (is_memory or not is_out_of_memory(error)):
             return error
+        codes = {code for *_, code in failed.values()}
+        if len(codes) == 1 and (code := codes.pop()) is not None:
+            log.warning("%s", message)
+            return RankTerminated(code)
         return RankOutOfMemoryError(message) if is_memory else RankError(message)
 
-    def _all_gather_objects(self, own: T) -> list[T]:
+    def _all_gather_objects(self, own: T, group: dist.ProcessGroup | None) -> list[T]:
         """Return the object of every rank."""
         found = [own] * self.size
-        if self._control is not None:
-            dist.all_gather_object(found, own, group=self._control)
+        if group is not None:
+            dist.all_gather_object(found, own, group=group)
         return found
 
     def forget(self) -> None:
@@ -146,13 +219,32 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Make this block succeed on all ranks or fail on all of them, whatever the exception is."""
         error: BaseException | None = None
-        try:
+        with self.watching():
+            try:
+                yield
+            except BaseException as caught:
+                if caught is self._known:
+                    raise
+                error = caught
+            self.check_errors(error)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Allow this process to be ended within this block, if it waits for a rank that has failed."""
+        with nullcontext() if self._watch is None else self._watch.watching():
             yield
-        except BaseException as caught:
-            if caught is self._known:
-                raise
-            error = caught
-        self.check_errors(error)
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the other ranks, unless they know it, that this one has failed alone, and begin anew.
+
+        Every rank calls this when it ends a run with an exception, so that a later run of the same processes is not
+        taken for the one that has failed.
+        """
+        if self._watch is None:
+            return
+        if error is not self._known:
+            self._watch.abandon(error)
+        self._watch.begin_anew()
 
     def any(self, flag: bool) -> bool:
         """Tell if the flag is set on any rank."""
@@ -161,7 +253,7 @@ class Ranks:
     def least(self, number: int) -> int:
         """Return the smallest of the ranks' numbers."""
         self.check_errors()
-        return min(self._all_gather_objects(number))
+        return min(self._all_gather_objects(number, self._data))
 
     def check_same(self, what: str, values: Sequence[str]) -> None:
         """Check that all ranks hold the same texts.
@@ -171,7 +263,7 @@ class Ranks:
         """
         self.check_errors()
         digest = sha256("\0".join(values).encode()).hexdigest()
-        if len(set(self._all_gather_objects(digest))) > 1:
+        if len(set(self._all_gather_objects(digest, self._data))) > 1:
             raise ValueError(f"{what} must be the same on all ranks, but are not; is something drawn without a seed?")
 
     # -- collective operations ----------------------------------------------------------------------------------------
@@ -228,4 +320,4 @@ class Ranks:
 
     def _group_for(self, tensor: Tensor) -> dist.ProcessGroup | None:
         """Return the group for a tensor's device, because the model's group may support only its own."""
-        return self._control if tensor.device.type == "cpu" else self.group
+        return self._data if tensor.device.type == "cpu" else self.group

@@ -74,5 +74,6 @@ Backend = Callable[[nn.Parameter, Sequence[Any]], Shard | None]
 """A sharding backend: returns the shard of a parameter that it recognises, and ``None`` for any other parameter.
 
 It is called with the parameter and the optimizers that train it now, and raises :class:`UnsupportedShardingError` for a
-parameter that it recognises but cannot read or write.
+parameter that it recognises but cannot read or write. A backend that edits under kinds of parallelism that would be
+refused otherwise has an attribute ``handles``, a set of :class:`~lit_moeedit.sharding.parallelism.Parallelism`.
 """

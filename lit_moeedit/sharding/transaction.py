@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
+from lit_moeedit.interrupts import Undo, uninterrupted
 from lit_moeedit.precision import full_precision
 from lit_moeedit.sharding.backends import locate
 from lit_moeedit.sharding.batches import Batch, Batches
@@ -54,7 +56,7 @@ def delta_slice(deltas: ExpertDeltas, expert: int, start: int, stop: int, transp
     return rows.reshape(-1)[start - first * width : stop - first * width]
 
 
-class Transaction:
+class Transaction(Undo):
     r"""A set of weight changes that is applied as a whole, on all ranks, or not at all.
 
     A commit changes everything that holds the weights as one act: the model weights, be they whole or a ZeRO-3
@@ -67,7 +69,11 @@ class Transaction:
 
     Before an expert is changed, this rank's elements of it are copied, see
     :class:`~lit_moeedit.sharding.rollback.Store`. :meth:`rollback` puts them back bit by bit, and needs no other rank
-    for it. Leaving the ``with`` block by any exception rolls back.
+    for it. Leaving the ``with`` block by any exception rolls back. What changes together with the weights can be part
+    of the transaction, too: say by :meth:`by` how to undo a change before making it.
+
+    Inside :func:`~lit_moeedit.interrupts.held`, no interrupt, and no second one while the weights are put back, leaves
+    a part of the changes.
 
     Args:
         optimizers: the optimizers that train the weights now, as ``trainer.optimizers`` has them. None outside of
@@ -77,6 +83,9 @@ class Transaction:
             push the edited weights where the gradients of the last steps pointed, as if nothing had happened. Reset,
             they forget that direction. Since the step count goes on, the first steps on those experts are then of a
             size like ``(1 - β₁) / sqrt(1 - β₂)`` times the learning rate, whatever the gradients' size.
+        copies: further copies of parameters, such as averages of the weights that another part of the run keeps. The
+            delta of a parameter is added to each of them in the same commit, and undone with it. Each has the
+            parameter's shape, and any dtype and device.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2, 3, 4))
@@ -85,27 +94,21 @@ class Transaction:
         0
     """
 
-    def __init__(self, optimizers: Sequence[Any] = (), ranks: Ranks | None = None, reset_moments: bool = False) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[Any] = (),
+        ranks: Ranks | None = None,
+        reset_moments: bool = False,
+        copies: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
+    ) -> None:
+        super().__init__()
         self.optimizers = list(optimizers)
         self.ranks = ranks or Ranks.current()
         self.reset_moments = reset_moments
-        # what each commit changes, by expert, known here before anything is written
+        self.copies = copies or {}
+        # what each commit has changed, by expert
         self._journal: list[dict[int, Saved]] = []
         self._store = Store()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if kind is not None:
-                self.rollback()
-        except KeyboardInterrupt:  # between the lines that hold one back
-            self.rollback()
-            raise
-        self._forget()
 
     @property
     def touched(self) -> int:
@@ -132,65 +135,96 @@ class Transaction:
             RuntimeError: if the optimizer's master weights are not those of the model.
             RankError: if another rank failed.
         """
-        done = len(self._journal)
+        done, known = len(self._undos), len(self._journal)
         try:
             with self.ranks.together():
                 if not deltas.is_finite():
                     raise FloatingPointError("a delta has values that are not finite")
                 commit = _Commit(weight, locate(weight, self.optimizers), deltas, transposed, self._store)
-                held = sum(saved.held(commit.device) for entry in self._journal for saved in entry.values())
+                further = [
+                    _Commit(copy, locate(copy), deltas, transposed, self._store, commit.saved)
+                    for copy in self.copies.get(weight, ())
+                ]
+                # known before anything is written
+                self.by(_restore, commit.saved)
                 self._journal.append(commit.saved)
-                self._store.begin(commit.device, commit.size_of_copies(self.reset_moments), held)
-                commit.change_own_range()
+                for change in (commit, *further):
+                    held = sum(saved.held(change.device) for entry in self._journal for saved in entry.values())
+                    self._store.begin(change.device, change.size_of_copies(self.reset_moments), held)
+                    change.change_own_range()
                 if self.reset_moments:
                     commit.reset_moments()
             if commit.is_replicated():
                 with self.ranks.together():
                     commit.all_reduce_model_weights(self.ranks)
-            change = commit.relative_change()
+            relative_change = commit.relative_change()
             self.ranks.check_errors()
         except BaseException:
-            self._restore(done)
+            self.undo(done)
             raise
         # an expert that was changed before goes back to what it was at first
-        first = {expert for entry in self._journal[:done] for expert, saved in entry.items() if saved.weight is weight}
+        first = {expert for entry in self._journal[:known] for expert, saved in entry.items() if saved.weight is weight}
         for expert in first & commit.saved.keys():
             del commit.saved[expert]
-        return change
+        return relative_change
 
     @torch.no_grad()
     def rollback(self) -> None:
         """Put back what every changed expert held before, bit by bit; an interrupt waits until that is done."""
-        self._restore(0)
+        self.undo()
         self._forget()
 
-    def _restore(self, commits: int) -> None:
-        """Undo all commits after the first ``commits``, the last one first. To restore twice does no harm."""
-        interrupt: KeyboardInterrupt | None = None
-        while len(self._journal) > commits:
-            try:
-                for saved in self._journal[-1].values():
-                    saved.restore()
-                self._journal.pop()
-            except KeyboardInterrupt as caught:
-                interrupt = caught
-        if interrupt is not None:
-            raise interrupt
+    def keep(self) -> None:
+        """Make the changes final, on all ranks, or on none of them if one has failed.
+
+        Raises:
+            RankError: if another rank failed.
+        """
+        # a rank that is interrupted in between would undo what the others keep
+        with uninterrupted():
+            self.ranks.check_errors()
+            self._forget()
+
+    @override
+    def _leave(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.rollback()
+        self._forget()
 
     def _forget(self) -> None:
+        self._undos.clear()
         self._journal.clear()
         self._store = Store()
 
 
+@torch.no_grad()
+def _restore(changed: dict[int, Saved]) -> None:
+    """Put back what experts held. To do so twice does no harm."""
+    for saved in changed.values():
+        saved.restore()
+    changed.clear()
+
+
 class _Commit:
-    """The change of one parameter by one set of deltas, on this rank, block by block."""
+    """The change of one parameter by one set of deltas, on this rank, block by block.
+
+    A further copy of a parameter adds what it changes to what is ``saved`` for the parameter.
+    """
 
     def __init__(
-        self, weight: nn.Parameter, shard: Shard, deltas: ExpertDeltas, transposed: bool, store: Store
+        self,
+        weight: nn.Parameter,
+        shard: Shard,
+        deltas: ExpertDeltas,
+        transposed: bool,
+        store: Store,
+        saved: dict[int, Saved] | None = None,
     ) -> None:
         self.weight, self.shard, self.deltas, self.transposed = weight, shard, deltas, transposed
         self.size = shard.shape[1] * shard.shape[2]
-        self.saved: dict[int, Saved] = {expert: Saved(weight) for expert in deltas.experts}
+        self.saved = {expert: Saved(weight) for expert in deltas.experts} if saved is None else saved
         self.checks, self._store = Checks(shard.dtype), store
 
     @property

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lit_moeedit.interrupts import Undo, held
 
 
 @contextmanager
@@ -40,9 +42,9 @@ def gathering_on_use(model: nn.Module) -> Iterator[None]:
         ...     output = layer(torch.ones(2))
     """
     watched: list[Any] = [part._parameters for part in model.modules() if hasattr(part._parameters, "_in_forward")]
-    with ExitStack() as stack:
+    with held(Undo()) as undo:
         for weights in watched:
-            stack.callback(setattr, weights, "_in_forward", weights._in_forward)
+            undo.by(setattr, weights, "_in_forward", weights._in_forward)
             weights._in_forward = True
         yield
 
@@ -63,10 +65,10 @@ def beside_training(model: nn.Module) -> Iterator[None]:
         >>> with beside_training(layer):
         ...     (gradient,) = torch.autograd.grad(layer(torch.ones(2) + offset).sum(), offset)
     """
-    with ExitStack() as stack:
+    with held(Undo()) as undo:
         for module in model.modules():
             if getattr(module, "_z3_leaf", False):
-                stack.callback(setattr, module, "_backward_hooks", module._backward_hooks)
+                undo.by(setattr, module, "_backward_hooks", module._backward_hooks)
                 module._backward_hooks = OrderedDict()
         yield
 
@@ -96,7 +98,9 @@ def regathering(module: nn.Module) -> Iterator[None]:
         >>> loss.backward()
     """
     partitioned = hasattr(next(module.parameters(), None), "ds_id")
-    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack) if partitioned else nullcontext():
+    with held(Undo()) as undo:
+        if partitioned:
+            undo.enter_context(torch.autograd.graph.saved_tensors_hooks(_pack, _unpack))
         yield
 
 
@@ -114,7 +118,7 @@ def _pack(tensor: Tensor) -> Tensor | _View:
     # a view that is older than the current gathered copy is of other memory
     same = hasattr(weight, "ds_id") and tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
     if not same or tensor.dtype != weight.dtype:
-        # an output that is saved by its own operation would keep the graph alive, for ever if no backward pass frees it
+        # an output that is saved by its own operation would keep the graph alive, forever if no backward pass frees it
         return tensor.detach()
     offset = int(tensor.storage_offset() - weight.storage_offset())
     return _View(weight, tensor.shape, tensor.stride(), offset)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from lit_moeedit.sharding.backends import extra_backend
 from lit_moeedit.sharding.shards import Copy, Shard
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
+from tests.interrupting import Interrupts, spread
 from tests.sharding.looking import Operations, counted, peak_memory
 
 D_MODEL, D_HIDDEN = 6, 4
@@ -306,55 +307,33 @@ def test_memory_besides_the_copies_does_not_grow_with_the_layer(
 
 # -- interrupts -------------------------------------------------------------------------------------------------------
 
-TRACED = tuple(f"sharding/{name}.py" for name in ("transaction", "rollback", "checks", "batches", "ranks"))
+TRACED = ("lit_moeedit/sharding/", "lit_moeedit/interrupts.py")
 
 
-class Interrupt:
-    """Raises ``KeyboardInterrupt`` at the n-th line of what changes weights, and once more some lines later."""
-
-    def __init__(self, lines: set[int]) -> None:
-        self.lines, self.count, self.raised = lines, 0, 0
-
-    def __call__(self, frame: Any, event: str, argument: Any) -> Any:
-        return self.line if frame.f_code.co_filename.endswith(TRACED) else None
-
-    def line(self, frame: Any, event: str, argument: Any) -> Any:
-        if event == "line":
-            self.count += 1
-            # what undoes has lines outside of its own guard, as everything has: of the last of these nobody is left to
-            # catch an interrupt, nor of the others a second one
-            unguarded = ("_restore", "rollback", "__exit__") if self.raised else ("__exit__",)
-            if self.count in self.lines and frame.f_code.co_name not in unguarded:
-                self.raised += 1
-                raise KeyboardInterrupt
-        return self.line
-
-
-def interrupted(held: Held, lines: set[int], fails: bool) -> Interrupt:
+def interrupted(held: Held, lines: tuple[int, ...], fails: bool) -> Interrupts:
     """Commit twice, the second time maybe more than bfloat16 holds, and undo it by a guard; interrupted on the way."""
-    interrupt = Interrupt(lines)
-    sys.settrace(interrupt)
-    try:
+
+    def commits() -> None:
         with Transaction(reset_moments=True) as transaction:
             transaction.commit(held.weight, some_deltas(seed=1))
             transaction.commit(held.weight, some_deltas(seed=2, scale=3e38 if fails else 0.1))
             transaction.rollback()
-    except (KeyboardInterrupt, FloatingPointError):
-        pass
-    finally:
-        sys.settrace(None)
-    return interrupt
+
+    interrupts = Interrupts(TRACED, *lines)
+    with suppress(FloatingPointError):
+        interrupts.run(commits)
+    return interrupts
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_interrupt_at_any_line_leaves_all_bits(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     monkeypatch.setattr(rollback, "free_memory", lambda device: 2**60)
     case: dict[str, Any] = {"dtype": torch.bfloat16, "master": True}
-    total = interrupted(Held(**case), set(), fails).count
+    total = len(interrupted(Held(**case), (), fails).places)
     assert total > 200
-    for line in range(1, total + 1, 3 if fails else 2):
+    for line in spread(total, 40):
         held = Held(**case)
         before = held.bits()
         # a second one comes while the first is dealt with
-        interrupted(held, {line, line + 9}, fails)
-        assert held.bits() == before, line
+        found = interrupted(held, (line, line + 9), fails)
+        assert held.bits() == before, found.raised

@@ -80,24 +80,110 @@ def test_buffers_that_are_saved_are_checked() -> None:
         check_finite(model, Ranks())
 
 
-def _shards() -> list[str]:
+def answer(model: nn.Module) -> str:
+    try:
+        check_finite(model, Ranks())
+        return "finite"
+    except (FloatingPointError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+VALUES = {"finite": 1.0, "nan": float("nan"), "inf": -float("inf")}
+
+
+def _shards(rows: int, inference: bool) -> dict[str, str]:
+    """A layer whose rows are sharded, with each value in its first row and in its last."""
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    mesh, said = init_device_mesh("cpu", (dist.get_world_size(),)), []
-    for value in (1.0, float("nan")):
-        layer = nn.Linear(2, 4)
-        whole = torch.ones(4, 2)
-        whole[3] = value  # on the second rank
-        layer.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
-        try:
-            check_finite(layer, Ranks())
-            said.append("finite")
-        except (FloatingPointError, RankError) as error:
-            said.append(f"{type(error).__name__}: {error}")
+    mesh, said = init_device_mesh("cpu", (dist.get_world_size(),)), {}
+    for name, value in VALUES.items():
+        for place in (0, -1):
+            whole = torch.ones(rows, 2, dtype=torch.bfloat16)
+            whole[place, 1] = value
+            layer = nn.Linear(2, rows)
+            layer.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+            with torch.inference_mode(inference):
+                said[f"{name} {place}"] = answer(layer)
     return said
 
 
-def test_each_rank_looks_at_its_shard() -> None:
-    first, second = run_ranks(_shards, 2)
-    assert first[0] == second[0] == "finite"
-    assert first[1].startswith("RankError: rank 1 failed: FloatingPointError") and "weight" in second[1]
+def _fully_sharded() -> dict[str, str]:
+    """A module of FSDP2, as it is and with a group that stays gathered."""
+    from torch.distributed.fsdp import fully_shard
+
+    said = {}
+    for name, value in VALUES.items():
+        for is_gathered in (False, True):
+            torch.manual_seed(0)
+            layer = nn.Linear(3, 5)
+            with torch.no_grad():
+                layer.weight[4, 2] = value
+            fully_shard(layer, reshard_after_forward=False)
+            if is_gathered:
+                layer(torch.ones(1, 3))
+            said[f"{name} {is_gathered}"] = answer(layer)
+    return said
+
+
+def _replicas() -> dict[str, str]:
+    """A model that every rank holds, with a wrong number on the second one only."""
+    said = {}
+    for name, value in VALUES.items():
+        layer = nn.Linear(2, 2)
+        with torch.no_grad():
+            layer.bias[1] = value if dist.get_rank() == 1 else 1.0
+        said[name] = answer(layer)
+    return said
+
+
+def _partitions() -> dict[str, str]:
+    """Partitions of ZeRO stage 3: padded ones, and of a single element, of which the second rank has none."""
+    from tests.sharding.engines import import_deepspeed
+
+    deepspeed, said = import_deepspeed(), {}
+    for name, value in VALUES.items():
+        for size in (1, 2, 5):
+            layer = module(w=torch.ones(size))
+            with torch.no_grad():
+                layer.w[-1] = value
+            config = {
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            }
+            with torch.inference_mode(False):
+                engine, *_ = deepspeed.initialize(model=layer, config=config)
+            weight = engine.module.w
+            weight.ds_tensor.data[weight.ds_numel - dist.get_rank() * weight.ds_tensor.numel() :] = torch.nan  # padding
+            said[f"{name} {size}"] = answer(engine.module)
+    return said
+
+
+def assert_all_found(said: list[dict[str, str]]) -> None:
+    """A wrong number on any rank fails all of them, one with its name."""
+    for case in said[0]:
+        messages = [rank[case] for rank in said]
+        if case.startswith("finite"):
+            assert messages == ["finite"] * len(said), case
+        else:
+            assert all(message.startswith(("FloatingPointError", "RankError")) for message in messages), case
+            assert any(message.startswith("FloatingPointError") for message in messages), case
+
+
+def _all_layouts() -> dict[str, dict[str, str]]:
+    # one row on two ranks leaves the second one without any
+    said = {f"{rows} rows, {mode}": _shards(rows, mode) for rows in (1, 2, 3, 5) for mode in (False, True)}
+    return {**said, "fully sharded": _fully_sharded(), "replicas": _replicas()}
+
+
+def test_a_number_on_any_rank_is_found_on_all_of_them() -> None:
+    found = run_ranks(_all_layouts, 2)
+    for layout in found[0]:
+        assert_all_found([rank[layout] for rank in found])
+    first, second = (rank["5 rows, False"] for rank in found)
+    assert "weight" in second["nan -1"] and first["nan -1"].startswith("RankError: rank 1 failed: FloatingPointError")
+
+
+@pytest.mark.deepspeed
+def test_a_number_in_any_partition_is_found_on_all_ranks() -> None:
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
+    assert_all_found(run_ranks(_partitions, 2))

@@ -67,10 +67,13 @@ def test_sharing(size: int) -> None:
 
 
 def default_arguments() -> tuple[int, int, bool]:
+    none = dist.get_pg_count()
     first, groups = Ranks.current(), dist.get_pg_count()
     used = [ExpertReader(nn.Parameter(torch.zeros(2, 3, 4))).ranks, Transaction().ranks, Ranks.current()]
+    unchanged = dist.get_pg_count()
     made = Ranks()
-    return groups, dist.get_pg_count() - 1, all(ranks is first for ranks in used) and Ranks.current() is made
+    assert dist.get_pg_count() - unchanged == groups - none
+    return groups, unchanged, all(ranks is first for ranks in used) and Ranks.current() is made
 
 
 def test_default_arguments_make_no_group_where_there_is_one() -> None:

@@ -9,11 +9,38 @@ from typing import Any
 
 from torch import nn
 
+from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.sharding.backends.deepspeed import deepspeed_shard
 from lit_moeedit.sharding.backends.unsharded import unsharded
+from lit_moeedit.sharding.parallelism import Parallelism, find_parallelism
 from lit_moeedit.sharding.shards import Backend, Shard, UnsupportedShardingError
 
 _BACKENDS: ContextVar[tuple[Backend, ...]] = ContextVar("backends", default=(deepspeed_shard, unsharded))
+
+SUPPORTED = "supported are one process, DDP, and DeepSpeed ZeRO stages 0 to 3"
+"""The end of a message that refuses a kind of parallelism."""
+
+
+def refuse_parallelism(model: nn.Module | None = None, strategy: object = None) -> None:
+    """Refuse a model of which a rank holds or computes only a part, unless a backend handles that.
+
+    Everything that runs or reads a model calls this first. Nothing is run, read or communicated here.
+
+    Args:
+        model: the model, or a module that holds it.
+        strategy: the Trainer's strategy.
+
+    Raises:
+        UnsupportedShardingError: naming what was found, where, and what is supported.
+
+    Example:
+        >>> refuse_parallelism(nn.Linear(2, 2))
+    """
+    handled: set[Parallelism] = set().union(*(getattr(backend, "handles", ()) for backend in _BACKENDS.get()))
+    found = {kind: where for kind, where in find_parallelism(model, strategy).items() if kind not in handled}
+    if found:
+        what = "; ".join(f"{kind.value} ({where})" for kind, where in found.items())
+        raise UnsupportedShardingError(f"models under {what} cannot be run, read or edited; {SUPPORTED}")
 
 
 def locate(weight: nn.Parameter, optimizers: Sequence[Any] = ()) -> Shard:
@@ -34,8 +61,8 @@ def locate(weight: nn.Parameter, optimizers: Sequence[Any] = ()) -> Shard:
         if shard is not None:
             return shard
     raise UnsupportedShardingError(
-        f"the parameter is a {type(weight.data).__name__} (FSDP2, tensor parallelism); supported are no sharding, DDP, "
-        "and DeepSpeed ZeRO stages 0 to 3"
+        f"the parameter is a {type(weight.data).__name__}, or whole for a moment while the optimizer trains shards "
+        f"(DTensor: FSDP2, tensor parallelism); {SUPPORTED}"
     )
 
 
@@ -53,8 +80,7 @@ def extra_backend(backend: Backend) -> Iterator[None]:
         ...     locate(weight) is shard
         True
     """
-    token = _BACKENDS.set((backend, *_BACKENDS.get()))
-    try:
+    with held(Undo()) as undo:
+        undo.by(_BACKENDS.set, _BACKENDS.get())
+        _BACKENDS.set((backend, *_BACKENDS.get()))
         yield
-    finally:
-        _BACKENDS.reset(token)

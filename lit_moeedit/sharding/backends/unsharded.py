@@ -13,11 +13,17 @@ from lit_moeedit.sharding.shards import Copy, Shard
 
 def unsharded(weight: nn.Parameter, optimizers: Sequence[Any]) -> Shard | None:
     """Return the shard of a plain parameter, which is all of it."""
-    if isinstance(weight, DTensor):
+    if isinstance(weight, DTensor) or _trains_shards(optimizers):
         return None
     states = (getattr(optimizer, "state", {}).get(weight, {}) for optimizer in optimizers)
     moments = [view(value) for state in states for value in state.values() if is_moment(value, weight)]
     return Shard(weight.shape, weight.dtype, 0, weight.numel(), view(weight), None, moments)
+
+
+def _trains_shards(optimizers: Sequence[Any]) -> bool:
+    """Tell if optimizers train DTensors; a whole parameter is then the copy that FSDP2 has gathered for a forward."""
+    groups = (group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ()))
+    return any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
 
 
 def is_moment(value: Any, weight: Tensor) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.encoding import Encoding, pad, position_ids
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
+from lit_moeedit.models.padding import longest_padded, unpadded
 from lit_moeedit.models.partial_forward import inference, layer_output
 from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost
 from lit_moeedit.sharding.ranks import Ranks
@@ -56,29 +57,32 @@ def edit_tokens(
         TooLittleMemoryError: if memory does not suffice for the longest prompt alone.
     """
     ranks = ranks or Ranks.current()
-    longest = max(len(prompt.ids) for prompt in prompts)
+    lengths = [len(prompt.ids) for prompt in prompts]
+    longest = max(lengths)
 
     def run(tokens: int) -> EditTokens:
         size = max(1, min(tokens // longest, -(-len(prompts) // ranks.size)))
-        batches = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
-        batch, mine, positions = range(0), True, torch.empty(0, dtype=torch.long)
+        together = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
+        batches = list(unpadded(together, lengths, longest_padded(model)))
+        mine, positions, index = True, torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
         hidden, indices, parts = list[Tensor](), list[Tensor](), list[RoutedKeys]()
 
         def observe(_: ExpertLayer, keys: RoutedKeys) -> None:
             # from positions in the batch to indices of prompts; `positions` is ascending
-            prompt = torch.searchsorted(positions, keys.token) + batch.start
+            prompt = index[torch.searchsorted(positions, keys.token)]
             kept = len(prompt) if mine else 0
             parts.append(RoutedKeys(prompt[:kept], keys.expert[:kept], keys.gate[:kept], keys.key[:kept]))
 
         with inference(model), watch_keys([layer], select=lambda: positions, observe=observe):
             for batch, mine in ranks.shard(batches):
                 ids, mask = (x.to(model.device) for x in pad([prompts[i].ids for i in batch], pad_token))
+                index = torch.tensor(batch, device=ids.device)
                 tokens_in_row = torch.tensor([prompts[i].edit_token for i in batch], device=ids.device)
                 positions = torch.arange(len(batch), device=ids.device) * ids.shape[1] + tokens_in_row
                 output = layer_output(model, target_layer, ids, mask, position_ids(mask)).hidden
                 kept = len(batch) if mine else 0
                 hidden.append(output.flatten(0, 1)[positions].float()[:kept])
-                indices.append(torch.tensor(batch[:kept], dtype=torch.long, device=ids.device))
+                indices.append(index[:kept])
         ranks.check_errors()
         order = torch.argsort(ranks.all_gather(torch.cat(indices)))
         return EditTokens(_all_gather_keys(parts, ranks), ranks.all_gather(torch.cat(hidden))[order])

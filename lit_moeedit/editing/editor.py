@@ -120,6 +120,19 @@ class Editor(EditMethod):
         return type(self.solver).__name__
 
     @override
+    def find_layers(self, model: PreTrainedModel) -> list[ExpertLayer]:
+        layers = super().find_layers(model)
+        for layer in layers:
+            self.solver.check(layer.shape)
+            if self.memory is not None:
+                self.memory.check(layer.index, layer.shape[2])
+        return layers
+
+    @override
+    def check_facts(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:
+        self.encode(tokenizer, facts)
+
+    @override
     def check(self, model: PreTrainedModel, ranks: Ranks | None = None) -> list[ExpertLayer]:
         layers = super().check(model, ranks)
         if self.token == "subject_last" and decoder_layers(model, layers[-1])[-1] is layers[-1].layer:
@@ -133,6 +146,8 @@ class Editor(EditMethod):
     @override
     def prepare(self, job: EditJob) -> Spread:
         """Compute second moments of the preservation text and optimise the target vectors."""
+        if self.memory is not None:
+            self.memory.switch(job.model)
         moments = job.moments
         if self.needs_moments and moments is None:
             moments = self._second_moments(job)
@@ -150,7 +165,7 @@ class Editor(EditMethod):
             raise FloatingPointError(
                 "target vectors are not finite: the model's loss is not, or the learning rate is too high"
             )
-        stuck = ((targets.steps > 0) & (targets.deltas == 0).all(-1)).tolist()
+        stuck = ((targets.steps > 0) & ~(targets.deltas != 0).any(-1)).tolist()
         if any(stuck):
             prompts = first_few(repr(job.facts[t].prompt) for t, is_stuck in enumerate(stuck) if is_stuck)
             raise ValueError(

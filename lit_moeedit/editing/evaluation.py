@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, pad, pad_id, position_ids, token_batches
-from lit_moeedit.data.facts import Fact
+from lit_moeedit.data.facts import Fact, validate_facts
+from lit_moeedit.editing.kv_prefix import logits_at
 from lit_moeedit.metrics import EditSuccess
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.models.padding import longest_padded, unpadded
 from lit_moeedit.models.partial_forward import inference, logits
 from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost, logits_cost
 from lit_moeedit.sharding.ranks import Ranks
@@ -58,7 +60,8 @@ def score(
     def run(tokens: int) -> Scores:
         with inference(model):
             log_prob, exact = torch.zeros(len(encodings)), torch.zeros(len(encodings), dtype=torch.uint8)
-            for chosen, mine in ranks.shard(list(token_batches(lengths, tokens))):
+            batches = unpadded(token_batches(lengths, tokens), lengths, longest_padded(model))
+            for chosen, mine in ranks.shard(list(batches)):
                 found = score_batch(model, [encodings[i] for i in chosen], pad_id(tokenizer))
                 if mine:
                     log_prob[chosen], exact[chosen] = found[0].cpu(), found[1].byte().cpu()
@@ -89,17 +92,18 @@ def score_batch(
         pad_token: id to pad with.
         weights: tensors by name that replace parameters of the model.
     """
-    ids, mask = (x.to(model.device) for x in pad([e.ids[:-1] for e in batch], pad_token, side="left"))
-    lengths = [len(e.ids) - e.target_start for e in batch]
-    keep = max(lengths)
-    labels = torch.tensor([[-1] * (keep - n) + e.ids[-n:] for e, n in zip(batch, lengths, strict=True)]).to(ids.device)
-    output = logits(model, ids, mask, position_ids(mask), keep, weights=weights).float().log_softmax(-1)
-    # `keep` is longer than the inputs after a prompt of one token; the columns that exist are the last ones
-    labels = labels[:, -output.shape[1] :]
-    counted = labels >= 0
-    picked = output.gather(-1, labels.clamp_min(0)[..., None]).squeeze(-1)
-    exact = ((output.argmax(-1) == labels) | ~counted).all(-1)
-    return (picked * counted).sum(-1) / counted.sum(-1), exact
+    # nothing is predicted from the last token, but where the length of a row matters, it is that of the whole text
+    end = -1 if longest_padded(model) is None else None
+    ids, mask = (x.to(model.device) for x in pad([e.ids[:end] for e in batch], pad_token))
+    # nothing predicts the first token of a text
+    places = [(row, i - 1, e.ids[i]) for row, e in enumerate(batch) for i in range(max(e.target_start, 1), len(e.ids))]
+    row, column, label = torch.tensor(places, dtype=torch.long, device=ids.device).view(-1, 3).T
+    scores = logits_at(model, ids, mask, position_ids(mask), row, column, weights=weights)
+    output = scores.float().log_softmax(-1)
+    picked = output.gather(-1, label[:, None]).squeeze(-1)
+    counts = torch.bincount(row, minlength=len(batch))
+    wrong = torch.zeros_like(counts).index_add(0, row, (output.argmax(-1) != label).long())
+    return torch.zeros_like(counts, dtype=picked.dtype).index_add(0, row, picked) / counts, wrong == 0
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,15 @@ class Evaluation:
         neighbours_exact: by fact key, whether the model generates the true answer of each neighbour. A later evaluation
             takes it as its baseline.
         edits_exact: ``[T]``, whether the model generates each fact's new target.
+        edits_succeeded: ``[T]``, whether the model prefers each fact's new target to the true one. Of a fact without a
+            true one, whether it generates the new target.
         truths: number of known true answers (of facts and neighbours), and number of those that the model generates.
     """
 
     success: EditSuccess
     neighbours_exact: dict[str, list[bool]]
     edits_exact: Tensor
+    edits_succeeded: Tensor
     truths: tuple[int, int]
 
     @property
@@ -130,6 +137,39 @@ class Evaluation:
         return {name: float(value) for name, value in self.success.compute().items()} | {"truth_recalled": recalled}
 
 
+Tokens = tuple[Tensor, Tensor, Tensor]
+"""Ids, mask and labels of a batch, each ``[batch, length]``."""
+Query = tuple[str, str, str | None]
+"""A prompt, the new target, and the true one; ``None`` if it is not known."""
+
+
+def _queries(facts: Sequence[Fact]) -> tuple[list[Query], list[Query], list[Query]]:
+    """Return the queries of prompts, of paraphrases and of neighbours."""
+    edits: list[Query] = [(fact.prompt, fact.target_new, fact.target_true) for fact in facts]
+    paraphrases: list[Query] = [
+        (text, fact.target_new, fact.target_true) for fact in facts for text in fact.paraphrases
+    ]
+    neighbours: list[Query] = [(n.prompt, fact.target_new, n.target) for fact in facts for n in fact.neighbours]
+    return edits, paraphrases, neighbours
+
+
+def _rows(queries: Sequence[Query]) -> list[tuple[str, str]]:
+    """Return the prompts with their new targets, then the same prompts with their true targets."""
+    # an unknown true target is replaced by the new one, and the score is not used
+    rows = [(prompt, new) for prompt, new, _ in queries]
+    return rows + [(prompt, new if truth is None else truth) for prompt, new, truth in queries]
+
+
+def check_queries(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:
+    """Check that :func:`evaluate` can tokenize everything that it asks about facts.
+
+    Raises:
+        ValueError: if a target has no token of its own after one of the prompts.
+    """
+    rows = dict.fromkeys(_rows([query for part in _queries(facts) for query in part]))
+    encode(tokenizer, [prompt for prompt, _ in rows], [target for _, target in rows])
+
+
 def neighbour_groups(facts: Sequence[Fact]) -> list[str]:
     """Return the groups of the facts' neighbours, sorted."""
     return sorted({neighbour.group for fact in facts for neighbour in fact.neighbours})
@@ -138,7 +178,7 @@ def neighbour_groups(facts: Sequence[Fact]) -> list[str]:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[Fact],
+    facts: Sequence[Fact | Mapping[str, Any]],
     baseline: dict[str, list[bool]] | None = None,
     groups: Sequence[str] | None = None,
     token_budget: Budget = "auto",
@@ -146,30 +186,33 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate edits of ``facts``.
 
+    Facts without ``target_true``, and neighbours whose answer is the new target, count for the ``_accuracy`` metrics
+    and the specificity retained only: there is nothing to compare.
+
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        facts: the facts.
+        facts: the facts, or objects with the keys of a row of a facts file.
         baseline: ``neighbours_exact`` of these facts before the edit, for the specificity retained.
         groups: groups of neighbours to report separately; ``None`` for those that occur.
         token_budget: maximum number of tokens (with padding) in one forward, or ``auto``.
         ranks: the processes that share the work. Each calls this with the same facts and gets the same result.
     """
+    known_facts = [fact for fact in facts if isinstance(fact, Fact)]
+    facts = known_facts if len(known_facts) == len(facts) else validate_facts(facts)
     # every rank counts all facts, so there is nothing to reduce
     metric = EditSuccess(groups=neighbour_groups(facts) if groups is None else groups, sync_on_compute=False)
-    edits = [(fact.prompt, fact.target_new, fact.target_true) for fact in facts]
-    paraphrases = [(text, fact.target_new, fact.target_true) for fact in facts for text in fact.paraphrases]
-    neighbours = [(n.prompt, fact.target_new, n.target) for fact in facts for n in fact.neighbours]
+    edits, paraphrases, neighbours = _queries(facts)
     queries = [*edits, *paraphrases, *neighbours]
-    # an unknown true target is replaced by the new one, and the score is not used
-    rows = [(prompt, new) for prompt, new, _ in queries]
-    rows += [(prompt, new if truth is None else truth) for prompt, new, truth in queries]
+    rows = _rows(queries)
     index = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     scores = score(model, tokenizer, [row[0] for row in index], [row[1] for row in index], token_budget, ranks)
     places = torch.tensor([index[row] for row in rows], dtype=torch.long).view(2, -1)
     unknown = torch.tensor([truth is None for _, _, truth in queries], dtype=torch.bool)
+    # a text is not compared with itself
+    alone = torch.tensor([truth in (None, new) for _, new, truth in queries], dtype=torch.bool)
     (log_new, log_true), (exact_new, exact_true) = scores.log_prob[places], scores.exact[places]
-    log_true, exact_true = log_true.masked_fill(unknown, torch.nan), exact_true & ~unknown
+    log_true, exact_true = log_true.masked_fill(alone, torch.nan), exact_true & ~unknown
     edit, paraphrase, neighbour = torch.arange(len(queries)).split([len(edits), len(paraphrases), len(neighbours)])
     metric.update("edit", log_new[edit], log_true[edit], exact_new[edit])
     if len(paraphrase):
@@ -191,11 +234,12 @@ def evaluate(
         success=metric,
         neighbours_exact={fact.key: part.tolist() for fact, part in zip(facts, neighbours_exact, strict=True)},
         edits_exact=exact_new[edit],
+        edits_succeeded=torch.where(alone, exact_new, log_new > log_true)[edit],
         truths=(len(known), int(exact_true[known].sum())),
     )
 
 
-def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], ranks: Ranks | None = None) -> float:
+def perplexity(model: PreTrainedModel, batches: Iterable[Any], ranks: Ranks | None = None) -> float:
     """Measure perplexity on batches of ``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, length]``.
 
     Args:
@@ -204,20 +248,71 @@ def perplexity(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], ran
         ranks: the processes that share the work. Each calls this with its own batches and gets the perplexity on all.
 
     Raises:
-        ValueError: if one of several ranks has no batch at all.
+        ValueError: if a batch is something else, if one of several ranks has no batch at all, or if no token of any
+            batch has a label.
     """
     ranks = ranks or Ranks.current()
     with inference(model):
         metric = Perplexity(ignore_index=IGNORED_LABEL).to(model.device)
-        for batch, mine in _in_rounds(batches, ranks):
-            ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+        # a batch that cannot be used is found before any rank begins the forward, which may be a collective
+        found = _unpadded((_tokens(batch, model) for batch in batches), longest_padded(model))
+        for (ids, mask, labels), mine in _in_rounds(found, ranks):
             output = logits(model, ids, mask, position_ids(mask), keep=ids.shape[1])
             if mine:
                 metric.update(output[:, :-1].float(), labels[:, 1:])
         assert isinstance(metric.total_log_probs, Tensor) and isinstance(metric.count, Tensor)
         totals = torch.stack([metric.total_log_probs, metric.count])
         ranks.all_reduce(totals)
+        if not totals[1]:
+            raise ValueError("no token of the batches has a label, so there is no perplexity")
         return float((totals[0] / totals[1]).exp())
+
+
+def _unpadded(batches: Iterable[Tokens], longest: int | None) -> Iterator[Tokens]:
+    """Split batches whose rows are padded on the right so that no row of more than ``longest`` tokens is padded."""
+    for batch in batches:
+        mask = batch[1]
+        lengths = mask.sum(1).tolist() if longest is not None else []
+        if longest is None or max(lengths, default=0) <= longest or not _is_padded_right(mask):
+            yield batch
+            continue
+        for rows in unpadded([range(len(lengths))], lengths, longest):
+            width = max(lengths[row] for row in rows)
+            ids, mask, labels = (value[rows, :width] for value in batch)
+            yield ids, mask, labels
+
+
+def _is_padded_right(mask: Tensor) -> bool:
+    return bool(mask[:, 0].all() and (mask.diff() <= 0).all())
+
+
+def _tokens(batch: Any, model: PreTrainedModel) -> Tokens:
+    """Return ids, mask and labels of a batch on the model's device.
+
+    Raises:
+        ValueError: if the batch is not of this form, or has ids that the model does not embed.
+    """
+    names = ("input_ids", "attention_mask", "labels")
+    form = f"a batch should be a mapping with the tensors {', '.join(names)}, each [batch, length]"
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"{form}, but is a {type(batch).__name__}")
+    found = [batch.get(name) for name in names]
+    tensors = [tensor.to(model.device) for tensor in found if isinstance(tensor, Tensor) and tensor.ndim == 2]
+    if len(tensors) < len(names) or len({tensor.shape for tensor in tensors}) > 1 or not tensors[0].numel():
+        described = (
+            f"{name} {list(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+            for name, value in zip(names, found, strict=True)
+        )
+        raise ValueError(f"{form}, but has {', '.join(described)}")
+    ids, mask, labels = tensors
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if (
+        ids.is_floating_point()
+        or labels.is_floating_point()
+        or (size and not 0 <= int(ids.min()) <= int(ids.max()) < size)
+    ):
+        raise ValueError(f"{form}, with integer ids below the vocabulary's size {size}")
+    return ids, mask, labels
 
 
 def _in_rounds(batches: Iterable[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
@@ -243,11 +338,17 @@ def answers(
 ) -> list[str]:
     """Generate ``tokens`` tokens after each prompt greedily; cut the texts at the end of the first sentence or line."""
     rows = [encoding.ids for encoding in encode(tokenizer, prompts, [""] * len(prompts))]
-    ids, mask = (x.to(model.device) for x in pad(rows, pad_id(tokenizer), side="left"))
-    length = ids.shape[1]
+    lengths, longest = [len(row) for row in rows], longest_padded(model)
+    # a row that may be padded now may be too long for it after some tokens
+    batches = unpadded([range(len(rows))], lengths, None if longest is None else longest - tokens)
     with inference(model):
-        for _ in range(tokens):
-            chosen = logits(model, ids, mask, position_ids(mask), keep=1).argmax(-1)
-            ids, mask = torch.cat([ids, chosen], 1), torch.cat([mask, torch.ones_like(chosen)], 1)
-    texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
+        for batch in batches:
+            for _ in range(tokens):
+                ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_id(tokenizer)))
+                row, column = torch.arange(len(batch), device=ids.device), mask.sum(1) - 1
+                chosen = logits_at(model, ids, mask, position_ids(mask), row, column).argmax(-1).tolist()
+                for i, token in zip(batch, chosen, strict=True):
+                    rows[i] = [*rows[i], token]
+    added = [row[length:] for row, length in zip(rows, lengths, strict=True)]
+    texts = tokenizer.batch_decode(added, skip_special_tokens=True)
     return [text.split("\n")[0].split(".")[0].strip() for text in texts]

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lit_moeedit.data.encoding import Encoding, pad_id, token_batches
+from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.evaluation import score_batch
 from lit_moeedit.editing.method import EditJob, EditMethod, LayerEdits
 from lit_moeedit.editing.target_rows import EncodedFacts
 from lit_moeedit.editing.targets import Targets
 from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.padding import longest_padded, unpadded
 from lit_moeedit.models.partial_forward import inference
-from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError, is_partitioned
 from lit_moeedit.solvers import ExpertDeltas
 
@@ -77,19 +78,28 @@ class FineTuning(EditMethod):
         self.steps, self.learning_rate, self.norm_constraint, self.stop = steps, learning_rate, norm_constraint, stop
 
     @override
-    def check(self, model: PreTrainedModel, ranks: Ranks | None = None) -> list[ExpertLayer]:
+    def find_layers(self, model: PreTrainedModel) -> list[ExpertLayer]:
         """Return the layers to change, ascending.
 
         Raises:
             UnsupportedModelError: if one of them cannot be edited.
             UnsupportedShardingError: if the weights are partitioned.
         """
+        layers = super().find_layers(model)
         if any(is_partitioned(parameter) for parameter in model.parameters()):
             raise UnsupportedShardingError(
                 "FineTuning needs whole weights on every rank, but these are partitioned; "
                 "use Editor, or DeepSpeed ZeRO at a stage below 3"
             )
-        return super().check(model, ranks)
+        return layers
+
+    @override
+    def check_facts(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:
+        self._encode(tokenizer, facts)
+
+    def _encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[Encoding]:
+        encoded = EncodedFacts.of(tokenizer, facts, self.contexts, neutral="", token="last")
+        return [row.encoding for row in encoded.rows]
 
     @override
     def prepare(self, job: EditJob) -> _Changes:
@@ -98,8 +108,7 @@ class FineTuning(EditMethod):
         There are no target vectors, so ``deltas`` of the result's targets is ``[T, 0]``. The steps are timed as the
         phase ``solve``.
         """
-        rows = EncodedFacts.of(job.tokenizer, job.facts, self.contexts, neutral="", token="last").rows
-        changes = _Changes(self, job, [row.encoding for row in rows])
+        changes = _Changes(self, job, self._encode(job.tokenizer, job.facts))
         with job.clock("solve"):
             steps = changes.optimize()
             nll = changes.nll.view(len(job.facts), -1).mean(-1)
@@ -121,7 +130,9 @@ class _Changes(LayerEdits):
         dense = (torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for w in self._weights.values())
         self._dense = {layer.index: change for layer, change in zip(job.layers, dense, strict=True)}
         assert isinstance(settings.token_budget, int)
-        self._batches = list(token_batches([len(text.ids) for text in texts], settings.token_budget))
+        lengths = [len(text.ids) for text in texts]
+        batches = token_batches(lengths, settings.token_budget)
+        self._batches = list(unpadded(batches, lengths, longest_padded(job.model)))
 
     @override
     def solve(self, layer: ExpertLayer) -> ExpertDeltas:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from lit_moeedit.models.partial_forward import logits
+from lit_moeedit.models.partial_forward import hooked, logits
 
 
 class _PrefixLayer(DynamicLayer):
@@ -86,6 +87,7 @@ def logits_at(
     rows: Tensor,
     columns: Tensor,
     prefix: Prefix | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Compute logits ``[m, vocabulary]`` at ``m`` positions; the output embeddings are run on these alone.
 
@@ -100,6 +102,7 @@ def logits_at(
         rows: int64 ``[m]``, row of each position.
         columns: int64 ``[m]``, column of each position, within ``length``.
         prefix: keys and values of what precedes the rows, or an empty prefix that records them.
+        weights: tensors that replace the parameters of these names.
     """
     picked = False
 
@@ -111,7 +114,6 @@ def logits_at(
         return (args[0][rows, columns][None], *args[1:])
 
     head = model.get_output_embeddings()
-    # a hook's handle removes the hook when its context ends
-    with nullcontext() if head is None else head.register_forward_pre_hook(pick):
-        scores = logits(model, input_ids, attention_mask, positions, keep=0, cache=prefix)
+    with nullcontext() if head is None else hooked(head, pick, before=True):
+        scores = logits(model, input_ids, attention_mask, positions, keep=0, cache=prefix, weights=weights)
     return scores[0] if picked else scores[rows, columns]

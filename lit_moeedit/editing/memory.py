@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_moeedit.checkpoint_fields import CheckpointError, field
 from lit_moeedit.models.keys import RoutedKeys
+from lit_moeedit.per_model import PerModel
 from lit_moeedit.precision import full_precision
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers.deltas import group_positions
@@ -145,6 +146,9 @@ class EditMemory:
     layers, a little; the memory is not updated. Editing the past facts again (``renew_every_n_steps`` of
     :class:`~lit_moeedit.callbacks.KnowledgeEditing`) measures all keys again.
 
+    **Several models.** What is remembered belongs to the model that was edited. An edit of another model begins with an
+    empty memory, and does not change that of the first. A restored memory belongs to the model that is edited next.
+
     The memory is deterministic and the same on all ranks. Without compression it does not depend on the order of the
     edits, up to rounding.
 
@@ -171,12 +175,35 @@ class EditMemory:
         if not 0 < weight < float("inf"):
             raise ValueError(f"weight must be positive, got {weight}")
         self.limit, self.weight = limit, weight
-        self._layers: dict[int, _Remembered] = {}
+        self._layers: Mapping[int, _Remembered] = {}
+        self._models: PerModel[Mapping[int, _Remembered]] = PerModel(dict)
+
+    def switch(self, model: nn.Module | None) -> None:
+        """Turn to what is remembered of a model; nothing, if it was not edited with this memory.
+
+        Args:
+            model: the model; ``None`` for an empty memory, which the model that comes next takes over.
+        """
+        self._layers = self._models.switch(model, self._layers)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that is remembered now, while it exists."""
+        return self._models.model
 
     def size(self, layer: int) -> tuple[int, int]:
         """Return the number of rows and the number of keys in the memory of a layer."""
         known = self._layers.get(layer)
         return (0, 0) if known is None else (known.first + len(known.facts), len(known.rows.row))
+
+    def check(self, layer: int, d_hidden: int) -> None:
+        """Raise ``ValueError`` if the memory of a layer holds keys of another width, those of another model."""
+        known = self._layers.get(layer)
+        if known is not None and known.rows.key.shape[1] != d_hidden:
+            raise ValueError(
+                f"the memory of layer {layer} holds keys of d_hidden={known.rows.key.shape[1]}, "
+                f"the model has {d_hidden}: it was made with another model"
+            )
 
     def extend(
         self,
@@ -202,14 +229,10 @@ class EditMemory:
         Raises:
             ValueError: if the memory was made with another model.
         """
+        self.check(layer, rows.key.shape[1])
         known = self._layers.get(layer)
         if known is None:
             return rows, residuals
-        if known.rows.key.shape[1] != rows.key.shape[1]:
-            raise ValueError(
-                f"the memory of layer {layer} holds keys of d_hidden={known.rows.key.shape[1]}, "
-                f"the model has {rows.key.shape[1]}: it was made with another model"
-            )
         new = _on_cpu(rows)
         past = known.without(new, facts).rows
         past = past.select(torch.isin(past.expert, new.expert if changed is None else changed.cpu()))
@@ -238,6 +261,15 @@ class EditMemory:
             # the ranks' singular vectors may differ in the last bit
             ranks.broadcast(layers[layer].rows.row, layers[layer].rows.expert, layers[layer].rows.key)
         self._layers = layers
+
+    @property
+    def content(self) -> Mapping[int, _Remembered]:
+        """The memory as it is now, for :meth:`restore`. It is shared, not copied, and never changes."""
+        return self._layers
+
+    def restore(self, content: Mapping[int, _Remembered]) -> None:
+        """Return to an earlier :attr:`content`."""
+        self._layers = content
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
         """Return the remembered tensors and keys of facts, by layer."""

@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.facts import Fact, validate_facts
+from lit_moeedit.data.lengths import remark_long_facts
 from lit_moeedit.editing.phases import Clock, Progress
 from lit_moeedit.editing.targets import Targets
-from lit_moeedit.models.experts import ExpertLayer, check_editable
+from lit_moeedit.interrupts import Undo, held
+from lit_moeedit.models.experts import ExpertLayer, check_editable, check_trainable
 from lit_moeedit.models.output_scale import with_output_scale
 from lit_moeedit.models.token_budget import Budget, check_budget
 from lit_moeedit.pretrained import check_vocabulary
-from lit_moeedit.sharding.backends import locate
+from lit_moeedit.sharding.backends import locate, refuse_parallelism
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
@@ -171,6 +174,27 @@ class EditMethod(ABC):
     def prepare(self, job: EditJob) -> LayerEdits:
         """Do the work that comes before the first layer is changed."""
 
+    def find_layers(self, model: PreTrainedModel) -> list[ExpertLayer]:
+        """Return the layers to edit, ascending, after all checks that need no forward.
+
+        Raises:
+            UnsupportedModelError: if a layer cannot be edited. Frozen layers are refused by :meth:`edit` only.
+            UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
+            ValueError: if a setting does not fit the layers.
+        """
+        refuse_parallelism(model)
+        layers = check_editable(model, self.layers)
+        for layer in layers:
+            locate(layer.down_proj)
+        return layers
+
+    def check_facts(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:  # noqa: B027
+        """Check that facts can be encoded as :meth:`edit` encodes them, with the contexts of this method.
+
+        Raises:
+            ValueError: if one of them cannot.
+        """
+
     def check(self, model: PreTrainedModel, ranks: Ranks | None = None) -> list[ExpertLayer]:
         """Return the layers to edit, ascending, with their output scales.
 
@@ -183,12 +207,18 @@ class EditMethod(ABC):
             UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
             FloatingPointError: if the model is not finite.
         """
-        layers = check_editable(model, self.layers)
-        for layer in layers:
-            locate(layer.down_proj)  # before a forward, which may fail for the same reason with a less clear message
+        # before a forward, which may fail for the same reason with a less clear message
+        layers = self.find_layers(model)
         if ranks is not None:
             ranks.check_errors()
         return with_output_scale(model, layers)
+
+    def remark_long_facts(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]
+    ) -> None:
+        """Log a warning about facts that are longer than the model's context window."""
+        window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        remark_long_facts(tokenizer, facts, window, self.contexts)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -196,16 +226,18 @@ class EditMethod(ABC):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        facts: Sequence[Fact],
+        facts: Sequence[Fact | Mapping[str, Any]],
         preservation: Sequence[str] = (),
         *,
         moments: Mapping[int, SecondMoments] | None = None,
         guard: Callable[[], bool] | None = None,
+        record: Callable[[bool, Undo], None] | None = None,
         progress: Progress | None = None,
         optimizers: Sequence[Any] = (),
         ranks: Ranks | None = None,
         phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         layers: Sequence[ExpertLayer] | None = None,
+        copies: Sequence[Mapping[str, Tensor]] = (),
     ) -> EditResult:
         """Edit the facts in the model's weights, all of them or none.
 
@@ -216,23 +248,27 @@ class EditMethod(ABC):
         Args:
             model: the model.
             tokenizer: its tokenizer.
-            facts: the facts to edit.
+            facts: the facts to edit, or objects with the keys of a row of a facts file.
             preservation: text on which the experts must keep their behavior; needed if :attr:`needs_moments`.
             moments: second moments by layer index, if they are known already.
             guard: called after the last commit, with the edited weights in place; ``False`` undoes the edit.
+            record: called last, with whether the edit is kept, and with the transaction. What it changes is part of the
+                edit if it says first, by :meth:`~lit_moeedit.interrupts.Undo.by`, how to undo it.
             progress: called with a phase's name, the number of steps done, and their total number.
             optimizers: the optimizers that train the weights. Those of DeepSpeed hold master weights, which are edited,
                 too.
             ranks: the processes that edit together. Each calls this with the same arguments.
             phase: ``phase(name)`` is a context manager in which every part of a phase runs, for measurements.
             layers: the result of :meth:`check` for this model, if its weights have not changed since.
+            copies: further copies of the model's weights, by the names of its parameters, such as the ``state_dict()``
+                of an averaged model. They get the same change of the edited layers, in the same transaction.
 
         Raises:
-            UnsupportedModelError: if the model cannot be edited.
+            UnsupportedModelError: if the model cannot be edited, or a layer is frozen.
             UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
             FactError: if a fact cannot be edited.
-            ValueError: if preservation text is needed, and there is none; if ``layers`` are others; or if no gradient
-                reaches a target vector.
+            ValueError: if preservation text is needed, and there is none; if ``layers`` are others; if a copy has no
+                edited weight, or one of another shape; or if no gradient reaches a target vector.
             FloatingPointError: if the model or the result is not finite.
             TooLittleMemoryError: if memory does not suffice for a single row.
             RankError: if another rank failed.
@@ -242,26 +278,59 @@ class EditMethod(ABC):
         # if a rank fails anywhere in this block, the others learn of it at their next check: before each forward and
         # before each collective operation
         with ranks.together():
+            check_trainable(model, self.find_layers(model))
             if layers is None:
                 with clock("features"):
                     layers = self.check(model, ranks)
             elif list(layers) != check_editable(model, self.layers) or any(x.output_scale is None for x in layers):
                 raise ValueError(f"layers must be the result of {type(self).__name__}.check for this model")
+            further = _further_copies(layers, copies)
             check_vocabulary(tokenizer, model)
-            facts = validate_facts(facts, tokenizer=tokenizer)
+            given, facts = facts, validate_facts(facts, tokenizer=tokenizer)
+            if facts is not given:  # of checked facts this has been said
+                self.remark_long_facts(model, tokenizer, facts)
             ranks.check_same("the facts", [repr(fact) for fact in facts])
             report = progress or (lambda phase, done, total: None)
             edits = self.prepare(EditJob(model, tokenizer, facts, layers, preservation, moments, ranks, clock, report))
             targets = edits.targets
-            with Transaction(optimizers, ranks, self.reset_moments) as transaction:
+            with held(Transaction(optimizers, ranks, self.reset_moments, further)) as transaction:
                 for number, layer in enumerate(layers, 1):
                     edits.commit(layer, edits.solve(layer), transaction)
                     report("layers", number, len(layers))
                 kept = not ranks.any(guard is not None and not guard())
-                if kept:
+                if not kept:
+                    transaction.rollback()
+                elif self.memory is None:
                     edits.keep()
                 else:
-                    transaction.rollback()
+                    transaction.by(self.memory.restore, self.memory.content)
+                    edits.keep()
+                if record is not None:
+                    record(kept, transaction)
+                transaction.keep()
         return EditResult(
             list(facts), edits.deltas, targets, clock.seconds(), edits.relative_change, kept, edits.energy_kept
         )
+
+
+def _further_copies(
+    layers: Sequence[ExpertLayer], copies: Sequence[Mapping[str, Tensor]]
+) -> dict[nn.Parameter, list[nn.Parameter]]:
+    """Find the edited weights in further copies of the model.
+
+    Raises:
+        ValueError: if a copy has none of them, or one in another shape.
+    """
+    weights = {f"{layer.name}.down_proj": layer.down_proj for layer in layers}
+    further: dict[nn.Parameter, list[nn.Parameter]] = {}
+    for number, copy in enumerate(copies):
+        found = {name: copy[name] for name in weights if name in copy}
+        if not found:
+            raise ValueError(f"copies[{number}] has none of the edited weights, such as {next(iter(weights))!r}")
+        for name, tensor in found.items():
+            if tensor.shape != weights[name].shape:
+                shapes = f"{list(weights[name].shape)}, but it is {list(tensor.shape)}"
+                raise ValueError(f"copies[{number}][{name!r}] should be of shape {shapes}")
+            # a parameter of the same memory
+            further.setdefault(weights[name], []).append(nn.Parameter(tensor.detach(), requires_grad=False))
+    return further

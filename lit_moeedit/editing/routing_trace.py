@@ -11,12 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids
+from lit_moeedit.data.lengths import cut_texts
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import Routing, watch_routing
+from lit_moeedit.models.padding import longest_padded, unpadded
 from lit_moeedit.models.partial_forward import inference
 from lit_moeedit.models.token_budget import TokenBudget
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.zero3_passes import gathering_on_use
+
+MAX_PROBE_TOKENS = 256
+"""Default of the maximum number of tokens of a probe text that are used."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def trace_routing(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     token_budget: int = 8192,
-    max_length: int = 256,
+    max_length: int = MAX_PROBE_TOKENS,
     ranks: Ranks | None = None,
 ) -> RoutingTrace:
     """Run texts through the model and record the routing of every layer with experts.
@@ -59,6 +64,7 @@ def trace_routing(
     """
     if not texts:
         raise ValueError("there is no probe text whose routing could be traced")
+    texts = cut_texts(tokenizer, texts, max_length)
     rows = [encoding.ids[:max_length] for encoding in encode(tokenizer, texts, [""] * len(texts))]
     longest = max(map(len, rows))
     budget = TokenBudget(token_budget, 0.0, model.device, ranks or Ranks.current())
@@ -79,10 +85,13 @@ def _trace(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int, pad
     def observe(layer: ExpertLayer, routing: Routing) -> None:
         caught[layer.index] = routing
 
+    lengths = [len(row) for row in rows]
+    together = (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
+    batches = list(unpadded(together, lengths, longest_padded(model)))
     returns_logits = "output_router_logits" in inspect.signature(model.forward).parameters
     with inference(model), watch_routing(list(layers.values()), observe):
-        for start in range(0, len(rows), size):
-            ids, mask = (x.to(model.device) for x in pad(rows[start : start + size], pad_token))
+        for batch in batches:
+            ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_token))
             real = mask.flatten().bool()
             with gathering_on_use(model):
                 outputs = model(
@@ -103,7 +112,14 @@ def _trace(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int, pad
                     distribution /= distribution.sum(-1, keepdim=True)
                 experts[index].append(routing.experts[real].cpu())
                 probabilities[index].append(distribution[real].cpu())
+    order = [row for batch in batches for row in batch]
     return RoutingTrace(
-        {index: torch.cat(parts) for index, parts in experts.items()},
-        {index: torch.cat(parts) for index, parts in probabilities.items()},
+        {index: _in_order(parts, order, lengths) for index, parts in experts.items()},
+        {index: _in_order(parts, order, lengths) for index, parts in probabilities.items()},
     )
+
+
+def _in_order(parts: Sequence[Tensor], order: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Concatenate tokens of rows that were run in another order; they are returned in the order of the rows."""
+    rows = torch.cat(list(parts)).split([lengths[row] for row in order])
+    return torch.cat([row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])])

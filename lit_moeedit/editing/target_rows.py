@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -14,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import EditToken, Encoding, encode, join, pad, position_ids
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing.kv_prefix import Prefix, logits_at
+from lit_moeedit.editing.kv_prefix import Prefix, logits_at, prefix_for
+from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.partial_forward import (
     LayerOutput,
@@ -97,7 +97,8 @@ class EncodedFacts:
 class Rows:
     """``n`` rows of a batch of edits, whole or from the edit token on, and the ``m`` predictions that enter the loss.
 
-    Rows are padded on the left and on the right, so that all edit tokens are in one column.
+    Rows are padded on the right. Where keys and values of the tokens before the edit tokens can be cached, these tokens
+    are padded on the left, so that all edit tokens are in one column; attention with such a cache only masks padding.
 
     Attributes:
         edit: ``[n]``, index of the edit in the batch.
@@ -105,7 +106,8 @@ class Rows:
         positions: ``[n, length]``, position ids.
         mask: ``[n, length]``, or ``[n, prefix length + length]`` with a prefix.
         output: output of the target layer without ``δ``.
-        token: column of the edit tokens.
+        token: ``[n]``, column of the edit token.
+        before: number of columns before all edit tokens; ``None`` if edit tokens are in several columns.
         row: ``[m]``, row of each prediction.
         column: ``[m]``, column of the token from which each prediction is made.
         label: ``[m]``, the target's token; -1 in a neutral row.
@@ -118,7 +120,8 @@ class Rows:
     positions: Tensor
     mask: Tensor
     output: LayerOutput
-    token: int
+    token: Tensor
+    before: int | None
     row: Tensor
     column: Tensor
     label: Tensor
@@ -146,16 +149,20 @@ class Rows:
     def after(self, prefix: Prefix) -> Rows:
         """Return the rows from the edit token on, after a recorded prefix."""
         prefix.fix()
-        cut = {name: getattr(self, name)[:, self.token :] for name in ("ids", "positions")}
-        output = self.output.at(slice(None), slice(self.token, None))
-        return replace(self, **cut, output=output, token=0, column=self.column - self.token, prefix=prefix)
+        begin = self.before
+        assert begin is not None
+        cut = {name: getattr(self, name)[:, begin:] for name in ("ids", "positions")}
+        output = self.output.at(slice(None), slice(begin, None))
+        token, column = self.token - begin, self.column - begin
+        return replace(self, **cut, output=output, token=token, before=0, column=column, prefix=prefix)
 
     def select(self, kept: Tensor) -> tuple[Rows, Tensor]:
         """Select rows by a mask ``[n]``; also return the mask ``[m]`` of their predictions."""
         predictions = kept[self.row]
         if self.prefix is not None:
             self.prefix.select(kept)
-        changes: dict[str, Any] = {name: getattr(self, name)[kept] for name in ("edit", "ids", "positions", "mask")}
+        of_rows = ("edit", "ids", "positions", "mask", "token")
+        changes: dict[str, Any] = {name: getattr(self, name)[kept] for name in of_rows}
         changes["output"] = self.output.at(kept)
         changes |= {name: getattr(self, name)[predictions] for name in ("column", "label", "weight")}
         return replace(self, **changes, row=(kept.cumsum(0) - 1)[self.row[predictions]]), predictions
@@ -189,18 +196,17 @@ class UpperLayers:
         hidden = rows.output.hidden
         if deltas is not None:
             row = torch.arange(len(hidden), device=hidden.device)
-            places = (row, torch.full_like(row, rows.token))
-            hidden = hidden.index_put(places, deltas[rows.edit].to(hidden.dtype), accumulate=True)
+            hidden = hidden.index_put((row, rows.token), deltas[rows.edit].to(hidden.dtype), accumulate=True)
         output = rows.output._replace(hidden=hidden)
-        with ExitStack() as stack:
-            stack.enter_context(skipped(self.below, lambda: output))
-            stack.enter_context(output_replaced(self.layer, lambda: output))
-            stack.enter_context(regathering(self.model))
-            stack.enter_context(experts_run_at(self.between, rows.real, rows.ids.numel()))
+        with held(Undo()) as undo:
+            undo.enter_context(skipped(self.below, lambda: output))
+            undo.enter_context(output_replaced(self.layer, lambda: output))
+            undo.enter_context(regathering(self.model))
+            undo.enter_context(experts_run_at(self.between, rows.real, rows.ids.numel()))
             # from the last layer's experts on, no token reads another one; the recording forward does not rely on that,
             # because the first step is compared with it
             last = rows.predicting if record is None else rows.real
-            stack.enter_context(experts_run_at(self.last, last, rows.ids.numel()))
+            undo.enter_context(experts_run_at(self.last, last, rows.ids.numel()))
             prefix = record if record is not None else rows.prefix
             scores = logits_at(self.model, rows.ids, rows.mask, rows.positions, rows.row, rows.column, prefix)
         return scores.float().log_softmax(-1)
@@ -218,13 +224,18 @@ def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequen
     device = model.device
     rows = [row for own in by_edit for row in own]
     before, rest = zip(*(row.parts for row in rows), strict=True)
-    left, right = pad(before, pad_token, side="left"), pad(rest, pad_token)
-    ids, mask = (torch.cat(sides, 1).to(device) for sides in zip(left, right, strict=True))
-    token = left[0].shape[1]
+    is_aligned = prefix_for(model, 0) is not None
+    if is_aligned:
+        left, right = pad(before, pad_token, side="left"), pad(rest, pad_token)
+        ids, mask = (torch.cat(sides, 1).to(device) for sides in zip(left, right, strict=True))
+        tokens = [left[0].shape[1]] * len(rows)
+    else:
+        ids, mask = (x.to(device) for x in pad([[*a, *b] for a, b in zip(before, rest, strict=True)], pad_token))
+        tokens = [len(a) for a in before]
     predictions: list[tuple[int, int, int, float]] = []
     contexts = [sum(not row.is_neutral for row in own) for own in by_edit for _ in own]
     for r, (row, own) in enumerate(zip(rows, contexts, strict=True)):
-        end, target = token + len(rest[r]), row.encoding.ids[row.encoding.target_start :]
+        end, target = tokens[r] + len(rest[r]), row.encoding.ids[row.encoding.target_start :]
         if row.is_neutral:
             predictions.append((r, end - 1, -1, 0.0))
         predictions += [(r, end - len(target) + i, label, 1 / (len(target) * own)) for i, label in enumerate(target)]
@@ -233,4 +244,5 @@ def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequen
     edit = torch.tensor([edit for edit, own in enumerate(by_edit) for _ in own], device=device)
     with experts_run_on([*expert_layers(model).values()], mask.bool()):
         output = layer_output(model, layer, ids, mask, positions)
-    return Rows(edit, ids, positions, mask, output, token, of_row, column, label, weight)
+    token, begin = torch.tensor(tokens, device=device), tokens[0] if is_aligned else None
+    return Rows(edit, ids, positions, mask, output, token, begin, of_row, column, label, weight)

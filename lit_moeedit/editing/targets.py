@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby
 from typing import Literal
 
@@ -17,8 +18,10 @@ from lit_moeedit.editing.kv_prefix import prefix_for
 from lit_moeedit.editing.recorded_step import Step, record
 from lit_moeedit.editing.target_rows import Rows, TargetRow, UpperLayers, lay_out
 from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.padding import longest_padded
 from lit_moeedit.models.partial_forward import inference
 from lit_moeedit.models.token_budget import Budget, TokenBudget, check_budget, target_cost
+from lit_moeedit.precision import autocast
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import is_partitioned
 from lit_moeedit.sharding.zero3_passes import beside_training
@@ -130,7 +133,8 @@ class TargetOptimizer:
         left = list(range(len(by_edit)))
 
         def run(tokens: int) -> None:
-            chunks = _chunks({edit: by_edit[edit] for edit in left}, tokens, -(-len(left) // ranks.size))
+            waiting = {edit: by_edit[edit] for edit in left}
+            chunks = _chunks(waiting, tokens, -(-len(left) // ranks.size), longest_padded(model))
             with inference(model, gradients=True), beside_training(model):
                 for number, (chunk, mine) in enumerate(ranks.shard(chunks)):
                     part = _Batch(self, model, layer, [by_edit[e] for e in chunk], pad_token).run(ranks, mine)
@@ -173,19 +177,33 @@ def batch_cost(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Seq
     return target_cost(model, layer, kept / tokens, predictions / tokens)
 
 
-def _chunks(by_edit: Mapping[int, Sequence[TargetRow]], token_budget: int, limit: int) -> list[list[int]]:
-    """Group edits of similar lengths into chunks within the budget, each of 1 to ``limit`` edits."""
+def _chunks(
+    by_edit: Mapping[int, Sequence[TargetRow]], token_budget: int, limit: int, longest: int | None = None
+) -> list[list[int]]:
+    """Group edits of similar lengths into chunks within the budget, each of 1 to ``limit`` edits.
+
+    Edits with rows of more than ``longest`` tokens are together only if these rows have the same lengths, see
+    :func:`~lit_moeedit.models.padding.longest_padded`. The rows of one edit stay together in any case.
+    """
     extents = {edit: _extent(rows) for edit, rows in by_edit.items()}
+    long = {edit: _long_rows(rows, longest) for edit, rows in by_edit.items()}
     chunks: list[list[int]] = []
     rows, width = 0, (0, 0)
     for edit in sorted(by_edit, key=extents.__getitem__):
         rest, before = extents[edit]
         rows, width = rows + len(by_edit[edit]), (max(width[0], rest), max(width[1], before))
-        if not chunks or len(chunks[-1]) == limit or rows * sum(width) > token_budget:
+        is_full = not chunks or len(chunks[-1]) == limit or rows * sum(width) > token_budget
+        if is_full or long[edit] != long[chunks[-1][-1]]:
             chunks.append([])
             rows, width = len(by_edit[edit]), (rest, before)
         chunks[-1].append(edit)
     return chunks
+
+
+def _long_rows(rows: Sequence[TargetRow], longest: int | None) -> set[int]:
+    """Return the numbers of tokens of those rows that have more than ``longest``."""
+    lengths = {sum(map(len, row.parts)) for row in rows}
+    return set() if longest is None else {length for length in lengths if length > longest}
 
 
 def can_record(model: PreTrainedModel, layer: ExpertLayer) -> bool:
@@ -205,14 +223,15 @@ class _Batch:
         pad_token: int,
     ) -> None:
         self.settings, self.upper, self.count = settings, UpperLayers(model, layer), len(by_edit)
-        self.precision = torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast is not None)
-        with torch.no_grad(), self.precision:
+        dtype = None if settings.autocast is None else torch.bfloat16
+        self.precision = partial(autocast, model.device, dtype)
+        with torch.no_grad(), self.precision():
             rows = lay_out(model, layer, by_edit, pad_token)
-            prefix = prefix_for(model, rows.token)
+            prefix = None if rows.before is None else prefix_for(model, rows.before)
             output = self.upper.log_probabilities(rows, record=prefix)
         # h of an edit is that of its first row, which has no context before it
         first = torch.searchsorted(rows.edit, torch.arange(self.count, device=rows.edit.device))
-        self.norm = rows.output.hidden[first, rows.token].float().norm(dim=-1)
+        self.norm = rows.output.hidden[first, rows.token[first]].float().norm(dim=-1)
         self.reference = output.index_select(0, rows.neutral)
         self.start = self._nll(rows, output)
         self.whole, self.rows = rows, rows if prefix is None else rows.after(prefix)
@@ -275,7 +294,7 @@ class _Batch:
         return now, gradient_of_loss()
 
     def _loss(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        with self.precision:
+        with self.precision():
             output = self.upper.log_probabilities(self.rows, deltas)
         nll = self._nll(self.rows, output)
         neutral = output.index_select(0, self.rows.neutral)

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
+
+from lit_moeedit.sharding.backends import refuse_parallelism
 
 FAMILIES_HINT = "the command 'lit-moeedit families' lists the models that can be edited"
 """The end of a message that refuses a whole family."""
@@ -70,14 +73,20 @@ class ExpertLayer:
 def find_model(module: nn.Module) -> PreTrainedModel:
     """Find the transformers model in ``module``: the module itself, or the outermost model below it.
 
+    Averages in torch's ``AveragedModel`` do not count.
+
     Raises:
         UnsupportedModelError: there is none, or there are several, none of which contains the others.
+        UnsupportedShardingError: there is none, because of the way in which the model is distributed.
     """
     if isinstance(module, PreTrainedModel):
         return module
-    found = [child for child in module.modules() if isinstance(child, PreTrainedModel)]
+    averages = [x for x in module.modules() if isinstance(x, AveragedModel) and x is not module]
+    averaged = {child for average in averages for child in average.modules()}
+    found = [x for x in module.modules() if isinstance(x, PreTrainedModel) and x not in averaged]
     outermost = [m for m in found if not any(m is not other and m in set(other.modules()) for other in found)]
     if len(outermost) != 1:
+        refuse_parallelism(module)
         kinds = ", ".join(type(model).__name__ for model in outermost) or "none"
         raise UnsupportedModelError(
             f"expected one transformers model in {type(module).__name__}, found {len(outermost)} ({kinds}); "
@@ -94,6 +103,7 @@ def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
 
     Raises:
         UnsupportedModelError: the model has none; the message gives the reason.
+        UnsupportedShardingError: the model has none, because of the way in which it is distributed.
     """
     layers: dict[int, ExpertLayer] = {}
     for name, experts in model.named_modules():
@@ -107,6 +117,7 @@ def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
                 layers[int(part)] = ExpertLayer(int(part), layer, experts, name)
                 break
     if not layers:
+        refuse_parallelism(model)
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer with routed experts that declares the experts interface of "
             f"transformers >= 5; lit_moeedit edits Mixture-of-Experts models only; {FAMILIES_HINT}"
@@ -126,14 +137,14 @@ def experts_per_token(model: PreTrainedModel) -> int:
 
 
 def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[ExpertLayer]:
-    """Check that the layers with the given indices can be edited.
+    """Check that the layers with the given indices can be edited, now or (if they are frozen now) later.
 
     Returns:
         The layers, ascending.
 
     Raises:
-        UnsupportedModelError: a layer has no experts, is frozen or quantised, or has a norm after its experts, which
-            makes the effect of a delta non-linear. The message names the layer and the reason.
+        UnsupportedModelError: a layer has no experts, is quantised, or has a norm after its experts, which makes the
+            effect of a delta non-linear. The message names the layer and the reason.
     """
     found = expert_layers(model)
     name = type(model).__name__
@@ -152,11 +163,6 @@ def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[Expert
                 f"the experts of layer {layer.index} of {name} are quantised ({weight.dtype}); "
                 "load the model in float32, bfloat16 or float16 to edit it"
             )
-        if not weight.requires_grad:
-            raise UnsupportedModelError(
-                f"the experts of layer {layer.index} of {name} ({layer.name}.down_proj) are frozen; "
-                "edit layers that train, or set requires_grad_(True)"
-            )
         if getattr(layer.experts, "has_post_expert_norm", False):
             raise UnsupportedModelError(
                 f"{name} normalises the output of each expert (layer {layer.index}): "
@@ -167,6 +173,20 @@ def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[Expert
                 f"{layer.name}.down_proj of {name} must be [E, d_model, d_hidden], got {list(weight.shape)}"
             )
     return chosen
+
+
+def check_trainable(model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> None:
+    """Check that layers are not frozen. Staged fine-tuning changes that, so this is for the moment of an edit.
+
+    Raises:
+        UnsupportedModelError: a layer is frozen. The message names the layer.
+    """
+    for layer in layers:
+        if not layer.down_proj.requires_grad:
+            raise UnsupportedModelError(
+                f"the experts of layer {layer.index} of {type(model).__name__} ({layer.name}.down_proj) are frozen; "
+                "edit layers that train, edit when they train, or set requires_grad_(True)"
+            )
 
 
 def _ranges(indices: Mapping[int, Any]) -> str:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.sharding.backends import refuse_parallelism
 
 BLOCK = {"cpu": 512}
 """Maximum number of rows of one expert in a product, by device type: these stay in the cache of a CPU."""
@@ -275,7 +277,13 @@ def _intercepted(
     """Register an experts function that calls ``run`` with the inputs of the given layers.
 
     If ``run`` returns no output, the configured implementation computes it.
+
+    Raises:
+        UnsupportedShardingError: under expert parallelism, which calls the function with other tokens, gates and
+            indices of experts than the router's.
     """
+    for layer in layers:
+        refuse_parallelism(layer.layer)
     watched = {layer.experts: layer for layer in layers}
     configs: dict[int, Any] = {id(layer.experts.config): layer.experts.config for layer in layers}
     configured: dict[int, str | None] = {key: config._experts_implementation for key, config in configs.items()}
@@ -295,12 +303,10 @@ def _intercepted(
         result: Tensor = chosen(module, hidden_states, top_k_index, top_k_weights, *args, **kwargs)
         return result
 
-    ALL_EXPERTS_FUNCTIONS[name] = forward
-    try:
-        for config in configs.values():
+    with held(Undo()) as undo:
+        undo.by(ALL_EXPERTS_FUNCTIONS.pop, name, None)
+        ALL_EXPERTS_FUNCTIONS[name] = forward
+        for key, config in configs.items():
+            undo.by(setattr, config, "_experts_implementation_internal", configured[key])
             config._experts_implementation_internal = name
         yield
-    finally:
-        for key, config in configs.items():
-            config._experts_implementation_internal = configured[key]
-        ALL_EXPERTS_FUNCTIONS.pop(name)

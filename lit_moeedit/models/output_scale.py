@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_moeedit.data.encoding import position_ids
+from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import FAMILIES_HINT, ExpertLayer, UnsupportedModelError
-from lit_moeedit.models.partial_forward import LayerOutput, inference, layer_output
+from lit_moeedit.models.partial_forward import LayerOutput, hooked, inference, layer_output
 
 LENGTH, TOKEN = 4, 2
 """Length of the two test prompts, and the position at which the experts' output is shifted."""
@@ -101,7 +101,7 @@ def _run(
     """Return the (shifted) outputs of the experts and the outputs of the layers, by layer index."""
     expert_outputs: dict[int, Tensor] = {}
     layer_outputs: dict[int, Tensor] = {}
-    with ExitStack() as stack, inference(model):
+    with held(Undo()) as undo, inference(model):
         for layer in layers:
 
             def shift(module: nn.Module, args: Any, output: Tensor, index: int = layer.index) -> Tensor:
@@ -112,7 +112,7 @@ def _run(
                 layer_outputs[index] = LayerOutput.of(output).hidden
 
             for module, hook in ((layer.experts, shift), (layer.layer, record)):
-                stack.callback(module.register_forward_hook(hook).remove)
+                undo.enter_context(hooked(module, hook))
         mask = torch.ones_like(ids)
         layer_output(model, layers[-1], ids, mask, position_ids(mask))
     return expert_outputs, layer_outputs

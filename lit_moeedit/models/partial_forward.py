@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,9 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError
+from lit_moeedit.sharding.backends import refuse_parallelism
 from lit_moeedit.sharding.zero3_passes import gathering_on_use
 
 
@@ -35,40 +37,71 @@ def _stack(model: PreTrainedModel, layer: ExpertLayer) -> tuple[nn.Module, nn.Mo
 def inference(model: PreTrainedModel, gradients: bool = False) -> Iterator[None]:
     """Set the model to evaluation mode with frozen parameters inside the context.
 
-    Modes, ``requires_grad`` and random states are restored afterwards.
+    Modes, ``requires_grad`` and random states are restored afterwards. Modules that ``torch.compile`` compiled run
+    eagerly: compiled code does not check whether a module has got a hook or another ``forward`` since.
 
     Args:
         model: the model.
         gradients: true to allow gradients inside, with respect to tensors other than parameters.
+
+    Raises:
+        UnsupportedShardingError: if a rank holds or computes only a part of the model, in a way that is unsupported.
     """
-    modes = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    devices = [model.device] if model.device.type == "cuda" else []
-    # Lightning evaluates in inference mode, whose tensors could not be differentiated
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+    refuse_parallelism(model)
+    with held(Undo()) as undo:
+        undo.by(torch.set_grad_enabled, torch.is_grad_enabled())
+        # Lightning evaluates in inference mode, whose tensors could not be differentiated
+        undo.enter_context(torch.inference_mode(False))
+        torch.set_grad_enabled(gradients)
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.by(torch.set_rng_state, torch.get_rng_state())
+        if model.device.type == "cuda":
+            undo.by(torch.cuda.set_rng_state, torch.cuda.get_rng_state(model.device), model.device)
+        undo.by(_set_modes, {module: module.training for module in model.modules()})
         model.train(False)  # eval() has no type annotations
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-            for module, training in modes.items():
-                module.training = training
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        undo.by(_set_trainable, trainable, True)
+        _set_trainable(trainable, False)
+        yield
+
+
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
+def _set_trainable(parameters: Sequence[nn.Parameter], trainable: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(trainable)
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable[..., Any], before: bool = False) -> Iterator[None]:
+    """Register a forward hook, or a forward pre-hook if ``before``, inside the context."""
+    with held(Undo()) as undo:
+        undo.by(_remove, module._forward_pre_hooks if before else module._forward_hooks, hook)
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        register(hook)
+        yield
+
+
+def _remove(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any]) -> None:
+    # an interrupt can leave a registered hook without its handle
+    for key in [key for key, other in hooks.items() if other is hook]:
+        hooks.pop(key, None)
 
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     # an attribute of the instance hides the class's method; deleting it brings the method back
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
+    own = module.__dict__
+    with held(Undo()) as undo:
+        if "forward" in own:
+            undo.by(own.__setitem__, "forward", own["forward"])
+        else:
+            undo.by(own.pop, "forward", None)
+        own["forward"] = forward
         yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
 
 
 class LayerOutput(NamedTuple):
@@ -111,9 +144,9 @@ def skipped(layers: Sequence[nn.Module], like: Callable[[], LayerOutput | None] 
         hidden, other = args[0] if args else kwargs["hidden_states"], like()
         return hidden if other is None else other._replace(hidden=hidden).returned()
 
-    with ExitStack() as stack:
+    with held(Undo()) as undo:
         for layer in layers:
-            stack.enter_context(_forward_replaced(layer, pass_through))
+            undo.enter_context(_forward_replaced(layer, pass_through))
         yield
 
 
@@ -141,7 +174,7 @@ def experts_run_at(layers: Sequence[ExpertLayer], chosen: Tensor, count: int) ->
         chosen: indices of the selected tokens, int64 ``[n]``. A mask would need a sync to count its true elements.
         count: number of tokens.
     """
-    with ExitStack() as stack:
+    with held(Undo()) as undo:
         for layer in layers:
 
             def run(
@@ -152,7 +185,7 @@ def experts_run_at(layers: Sequence[ExpertLayer], chosen: Tensor, count: int) ->
                 output = forward(hidden[chosen], *(part[chosen] for part in routing), **kwargs)
                 return output.new_zeros(hidden.shape).index_copy(0, chosen, output)
 
-            stack.enter_context(_forward_replaced(layer.experts, run))
+            undo.enter_context(_forward_replaced(layer.experts, run))
         yield
 
 
@@ -175,13 +208,9 @@ def layer_output(
     def record(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(LayerOutput.of(output))
 
-    handle = layer.layer.register_forward_hook(record)
-    try:
-        with skipped(above, lambda: outputs[0]), gathering_on_use(model):
-            # not the whole model: ZeRO-3 would gather the head for every batch
-            stack(**_inputs(stack, input_ids, attention_mask, positions))
-    finally:
-        handle.remove()
+    with hooked(layer.layer, record), skipped(above, lambda: outputs[0]), gathering_on_use(model):
+        # not the whole model: ZeRO-3 would gather the head for every batch
+        stack(**_inputs(stack, input_ids, attention_mask, positions))
     return outputs[0]
 
 

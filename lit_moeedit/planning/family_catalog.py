@@ -119,6 +119,11 @@ _OWN: dict[str, dict[str, Any]] = {
     # layers with a window have twice as many key and value heads
     "mimo_v2_flash": {"num_attention_heads": 4},
     "minimax": {"layer_types": _HYBRID},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
     "qwen3_5_moe_text": {"layer_types": _HYBRID},
     "qwen3_next": {"layer_types": _HYBRID},

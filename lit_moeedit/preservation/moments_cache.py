@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.atomic_files import read_tensors, write_tensors
+from lit_moeedit.atomic_files import read_tensors, remove_leftovers, write_tensors
 from lit_moeedit.data.encoding import encode
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.partial_forward import decoder_layers
@@ -57,6 +57,8 @@ class MomentsCache:
 
     def load(self, key: str, tensors: Mapping[str, Tensor], ranks: Ranks) -> bool:
         """Read the tensors under a key into those given, on all ranks; return ``False`` if there are none."""
+        if ranks.rank == 0:
+            remove_leftovers(self.folder)  # a run that finds all it needs writes nothing
         found = ranks.any(ranks.rank == 0 and self._read(key, tensors))
         if found:
             ranks.broadcast(*tensors.values())

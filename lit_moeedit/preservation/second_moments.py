@@ -15,18 +15,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import pad, pad_id, position_ids, token_batches, token_ids
+from lit_moeedit.data.lengths import cut_texts
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.keys import KeyRows, stream_keys
+from lit_moeedit.models.padding import longest_padded, unpadded
 from lit_moeedit.models.partial_forward import inference, layer_output
 from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost
 from lit_moeedit.precision import full_precision, round_to_tf32, tensor_core_precision
 from lit_moeedit.preservation.moments_cache import MomentsCache, digest, moment_keys
+from lit_moeedit.sharding.backends import refuse_parallelism
 from lit_moeedit.sharding.device_memory import free_memory
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers.batches import similar
 
 log = logging.getLogger(__name__)
 
+MAX_TEXT_TOKENS = 512
+"""Default of the maximum number of tokens of a preservation text that are used."""
 PADDED = 2**26
 """Maximum number of elements in a padded batch of keys (256 MiB)."""
 
@@ -124,7 +129,7 @@ def second_moments(
     layers: Sequence[ExpertLayer],
     texts: Sequence[str],
     token_budget: Budget = "auto",
-    max_length: int = 512,
+    max_length: int = MAX_TEXT_TOKENS,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
     cache: MomentsCache | None = None,
@@ -146,7 +151,8 @@ def second_moments(
         layers: the layers to watch.
         texts: preservation text, one document each.
         token_budget: maximum number of tokens (with padding) in one forward, or ``auto``.
-        max_length: maximum number of tokens of a text; longer texts are truncated.
+        max_length: maximum number of tokens of a text; longer texts are truncated, very long ones before they are
+            tokenized.
         progress: called with the number of texts done, and the number of all texts.
         ranks: the processes that share the work. Each calls this with the same texts.
         cache: a cache of the sums.
@@ -161,9 +167,11 @@ def second_moments(
         FloatingPointError: if a key is not finite.
         TooLittleMemoryError: if memory does not suffice for the longest text alone.
     """
+    refuse_parallelism(model)
     ranks = ranks or Ranks.current()
     if not texts:
         raise ValueError("there is no preservation text: second moments need at least one")
+    texts = cut_texts(tokenizer, texts, max_length)
     if device is None and model.device.type != "cpu":
         fits = sums_fit(layers, free_memory(model.device))
         device = "cpu" if ranks.any(not fits) else None
@@ -181,7 +189,9 @@ def second_moments(
 
     def run(tokens: int) -> None:
         left = rows[: len(rows) - unfinished.begin()]
-        batches = [[left[i] for i in batch] for batch in token_batches([len(row) for row in left], tokens)][::-1]
+        lengths = [len(row) for row in left]
+        together = unpadded(token_batches(lengths, tokens), lengths, longest_padded(model))
+        batches = [[left[i] for i in batch] for batch in together][::-1]
 
         def after(count: int) -> None:
             done = len(rows) - len(left) + sum(map(len, batches[:count]))

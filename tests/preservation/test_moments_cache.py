@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.editing import Editor, TargetOptimizer, second_moments
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.preservation.moments_cache import MomentsCache
@@ -261,3 +263,14 @@ def test_the_editor_uses_it(model, tokenizer, facts, texts, folder: Path) -> Non
     assert len(list(folder.iterdir())) == 2
     editor.edit(model, tokenizer, facts, texts)
     assert len(list(folder.iterdir())) == 3  # layer 0 stands below the edit
+
+
+def test_what_a_killed_writer_left_is_removed_when_files_are_read(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with atomic_file(tmp_path / "moments-it.safetensors"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert list(tmp_path.iterdir())
+    assert not MomentsCache(tmp_path).load("other", {"a": torch.ones(2)}, Ranks.current())
+    assert not list(tmp_path.iterdir())

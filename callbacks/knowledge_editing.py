@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from hashlib import sha256
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import lightning as L
-from transformers import PreTrainedTokenizerBase
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lit_moeedit.callbacks.averages import Copies, edited_weights, final_weights, validated_weights
+from lit_moeedit.callbacks.copies import CopyPolicy, OtherCopies
+from lit_moeedit.callbacks.ending import EndTogether
+from lit_moeedit.callbacks.foresight import Foresight, is_restored_late, monitored
+from lit_moeedit.callbacks.inputs import EditInputs
 from lit_moeedit.callbacks.listener import EditEvent, tell_listeners
-from lit_moeedit.callbacks.named import NamedCallback, callbacks_of
 from lit_moeedit.callbacks.progress import edit_progress
-from lit_moeedit.callbacks.resources import (
-    check_model,
-    find_facts,
-    find_texts,
-    find_tokenizer,
-    from_datamodule,
-    keep_experts_together,
-    log_metrics,
-    optimizers_of,
-    refuse_contradictions,
-)
-from lit_moeedit.callbacks.schedule import Schedule
-from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
-from lit_moeedit.data.facts import CheckedFacts, Fact
+from lit_moeedit.callbacks.resources import check_not_frozen, from_datamodule, log_metrics, optimizers_of
+from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMethod, EditResult, Evaluation, evaluate, neighbour_groups
-from lit_moeedit.models.experts import ExpertLayer, find_model
+from lit_moeedit.interrupts import Undo
+from lit_moeedit.models.experts import ExpertLayer, check_editable, find_model
 from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 
-class KnowledgeEditing(NamedCallback):
+class KnowledgeEditing(EditInputs):
     """Edit facts in the routed experts of the model between epochs or steps, and measure what is left of them.
 
     It works with any ``LightningModule`` that holds one transformers MoE model, in ``fit``, ``validate`` and ``test``.
@@ -45,19 +39,26 @@ class KnowledgeEditing(NamedCallback):
     and resumed without repeating or losing an edit.
 
     After an edit, every validation logs ``edit/efficacy``, ``edit/generalization``, ``edit/specificity_retained`` and
-    the other metrics of :class:`~lit_moeedit.metrics.EditSuccess` for all facts edited so far; the edit itself logs
-    ``edit_before/…`` and ``edit_after/…``. To decide otherwise when to edit or what to keep, override
-    :meth:`due` or :meth:`should_keep`.
+    the other metrics of :class:`~lit_moeedit.metrics.EditSuccess` for all facts edited so far. What a monitor names is
+    logged before the first edit, too. The edit itself logs ``edit_before/…`` and ``edit_after/…``. To decide otherwise
+    when to edit or what to keep, override :meth:`due` or :meth:`should_keep`.
+
+    Where Lightning's ``WeightAveraging`` or ``StochasticWeightAveraging``, or an ``AveragedModel`` of torch, keeps an
+    average of the weights, the average gets every edit, too. With ``WeightAveraging`` the average is what is validated
+    and kept, so facts are edited and measured there, and the weights in training get the same change.
+
+    The state belongs to the model: a fit of another model with the same callback edits that model.
 
     A trainer may have several of these callbacks, each with a name and with facts of its own. Only editors that share
     an :class:`~lit_moeedit.editing.EditMemory` hold back what they do to each other's edits.
 
     Args:
         editor: the editing method.
-        facts: a facts file (see :func:`~lit_moeedit.data.read_facts`) or facts; ``None`` asks the data module's
-            ``edit_facts()``.
+        facts: a facts file (see :func:`~lit_moeedit.data.read_facts`), facts, or objects with the keys of a row of a
+            facts file; ``None`` asks the data module's ``edit_facts()``.
         at: the moment: ``fit_start``, ``validation`` (also in ``validate`` and ``test``), ``{epoch: N}`` (before epoch
-            N, counted from 0), ``{step: N}`` (after N optimizer steps), or ``{every_n_epochs: N, batch: M}``.
+            N, counted from 0), ``{step: N}`` (after N optimizer steps, those of all optimizers as in
+            ``trainer.global_step``), or ``{every_n_epochs: N, batch: M}``.
         preservation: a text file with one document per line, or texts, on which the experts must keep their behavior;
             ``None`` asks the data module's ``preservation_texts()``.
         renew_every_n_steps: edit what training has undone again, every this many optimizer steps after an edit: facts
@@ -65,17 +66,25 @@ class KnowledgeEditing(NamedCallback):
             ``None`` leaves the edits to what training makes of them.
         max_renewals: stop renewing after this many times.
         tokenizer: a path or hub id; ``None`` takes the ``tokenizer`` attribute of the module or the data module.
-        min_efficacy: undo an edit that ends with less efficacy than this.
-        min_specificity_retained: undo an edit that keeps less of its neighbours than this.
+        min_efficacy: undo an edit that ends with less efficacy than this. A fact without ``target_true`` counts as
+            edited if the model generates its new target.
+        min_specificity_retained: undo an edit that keeps less of its neighbours than this. Without a neighbour that was
+            answered right before the edit there is nothing to compare, and the edit is kept.
         strict: whether a bad row of a facts file is an error (otherwise it is skipped and counted).
+        other_copies: treatment of other copies of the edited weights that callbacks, attributes of the module or
+            optimizers hold, because an edit is lost where they take the place of the weights: ``refuse`` modules and
+            tensors of optimizers, and warn of loose tensors, which may be snapshots; ``edit`` all of them, too; or
+            ``ignore`` them, such as a teacher.
         name: log ``edit_<name>/…``, ``edit_<name>_before/…`` and so on instead.
+        columns: field names to column names, for a facts file with other names.
 
     Raises:
         ValueError: if an argument is out of range.
         MisconfigurationException: when the run starts, if there is no tokenizer, no facts or no preservation text, the
             model or a layer cannot be edited, or the parameters are sharded in a way that is not supported (supported
-            are one process, DDP, and DeepSpeed ZeRO stages 0 to 3); if two of these callbacks would log under the same
-            names, or have different targets for a prompt.
+            are one process, DDP, and DeepSpeed ZeRO stages 0 to 3); if there is a copy of the weights that edits would
+            not reach; if two of these callbacks would log under the same names, or have different targets for a prompt;
+            if the fit ends before the first edit. When an edit is due, if its layers are frozen.
         FactError: when the run starts, if a fact cannot be edited.
 
     Example:
@@ -90,7 +99,7 @@ class KnowledgeEditing(NamedCallback):
     def __init__(
         self,
         editor: EditMethod,
-        facts: str | list[Fact] | None = None,
+        facts: str | list[dict[str, Any]] | list[Fact] | None = None,
         at: str | dict[str, int] = "fit_start",
         preservation: str | list[str] | None = None,
         renew_every_n_steps: int | None = None,
@@ -100,9 +109,10 @@ class KnowledgeEditing(NamedCallback):
         min_specificity_retained: float = 0.0,
         strict: bool = True,
         name: str | None = None,
+        columns: dict[str, str | list[str]] | None = None,
+        other_copies: OtherCopies = "refuse",
     ) -> None:
-        source = facts if facts is None or isinstance(facts, str) else sha256(repr(facts).encode()).hexdigest()[:8]
-        super().__init__(name, facts=source, at=at, layers=list(editor.layers))
+        super().__init__(editor, facts, at, preservation, tokenizer, strict, name, columns)
         self.min_efficacy, self.min_specificity_retained = min_efficacy, min_specificity_retained
         for argument in ("min_efficacy", "min_specificity_retained"):
             if not 0.0 <= getattr(self, argument) <= 1.0:
@@ -111,55 +121,27 @@ class KnowledgeEditing(NamedCallback):
             raise ValueError(f"renew_every_n_steps must be at least 1, or None for never, got {renew_every_n_steps}")
         if max_renewals is not None and max_renewals < 0:
             raise ValueError(f"max_renewals must be at least 0, or None for no limit, got {max_renewals}")
-        self.editor = editor
+        self.other_copies = other_copies
+        self._copies = CopyPolicy(other_copies, self.heading)
         self.renew_every_n_steps, self.max_renewals = renew_every_n_steps, max_renewals
-        self.schedule = Schedule.parse(at)
-        self.strict = strict
-        self._facts_source = facts
-        self._preservation_source = preservation
-        self._tokenizer_source = tokenizer
-        self.facts = CheckedFacts(())
-        """All facts of the run; empty before it starts."""
-        self._texts: list[str] | None = None  # while an edit may still need them
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._layers: list[ExpertLayer] | None = None  # as checked, while the weights are what they were then
-        # the state of the callback: facts that were edited, with the neighbours whose truth was generated before
-        self._applied: dict[str, list[bool]] = {}
-        self._undone: set[str] = set()
-        self._edits_made = 0
-        self._last_step = 0
-        self.renewals = 0
-        """Number of renewals."""
+        self._seen_step, self._has_stepped = 0, False
 
     # -- what the run is about ----------------------------------------------------------------------------------------
-
-    @property
-    def applied_facts(self) -> CheckedFacts:
-        """The facts edited so far."""
-        return self.facts.select(lambda fact: fact.key in self._applied)
-
-    @property
-    def edited_facts(self) -> CheckedFacts:
-        """The facts of all edits, those that were undone included."""
-        return self.facts.select(lambda fact: fact.key in self._applied or fact.key in self._undone)
-
-    @property
-    def pending_facts(self) -> CheckedFacts:
-        """The facts still to be edited."""
-        return self.facts.select(lambda fact: fact.key not in self._applied and fact.key not in self._undone)
 
     def due(self, trainer: L.Trainer, moment: str) -> Sequence[Fact]:
         """Select the facts to edit now.
 
         Args:
             trainer: the trainer, for its epoch and step.
-            moment: ``"epoch"`` (before a training epoch), ``"step"`` (after a training batch) or ``"validation"``
-                (before a validation or test run).
+            moment: ``"epoch"`` (before a training epoch), ``"step"`` (after a training batch; by default facts are due
+                only if its gradients were used in an optimizer step) or ``"validation"`` (before a validation or test
+                run).
         """
         if moment == "epoch":
             is_due = self.schedule.due_at_epoch(trainer.current_epoch, self._edits_made)
+            is_due = is_due or (trainer.global_step == 0 and self.schedule.due_at_step(0))
         elif moment == "step":
-            is_due = self.schedule.due_at_step(trainer.global_step)
+            is_due = self._has_stepped and self.schedule.due_at_step(trainer.global_step)
         else:
             is_due = self.schedule.moment == "validation"
         return self.pending_facts[: self.schedule.batch] if is_due else []
@@ -169,34 +151,31 @@ class KnowledgeEditing(NamedCallback):
 
         Both evaluations are of the facts of this edit.
         """
-        metrics = after.metrics
-        return not (
-            metrics["efficacy"] < self.min_efficacy or metrics["specificity_retained"] < self.min_specificity_retained
-        )
+        succeeded, retained = after.edits_succeeded.float().mean(), after.metrics["specificity_retained"]
+        return not (float(succeeded) < self.min_efficacy or retained < self.min_specificity_retained)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # the next run may have another model, tokenizer or data module
-        self.facts, self._texts, self._tokenizer, self._layers = CheckedFacts(()), None, None, None
-        keep_experts_together(trainer, pl_module)
-
-    @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._texts = self._layers = None
-
-    @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._prepare(trainer, pl_module)
+        self._copies = CopyPolicy(self.other_copies, self.heading)
+        EndTogether.add_to(trainer)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        is_restored = trainer.ckpt_path is not None and trainer.strategy.restore_checkpoint_after_setup
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step == 0 and trainer.ckpt_path is None:  # a new trainer counts epochs and steps anew
+            self._last_step = self._edits_made = 0
         # these weights were not there yet when the fit started; one callback checks them for all
-        if is_restored and self._take_layers(trainer) is not None:
+        if is_restored_late(trainer) and self._take_layers(trainer) is not None:
             check_finite(find_model(pl_module), Ranks.current())
+        self._seen_step = trainer.global_step
+        if (foresight := self._foresight) is not None:
+            edited_at = self._last_step if self._applied else None
+            foresight.check_loaded(trainer, self.renew_every_n_steps, edited_at)
+        if trainer.fit_loop.restarted_mid_epoch:  # there is no start of this epoch
+            self.on_train_epoch_start(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -207,9 +186,23 @@ class KnowledgeEditing(NamedCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._layers = None
+        # not after a batch whose gradients are accumulated
+        self._has_stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
         if self._renewal_due(trainer):
             self._renew(trainer, pl_module)
         self._edit(trainer, pl_module, self.due(trainer, "step"))
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.pending_facts:
+            text = "%sthe run has ended at epoch %d, step %d, before %d of %d facts were edited (at: %s)"
+            counts = len(self.pending_facts), len(self.facts)
+            log.warning(text, self.heading, trainer.current_epoch, trainer.global_step, *counts, self.schedule)
+
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._applied:
+            log.warning("%s'predict' edits no facts; it can take a checkpoint with edited weights", self.heading)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -226,29 +219,16 @@ class KnowledgeEditing(NamedCallback):
     on_test_epoch_end = on_validation_epoch_end
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "applied": self._applied,
-            "undone": sorted(self._undone),
-            "edits_made": self._edits_made,
-            "last_step": self._last_step,
-            "renewals": self.renewals,
-            "memory": None if self.editor.memory is None else self.editor.memory.state_dict(),
-        }
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with final_weights(trainer, pl_module):
+            self.take_leave(trainer, pl_module)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        where, counts = "the state of KnowledgeEditing in the checkpoint", ("edits_made", "last_step", "renewals")
-        shapes = {"applied": {str: [bool]}, "undone": [str], "memory": dict, **dict.fromkeys(counts, int)}
-        check_fields(where, state_dict, ("memory",), **shapes)
-        for count in counts:
-            if state_dict[count] < 0:
-                raise CheckpointError(f"{where}: field {count!r} should be at least 0, but is {state_dict[count]}")
-        if self.editor.memory is not None:
-            # a checkpoint of a run without a memory has none
-            self.editor.memory.load_state_dict(state_dict.get("memory") or {})
-        self._applied, self._undone = dict(state_dict["applied"]), set(state_dict["undone"])
-        self._edits_made, self._last_step, self.renewals = (state_dict[count] for count in counts)
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.take_leave(trainer, pl_module)
+
+    on_test_end = on_validation_end
 
     # -- the edit -----------------------------------------------------------------------------------------------------
 
@@ -273,41 +253,17 @@ class KnowledgeEditing(NamedCallback):
             return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget)
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, known once the run has started."""
-        if self._tokenizer is None:
-            raise RuntimeError("the tokenizer is not known before the run starts")
-        return self._tokenizer
+    def _foresight(self) -> Foresight | None:
+        """What the schedule tells of the edits to come; ``None`` if :meth:`due` decides otherwise."""
+        if type(self).due is not KnowledgeEditing.due:
+            return None
+        return Foresight(self.schedule, len(self.pending_facts), self._edits_made, self.heading)
 
-    def preservation_texts(self, trainer: L.Trainer) -> list[str]:
-        """Find the texts on which the experts must keep their behavior, once per run; empty if none are needed."""
-        return find_texts(trainer, self._preservation_source) if self.editor.needs_moments else []
-
-    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check everything for all callbacks of this kind: the first of them may edit before the next one's hook."""
-        if self._tokenizer is not None:
-            return
-        ranks, editings = Ranks.current(), callbacks_of(trainer, KnowledgeEditing)
-        # files may be missing on one rank only
-        with ranks.together():
-            checked = check_model(trainer, pl_module, [editing.editor for editing in editings], ranks)
-            for editing, layers in zip(editings, checked, strict=True):
-                editing._layers = layers
-                editing._find(trainer, pl_module, ranks)
-            refuse_contradictions({editing.label: editing.facts for editing in editings})
-
-    def _find(self, trainer: L.Trainer, pl_module: L.LightningModule, ranks: Ranks) -> None:
-        self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "KnowledgeEditing")
-        self.facts = find_facts(trainer, self._facts_source, self._tokenizer, self.strict)
-        ranks.check_same("the facts", [repr(fact) for fact in self.facts])
-        if self.schedule.moment == "validation" or trainer.training:
-            self._texts = self.preservation_texts(trainer)
-        done = len(self.applied_facts)
-        log.info("%s%d facts to edit, %d of them already edited", self.heading, len(self.facts), done)
-        missing = len(self._applied) + len(self._undone) - len(self.edited_facts)
-        if missing:
-            text = "%s%d facts that were edited before are not among the facts now: nothing measures or renews them"
-            log.warning(text, self.heading, missing)
+    @override
+    def _check_start(self, trainer: L.Trainer, pl_module: L.LightningModule, layers: Sequence[ExpertLayer]) -> None:
+        if (foresight := self._foresight) is not None:
+            foresight.check_start(trainer, pl_module, layers)
+        self._copies.find(trainer, pl_module, self.editor.layers, at_start=True)
 
     def _release_texts(self) -> None:
         """Forget the preservation texts after the last edit that is due."""
@@ -317,88 +273,122 @@ class KnowledgeEditing(NamedCallback):
     def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
         if not facts:
             return
-        tell_listeners(trainer, lambda listener: listener.on_edit_start(trainer, pl_module, facts))
-        with Ranks.current().together():
-            before = self.evaluate(pl_module, facts)
-            after: list[Evaluation] = []
+        check_not_frozen(pl_module, check_editable(find_model(pl_module), self.editor.layers))
+        with edited_weights(trainer, pl_module) as copies:
+            tell_listeners(trainer, lambda listener: listener.on_edit_start(trainer, pl_module, facts))
+            with Ranks.current().together():
+                before = self.evaluate(pl_module, facts)
+                after: list[Evaluation] = []
 
-            def guard() -> bool:
-                after.append(self.evaluate(pl_module, facts, before.neighbours_exact))
-                return self.should_keep(before, after[0])
+                def guard() -> bool:
+                    after.append(self.evaluate(pl_module, facts, before.neighbours_exact))
+                    return self.should_keep(before, after[0])
 
-            with edit_progress(trainer) as progress:
-                result = self._change(trainer, pl_module, facts, guard=guard, progress=progress)
-            event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step, self.name)
-            self._record(trainer, event)
-        self._release_texts()
-        tell_listeners(trainer, lambda listener: listener.on_edit_end(trainer, pl_module, event))
+                def record(kept: bool, undo: Undo) -> None:
+                    self._record(trainer, facts, before.neighbours_exact if kept else None, undo)
+
+                with edit_progress(trainer) as progress:
+                    result = self._change(
+                        trainer, pl_module, facts, copies, guard=guard, record=record, progress=progress
+                    )
+                event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step, self.name)
+                self._report(trainer, event)
+            self._release_texts()
+            tell_listeners(trainer, lambda listener: listener.on_edit_end(trainer, pl_module, event))
 
     def _change(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], **kwargs: Any
+        self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], copies: Copies, **kwargs: Any
     ) -> EditResult:
-        if self._texts is None:
-            self._texts = self.preservation_texts(trainer)
+        texts, layers = self._take_texts(trainer), self._take_layers(trainer)
+        made = (self._edits_made, self.renewals)
         try:
             return self.editor.edit(
                 find_model(pl_module),
                 self.tokenizer,
                 facts,
-                self._texts,
+                texts,
                 optimizers=optimizers_of(trainer),
-                layers=self._take_layers(trainer),
+                layers=None if copies else layers,  # an average has other output scales
+                copies=[*copies, *self._copies.find(trainer, pl_module, self.editor.layers)],
                 **kwargs,
             )
         except BaseException as error:
-            log.warning("the edit was broken off (%s); the weights are what they were before it", type(error).__name__)
+            is_made = (self._edits_made, self.renewals) != made
+            end = "it is in the weights and in the record" if is_made else "the weights are what they were before it"
+            log.warning("the edit was broken off (%s); %s", type(error).__name__, end)
             raise
-
-    def _take_layers(self, trainer: L.Trainer) -> list[ExpertLayer] | None:
-        """Return the layers as they were checked, once; all callbacks forget theirs, because the weights change."""
-        layers = self._layers
-        for editing in callbacks_of(trainer, KnowledgeEditing):
-            editing._layers = None
-        return layers
 
     def _renewal_due(self, trainer: L.Trainer) -> bool:
         if self.renew_every_n_steps is None or not self._applied or self.renewals == self.max_renewals:
             return False
+        if not self._has_stepped:
+            return False
         return trainer.global_step - self._last_step >= self.renew_every_n_steps
 
     def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_step = trainer.global_step
+        layers = check_editable(find_model(pl_module), self.editor.layers)
+        if not all(layer.down_proj.requires_grad for layer in layers):
+            self._last_step = trainer.global_step
+            log.warning("%sno renewal at step %d: the edited experts are frozen", self.heading, self._last_step)
+            return
         facts = self.applied_facts
-        with Ranks.current().together():
+        with edited_weights(trainer, pl_module) as copies, Ranks.current().together():
             faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
             if not faded:
+                self._last_step = trainer.global_step
                 return
             # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
-            self._change(trainer, pl_module, facts)
-            self.renewals += 1
+            self._change(trainer, pl_module, facts, copies, record=partial(self._record_renewal, trainer))
             left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
             renewed = f"{self.metrics_prefix}_renewed"
             log_metrics(trainer, {f"{renewed}/before": faded, f"{renewed}/after": left})
         self._release_texts()
         text = "%srenewed edits at step %d: of %d facts %d were lost, now %d"
-        log.info(text, self.heading, self._last_step, len(facts), faded, left)
+        log.info(text, self.heading, trainer.global_step, len(facts), faded, left)
 
-    def _record(self, trainer: L.Trainer, event: EditEvent) -> None:
-        facts, kept = event.result.facts, event.result.kept
-        self._edits_made += 1
-        self._last_step = event.step
-        if kept:
-            self._applied.update(event.before.neighbours_exact)
-            from_datamodule(trainer, "facts_edited", facts)
-        else:
-            self._undone.update(fact.key for fact in facts)
+    def _record(
+        self, trainer: L.Trainer, facts: Sequence[Fact], neighbours: dict[str, list[bool]] | None, undo: Undo
+    ) -> None:
+        """Record an edit in its transaction; ``neighbours`` of one that is kept."""
+        self._change_state(undo, edits_made=self._edits_made + 1, last_step=trainer.global_step)
+        if neighbours is None:
+            self._change_state(undo, undone=self._undone | {fact.key for fact in facts})
+            return
+        self._change_state(undo, applied=self._applied | neighbours)
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if hasattr(datamodule, "facts_edited") and hasattr(datamodule, "load_state_dict"):
+            undo.by(datamodule.load_state_dict, deepcopy(datamodule.state_dict()))
+        from_datamodule(trainer, "facts_edited", facts)
+
+    def _record_renewal(self, trainer: L.Trainer, kept: bool, undo: Undo) -> None:
+        self._change_state(undo, last_step=trainer.global_step)
+        undo.by(setattr, self, "renewals", self.renewals)
+        self.renewals += 1
+
+    def _change_state(self, undo: Undo, **changes: Any) -> None:
+        for name, value in changes.items():
+            undo.by(setattr, self, f"_{name}", getattr(self, f"_{name}"))
+            setattr(self, f"_{name}", value)
+
+    def _report(self, trainer: L.Trainer, event: EditEvent) -> None:
+        kept = event.result.kept
         log_metrics(trainer, event.metrics)
         log.log(logging.INFO if kept else logging.WARNING, "%s", event)
         if kept and event.missed:
             log.warning("%s%d edited facts are not generated: %s", self.heading, len(event.missed), event.missed_text)
 
     def _log_retention(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not self.applied_facts:
+        if trainer.sanity_checking:
             return
-        metrics = self.evaluate(pl_module).metrics
-        named = {f"{self.metrics_prefix}/{name}": value for name, value in metrics.items() if value == value}
+        facts, wanted = self.applied_facts, monitored(trainer, self.metrics_prefix)
+        if not facts and not (wanted and trainer.state.fn == TrainerFn.FITTING and self.pending_facts):
+            return
+        with validated_weights(trainer, pl_module, self):
+            metrics = self.evaluate(pl_module, facts or self.pending_facts).metrics
+        if not facts:  # nothing is lost before the first edit
+            metrics |= {name: 1.0 for name in metrics if name.startswith("specificity_retained")}
+        named = {f"{self.metrics_prefix}/{name}": value for name, value in metrics.items()}
+        # before the first edit there is only what a monitor cannot do without
+        named = {name: value for name, value in named.items() if name in wanted or (facts and value == value)}
         # every rank measured all of it
         pl_module.log_dict(named, sync_dist=trainer.world_size > 1)

@@ -57,11 +57,15 @@ class EditEvent:
 
     def __str__(self) -> str:
         after, done = self.after.metrics, "edited" if self.result.kept else "undid the edit of"
+        # without a true target there is no efficacy, but the new one is generated or not
+        named = {"efficacy": "efficacy", "generalization": "generalization", "retained": "specificity_retained"}
+        if after["efficacy"] != after["efficacy"]:
+            named = {"efficacy_accuracy": "efficacy_accuracy", **named}
+        shown = ", ".join(f"{text} {after[key]:.3f}" for text, key in named.items() if after[key] == after[key])
         done = f"{self.name}: {done}" if self.name else done
         return (
             f"{done} {len(self.result.facts)} facts in {self.result.seconds['edit']:.1f} s at epoch {self.epoch}, "
-            f"step {self.step}: efficacy {after['efficacy']:.3f}, generalization {after['generalization']:.3f}, "
-            f"retained {after['specificity_retained']:.3f}"
+            f"step {self.step}: {shown}"
         )
 
 

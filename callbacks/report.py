@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
+from rich.table import Table
 from typing_extensions import override
 
-from lit_moeedit.atomic_files import atomic_file, check_writable
+from lit_moeedit.callbacks.averages import final_weights
+from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
+from lit_moeedit.callbacks.limits import is_over
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
-from lit_moeedit.callbacks.named import NamedCallback, callbacks_of
-from lit_moeedit.callbacks.resources import on_first_rank
+from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.resources import check_parallelism
 from lit_moeedit.callbacks.routing import RoutingMonitor
-from lit_moeedit.callbacks.summary import MOMENTS, make_table, mean_metrics, summarize_routing, without_nan
-from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
+from lit_moeedit.callbacks.run_folder import RunFile
+from lit_moeedit.callbacks.summary import (
+    MOMENTS,
+    EditTotals,
+    make_table,
+    mean_metrics,
+    mean_of,
+    read_totals,
+    show,
+    summarize_routing,
+    without_nan,
+)
+from lit_moeedit.callbacks.validation import validating, validation_batches
+from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import PHASES, answers, perplexity
 from lit_moeedit.models.experts import find_model
@@ -33,19 +47,23 @@ from lit_moeedit.sharding.ranks import Ranks
 log = logging.getLogger(__name__)
 
 
-class EditReport(NamedCallback, EditListener):
+class EditReport(StateOfWeights, EditListener):
     """Report on the edits of every :class:`~lit_moeedit.callbacks.KnowledgeEditing` in the same trainer.
 
-    When training ends it evaluates the edits once more. At the end of ``fit``, ``validate`` or ``test`` it prints a
-    table and writes ``summary.json`` into the trainer's ``default_root_dir``. With a ``WandbLogger`` it logs a table of
-    the edits (prompt, old and new target, answers before, after and at the end) and, for each ``RoutingMonitor``, if
-    there is matplotlib, a plot of the routing similarity by layer.
+    When training ends it evaluates the edits once more. At the end of ``fit``, ``validate`` or ``test`` it writes
+    ``summary.json`` and prints a table. The summary is written into the run's own folder, beside its metrics
+    (``trainer.log_dir``), and ``default_root_dir`` has that of the latest run: a hard link to it, or a copy. Without a
+    logger the two are one folder, and an earlier run's file is renamed to ``summary-v1.json``, ``-v2`` and so on.
+
+    With a ``WandbLogger`` it logs a table of the edits (prompt, old and new target, answers before, after and at the
+    end) and, for each ``RoutingMonitor``, if there is matplotlib, a plot of the routing similarity by layer.
 
     A measurement that fails, on whichever rank, is logged and named in the summary's ``failed``; the run goes on, and
-    what else was measured is in the summary. A run that ends with an exception writes no summary.
+    what else was measured is in the summary. So it is for the perplexity if the validation batches are not mappings
+    with ``input_ids``, ``attention_mask`` and ``labels``. A run that ends with an exception writes no summary.
 
-    Callbacks that change weights when training ends, such as Lightning's ``WeightAveraging``, belong before this one in
-    the trainer's list, so that it measures what they leave.
+    With Lightning's ``WeightAveraging`` or ``StochasticWeightAveraging`` it measures the average that training ends
+    with. Other callbacks that change weights when training ends belong before this one in the trainer's list.
 
     Args:
         filename: name of the summary; it appears complete or not at all.
@@ -55,34 +73,53 @@ class EditReport(NamedCallback, EditListener):
     Raises:
         ValueError: if ``filename`` is not the plain name of a file.
         OSError: when the run starts, if the summary could not be written.
+        MisconfigurationException: when the run starts, if the model is sharded in a way that is not supported, see
+            :class:`~lit_moeedit.callbacks.KnowledgeEditing`.
     """
+
+    state_names = ("_edits", "_final", "_answers", "_perplexity", "_failed", "_seconds")
 
     def __init__(self, filename: str = "summary.json", console: bool = True, max_rows: int = 200) -> None:
         super().__init__(filename=filename)
-        if not filename or Path(filename).name != filename:
-            raise ValueError(f"filename must be the name of a file without a folder, got {filename!r}")
         self.filename, self.console, self.max_rows = filename, console, max_rows
-        # plain values, because they have to survive a resume: the result of each edit, and answers by moment and fact
-        self._edits: list[dict[str, Any]] = []
+        # of this process alone
+        self._started = time.perf_counter()
+        self._is_over = False  # a checkpoint was loaded after which nothing is left to train
+        self._file = RunFile(filename)
+        self._warned: set[str] = set()
+        self._shown: list[Table | str] = []
+
+    @override
+    def begin_state(self) -> None:
+        # plain values, because they have to survive a resume: sums over edits, metrics at the end of training by the
+        # label of the editing callback, and answers by moment and fact
+        self._edits: list[EditTotals] = []
+        self._final: dict[str, dict[str, float]] = {}
         self._answers: dict[str, dict[str, str]] = {}
         self._perplexity: dict[str, float] = {}
         self._failed: dict[str, str] = {}
-        # of this run alone
-        self._final: dict[str, dict[str, float]] = {}  # by the label of the editing callback
-        self._started = time.perf_counter()
+        self._seconds = 0.0  # of fits before this one, which it resumes
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            check_parallelism(trainer, pl_module, "EditReport")
         # before any callback's on_validation_start or on_test_start, one of which may edit
         self._started = time.perf_counter()
-        self._final = {}
-        path = self._path(trainer)
-        on_first_rank(trainer, lambda: check_writable(path))
+        self._is_over, self._warned, self._shown = False, set(), []
+        if stage == TrainerFn.FITTING:
+            # what follows a fit in the same process adds to its report
+            self._final, self._file = {}, RunFile(self.filename)
+            self._perplexity.pop("after_training", None)
+        self._file.locate(trainer)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._started = time.perf_counter()
+        if self._is_over:
+            self._measure_without_training(trainer, pl_module)
 
     @override
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
@@ -91,23 +128,21 @@ class EditReport(NamedCallback, EditListener):
 
     @override
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
-        self._edits.append(
-            {
-                "name": event.name,
-                "facts": len(event.result.facts),
-                "kept": event.result.kept,
-                "before": event.before.metrics,
-                "after": event.after.metrics,
-                "seconds": event.result.seconds,
-            }
+        result = event.result
+        self._totals(event.name).add(
+            len(result.facts), result.kept, event.before.metrics, event.after.metrics, result.seconds
         )
         self._measure_perplexity(trainer, pl_module, "after")
-        self._ask(trainer, pl_module, event.result.facts, "after")
+        self._ask(trainer, pl_module, result.facts, "after")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._edits:
             return
+        with final_weights(trainer, pl_module):
+            self._measure_end(trainer, pl_module)
+
+    def _measure_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._measure_perplexity(trainer, pl_module, "after_training")
         self._ask(trainer, pl_module, _edited_facts(trainer), "at the end")
         editings = callbacks_of(trainer, KnowledgeEditing)
@@ -130,24 +165,53 @@ class EditReport(NamedCallback, EditListener):
     on_test_end = on_fit_end
 
     @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._show(trainer)
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        measured = {"edits": self._edits, "answers": self._answers, "perplexity": self._perplexity}
+        measured = {
+            "totals": [totals.state() for totals in self._edits],
+            "final": self._final,
+            "answers": self._answers,
+            "perplexity": self._perplexity,
+            "seconds": self._seconds + time.perf_counter() - self._started,
+        }
         return {**measured, "failed": self._failed} if self._failed else measured
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        where, numbers, texts = "the state of EditReport in the checkpoint", {str: (int, float)}, {str: str}
-        shapes: dict[str, Any] = {"edits": [dict], "answers": {str: texts}, "perplexity": numbers, "failed": texts}
-        check_fields(where, state_dict, ("failed",), **shapes)
-        shapes = {"name": str, "facts": int, "kept": bool, "before": numbers, "after": numbers, "seconds": numbers}
-        for index, edit in enumerate(state_dict["edits"]):
-            inner = f"{where}, edits[{index}]"
-            check_fields(inner, edit, ("name",), **shapes)
-            if not edit["seconds"].keys() >= {*PHASES, "edit"}:
-                raise CheckpointError(f"{inner} should hold the seconds of {', '.join((*PHASES, 'edit'))}")
-        self._edits, self._answers = list(state_dict["edits"]), dict(state_dict["answers"])
-        self._perplexity = dict(state_dict["perplexity"])
-        self._failed = dict(state_dict.get("failed") or {})
+        where = "the state of EditReport in the checkpoint"
+        edits = read_totals(where, state_dict)
+        numbers, texts = {str: (int, float)}, {str: str}
+        shapes: dict[str, Any] = {
+            "answers": {str: texts},
+            "perplexity": numbers,
+            "failed": texts,
+            "final": {str: numbers},
+        }
+        # before there were totals there were neither seconds nor metrics at the end of training
+        check_fields(where, state_dict, ("failed", "final", "seconds"), **shapes, seconds=(int, float))
+        self._edits = edits
+        self._answers, self._perplexity = dict(state_dict["answers"]), dict(state_dict["perplexity"])
+        self._failed, self._final = dict(state_dict.get("failed") or {}), dict(state_dict.get("final") or {})
+        self._seconds, self._started = state_dict.get("seconds") or 0.0, time.perf_counter()
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._is_over = is_over(trainer, checkpoint)
+        if self._is_over and trainer.strategy.restore_checkpoint_after_setup:
+            # the weights are restored, no hook is left before the end, and Lightning loads these states next
+            for callback in (*callbacks_of(trainer, KnowledgeEditing), self):
+                if callback is not self:
+                    callback.on_load_checkpoint(trainer, pl_module, checkpoint)
+                state = checkpoint["callbacks"].get(callback.state_key)
+                if state:
+                    callback.load_state_dict(copy.deepcopy(state))
+            self._measure_without_training(trainer, pl_module)
+            if checkpoint["callbacks"].get(self.state_key):
+                checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def summary(self, trainer: L.Trainer) -> dict[str, Any]:
         """Compute the content of ``summary.json`` from the measurements; ``None`` for those that were not made.
@@ -165,39 +229,44 @@ class EditReport(NamedCallback, EditListener):
         routing["first_edited_layer"] = min((min(editing.editor.layers) for editing in editings), default=None)
         if len(monitors) > 1:
             routing["monitors"] = {monitor.label: summarize_routing(monitor.last_edit) for monitor in monitors[1:]}
-        seconds = {name: sum(edit["seconds"][name] for edit in self._edits) for name in (*PHASES, "edit")}
+        seconds = {name: sum(edits.seconds.get(name, 0.0) for edits in self._edits) for name in (*PHASES, "edit")}
         summary = {
             **self._summarize(editings, self._edits),
             "routing": routing,
             "perplexity": {moment: self._perplexity.get(moment) for moment in MOMENTS},
-            "seconds": {"fit": time.perf_counter() - self._started, **seconds},
+            "seconds": {"fit": self._seconds + time.perf_counter() - self._started, **seconds},
             "renewals": sum(editing.renewals for editing in editings),
         }
         if len(editings) > 1:
             summary["editors"] = {
                 editing.label: {
-                    **self._summarize([editing], [edit for edit in self._edits if edit.get("name") == editing.name]),
+                    **self._summarize([editing], [edits for edits in self._edits if edits.name == editing.name]),
                     "renewals": editing.renewals,
                 }
                 for editing in editings
             }
         return summary | ({"failed": dict(self._failed)} if self._failed else {})
 
-    def _summarize(self, editings: Sequence[KnowledgeEditing], edits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _summarize(self, editings: Sequence[KnowledgeEditing], edits: Sequence[EditTotals]) -> dict[str, Any]:
         final = {e.label: (len(e.applied_facts), self._final.get(e.label)) for e in editings if e.applied_facts}
         measured = [(facts, metrics) for facts, metrics in final.values() if metrics is not None]
         # a measurement that failed cannot be left out of a mean
         is_whole = len(measured) == len(final) > 0
         return {
-            "edits": sum(edit["facts"] for edit in edits if edit["kept"]),
+            "edits": sum(totals.facts for totals in edits),
             "solver": ", ".join(dict.fromkeys(editing.editor.name for editing in editings)) or None,
-            "before": mean_metrics([(edit["facts"], edit["before"]) for edit in edits]),
-            "after": mean_metrics([(edit["facts"], edit["after"]) for edit in edits]),
+            "before": mean_of(totals.before for totals in edits),
+            "after": mean_of(totals.after for totals in edits),
             "after_training": mean_metrics(measured) if is_whole else None,
         }
 
-    def _path(self, trainer: L.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / self.filename
+    def _totals(self, name: str | None) -> EditTotals:
+        """Return the sums over the edits of the callback of this name."""
+        found = next((totals for totals in self._edits if totals.name == name), None)
+        if found is None:
+            found = EditTotals(name)
+            self._edits.append(found)
+        return found
 
     @contextmanager
     def _attempt(self, name: str) -> Iterator[None]:
@@ -213,8 +282,11 @@ class EditReport(NamedCallback, EditListener):
             # measurement, whichever rank it came to
             if is_done or ranks.any(not isinstance(error, Exception)):
                 raise
-            self._failed[name] = f"{type(error).__name__}: {error}"
-            log.warning("EditReport could not measure %s: %s", name, self._failed[name])
+            self._failed[name] = text = f"{type(error).__name__}: {error}"
+            # what cannot be measured before an edit cannot be measured after it: once is enough
+            level = logging.DEBUG if text in self._warned else logging.WARNING
+            self._warned.add(text)
+            log.log(level, "EditReport could not measure %s: %s", name, text)
             log.debug("", exc_info=error)
 
     @rank_zero_only
@@ -222,23 +294,31 @@ class EditReport(NamedCallback, EditListener):
         if not self._edits:
             log.warning("no facts were edited in this run, so there is nothing to report")
             return
-        summary, path = without_nan(self.summary(trainer)), self._path(trainer)
-        console = Console(quiet=not self.console, emoji=False)
-        # shown even if there is no room for the file
-        console.print(make_table(summary))
-        with atomic_file(path) as beside:
-            beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        console.print(f"Summary: {path}", markup=False, soft_wrap=True)
+        summary = without_nan(self.summary(trainer))
+        self._shown = [make_table(summary)]
+        try:
+            path = self._file.write(json.dumps(summary, indent=2) + "\n")
+        except BaseException:
+            self._show(trainer)  # even if there is no room for the file
+            raise
+        self._shown.append(f"Summary: {path}")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log_to_wandb(logger, trainer)
 
+    @rank_zero_only
+    def _show(self, trainer: L.Trainer) -> None:
+        """Print what is to be shown, once."""
+        shown, self._shown = self._shown, []
+        if shown and self.console:
+            show(trainer, shown)
+
     def _log_to_wandb(self, logger: WandbLogger, trainer: L.Trainer) -> None:
-        moments = ("before", "after", "at the end")
+        answered = [self._answers.get(moment, {}) for moment in ("before", "after", "at the end")]
+        facts = sorted(_edited_facts(trainer), key=lambda fact: not any(fact.key in found for found in answered))
         rows = [
-            [fact.prompt, fact.target_true, fact.target_new]
-            + [self._answers.get(moment, {}).get(fact.key) for moment in moments]
-            for fact in _edited_facts(trainer)[: self.max_rows]
+            [fact.prompt, fact.target_true, fact.target_new, *(found.get(fact.key) for found in answered)]
+            for fact in facts[: self.max_rows]
         ]
         columns = ["prompt", "old", "new", "answer before", "answer after", "answer at the end"]
         logger.log_table("edits", columns=columns, data=rows)
@@ -247,31 +327,44 @@ class EditReport(NamedCallback, EditListener):
             if figure is not None:
                 logger.log_image(monitor.metrics_prefix, [figure])
 
+    def _measure_without_training(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the end of a training that ended before the process did, if its checkpoint does not have it."""
+        for editing in callbacks_of(trainer, KnowledgeEditing):
+            editing.on_fit_start(trainer, pl_module)  # this callback's turn may be before it
+        if not self._final:
+            self.on_train_end(trainer, pl_module)
+
     def _measure_perplexity(
         self, trainer: L.Trainer, pl_module: L.LightningModule, moment: str, again: bool = True
     ) -> None:
-        loaders, name = trainer.val_dataloaders, f"perplexity {moment}"
+        name = f"perplexity {moment}"
         # a failed "before" cannot be made up for after an edit
-        if loaders is None or not (again or (moment not in self._perplexity and name not in self._failed)):
+        if not again and (moment in self._perplexity or name in self._failed):
             return
         self._perplexity.pop(moment, None)
-        with self._attempt(name):
-            batches = itertools.chain(*loaders) if isinstance(loaders, list | tuple) else loaders
-            self._perplexity[moment] = perplexity(find_model(pl_module), batches, Ranks.current())
+        with self._attempt(name), validating(trainer) as loaders:
+            if loaders is not None:
+                batches = validation_batches(trainer, pl_module, loaders)
+                self._perplexity[moment] = perplexity(find_model(pl_module), batches, Ranks.current())
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], moment: str) -> None:
         editings = callbacks_of(trainer, KnowledgeEditing)
         if not editings or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
             return
-        known, shown = self._answers.get(moment, {}), facts[: self.max_rows]
-        if moment == "before":  # any edit: another callback may have edited the same fact
-            shown = [fact for fact in shown if fact.key not in known]
+        known = self._answers.get(moment, {})
+        # the table has the facts that were edited first; another callback may have edited the same fact
+        rows = {key for answered in self._answers.values() for key in answered}
+        new = [fact.key for fact in facts if fact.key not in rows]
+        rows.update(new[: max(0, self.max_rows - len(rows))])
+        shown = [fact for fact in facts if fact.key in rows and not (moment == "before" and fact.key in known)]
+        if not shown:
+            return
         with self._attempt(f"answers {moment}"):
             found = answers(find_model(pl_module), editings[0].tokenizer, [fact.prompt for fact in shown])
             self._answers[moment] = {**known, **dict(zip((fact.key for fact in shown), found, strict=True))}
 
 
 def _edited_facts(trainer: L.Trainer) -> list[Fact]:
-    """The edited facts of all callbacks, each once."""
+    """Return the edited facts of all callbacks, each once."""
     facts = (fact for editing in callbacks_of(trainer, KnowledgeEditing) for fact in editing.edited_facts)
     return list({fact.key: fact for fact in facts}.values())

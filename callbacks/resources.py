@@ -15,9 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_moeedit.data.facts import CheckedFacts, Fact, read_facts, validate_facts
 from lit_moeedit.editing import EditMethod
-from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError, expert_layers, find_model
+from lit_moeedit.models.experts import (
+    ExpertLayer,
+    UnsupportedModelError,
+    check_trainable,
+    expert_layers,
+    find_model,
+)
 from lit_moeedit.pretrained import as_value_error, check_vocabulary, pretrained_tokenizer
-from lit_moeedit.sharding.backends import locate
+from lit_moeedit.sharding.backends import locate, refuse_parallelism
 from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError
@@ -50,17 +56,23 @@ def from_datamodule(trainer: L.Trainer, name: str, *args: Any) -> Any:
 
 
 def find_facts(
-    trainer: L.Trainer, source: str | Sequence[Fact] | None, tokenizer: PreTrainedTokenizerBase, strict: bool
+    trainer: L.Trainer,
+    source: str | Path | Sequence[Fact | Mapping[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    strict: bool,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
 ) -> CheckedFacts:
     """Read and check facts: of a file, of a list, or (``None``) of the data module's ``edit_facts()``.
+
+    A file or a list of objects may have other names for its fields (``columns``).
 
     Raises:
         MisconfigurationException: if there are none.
         FactError: if a fact cannot be edited.
         OSError: if a file cannot be opened.
     """
-    if isinstance(source, str):
-        return read_facts(source, strict=strict, tokenizer=tokenizer)
+    if isinstance(source, str | Path) or (source and columns):
+        return read_facts(source, columns=columns, strict=strict, tokenizer=tokenizer)
     found = from_datamodule(trainer, "edit_facts") if source is None else source
     if not found:
         raise MisconfigurationException(
@@ -86,7 +98,8 @@ def find_texts(trainer: L.Trainer, source: str | list[str] | None) -> list[str]:
     if not texts:
         raise MisconfigurationException(
             "KnowledgeEditing: the editor needs text whose behaviour is to be kept; give 'preservation' (a text file "
-            "with a document per line) or a data module with preservation_texts()"
+            "with a document per line) or a data module with preservation_texts() that are not empty, or an editor "
+            "with preserve: none"
         )
     return texts
 
@@ -113,10 +126,52 @@ def find_tokenizer(
     return found
 
 
-def check_model(
-    trainer: L.Trainer, pl_module: L.LightningModule, editors: Sequence[EditMethod], ranks: Ranks
+def check_parallelism(trainer: L.Trainer, pl_module: L.LightningModule, wanted_by: str) -> None:
+    """Check that every rank computes with whole modules; called before anything runs or reads the model.
+
+    Raises:
+        MisconfigurationException: naming what was found; the message names ``wanted_by``.
+    """
+    try:
+        refuse_parallelism(pl_module, trainer.strategy)
+    except UnsupportedShardingError as error:
+        raise MisconfigurationException(f"{wanted_by}: {error}") from error
+
+
+def check_structure(
+    trainer: L.Trainer, pl_module: L.LightningModule, editors: Sequence[EditMethod]
 ) -> list[list[ExpertLayer]]:
-    """Check that the model is finite and that editors can edit it; return the layers that each of them edits.
+    """Check everything about the layers that needs no forward; return the layers that each of the editors edits.
+
+    Raises:
+        MisconfigurationException: if a layer cannot be edited, its weights are sharded in a way that is unsupported, or
+            a setting of an editor does not fit.
+    """
+    check_parallelism(trainer, pl_module, "KnowledgeEditing")
+    try:
+        found = [editor.find_layers(find_model(pl_module)) for editor in editors]
+        for layer in chain(*found):
+            locate(layer.down_proj, optimizers_of(trainer))
+        return found
+    except (UnsupportedShardingError, ValueError) as error:  # UnsupportedModelError is a ValueError
+        raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
+
+
+def check_not_frozen(pl_module: L.LightningModule, layers: Sequence[ExpertLayer]) -> None:
+    """Check that layers are not frozen when an edit is due.
+
+    Raises:
+        MisconfigurationException: naming the layer.
+    """
+    try:
+        check_trainable(find_model(pl_module), layers)
+    except UnsupportedModelError as error:
+        hint = "list callbacks that unfreeze them before KnowledgeEditing"
+        raise MisconfigurationException(f"KnowledgeEditing: {error}; {hint}") from error
+
+
+def check_model(pl_module: L.LightningModule, editors: Sequence[EditMethod], ranks: Ranks) -> list[list[ExpertLayer]]:
+    """Check by forwards that the model is finite and that editors can edit it; return the layers of each of them.
 
     Raises:
         MisconfigurationException: if a layer cannot be edited, or its weights are sharded in a way that is unsupported.
@@ -125,10 +180,7 @@ def check_model(
     try:
         model = find_model(pl_module)
         check_finite(model, ranks)
-        checked = [editor.check(model, ranks) for editor in editors]
-        for layer in chain(*checked):
-            locate(layer.down_proj, optimizers_of(trainer))
-        return checked
+        return [editor.check(model, ranks) for editor in editors]
     except (UnsupportedModelError, UnsupportedShardingError) as error:
         raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
 

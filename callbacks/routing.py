@@ -14,12 +14,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
+from lit_moeedit.callbacks.averages import edited_weights, validated_weights
+from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
-from lit_moeedit.callbacks.named import NamedCallback
-from lit_moeedit.callbacks.resources import find_tokenizer, from_datamodule, log_metrics
+from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer, from_datamodule, log_metrics
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing.routing_trace import RoutingTrace, trace_routing
+from lit_moeedit.data.lengths import cut_texts
+from lit_moeedit.editing.routing_trace import MAX_PROBE_TOKENS, RoutingTrace, trace_routing
 from lit_moeedit.metrics import ExpertLoad, RoutingDivergence, RoutingSimilarity
 from lit_moeedit.models.experts import expert_layers, find_model
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class RoutingMonitor(NamedCallback, EditListener):
+class RoutingMonitor(StateOfWeights, EditListener):
     """Measure on a probe text how the routers' choices change: by every edit, and since the run's start.
 
     Around an edit it logs ``routing_edit/…``, at every validation (compared with the run's start) ``routing/…``:
@@ -44,11 +46,13 @@ class RoutingMonitor(NamedCallback, EditListener):
 
     Raises:
         ValueError: if ``max_texts`` is less than 1, or the name has other than letters, digits, ``_``, ``-`` and ``.``.
-        MisconfigurationException: when the run starts, if there is no probe text or no tokenizer, or another monitor
-            has the same name.
+        MisconfigurationException: when the run starts, if there is no probe text or no tokenizer, another monitor has
+            the same name, or the model is sharded in a way that is not supported, see
+            :class:`~lit_moeedit.callbacks.KnowledgeEditing`.
     """
 
     groups = ("routing", "routing_edit")
+    state_names = ("_start", "_digest", "last_edit")
 
     def __init__(
         self,
@@ -66,32 +70,39 @@ class RoutingMonitor(NamedCallback, EditListener):
         self._probe: list[str] = []
         self._has_begun = False
         self._tokenizer: Any = None
+        self._before_edit: RoutingTrace | None = None
+
+    @override
+    def begin_state(self) -> None:
         self._start: RoutingTrace | None = None
         self._digest = ""
-        self._before_edit: RoutingTrace | None = None
         self.last_edit: dict[str, float] = {}
         """Routing metrics of the latest edit, named as they are logged, without the prefix."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            check_parallelism(trainer, pl_module, "RoutingMonitor")
         self._probe, self._has_begun = [], False
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._find(trainer, pl_module)
-        if not trainer.strategy.restore_checkpoint_after_setup:
-            self._begin(pl_module)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # DeepSpeed restores weights and states between the start of the fit and here
+        # after all callbacks have checked the run, and DeepSpeed has restored weights and states
+        super().on_train_start(trainer, pl_module)
         self._begin(pl_module)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._prepare(trainer, pl_module)
+        super().on_validation_start(trainer, pl_module)
+        if not trainer.sanity_checking and not self._has_begun:
+            with edited_weights(trainer, pl_module):
+                self._prepare(trainer, pl_module)
 
     on_test_start = on_validation_start
 
@@ -99,7 +110,8 @@ class RoutingMonitor(NamedCallback, EditListener):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or self._start is None:
             return
-        shift = self.compare(pl_module, self._start, self._trace(pl_module))
+        with validated_weights(trainer, pl_module, self):
+            shift = self.compare(pl_module, self._start, self._trace(pl_module))
         named = {f"{self.metrics_prefix}/{name}": value for name, value in shift.items()}
         pl_module.log_dict(named, sync_dist=trainer.world_size > 1)
 
@@ -181,6 +193,7 @@ class RoutingMonitor(NamedCallback, EditListener):
         """Find the probe and the tokenizer, once in a run."""
         if self._probe:
             return
+        check_parallelism(trainer, pl_module, "RoutingMonitor")
         self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, "RoutingMonitor")
         texts = (
             self._probe_source
@@ -191,7 +204,8 @@ class RoutingMonitor(NamedCallback, EditListener):
             raise MisconfigurationException(
                 "RoutingMonitor needs texts to watch: give 'probe', or a data module with probe_texts()"
             )
-        self._probe = list(texts)[: self.max_texts]
+        # cut now, so that no trace tokenizes what it does not use
+        self._probe = cut_texts(self._tokenizer, list(texts)[: self.max_texts], MAX_PROBE_TOKENS)
 
     def _begin(self, pl_module: L.LightningModule) -> None:
         """Trace the run's start, once, unless a checkpoint brought one that can be compared with."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
+
+from lit_moeedit.callbacks.limits import FitLimits
 
 Moment = Literal["fit_start", "validation", "epoch", "step", "every_n_epochs"]
 
@@ -63,3 +66,53 @@ class Schedule:
     def due_at_step(self, step: int) -> bool:
         """Tell whether to edit when ``step`` optimizer steps are done."""
         return self.moment == "step" and step >= self.number
+
+    def __str__(self) -> str:
+        parts = {self.moment: self.number} | ({} if self.batch is None else {"batch": self.batch})
+        return self.moment if self.moment in ("fit_start", "validation") else str(parts).replace("'", "")
+
+    def missed(self, limits: FitLimits, pending: int, edits_made: int = 0) -> int:
+        """Count the facts that a fit surely does not edit, because it ends before.
+
+        Args:
+            limits: the part of the fit that is still to come.
+            pending: number of facts to edit.
+            edits_made: number of edits that are made already.
+        """
+        needed = pending if self.batch is None else math.ceil(pending / self.batch)
+        needed = needed if self.batch else min(needed, 1)
+        return max(0, pending - (self.batch or pending) * self._edits_to_come(limits, needed, edits_made))
+
+    def _edits_to_come(self, limits: FitLimits, needed: int, edits_made: int) -> int:
+        if self.moment == "validation":
+            return needed * limits.validates
+        if self.moment == "step":
+            starts = self.number == limits.step == 0 and limits.epoch < limits.epochs
+            left = limits.steps - max(limits.step + 1, self.number) + 1
+            return int(min(needed, max(0, left) + starts))
+        found, epoch = 0, limits.epoch
+        while found < needed and (due := self._next_epoch(epoch, edits_made + found)) < limits.epochs:
+            found, epoch = found + 1, int(due) + 1
+        return found
+
+    def _next_epoch(self, epoch: int, edits_made: int) -> float:
+        """Return the first epoch from ``epoch`` on for which :meth:`due_at_epoch` is true."""
+        if self.moment == "epoch":
+            if self.batch:
+                return max(epoch, self.number + edits_made)
+            return math.inf if edits_made else max(epoch, self.number)
+        return max(epoch, 1, self.number * (edits_made + 1)) if self.moment == "every_n_epochs" else epoch
+
+    def is_immediate(self, in_fit: bool) -> bool:
+        """Tell whether the first edit comes before any training."""
+        if self.moment == "validation":
+            return not in_fit
+        return in_fit and (self.moment == "fit_start" or (self.moment in ("epoch", "step") and self.number == 0))
+
+    def first_step(self, limits: FitLimits) -> int:
+        """Return the number of optimizer steps before the first edit, or a lower number if it is not known."""
+        if self.moment == "step":
+            return max(limits.step, self.number)
+        if self.moment in ("epoch", "every_n_epochs"):
+            return max(limits.step, self.number * limits.steps_per_epoch)
+        return limits.step

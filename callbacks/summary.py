@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import lightning as L
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
+from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
+from lit_moeedit.editing import PHASES
 from lit_moeedit.text import printable
 
 MOMENTS = ("before", "after", "after_training")
@@ -25,6 +31,101 @@ _SHOWN = (
     "truth_recalled",
 )
 _SHOWN_OF_EACH = ("efficacy", "generalization", "specificity_retained", "score")
+
+
+Sums = dict[str, list[float]]
+"""By metric, the number of facts for which it was measured, and its sum over these facts."""
+
+
+@dataclass
+class EditTotals:
+    """Sums over the edits of one callback, from which their averages are computed; as large after many as after one.
+
+    Attributes:
+        name: name of the callback.
+        facts: number of facts edited, without those of undone edits.
+        before: metrics before the edits.
+        after: metrics after them.
+        seconds: seconds of their phases.
+    """
+
+    name: str | None = None
+    facts: int = 0
+    before: Sums = field(default_factory=dict)
+    after: Sums = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self,
+        facts: int,
+        kept: bool,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Add an edit of ``facts`` facts; a metric that was not measured (NaN) has no weight."""
+        self.facts += facts if kept else 0
+        for sums, metrics in ((self.before, before), (self.after, after)):
+            for metric, value in metrics.items():
+                counted, total = sums.setdefault(metric, [0, 0.0])
+                if not math.isnan(value):
+                    sums[metric] = [counted + facts, total + facts * value]
+        for phase, value in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums as plain values."""
+        return asdict(self)
+
+
+def read_totals(where: str, state: Mapping[str, Any]) -> list[EditTotals]:
+    """Read the sums of a state in a checkpoint; older states have each edit by itself.
+
+    Args:
+        where: name of the state, for errors.
+        state: the state.
+
+    Raises:
+        CheckpointError: naming the field that is not as it should be.
+    """
+    numbers = (int, float)
+    metrics, sums = {str: numbers}, {str: [numbers]}
+    is_old = "totals" not in state
+    name = "edits" if is_old else "totals"
+    shapes: dict[str, Any] = {name: [dict]}
+    check_fields(where, state, **shapes)
+    found: dict[str | None, EditTotals] = {}
+    for index, entry in enumerate(state[name]):
+        inner = f"{where}, {name}[{index}]"
+        shape: Any = metrics if is_old else sums
+        check_fields(inner, entry, ("name",), name=str, facts=int, before=shape, after=shape, seconds=metrics)
+        if not entry["seconds"].keys() >= {*PHASES, "edit"}:
+            raise CheckpointError(f"{inner} should hold the seconds of {', '.join((*PHASES, 'edit'))}")
+        totals = found.setdefault(entry.get("name"), EditTotals(entry.get("name")))
+        if is_old:
+            check_fields(inner, entry, kept=bool)
+            totals.add(*(entry[field] for field in ("facts", "kept", "before", "after", "seconds")))
+            continue
+        if any(len(pair) != 2 for part in ("before", "after") for pair in entry[part].values()):
+            raise CheckpointError(f"{inner}: fields 'before' and 'after' should hold a number of facts and a sum each")
+        totals.facts, totals.seconds = entry["facts"], dict(entry["seconds"])
+        totals.before, totals.after = dict(entry["before"]), dict(entry["after"])
+    return list(found.values())
+
+
+def mean_of(parts: Iterable[Sums]) -> dict[str, float]:
+    """Average metrics over the facts of several sums; NaN for what was not measured at all.
+
+    Example:
+        >>> mean_of([{"efficacy": [1, 1.0], "score": [0, 0.0]}, {"efficacy": [3, 0.0]}])
+        {'efficacy': 0.25, 'score': nan}
+    """
+    means: dict[str, list[float]] = {}
+    for sums in parts:
+        for metric, (counted, total) in sums.items():
+            before = means.get(metric, [0, 0.0])
+            means[metric] = [before[0] + counted, before[1] + total]
+    return {metric: total / counted if counted else math.nan for metric, (counted, total) in means.items()}
 
 
 def mean_metrics(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
@@ -77,6 +178,18 @@ def make_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(escape(printable(f"{label}: {editor['edits']} edits with {editor['solver']}")))
         _add_rows(table, editor, _SHOWN_OF_EACH)
     return table
+
+
+def show(trainer: L.Trainer, parts: Iterable[Table | str]) -> None:
+    """Print tables and texts where the trainer shows its progress."""
+    # a live display would erase what another console prints below it; nothing is left to be shown there
+    display = getattr(trainer.progress_bar_callback, "progress", None)
+    if isinstance(display, Progress):
+        display.stop()
+    console = Console(emoji=False)
+    for part in parts:
+        is_text = isinstance(part, str)
+        console.print(part, markup=not is_text, soft_wrap=is_text)
 
 
 def _add_rows(table: Table, found: Mapping[str, Any], names: Iterable[str]) -> None:

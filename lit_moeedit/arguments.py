@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -45,8 +48,50 @@ def essence(message: str) -> str:
     return "\n".join(line for line in lines if depth(line) >= furthest or not _ALTERNATIVE.match(line))
 
 
+def _drop_settings_of_another_class(parser: Any, previous: Any, value: Any) -> None:
+    """Empty the settings of a class that another one replaces.
+
+    Args:
+        parser: not used; it is an argument of what this replaces.
+        previous: the earlier class with its settings, changed in place; or none.
+        value: the later one.
+    """
+    if not previous or "init_args" not in previous or _is_same(previous["class_path"], value["class_path"]):
+        return
+    for part in ("init_args", "dict_kwargs"):
+        if previous.get(part):
+            previous[part] = type(previous[part])()
+
+
+def _is_same(path: str, other: str) -> bool:
+    """Tell whether two class paths, one of which may be that of a package that exports it, are of one class."""
+    try:
+        return path == other or resolve_name(path) is resolve_name(other)
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+@contextmanager
+def _new_class_new_settings() -> Iterator[None]:
+    """Let a config or an option that names another class begin with that class's defaults.
+
+    jsonargparse keeps the settings that both classes have: the ``version`` of a CSV logger became the id of a run of
+    W&B. It offers no way to turn that off, so the function that chooses what to keep is replaced while it parses.
+    """
+    kept = _typehints.discard_init_args_on_class_path_change
+    _typehints.discard_init_args_on_class_path_change = _drop_settings_of_another_class
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = kept
+
+
 class RunParser(LightningArgumentParser):
-    """Takes ``--config recipe:NAME`` for the config of that name that comes with the package."""
+    """A parser that takes ``--config recipe:NAME`` for the config of that name that comes with the package.
+
+    A later config overlays an earlier one setting by setting. Where it names another class, that class begins with its
+    own defaults.
+    """
 
     @override
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
@@ -54,7 +99,8 @@ class RunParser(LightningArgumentParser):
             args = with_recipe_paths(sys.argv[1:] if args is None else args)
         except ValueError as error:
             self.error(str(error), error)
-        return super().parse_args(args, *others, **kwargs)
+        with _new_class_new_settings():
+            return super().parse_args(args, *others, **kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -65,7 +111,7 @@ class RunParser(LightningArgumentParser):
 
 
 class CommandParser(ArgumentParser):
-    """Takes ``--option`` for ``--option=true``, and a ``name`` without an option before it."""
+    """A parser that takes ``--option`` for ``--option=true``, and a ``name`` without an option before it."""
 
     @override
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,16 +6,27 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
+import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.logging import RichHandler
 from typing_extensions import override
 
@@ -24,10 +35,14 @@ import lit_moeedit.callbacks  # makes callbacks and strategies known by their sh
 from lit_moeedit import safe_yaml
 from lit_moeedit.arguments import CommandParser, RunParser
 from lit_moeedit.atomic_files import atomic_file
+from lit_moeedit.callbacks.ending import EndTogether
 from lit_moeedit.callbacks.resources import on_first_rank
-from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.callbacks.run_folder import run_folder, set_aside
+from lit_moeedit.checkpoint_fields import CheckpointError, differences
+from lit_moeedit.checkpoints.atomic import AtomicCheckpointIO, save_atomically
 from lit_moeedit.checkpoints.export import export
-from lit_moeedit.checkpoints.read import check_harmless
+from lit_moeedit.checkpoints.read import check_harmless, check_undamaged
+from lit_moeedit.checkpoints.settings import imported_class, no_imports_by, saved_settings
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.data.check import check
 from lit_moeedit.module import LitMoE
@@ -47,10 +62,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Commands besides training and evaluation, of one word or two: functions whose arguments and docstrings are their
 help."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that Ctrl-C has ended, as a shell counts it."""
 
 
 class PrintableFormatter(logging.Formatter):
-    """Spells out control characters, which data and models of others may bring into messages."""
+    """A formatter that spells out control characters, which data and models of others may bring into messages."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
@@ -58,12 +75,11 @@ class PrintableFormatter(logging.Formatter):
 
 
 class WholeConfigCallback(SaveConfigCallback):
-    """Saves the config where Lightning does, completely or not at all."""
+    """A callback that saves the config atomically in the run's own folder; that of an earlier run is renamed."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder = trainer.log_dir  # a broadcast: every rank takes part
-        assert folder is not None
+        folder = run_folder(trainer)
         if "://" in folder or not (self.save_to_log_dir and self.overwrite):
             super().setup(trainer, pl_module, stage)
         elif not self.already_saved:
@@ -75,6 +91,7 @@ class WholeConfigCallback(SaveConfigCallback):
     def _save(self, folder: Path) -> None:
         with atomic_file(folder / self.config_filename) as beside:
             self.parser.save(self.config, beside, skip_unset=False, overwrite=True, multifile=self.multifile)
+            set_aside(folder / self.config_filename, beside)
 
 
 class EditingCLI(LightningCLI):
@@ -104,14 +121,75 @@ class EditingCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self._args = args
         super().parse_arguments(parser, args)
         settings = self._settings()
+        self._warn_dropped_callbacks()
         if "ckpt_path" not in settings or settings.get("weights_only") is False:
             return
         # Lightning's own default would run what is in a checkpoint of another host
         settings.weights_only = True
         if settings.ckpt_path:
             _check_checkpoint(settings.ckpt_path)
+
+    def _warn_dropped_callbacks(self) -> None:
+        """Name the callbacks of one config that are lost because a later one, or an option, gives another list."""
+        settings, config = self._settings(), self.config
+        left = _class_names((settings.get("trainer") or {}).get("callbacks"))
+        for path in (*(config.get("config") or ()), *(settings.get("config") or ())):
+            given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
+            given = (given or {}).get(config.get("subcommand")) or given or {}
+            dropped = _class_names((given.get("trainer") or {}).get("callbacks")) - left
+            if dropped:
+                log.warning(
+                    "trainer.callbacks of %s are replaced by a later list, so this run has no %s; 'callbacks+:' in a "
+                    "config (--trainer.callbacks+= as an option) adds to the list instead",
+                    path,
+                    ", ".join(sorted(dropped)),
+                )
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Complete the module's settings with those in the checkpoint; what the user gives has priority.
+
+        Lightning's own gives priority to the checkpoint, and imports whatever class that names.
+        """
+        settings = self._settings()
+        if not settings.get("ckpt_path") or not settings.get("model") or not Path(settings.ckpt_path).exists():
+            return
+        path = Path(settings.ckpt_path)
+        try:
+            class_path, saved = saved_settings(path)
+        except CheckpointError as error:
+            if settings.weights_only:
+                raise
+            log.warning("no settings of the module are taken from the checkpoint: %s", error)
+            return
+        model = settings.model
+        kind = imported_class(path, model.class_path)
+        if class_path not in (None, model.class_path) and imported_class(path, str(class_path)) is not kind:
+            log.warning("%s is of the class %s; %s has only the settings of this run", path, class_path, kind.__name__)
+            return
+        given = self._given_settings()
+        if not given.keys().isdisjoint(("pretrained", "config")):  # of which there may be only one
+            saved = {name: value for name, value in saved.items() if name not in ("pretrained", "config")}
+        own = model.init_args.as_dict()
+        used = {name: own[name] for name in given if name in own}
+        for line in differences(saved, used, "--model.init_args.") if not issubclass(kind, LitMoE) else ():
+            log.warning("%s", line)  # LitMoE tells it itself, of any checkpoint
+        taken = {name: value for name, value in saved.items() if name in own and name not in given}
+        merged = {"class_path": model.class_path, "init_args": own | taken}
+        with no_imports_by(path, taken):
+            self.config = self.parser.parse_object({self.config.subcommand: {"model": merged}}, self.config)
+
+    def _given_settings(self) -> dict[str, Any]:
+        """Return the settings of the module that the user gives, in configs or on the command line."""
+        parse: Callable[..., Any] = (
+            self.parser.parse_object if isinstance(self._args, dict | Namespace) else self.parser.parse_args
+        )
+        given = parse(self._args, defaults=False).get(self.config.subcommand).get("model")
+        found: dict[str, Any] = {} if given is None else (given.get("init_args") or Namespace()).as_dict()
+        return found
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -121,10 +199,14 @@ class EditingCLI(LightningCLI):
             if "more than one stateful callback" not in str(error):
                 raise
             raise ValueError(f"{str(error).partition('.')[0]}: give each a 'name' of its own") from error
-        if self._settings().get("weights_only"):
-            # names such as "last" become paths in the Trainer; it is a partial, because some launchers pickle it
-            strategy = trainer.strategy
-            strategy.load_checkpoint = partial(_load_checked, strategy.load_checkpoint)  # type: ignore[method-assign]
+        EndTogether.add_to(trainer)
+        for logger in trainer.loggers:
+            _keep_metrics(logger)
+        strategy = trainer.strategy
+        save_atomically(strategy)
+        # names such as "last" become paths in the Trainer; it is a partial, because some launchers pickle it
+        load = partial(_load_checked, strategy, strategy.load_checkpoint, bool(self._settings().get("weights_only")))
+        strategy.load_checkpoint = load  # type: ignore[method-assign]
         return trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -138,6 +220,23 @@ class EditingCLI(LightningCLI):
         )
 
 
+def _class_names(callbacks: Any) -> set[str]:
+    """Return the names of the classes that a config gives for callbacks, one or a list, without their modules."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    paths = (given if isinstance(given, str) else (given or {}).get("class_path") for given in listed)
+    return {str(path).rpartition(".")[2] for path in paths}
+
+
+def _keep_metrics(logger: Logger) -> None:
+    """Give a CSV logger a version that is free: Lightning's deletes the metrics of an earlier run of the same one."""
+    if not isinstance(logger, CSVLogger) or not (Path(logger.log_dir) / ExperimentWriter.NAME_METRICS_FILE).exists():
+        return
+    given = logger.version
+    versions = (f"{given if isinstance(given, str) else f'version_{given}'}-v{number}" for number in count(1))
+    logger._version = next(name for name in versions if not (Path(logger.root_dir) / name).exists())
+    log.info("the folder of version %s has metrics of an earlier run; this run has version %s", given, logger.version)
+
+
 def _check_checkpoint(path: str | Path) -> None:
     """Refuse a local checkpoint that is not harmless; one on another host is checked when it is read."""
     try:
@@ -148,11 +247,19 @@ def _check_checkpoint(path: str | Path) -> None:
 
 
 def _load_checked(
-    load: Callable[..., dict[str, Any]], checkpoint_path: str | Path, weights_only: bool | None = None
+    strategy: Strategy,
+    load: Callable[..., dict[str, Any]],
+    only_data: bool,
+    checkpoint_path: str | Path,
+    weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Call a strategy's ``load_checkpoint`` on a harmless checkpoint; some strategies ignore ``weights_only``."""
-    _check_checkpoint(checkpoint_path)
-    return load(checkpoint_path, weights_only=True)
+    """Call a strategy's ``load_checkpoint`` on an undamaged checkpoint; some strategies ignore ``weights_only``."""
+    if only_data:
+        _check_checkpoint(checkpoint_path)
+    # the other checks what it reads
+    if Path(checkpoint_path).exists() and not isinstance(strategy._checkpoint_io, AtomicCheckpointIO):
+        check_undamaged(Path(checkpoint_path), getattr(strategy, "global_rank", 0))
+    return load(checkpoint_path, weights_only=True if only_data else weights_only)
 
 
 def run(args: ArgsType = None) -> EditingCLI | None:
@@ -222,11 +329,19 @@ def _meant(error: BaseException) -> BaseException:
     return error
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Unwind at SIGTERM, so that no half-written file is left, where no trainer has a handler of its own."""
+    if signal.getsignal(number) is _terminate:  # Lightning's handler calls that which was there before
+        raise SIGTERMException(128 + number)
+
+
 def main() -> None:
     """Run the command ``lit-moeedit``; an error in its input or output ends the process without a traceback.
 
     A console script exits with what its function returns, so nothing is returned.
     """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         run()
     except (OSError, ValueError, FloatingPointError, MisconfigurationException) as error:
@@ -235,4 +350,11 @@ def main() -> None:
         hint = "(LIT_MOEEDIT_LOG=debug shows where it was raised)"
         raise SystemExit(printable(f"{f'lit-moeedit {name}'.strip()}: {_meant(error)}\n{hint}", keep="\n")) from error
     except KeyboardInterrupt:
-        raise SystemExit(130) from None  # as a shell counts it
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has ended the run, with exit code 1
+            raise SystemExit(INTERRUPTED) from None
+        raise
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

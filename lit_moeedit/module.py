@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -18,12 +20,18 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from lit_moeedit.checkpoint_fields import differences, field, same_setting
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.losses import balancing_loss, next_token_loss
 from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
+from lit_moeedit.sharding.backends import refuse_parallelism
 from lit_moeedit.sharding.loading import fresh_model, pretrained_model, whole_shape
+from lit_moeedit.sharding.parallelism import find_parallelism
+from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -58,6 +66,8 @@ class LitMoE(L.LightningModule):
 
     Raises:
         ValueError: not exactly one of ``pretrained`` and ``config`` is given, or a value is out of range.
+        MisconfigurationException: when the run starts, under ``FSDPStrategy`` or ``ModelParallelStrategy``. Under the
+            latter a subclass may shard the model in its own :meth:`configure_model`.
 
     Example:
         >>> module = LitMoE(config={"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1,
@@ -103,6 +113,7 @@ class LitMoE(L.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._weight_decays: list[float] = []
         self._eps: float | None = None
+        self._changed: set[str] = set()  # settings with another value than in the checkpoint of this run
 
     @override
     def configure_model(self) -> None:
@@ -110,6 +121,8 @@ class LitMoE(L.LightningModule):
             return
         dtype = getattr(torch, self.hparams["dtype"])
         strategy = self._trainer.strategy if self._trainer is not None else None
+        if not is_overridden("configure_model", self, LitMoE):
+            _refuse_strategy(strategy)
         if self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
@@ -135,8 +148,19 @@ class LitMoE(L.LightningModule):
                 checkpoint["tokenizer"] = {path.name: path.read_text(encoding="utf-8") for path in files}
 
     @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = field("the checkpoint", checkpoint, self.CHECKPOINT_HYPER_PARAMS_KEY, dict, optional=True) or {}
+        used = {name: value for name, value in self.hparams.items() if name in saved}
+        self._changed = {name for name, value in used.items() if not same_setting(saved[name], value)}
+        if self._trainer is None or self._trainer.is_global_zero:
+            for line in differences(saved, used):
+                log.warning("%s", line)
+
+    @override
     def on_fit_start(self) -> None:
         assert self.model is not None
+        if not find_parallelism(self):
+            _refuse_strategy(self.trainer.strategy)
         if self.tokenizer is not None:
             check_vocabulary(self.tokenizer, self.model)
 
@@ -152,6 +176,26 @@ class LitMoE(L.LightningModule):
             # a checkpoint of a run in another precision has the epsilon of that run
             for group in optimizer.param_groups if self._eps is not None else ():
                 group["eps"] = self._eps
+        self._use_changed_settings()
+
+    def _use_changed_settings(self) -> None:
+        """Give optimizer and scheduler, which have the state of the checkpoint, the settings that differ from it."""
+        for optimizer in self.trainer.optimizers:
+            for group, decay in zip(optimizer.param_groups, self._weight_decays, strict=False):
+                own = {"weight_decay": decay, "betas": tuple(self.hparams["betas"])}
+                group |= {name: value for name, value in own.items() if name in self._changed}
+        if self._changed.isdisjoint(("learning_rate", "warmup", "final_learning_rate", "cosine_until")):
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            scheduler.base_lrs = [self.hparams["learning_rate"]] * len(scheduler.base_lrs)
+            rates = [
+                base * factor(scheduler.last_epoch)
+                for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate, base in zip(scheduler.optimizer.param_groups, rates, scheduler.base_lrs, strict=True):
+                group |= {"lr": rate, "initial_lr": base}
+            scheduler._last_lr = rates
 
     @override
     def forward(self, **inputs: Tensor) -> Any:
@@ -255,6 +299,14 @@ class LitMoE(L.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _refuse_strategy(strategy: Strategy | None) -> None:
+    """Refuse a strategy that leaves the sharding to the module: each rank would train a replica of its own."""
+    try:
+        refuse_parallelism(strategy=strategy)
+    except UnsupportedShardingError as error:
+        raise MisconfigurationException(f"LitMoE does not shard its model by itself: {error}") from error
 
 
 def may_be_fused(module: L.LightningModule) -> bool:

@@ -24,6 +24,35 @@ OVERLAYS = ("atlas_zero3", "wandb")
 pytestmark = pytest.mark.usefixtures("own_process")
 
 
+@pytest.mark.parametrize(
+    ("key", "dropped"),
+    [
+        ("callbacks", "no EditReport, KnowledgeEditing;"),
+        ("callbacks=", "no EditReport, KnowledgeEditing;"),
+        ("callbacks+", None),
+        ("max_steps", None),
+    ],
+)
+def test_callbacks_that_a_second_config_drops_are_named(tmp_path, caplog, key, dropped):
+    monitor = [{"class_path": "lit_moeedit.callbacks.RoutingMonitor", "init_args": {"name": "more"}}]
+    if key == "callbacks=":  # one callback without a list
+        key, (monitor,) = "callbacks", monitor
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"trainer": {key: 3 if key == "max_steps" else monitor}}))
+    args = ["fit", "--config", "recipe:atlas", "--config", str(tmp_path / "more.yaml")]
+    parsed = command_line.EditingCLI.parse_arguments
+
+    class Parsing(command_line.EditingCLI):
+        def parse_arguments(self, parser, args):
+            parsed(self, parser, args)
+            raise SystemExit(0)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(command_line, "EditingCLI", Parsing)
+        run(args)
+    assert ("are replaced by a later list" in caplog.text) == (dropped is not None)
+    assert dropped is None or dropped in caplog.text
+
+
 @pytest.fixture
 def facts_file(tmp_path):
     capitals = {"Italy": "Rome", "Spain": "Madrid", "Norway": "Oslo", "Peru": "Lima", "Japan": "Tokyo"}
@@ -122,12 +151,89 @@ def test_an_overlay_changes_what_it_says_and_nothing_else(name, capsys):
     assert all(place[:2] == logger for place in changed) if name == "wandb" else not changed
 
 
-def test_overlays_go_together(capsys):
-    printed = _parsed(capsys, "recipe:atlas", "recipe:atlas_zero3", "recipe:wandb")["trainer"]
-    logger = printed["logger"]
-    assert printed["strategy"] == "deepspeed_cpu_stage_3" and logger["class_path"].endswith("WandbLogger")
-    # jsonargparse keeps settings that two classes share; W&B would take a version for the id of a run
-    assert logger["init_args"]["version"] is logger["init_args"]["name"] is None
+def _composed(first, second):
+    """What two configs say together: the later one wins, and another class begins with its own defaults."""
+    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        return [_composed(a, b) for a, b in zip(first, second, strict=True)]
+    if isinstance(second, str) and "." in second and isinstance(first, dict) and "class_path" in first:
+        second = {"class_path": second}
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return second
+    if {"class_path"} <= first.keys() & second.keys() and first["class_path"] != second["class_path"]:
+        return second
+    if "model_type" in second:  # a dictionary, not settings
+        return second
+    return {key: _composed(first[key], second[key]) if key in first and key in second else (first | second)[key]
+            for key in first | second}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        # one that has all that the others have, and a strategy; the others take as long each
+        pytest.param(path.stem, marks=[] if path.stem == "qwen3_30b_a3b_zero3" else pytest.mark.slow)
+        for path in CONFIGS
+    ],
+)
+def test_every_pair_of_configs_composes_to_what_it_says(first, tmp_path, capsys):
+    for second in (path.stem for path in CONFIGS if path.stem != first):
+        if first == "atlas_zero3":
+            with pytest.raises(SystemExit):
+                run(args=["fit", f"--config=recipe:{first}", f"--config=recipe:{second}"])
+            assert "It overlays another config: give that one before it." in capsys.readouterr().err
+            continue
+        texts = ((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8") for name in (first, second))
+        together = tmp_path / f"{first} {second}.yaml"
+        together.write_text(yaml.safe_dump(_composed(*map(yaml.safe_load, texts))), encoding="utf-8")
+        if second == "atlas_zero3" and first == "wandb":
+            continue  # no model in either
+        assert _parsed(capsys, f"recipe:{first}", f"recipe:{second}") == _parsed(capsys, together), second
+
+
+def test_overlays_go_together_in_any_order(capsys):
+    for overlays in (("atlas_zero3", "wandb"), ("wandb", "atlas_zero3")):
+        printed = _parsed(capsys, "recipe:atlas", *(f"recipe:{name}" for name in overlays))["trainer"]
+        logger = printed["logger"]
+        assert printed["strategy"] == "deepspeed_cpu_stage_3" and logger["class_path"].endswith("WandbLogger")
+        assert logger["init_args"]["version"] is logger["init_args"]["id"] is logger["init_args"]["name"] is None
+
+
+OTHERS = {
+    "logger": (
+        {"class_path": "CSVLogger", "init_args": {"save_dir": "a", "name": "b", "version": "logs", "prefix": "p"}},
+        {"class_path": "WandbLogger", "init_args": {"project": "mine"}},
+    ),
+    "strategy": (
+        {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "gloo", "timeout": "0:01:00"}},
+        {"class_path": "DeepSpeedCPUStrategy", "init_args": {"stage": 2}},
+    ),
+    "callbacks": (
+        [{"class_path": "RoutingMonitor", "init_args": {"name": "a", "max_texts": 3}}],
+        [{"class_path": "ModelCheckpoint"}],
+    ),
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+@pytest.mark.parametrize("by", ["config", "option"])
+def test_another_class_begins_with_its_own_defaults(key, by, tmp_path, capsys):
+    old, new = OTHERS[key]
+    for name, value in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"trainer": {key: value}}), encoding="utf-8")
+    alone = _parsed(capsys, tmp_path / "new.yaml")["trainer"][key]
+    args = ["fit", f"--config={tmp_path / 'old.yaml'}"]
+    args.append(f"--config={tmp_path / 'new.yaml'}" if by == "config" else f"--trainer.{key}={json.dumps(new)}")
+    with pytest.raises(SystemExit):
+        run(args=[*args, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"][key] == alone
+
+
+def test_the_same_class_keeps_its_settings(tmp_path, capsys):
+    # by another name: packages export classes of their modules
+    again = {"trainer": {"logger": {"class_path": "lightning.pytorch.loggers.csv_logs.CSVLogger"}}}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again), encoding="utf-8")
+    logger = _parsed(capsys, "recipe:atlas", tmp_path / "again.yaml")["trainer"]["logger"]
+    assert logger["init_args"]["save_dir"] == "runs/atlas"
 
 
 def test_an_overlay_alone_says_what_it_is(capsys):
@@ -219,8 +325,52 @@ def test_a_short_run_ends_with_a_summary(small, tmp_path):
     assert cli.trainer.current_epoch == 2
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert saved["trainer"]["max_epochs"] == 2
-    # the saved config is a config, and a second run may write over the first
-    run(args=["fit", f"--config={tmp_path / 'run' / 'config.yaml'}"])
+    # the saved config is a config; without a logger all runs share a folder, and the first one's files are renamed
+    run(args=["fit", f"--config={tmp_path / 'run' / 'config.yaml'}", "--trainer.log_every_n_steps=1"])
+    assert json.loads((tmp_path / "run" / "summary-v1.json").read_text(encoding="utf-8")) == summary
+    assert yaml.safe_load((tmp_path / "run" / "config-v1.yaml").read_text(encoding="utf-8")) == saved
+    assert len(list((tmp_path / "run").glob("*.json"))) == len(list((tmp_path / "run").glob("*.yaml"))) == 2
+
+
+def _logging(small, logger):
+    config = yaml.safe_load(small.read_text(encoding="utf-8"))
+    config["trainer"] |= {"logger": logger, "log_every_n_steps": 1, "max_epochs": 1}
+    editing = config["trainer"]["callbacks"][0]["init_args"]
+    editing["at"] = {"epoch": 0}
+    editing["editor"]["init_args"]["targets"]["init_args"]["steps"] = 1
+    small.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("version", [None, "logs", 0])
+def test_a_repeated_run_leaves_the_earlier_ones_files(small, tmp_path, version):
+    init_args = {"save_dir": str(tmp_path / "run"), "name": None, "version": version}
+    _logging(small, {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": init_args})
+    first = Path(run(args=["fit", f"--config={small}"]).trainer.log_dir)
+    before = {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()}
+    assert before.keys() >= {"metrics.csv", "summary.json", "config.yaml"}
+    latest = tmp_path / "run" / "summary.json"
+    assert latest.read_bytes() == before["summary.json"]
+    second = Path(run(args=["fit", f"--config={small}"]).trainer.log_dir)
+    assert second != first and (second / "metrics.csv").exists() and (second / "config.yaml").exists()
+    assert {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()} == before
+    assert latest.read_bytes() == (second / "summary.json").read_bytes() != before["summary.json"]
+    # the latest one is no further file of its own, to be kept
+    assert [path.name for path in latest.parent.iterdir() if path.is_file()] == ["summary.json"]
+
+
+def test_a_repeated_run_with_another_logger_leaves_the_earlier_ones_files(small, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    init_args = {"save_dir": str(tmp_path / "logs"), "project": "it", "offline": True}
+    _logging(small, {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": init_args})
+    for count in (1, 2):
+        cli = run(args=["fit", f"--config={small}"])
+        cli.trainer.logger.experiment.finish()
+        folders = [path for path in (tmp_path / "logs" / "it").iterdir() if path.is_dir()]
+        assert len(folders) == count
+        assert all((folder / name).exists() for folder in folders for name in ("summary.json", "config.yaml"))
+    assert not (tmp_path / "logs" / "config.yaml").exists() and not (tmp_path / "logs" / "summary.json").exists()
 
 
 def test_solver_and_memory_are_chosen_by_their_class(small, tmp_path):

@@ -116,14 +116,43 @@ def test_a_run_that_stops_early_is_measured_at_its_end(run: Any, tmp_path: Path)
     assert found["efficacy"] == pytest.approx(float(trainer.callback_metrics["edit/efficacy"]))
 
 
-def test_a_run_without_an_epoch_left_writes_what_was_measured_before_it(run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_epochs", [1, 0])
+def test_a_run_that_is_resumed_after_its_last_epoch_measures_its_end(run: Any, tmp_path: Path, max_epochs: int) -> None:
     kept = ModelCheckpoint(tmp_path / "kept", filename="it", save_on_train_epoch_end=True)
     run(kept)
     whole = _read(tmp_path)
-    run(folder=tmp_path / "again", ckpt=tmp_path / "kept" / "it.ckpt", max_epochs=0)
+    # as if the process had been killed after its last checkpoint: Lightning trains nothing then, and calls few hooks
+    run(folder=tmp_path / "again", ckpt=tmp_path / "kept" / "it.ckpt", max_epochs=max_epochs)
     again = _read(tmp_path / "again")
-    assert again["before"] == whole["before"] and again["after"] == whole["after"]
-    assert again["after_training"] is None
+    assert whole["after_training"]["efficacy"] is not None and whole["perplexity"]["after_training"] > 1
+    assert again["seconds"]["fit"] > again["seconds"]["edit"]
+    for summary in (whole, again):
+        del summary["seconds"]["fit"]
+    assert again.pop("perplexity") == pytest.approx(whole.pop("perplexity"))
+    assert again == whole
+
+
+def _ends_under_zero(folder: str) -> None:
+    from tests.callbacks.conftest import _data, _editor, _module, _trainer
+
+    for name, ckpt in (("run", None), ("again", f"{folder}/kept/it.ckpt")):
+        # before the editing callback, whose state is the later one to be restored
+        kept = ModelCheckpoint(f"{folder}/kept", filename="it", save_on_train_epoch_end=True)
+        callbacks = [EditReport(console=False), KnowledgeEditing(_editor(), at={"epoch": 0}), RoutingMonitor(), kept]
+        trainer = _trainer(f"{folder}/{name}", callbacks, strategy="deepspeed_cpu_stage_3", devices=2)
+        trainer.fit(_module(), _data(batch_size=4, samples_per_epoch=16), ckpt_path=ckpt)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.slow
+def test_the_end_is_measured_under_zero_3_too(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
+    run_ranks(_ends_under_zero, 2, str(tmp_path), group=False, seconds=100)
+    whole, again = _read(tmp_path / "run"), _read(tmp_path / "again")
+    assert whole["after_training"]["efficacy"] is not None
+    for name in ("edits", "before", "after", "after_training", "routing"):
+        assert again[name] == whole[name], name
+    assert again["perplexity"] == pytest.approx(whole["perplexity"])
 
 
 def test_averaged_weights_are_what_is_measured(tiny: Any, make_trainer: Any, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.callbacks import KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.listener import EditListener
+from lit_moeedit.data.facts import FactError
 from lit_moeedit.editing import TargetOptimizer
 
 pytestmark = [
@@ -343,7 +344,8 @@ def test_min_specificity_retained(tiny):
     editing = KnowledgeEditing(tiny.editor(), min_efficacy=0.5, min_specificity_retained=0.8)
 
     def evaluation(efficacy, retained):
-        return SimpleNamespace(metrics={"efficacy": efficacy, "specificity_retained": retained})
+        succeeded = torch.arange(10) < 10 * efficacy
+        return SimpleNamespace(edits_succeeded=succeeded, metrics={"specificity_retained": retained})
 
     assert editing.should_keep(None, evaluation(0.5, 0.8))
     assert not editing.should_keep(None, evaluation(0.4, 0.9))
@@ -374,3 +376,63 @@ def test_statements_of_edited_facts_leave_the_batches(tiny, make_trainer, tmp_pa
     assert stating(0) and stating(1)
     assert not stating(3)
     assert [len(texts) for texts in drawn.values()] == [64] * 4
+
+
+def _without_truths(facts):
+    return [{**fact.to_dict(), "target_true": None} for fact in facts]
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(1, False), (40, True)])
+def test_edits_of_facts_without_a_truth_are_guarded_by_what_is_generated(
+    tiny, make_trainer, tmp_path, caplog, steps, kept
+):
+    targets = TargetOptimizer(steps=steps, learning_rate=0.5 if kept else 1e-3, clamp=8.0, weight_decay=0.0)
+    facts = _without_truths(tiny.data().edit_facts())[:2]
+    events = []
+
+    class Heard(EditListener):
+        def on_edit_end(self, trainer, pl_module, event):
+            events.append(event)
+
+    editing = KnowledgeEditing(tiny.editor(targets=targets), facts=facts, min_efficacy=1.0)
+    make_trainer(tmp_path, [editing, Heard()], max_epochs=1).fit(tiny.module(), tiny.data())
+    (event,) = events
+    assert event.result.kept is kept and len(editing.applied_facts) == 2 * kept
+    assert event.after.edits_succeeded.tolist() == event.after.edits_exact.tolist()
+    assert bool(event.after.edits_exact.all()) is kept
+    assert "edit_after/efficacy" not in event.metrics and "edit_after/efficacy_accuracy" in event.metrics
+    assert "nan" not in str(event) and "efficacy_accuracy" in str(event)
+
+
+def test_facts_may_be_objects_of_any_format(tiny, make_trainer, tmp_path):
+    fact = tiny.data().edit_facts()[0]
+    rows = [{"who": fact.subject, "asked": fact.prompt, "answer": {"str": fact.target_new}}]
+    columns = {"subject": "who", "prompt": "asked", "target_new": "answer"}
+    editing = KnowledgeEditing(tiny.editor(), facts=rows, columns=columns)
+    make_trainer(tmp_path / "columns", [editing], max_epochs=1).fit(tiny.module(), tiny.data())
+    assert [found.key for found in editing.applied_facts] == [fact.key]
+    editing = KnowledgeEditing(tiny.editor(), facts=[{**rows[0], "target_new": 5}])
+    with pytest.raises(FactError, match="facts, row 1: has 'who', 'asked', 'answer', 'target_new', which is no known"):
+        make_trainer(tmp_path / "bad", [editing], max_epochs=1).fit(tiny.module(), tiny.data())
+
+
+def test_long_texts_are_cut_once_in_a_run(tiny, make_trainer, tmp_path, caplog):
+    texts = tiny.data()
+    texts.setup("fit")
+    lines = [*texts.preservation_texts()[:20], "The capital of Chile is Santiago. " * 3000]
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    editing = KnowledgeEditing(tiny.editor(), at={"every_n_epochs": 1, "batch": 2}, preservation=str(path))
+    monitor = RoutingMonitor(probe=[*lines[:3], lines[-1]])
+    make_trainer(tmp_path, [editing, monitor], max_epochs=3).fit(tiny.module(), tiny.data())
+    assert len(editing.editor.calls) == 2
+    # however many edits and traces there were
+    for count in (21, 4):
+        assert caplog.text.count(f"1 of {count} texts are cut before they are tokenized (the longest has 102,000") == 1
+
+
+def test_facts_beyond_the_window_are_remarked_at_the_start(tiny, make_trainer, tmp_path, caplog):
+    module = tiny.module(config={"max_position_embeddings": 4})
+    editing = KnowledgeEditing(tiny.editor(), at={"epoch": 1})
+    make_trainer(tmp_path, [editing], max_epochs=2).fit(module, tiny.data())
+    assert caplog.text.count("6 of 6 facts have texts beyond the 4 tokens of the model's context window") == 1

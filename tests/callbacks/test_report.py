@@ -3,11 +3,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.callbacks import report as report_module
 from lit_moeedit.callbacks.summary import mean_metrics
 
 METRICS = {
@@ -132,7 +137,7 @@ def test_an_edit_without_training_is_reported(tiny, make_trainer, tmp_path, stag
 
 
 def test_without_an_edit_there_is_no_report(run, tmp_path, caplog):
-    run(at={"epoch": 9}, max_epochs=1)
+    run(at={"epoch": 9}, fast_dev_run=True)
     assert not (tmp_path / "run" / "summary.json").exists()
     assert "no facts were edited in this run" in caplog.text
 
@@ -204,3 +209,55 @@ def test_groups_of_a_facts_file_cannot_mark_up_the_table(run, tiny, capsys):
     printed = capsys.readouterr().out
     assert r"[bold][/nope]<b>\u202e" in printed
     assert "\u202e" not in printed
+
+
+def test_the_state_does_not_grow_with_the_edits(tiny, tmp_path):
+    def size(edits):
+        report = EditReport(max_rows=4)
+        metrics = {f"metric_{i}": 0.5 for i in range(20)}
+        for number in range(edits):
+            report._totals(None).add(2, True, metrics, metrics, {"edit": 1.0})
+            shown = [SimpleNamespace(key=f"{number}", prompt="a prompt")]
+            for moment in ("before", "after"):
+                report._ask(trainer, SimpleNamespace(), shown, moment)
+        torch.save(report.state_dict(), tmp_path / "state")
+        assert report.state_dict()["answers"]["before"].keys() == {"0", "1", "2", "3"}
+        return (tmp_path / "state").stat().st_size
+
+    editing = KnowledgeEditing(tiny.editor())
+    editing._tokenizer = object()
+    trainer = SimpleNamespace(callbacks=[editing], loggers=[WandbLogger.__new__(WandbLogger)])
+    with (
+        patch.object(report_module, "find_model", lambda _: None),
+        patch.object(report_module, "answers", lambda *args: ["an answer"] * len(args[2])),
+    ):
+        assert size(500) < size(20) + 200  # larger numbers take a few bytes more
+
+
+def test_what_follows_a_fit_adds_to_its_report(tiny, make_trainer, tmp_path):
+    callbacks = [KnowledgeEditing(tiny.editor(), at={"epoch": 0}), EditReport(console=False)]
+    trainer, module, data = make_trainer(tmp_path, callbacks), tiny.module(), tiny.data(samples_per_epoch=16)
+    trainer.fit(module, data)
+    fitted = _read(tmp_path / "summary.json")
+    trainer.test(module, data, verbose=False)
+    tested = _read(tmp_path / "summary.json")
+    assert fitted["after_training"]["efficacy"] is not None and fitted["perplexity"]["after_training"] > 1
+    for name in ("edits", "before", "after", "after_training", "perplexity"):
+        assert tested[name] == fitted[name], name
+    # one run, one file
+    assert _read(tmp_path / "logs" / "summary.json") == tested
+    assert len(list(tmp_path.rglob("summary*.json"))) == 2
+
+
+def test_runs_that_share_a_folder_lose_no_summary(tiny, make_trainer, tmp_path):
+    def run(logger):
+        callbacks = [KnowledgeEditing(tiny.editor(steps=1), at="validation"), EditReport(console=False)]
+        make_trainer(tmp_path, callbacks, logger=logger).validate(tiny.module(), tiny.data(), verbose=False)
+        return (tmp_path / "summary.json").read_bytes()
+
+    written = [run(logger) for logger in (False, CSVLogger(tmp_path, name="a"), False, CSVLogger(tmp_path, name="a"))]
+    # seconds differ from run to run
+    assert len(set(written)) == 4
+    found = [path.read_bytes() for path in tmp_path.rglob("summary*.json")]
+    assert set(found) == set(written)
+    assert (tmp_path / "summary.json").read_bytes() == written[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -14,13 +15,18 @@ from lit_moeedit.editing.memory import GatedKeys
 
 SECONDS = dict.fromkeys((*PHASES, "edit"), 1.0)
 EDIT = {"facts": 2, "kept": True, "before": {"efficacy": 0.0}, "after": {"efficacy": 1.0}, "seconds": SECONDS}
+SUMS = {"efficacy": [2, 0.0]}
+TOTALS = {"name": None, "facts": 2, "before": SUMS, "after": {"efficacy": [2, 2.0]}, "seconds": SECONDS}
 STATES: dict[str, dict[str, Any]] = {
     "KnowledgeEditing": {
         "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
         "memory": {0: {"row": torch.tensor([0, 0]), "expert": torch.tensor([0, 1]), "key": torch.eye(2),
                        "facts": ["a"], "sketched": []}},
     },
-    "EditReport": {"edits": [EDIT], "answers": {"before": {"a": "Rome"}}, "perplexity": {"before": 9.5}},
+    "EditReport": {
+        "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "answers": {"before": {"a": "Rome"}},
+        "perplexity": {"before": 9.5}, "seconds": 7.0,
+    },
     "RoutingMonitor": {
         "experts": {0: torch.zeros(3, 2, dtype=torch.int16)}, "probabilities": {0: torch.full((3, 4), 0.25).half()},
         "probe": "digest", "last_edit": {"similarity/mean": 1.0},
@@ -32,6 +38,11 @@ def made(name: str) -> Any:
     editor = Editor([0], memory=EditMemory())
     return {"KnowledgeEditing": lambda: KnowledgeEditing(editor), "EditReport": EditReport,
             "RoutingMonitor": RoutingMonitor}[name]()  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
 
 
 def plain(value: Any) -> Any:
@@ -46,6 +57,17 @@ def test_a_sound_state_comes_back(name: str) -> None:
     callback = made(name)
     callback.load_state_dict(copy.deepcopy(STATES[name]))
     assert plain(callback.state_dict()) == plain(STATES[name])
+
+
+def test_a_state_with_each_edit_by_itself_is_read_as_their_sums() -> None:
+    callback = EditReport()
+    other = {**EDIT, "facts": 1, "kept": False, "before": {"efficacy": float("nan")}, "after": {"efficacy": 0.5}}
+    old = {"edits": [EDIT, other, {**EDIT, "name": "b"}], "answers": {}, "perplexity": {"before": 9.5}}
+    callback.load_state_dict(copy.deepcopy(old))
+    first, second = callback.state_dict()["totals"]
+    twice = {name: 2.0 for name in SECONDS}
+    assert first == {**TOTALS, "after": {"efficacy": [3, 2.5]}, "seconds": twice}
+    assert second == {**TOTALS, "name": "b"}
 
 
 GONE = object()
@@ -76,6 +98,17 @@ BROKEN: list[tuple[str, str, Any, str]] = [
         r"field 'before' should be a dict of str to int or float",
     ),
     ("EditReport", "edits", [{**EDIT, "seconds": {}}], r"should hold the seconds of statistics, "),
+    ("EditReport", "totals", [{**TOTALS, "facts": None}], r"totals\[0\]: field 'facts' should be a int"),
+    ("EditReport", "totals", [{**TOTALS, "after": {"a": [1]}}], "a number of facts and a sum each"),
+    (
+        "EditReport",
+        "totals",
+        [{**TOTALS, "after": {"a": 1}}],
+        "'after' should be a dict of str to list of int or float",
+    ),
+    ("EditReport", "totals", [{**TOTALS, "seconds": {}}], r"should hold the seconds of statistics, "),
+    ("EditReport", "final", {"a": 1}, "'final' should be a dict of str to dict of str to int or float"),
+    ("EditReport", "seconds", "7", "'seconds' should be a int or float, but is a str"),
     ("EditReport", "answers", {"before": "x"}, "'answers' should be a dict of str to dict of str to str"),
     ("EditReport", "answers", {"before": {"a": 1}}, "'answers' should be a dict of str to dict of str to str"),
     ("EditReport", "perplexity", {"before": None}, "'perplexity' should be a dict of str to int or float"),
@@ -99,6 +132,8 @@ def test_a_broken_state_is_named(name: str, field: str, value: Any, message: str
     callback = made(name)
     callback.load_state_dict(copy.deepcopy(STATES[name]))
     state = {**copy.deepcopy(STATES[name]), field: value}
+    if field == "edits":  # as it was before there were sums
+        del state["totals"]
     if value is GONE:
         del state[field]
     with pytest.raises(ValueError, match=f"the state of {name} in the checkpoint.*{message}"):

@@ -1,0 +1,155 @@
+"""The facts of an editing callback, and what is known of those that are edited in a model's weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from torch import nn
+from typing_extensions import override
+
+from lit_moeedit.callbacks.belonging import StateOfWeights, are_left, expert_weights
+from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
+from lit_moeedit.data.facts import CheckedFacts, Fact
+from lit_moeedit.editing import EditMethod, Evaluation
+from lit_moeedit.models.experts import find_model
+from lit_moeedit.sharding.fingerprint import fingerprints
+from lit_moeedit.sharding.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+
+class EditState(StateOfWeights):
+    """A callback with an editor, facts, and a state that tells which of them are edited in a model's weights.
+
+    The memory of the editor follows the state.
+
+    Args:
+        editor: the editing method.
+        name: as for :class:`~lit_moeedit.callbacks.named.NamedCallback`.
+        settings: likewise.
+    """
+
+    state_names = ("_applied", "_undone", "_edits_made", "_last_step", "_remembered", "renewals")
+
+    def __init__(self, editor: EditMethod, name: str | None = None, **settings: Any) -> None:
+        self.editor = editor
+        self.facts = CheckedFacts(())
+        """All facts of the run; empty before it starts."""
+        super().__init__(name, **settings)
+
+    def evaluate(self, pl_module: L.LightningModule, facts: Sequence[Fact] | None = None) -> Evaluation:
+        """Evaluate facts (by default those edited so far)."""
+        raise NotImplementedError
+
+    @property
+    def applied_facts(self) -> CheckedFacts:
+        """The facts edited so far."""
+        return self.facts.select(lambda fact: fact.key in self._applied)
+
+    @property
+    def edited_facts(self) -> CheckedFacts:
+        """The facts of all edits, those that were undone included."""
+        return self.facts.select(lambda fact: fact.key in self._applied or fact.key in self._undone)
+
+    @property
+    def pending_facts(self) -> CheckedFacts:
+        """The facts still to be edited."""
+        return self.facts.select(lambda fact: fact.key not in self._applied and fact.key not in self._undone)
+
+    @override
+    def begin_state(self) -> None:
+        # facts that were edited, with the neighbours whose truth was generated before
+        self._applied: dict[str, list[bool]] = {}
+        self._undone: set[str] = set()
+        self._edits_made = 0
+        self._last_step = 0
+        self._remembered: Mapping[int, Any] = {}
+        self.renewals = 0
+        """Number of renewals."""
+
+    @override
+    def take_up(self, model: nn.Module) -> None:
+        memory, is_other = self.editor.memory, self._models.model is not model
+        super().take_up(model)
+        if memory is not None:
+            memory.switch(model)
+            # a new object with the weights of another one, whose edits were remembered
+            if is_other and not memory.content:
+                memory.restore(self._remembered)
+
+    @override
+    def _state(self) -> dict[str, Any]:
+        memory, state = self.editor.memory, super()._state()
+        # another callback with the same memory may have turned to the next model already
+        if memory is not None and memory.model is self._models.model:
+            state["_remembered"] = memory.content
+        return state
+
+    @override
+    def let_go(self) -> None:
+        super().let_go()
+        if self.editor.memory is not None:
+            self.editor.memory.switch(None)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        model = self._models.model
+        if self.editor.memory is not None and model is not None:
+            self.editor.memory.switch(model)
+        return {
+            "applied": self._applied,
+            "undone": sorted(self._undone),
+            "edits_made": self._edits_made,
+            "last_step": self._last_step,
+            "renewals": self.renewals,
+            "memory": None if self.editor.memory is None else self.editor.memory.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        where, counts = "the state of KnowledgeEditing in the checkpoint", ("edits_made", "last_step", "renewals")
+        shapes = {"applied": {str: [bool]}, "undone": [str], "memory": dict, **dict.fromkeys(counts, int)}
+        check_fields(where, state_dict, ("memory",), **shapes)
+        for count in counts:
+            if state_dict[count] < 0:
+                raise CheckpointError(f"{where}: field {count!r} should be at least 0, but is {state_dict[count]}")
+        if self.editor.memory is not None:
+            # a checkpoint of a run without a memory has none
+            self.editor.memory.load_state_dict(state_dict.get("memory") or {})
+        self._applied, self._undone = dict(state_dict["applied"]), set(state_dict["undone"])
+        self._edits_made, self._last_step, self.renewals = (state_dict[count] for count in counts)
+
+    def recognise(self, pl_module: L.LightningModule) -> bool:
+        """Begin a new state, and return ``False``, if the model's weights were replaced since the last run.
+
+        They are taken to be those that were edited if at least one edited fact is generated. Every rank calls this.
+        """
+        left, self.left = self.left, {}
+        facts = self.applied_facts
+        if not left or not facts or are_left(left, find_model(pl_module)):
+            return True
+        held = int(self.evaluate(pl_module, facts).edits_exact.sum())
+        changed = "%sthe edited weights were changed since the last run; of %d edited facts %d are generated: %s"
+        if held:
+            log.warning(changed, self.heading, len(facts), held, "taken to be edited still")
+            return True
+        log.warning(changed, self.heading, len(facts), held, "these are other weights, which are edited anew")
+        self.begin_state()
+        if self.editor.memory is not None:
+            self.editor.memory.switch(None)
+            self.editor.memory.switch(find_model(pl_module))
+        return False
+
+    def take_leave(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let all callbacks know the weights that the run leaves, once; every rank calls this."""
+        editings = callbacks_of(trainer, EditState)
+        if self is not editings[0] or not any(editing._applied for editing in editings):
+            return
+        layers = {index for editing in editings for index in editing.editor.layers}
+        left = fingerprints(expert_weights(find_model(pl_module), layers), Ranks.current())
+        for callback in callbacks_of(trainer, StateOfWeights):
+            callback.left = left

@@ -1,0 +1,423 @@
+"""Averages and other copies of the weights get every edit, or the run is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch.optim.swa_utils import AveragedModel
+
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, averages
+from lit_moeedit.callbacks.summary import without_nan
+from lit_moeedit.editing import Evaluation
+from lit_moeedit.module import LitMoE
+from tests.callbacks.conftest import CONFIG, _data, _editor, _module, _trainer
+from tests.processes import run_ranks
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:.*{text}")
+    for text in ("callbacks used to create the checkpoint", "model that overrides the configure_model", "not resumable")
+]
+
+WEIGHT = "model.layers.1.mlp.experts.down_proj"
+
+
+def ema(**changes: Any) -> EMAWeightAveraging:
+    return EMAWeightAveraging(**{"decay": 0.999, **changes})
+
+
+def swa() -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+
+
+def averaged(average: Any) -> Any:
+    """The average's copy of the transformers model."""
+    held = average._average_model
+    return (held.module if isinstance(held, AveragedModel) else held).model
+
+
+class Watch(L.Callback):
+    """Remembers a weight at the start of each epoch: in training, and in the average."""
+
+    def __init__(self, average: Any) -> None:
+        self.average = average
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        models = (pl_module.model, pl_module.model if self.average is None else averaged(self.average))
+        first, second = (model.get_parameter(WEIGHT).detach().clone() for model in models)
+        self.seen.append((first, second))
+
+
+@pytest.fixture
+def run(tiny: Any, make_trainer: Any, tmp_path: Path) -> Any:
+    def fit(average: Any, folder: str = "run", last: bool = False, **settings: Any) -> SimpleNamespace:
+        more, keys = settings.pop("callbacks", []), {"max_epochs": 3, **settings.pop("trainer", {})}
+        ckpt, made = settings.pop("ckpt", None), settings.pop("module", {})
+        editing = KnowledgeEditing(settings.pop("editor", tiny.editor(steps=12)), **{"at": {"epoch": 1}, **settings})
+        before, after = (Watch(average) for _ in range(2))
+        ours = [before, editing, RoutingMonitor(), EditReport(console=False), after]
+        kept = [] if average is None else [average]
+        callbacks = [*ours, *kept, *more] if last else [*kept, *ours, *more]
+        module, trainer = tiny.module(**made), make_trainer(tmp_path / folder, callbacks, **keys)
+        module.configure_model()
+        trainer.fit(module, tiny.data(samples_per_epoch=16), **({"ckpt_path": ckpt} if ckpt else {}))
+        changes = [
+            tuple(new - old for new, old in zip(*pair, strict=True))
+            for pair in zip(after.seen, before.seen, strict=True)
+        ]
+        summary = json.loads((tmp_path / folder / "summary.json").read_text(encoding="utf-8"))
+        return SimpleNamespace(
+            editing=editing, module=module, trainer=trainer, summary=summary, changes=changes, watch=after,
+            final=editing.evaluate(module).metrics if editing.applied_facts else {},
+        )  # fmt: skip
+
+    return fit
+
+
+# -- Lightning's averages ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [{"epoch": 1}, "validation"], ids=str)
+def test_an_edit_is_in_the_average_and_measured_there_in_any_order(run: Any, at: Any, tmp_path: Path) -> None:
+    found = {}
+    for last in (False, True):
+        folder = f"{last}"
+        kept = ModelCheckpoint(tmp_path / folder / "kept", save_last=True)
+        one = found[last] = run(ema(), folder, last, at=at, callbacks=[kept])
+        # what is kept: in the final weights, and in the checkpoint
+        assert one.final["efficacy_accuracy"] >= 5 / 6
+        assert one.summary["after_training"] == pytest.approx(without_nan(one.final))
+        logged = {name: float(value) for name, value in one.trainer.callback_metrics.items()}
+        assert logged["edit/efficacy_accuracy"] == one.final["efficacy_accuracy"]
+        checkpoint = torch.load(tmp_path / folder / "kept" / "last.ckpt", weights_only=True)
+        again = LitMoE(config=dict(CONFIG))
+        again.configure_model()
+        again.load_state_dict(checkpoint["state_dict"])
+        assert without_nan(one.editing.evaluate(again).metrics) == without_nan(one.final)
+        again.load_state_dict(checkpoint["current_model_state"])
+        assert one.editing.evaluate(again).metrics["efficacy"] >= 3 / 6
+    first, second = found.values()
+    for moment in ("before", "after", "after_training", "perplexity", "routing"):
+        assert str(first.summary[moment]) == str(second.summary[moment])
+    assert first.trainer.callback_metrics.keys() == second.trainer.callback_metrics.keys()
+    for name, value in first.trainer.callback_metrics.items():
+        assert torch.equal(value, second.trainer.callback_metrics[name]), name
+    for weight, other in zip(first.module.parameters(), second.module.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("average", [ema, swa, lambda: ema(device="cpu", use_buffers=False)])
+def test_weights_in_training_and_average_get_the_same_change(run: Any, average: Any) -> None:
+    one = run(average())
+    (training, mean) = one.changes[1]
+    assert training.norm() > 0.1
+    # each sum is rounded to float32
+    assert torch.allclose(training, mean, atol=1e-6)
+    assert not any(bool(change.any()) for pair in (one.changes[0], one.changes[2]) for change in pair)
+    assert not torch.equal(*one.watch.seen[1])
+
+
+def test_stochastic_weight_averaging_ends_with_the_edit_in_any_order(run: Any) -> None:
+    for last in (False, True):
+        one = run(swa(), str(last), last)
+        assert one.final["efficacy_accuracy"] >= 3 / 6
+        assert one.summary["after_training"] == pytest.approx(without_nan(one.final))
+
+
+def test_stochastic_weight_averaging_that_ends_early_keeps_the_weights_in_training(run: Any) -> None:
+    for last in (False, True):
+        one = run(swa(), str(last), last, trainer={"max_steps": 5, "max_epochs": 9})
+        assert one.trainer.global_step == 5
+        assert one.summary["after_training"] == pytest.approx(without_nan(one.final))
+
+
+def test_an_average_of_a_module_without_its_model_is_refused(tiny: Any, make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [swa(), KnowledgeEditing(tiny.editor())])
+    message = r"StochasticWeightAveraging copied the module before configure_model\(\) made its model"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(tiny.module(), tiny.data())
+
+
+def test_a_rejected_edit_is_undone_in_both(tiny: Any, make_trainer: Any, tmp_path: Path) -> None:
+    class Reject(KnowledgeEditing):
+        def should_keep(self, before: Evaluation, after: Evaluation) -> bool:
+            assert after.metrics["efficacy"] > 0.5
+            return False
+
+    for number, average in enumerate((ema(), swa())):
+        before, after, module = Watch(average), Watch(average), tiny.module()
+        module.configure_model()
+        editing = Reject(tiny.editor(steps=12), at={"epoch": 1})
+        trainer = make_trainer(tmp_path / str(number), [before, editing, after, average], max_epochs=2)
+        trainer.fit(module, tiny.data(samples_per_epoch=16))
+        assert len(editing.editor.calls) == 1 and editing.edited_facts
+        for old, new in zip(before.seen[1], after.seen[1], strict=True):
+            assert torch.equal(old, new)
+
+
+def test_an_average_that_begins_later_has_the_edit(run: Any) -> None:
+    """Until then Lightning validates a copy that it will replace, so the weights in training are edited."""
+    plain = run(None, trainer={"max_epochs": 2})
+    one = run(ema(update_every_n_steps=0, update_starting_at_epoch=1), "late", trainer={"max_epochs": 2})
+    training, mean = one.changes[1]
+    assert training.norm() > 0.1 and torch.allclose(training, mean, atol=1e-6)
+    for weight, other in zip(one.module.parameters(), plain.module.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+def test_renewals_are_made_in_the_average(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    average, seen = ema(), []
+
+    class Forget(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 4:  # lose the edit in the average alone
+                held = averaged(average)
+                seen.append(held.get_parameter(WEIGHT).detach().clone())
+                for weight in (layer.mlp.experts.down_proj for layer in held.model.layers):
+                    weight.data.zero_()
+
+    one = run(average, renew_every_n_steps=1, callbacks=[Forget()])
+    assert len(seen) == 1 and one.editing.renewals >= 1
+    assert one.final["efficacy_accuracy"] >= 4 / 6
+
+
+def test_a_run_resumed_in_the_middle_of_it_ends_as_the_whole_one(run: Any, tmp_path: Path) -> None:
+    def every(folder: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+
+    whole = run(ema(decay=0.9), callbacks=[every("kept")])
+    again = run(ema(decay=0.9), "again", callbacks=[every("other")], ckpt=tmp_path / "kept" / "epoch=1.ckpt")
+    assert len(whole.editing.editor.calls) == 1 and again.editing.editor.calls == []
+    assert without_nan(again.final) == without_nan(whole.final)
+    for weight, other in zip(again.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+def test_an_average_in_bfloat16(run: Any) -> None:
+    one = run(ema(), module={"dtype": "bfloat16"}, trainer={"max_epochs": 2})
+    assert one.final["efficacy_accuracy"] >= 4 / 6
+    assert one.summary["after_training"] == pytest.approx(without_nan(one.final))
+
+
+def test_an_average_in_higher_precision_is_not_rounded_by_an_edit(tiny: Any, make_trainer: Any, tmp_path: Path) -> None:
+    module = tiny.module()
+    module.configure_model()
+    average = ema()
+    trainer = make_trainer(tmp_path, [average])
+    average.setup(trainer, module, "fit")
+    average._average_model.n_averaged += 1  # type: ignore[union-attr]
+    module.bfloat16()
+    before = averaged(average).get_parameter("model.embed_tokens.weight").clone()
+    own = [weight.clone() for weight in module.parameters()]
+    trainer.state.fn = "fit"  # type: ignore[assignment]
+    with averages.edited_weights(trainer, module) as copies:
+        assert len(copies) == 2
+        # what is written to the copy of the weights in training is what they are afterwards
+        copies[1][WEIGHT][0] += 1.0
+    assert torch.equal(averaged(average).get_parameter("model.embed_tokens.weight"), before)
+    for weight, other, name in zip(module.parameters(), own, dict(module.named_parameters()), strict=True):
+        if name.endswith(WEIGHT):
+            other[0] += 1.0
+        assert torch.equal(weight, other)
+
+
+def test_averages_under_deepspeed_and_several_averages_are_refused() -> None:
+    def refuse(strategy: Any, *callbacks: Any) -> None:
+        averages.refuse_averages(SimpleNamespace(strategy=strategy, callbacks=callbacks))  # type: ignore[arg-type]
+
+    sharded = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    refuse(sharded)
+    with pytest.raises(MisconfigurationException, match="EMAWeightAveraging averages weights under DeepSpeedStrategy"):
+        refuse(sharded, ema())
+    single = L.Trainer(accelerator="cpu", logger=False).strategy
+    with pytest.raises(MisconfigurationException, match="EMAWeightAveraging and StochasticWeightAveraging would put"):
+        refuse(single, ema(), swa())
+
+
+def _fit_under_ddp(folder: str) -> Any:
+    average = ema()
+    watch, after = Watch(average), Watch(average)
+    editing = KnowledgeEditing(_editor(steps=12), at={"epoch": 1})
+    report = EditReport(console=False)
+    keys = {"devices": 2, "strategy": "ddp", "max_epochs": 2}
+    trainer, module = _trainer(folder, [watch, editing, report, average, after], **keys), _module()
+    module.configure_model()
+    trainer.fit(module, _data(samples_per_epoch=16))
+    change = [new - old for new, old in zip(after.seen[1], watch.seen[1], strict=True)]
+    return change, module.model.get_parameter(WEIGHT).detach(), editing.evaluate(module).metrics["efficacy_accuracy"]
+
+
+@pytest.mark.slow
+def test_averages_of_all_ranks_get_the_edit(tmp_path: Path) -> None:
+    first, second = run_ranks(_fit_under_ddp, 2, str(tmp_path))
+    for change, weight, efficacy in (first, second):
+        assert change[0].norm() > 0.1 and torch.allclose(*change, atol=1e-6)
+        assert torch.equal(weight, first[1]) and efficacy >= 4 / 6
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["after_training"]["efficacy_accuracy"] == first[2]
+
+
+# -- other copies -----------------------------------------------------------------------------------------------------
+
+
+class OwnAverage(L.Callback):
+    """Somebody's own average, in one of its forms."""
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+        self.held: Any = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        model = copy.deepcopy(pl_module.model)
+        self.held = {
+            "module": lambda: model,
+            "average": lambda: AveragedModel(model),
+            "state": lambda: model.state_dict(),
+            "list": lambda: [parameter.detach() for parameter in model.parameters()],
+            "object": lambda: SimpleNamespace(shadow=tuple(model.parameters())),
+        }[self.form]()
+
+    def find(self) -> torch.Tensor:
+        held = self.held
+        if isinstance(held, AveragedModel):
+            held = held.module
+        if isinstance(held, torch.nn.Module):
+            return held.get_parameter(WEIGHT)
+        tensors = held.values() if isinstance(held, dict) else held if isinstance(held, list) else held.shadow
+        return [tensor for tensor in tensors if tensor.ndim == 3 and tensor.shape[-1] == 16][-1]
+
+
+@pytest.fixture
+def edit(tiny: Any, make_trainer: Any, tmp_path: Path) -> Any:
+    def fit(*callbacks: L.Callback, module: Any = None, **settings: Any) -> Any:
+        settings = {"at": {"step": 1}, **settings}
+        editing = KnowledgeEditing(tiny.editor(layers=[1]), **settings)
+        trainer = make_trainer(tmp_path, [*callbacks, editing], limit_train_batches=1, limit_val_batches=0)
+        module = tiny.module() if module is None else module
+        trainer.fit(module, tiny.data(samples_per_epoch=16))
+        assert editing.editor.calls
+        return module
+
+    return fit
+
+
+FORMS = {
+    "module": r"OwnAverage\.held\.model\.layers\.1\.mlp\.experts\.down_proj",
+    "state": r"OwnAverage\.held\['model\.layers\.1\.mlp\.experts\.down_proj'\]",
+    "list": r"OwnAverage\.held\[\d+\]",
+    "object": r"OwnAverage\.held\.shadow\[\d+\]",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_copy_in_a_callback_is_named_edited_or_ignored(edit: Any, form: str, tiny: Any, caplog: Any) -> None:
+    message = f"{FORMS[form]} is a copy of the weight {WEIGHT}"
+    if form == "module":
+        with pytest.raises(MisconfigurationException, match=message):
+            edit(OwnAverage(form))
+    else:  # it may be a snapshot
+        edit(OwnAverage(form))
+        assert [bool(re.search(message, record.getMessage())) for record in caplog.records].count(True) == 1
+    fresh = tiny.module()
+    fresh.configure_model()
+    start = fresh.model.get_parameter(WEIGHT).detach()
+    for choice in ("edit", "ignore"):
+        own = OwnAverage(form)
+        edit(own, other_copies=choice)
+        assert bool((own.find() != start).any()) is (choice == "edit")
+
+
+def test_an_averaged_model_of_a_callback_gets_the_edit(edit: Any) -> None:
+    own = OwnAverage("average")
+    before = []
+    setup = own.on_fit_start
+    own.on_fit_start = lambda *args: (setup(*args), before.append(own.find().detach().clone()))  # type: ignore
+    edit(own)
+    assert (own.find() - before[0]).norm() > 0.1
+
+
+class Teaching(LitMoE):
+    """Holds another copy of its model."""
+
+    def __init__(self, form: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.configure_model()
+        other = copy.deepcopy(self.model)
+        kinds = {"list": lambda: [other], "average": lambda: AveragedModel(other), "submodule": lambda: other}
+        self.held = kinds[form]()
+
+
+def test_copies_in_the_module(edit: Any) -> None:
+    def made(form: str) -> Teaching:
+        L.seed_everything(0, verbose=False)
+        return Teaching(form, config=dict(CONFIG))
+
+    with pytest.raises(MisconfigurationException, match=r"Teaching\.held\[0\]\.model\..* is a copy of the weight"):
+        edit(module=made("list"))
+    module = made("list")
+    teacher = module.held[0].get_parameter(WEIGHT).detach().clone()
+    edit(module=module, other_copies="ignore")
+    assert torch.equal(module.held[0].get_parameter(WEIGHT), teacher)
+    module = made("average")
+    edit(module=module)
+    assert not torch.equal(module.held.module.get_parameter(WEIGHT), teacher)
+    # two models as submodules: which of them trains is not known
+    with pytest.raises(MisconfigurationException, match="expected one transformers model in Teaching, found 2"):
+        edit(module=made("submodule"))
+
+
+def test_slow_weights_of_an_optimizer_are_refused_by_name(edit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = torch.optim.AdamW.step
+
+    def slow(self: Any, closure: Any = None) -> Any:
+        found = step(self, closure)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight]["z"] = weight.detach().clone()
+        return found
+
+    edit()  # moments are no copies
+    monkeypatch.setattr(torch.optim.AdamW, "step", slow)
+    with pytest.raises(MisconfigurationException, match=r"AdamW\.state\[Parameter\]\['z'\] is a copy of the weight"):
+        edit()
+
+
+def test_slow_weights_beside_the_state_of_an_optimizer_are_refused_by_name(edit: Any) -> None:
+    class Lookahead(torch.optim.AdamW):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            self.slow = [weight.detach().clone() for group in self.param_groups for weight in group["params"]]
+
+    class Slow(LitMoE):
+        def configure_optimizers(self) -> Any:
+            return Lookahead(self.parameters(), lr=1e-3)
+
+    with pytest.raises(MisconfigurationException, match=r"Lookahead\.slow\[\d+\] is a copy of the weight"):
+        edit(module=Slow(config=dict(CONFIG)))
+
+
+def test_the_setting_is_checked(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="other_copies must be one of refuse, edit, ignore; got 'keep'"):
+        KnowledgeEditing(tiny.editor(), other_copies="keep")  # type: ignore[arg-type]
+
+
+def test_every_averaging_callback_of_lightning_is_known() -> None:
+    kinds = [value for name, value in vars(L.pytorch.callbacks).items() if "Averag" in name]
+    assert all(issubclass(kind, WeightAveraging | StochasticWeightAveraging) for kind in kinds)
+    assert len(kinds) == 3

@@ -9,10 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"atomic_files", "checkpoint_fields", "pretrained", "precision", "recipes", "safe_yaml", "text"}
+LEAVES = {
+    "atomic_files",
+    "checkpoint_fields",
+    "interrupts",
+    "launched",
+    "per_model",
+    "pretrained",
+    "precision",
+    "recipes",
+    "safe_yaml",
+    "text",
+}
 PURE = {"data", "solvers", "metrics", "sharding"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "__main__": {"__init__", "cli"},
+    "__main__": {"__init__", "cli", "launched"},
     "cli": {
         "__init__",
         "arguments",
@@ -36,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": {"sharding", *LEAVES},
     "models": {"data", "sharding", *LEAVES},
     **{name: LEAVES for name in PURE},
-    **{name: {"text"} - {name} for name in LEAVES},
+    **{name: {"text", "interrupts"} - {name} for name in LEAVES},
     "__init__": set(),
 }
 """What each part of the package may import besides itself."""

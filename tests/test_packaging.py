@@ -27,7 +27,7 @@ lit_moeedit: Atlas BlockCoordinateDescent Corpus CovariancePenalty EditEvent Edi
     FactsDataModule FactsError FineTuning KnowledgeEditing LitMoE Neighbour NullSpace OutputPenalty PerExpertRidge
     Preservation RoutingDivergence RoutingMonitor RoutingSimilarity Schedule Solver TargetOptimizer Tucker Woodbury
     __version__ evaluate read_facts regathering validate_facts
-lit_moeedit.callbacks: EditEvent EditListener EditReport KnowledgeEditing RoutingMonitor Schedule
+lit_moeedit.callbacks: EditEvent EditListener EditReport EndTogether KnowledgeEditing RoutingMonitor Schedule
 lit_moeedit.data: Atlas CheckedFacts Corpus Fact FactError FactsCorpus FactsDataModule FactsError Neighbour Statement
     read_facts validate_facts
 lit_moeedit.editing: EditMemory EditMethod EditResult Editor Evaluation FineTuning MomentsCache PHASES SecondMoments

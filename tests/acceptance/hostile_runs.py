@@ -48,8 +48,8 @@ def made(class_path: str, **settings: Any) -> dict[str, Any]:
     return {"class_path": class_path, "init_args": settings}
 
 
-def good(folder: Path) -> dict[str, Any]:
-    """Make the sound files; returns the config of a run that is done in a second."""
+def sound_files(folder: Path) -> dict[str, Any]:
+    """Make facts, a model and a tokenizer; returns the config of a run that is done in a second."""
     facts, names = folder / "facts.jsonl", list(CAPITALS)
     rows = [
         {"subject": name, "prompt": f"The capital of {name} is", "target_new": CAPITALS[names[i - 1]],
@@ -82,9 +82,19 @@ def good(folder: Path) -> dict[str, Any]:
         "data": made("lit_moeedit.data.FactsDataModule", corpus=corpus, tokenizer=str(folder / "model"),
                      batch_size=8, samples_per_epoch=8),
     }  # fmt: skip
+    return config
+
+
+def good(folder: Path) -> dict[str, Any]:
+    """Make the sound files and a checkpoint; returns the config of a run."""
+    config = sound_files(folder)
     saving = made("lightning.pytorch.callbacks.ModelCheckpoint", dirpath=str(folder), filename="good")
     first = json.loads(json.dumps(config))
-    first["trainer"] |= {"max_epochs": 1, "enable_checkpointing": True, "callbacks": [*callbacks, saving]}
+    first["trainer"] |= {
+        "max_epochs": 1,
+        "enable_checkpointing": True,
+        "callbacks": [*config["trainer"]["callbacks"], saving],
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(first), "utf-8")
     code, text = run(Work(folder, first, ["fit", f"--config={folder / 'run.yaml'}"]))
     if code:

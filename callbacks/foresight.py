@@ -27,7 +27,7 @@ def is_restored_late(trainer: L.Trainer) -> bool:
 
 @dataclass(frozen=True)
 class Foresight:
-    """What is known of the edits to come when a run starts.
+    """Knowledge of the edits to come, when a run starts.
 
     Attributes:
         schedule: their schedule.

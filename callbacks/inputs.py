@@ -1,4 +1,4 @@
-"""What a run gives a callback to edit with: tokenizer, facts, preservation texts and layers, found and checked once."""
+"""The inputs of an edit that a run provides (tokenizer, facts, preservation texts, layers), found and checked once."""
 
 from __future__ import annotations
 

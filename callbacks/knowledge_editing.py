@@ -254,7 +254,7 @@ class KnowledgeEditing(EditInputs):
 
     @property
     def _foresight(self) -> Foresight | None:
-        """What the schedule tells of the edits to come; ``None`` if :meth:`due` decides otherwise."""
+        """Outlook of the schedule on the edits to come; ``None`` if :meth:`due` decides otherwise."""
         if type(self).due is not KnowledgeEditing.due:
             return None
         return Foresight(self.schedule, len(self.pending_facts), self._edits_made, self.heading)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.named import callbacks_of, insert_callback
 from lit_moeedit.sharding.ranks import Ranks, RankTerminated
 from lit_moeedit.sharding.told_to_end import DeferredSignal
+from lit_moeedit.sharding.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +43,38 @@ class EndTogether(L.Callback):
     def __init__(self) -> None:
         self._ranks: Ranks | None = None
         self._watching = ExitStack()
+        self._told = False
 
     @classmethod
     def add_to(cls, trainer: L.Trainer) -> None:
         """Add this callback to a trainer that has none, before those that save checkpoints."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if not callbacks_of(trainer, cls):
-            checkpoints = (index for index, callback in enumerate(callbacks) if isinstance(callback, Checkpoint))
-            callbacks.insert(next(checkpoints, len(callbacks)), cls())
+            insert_callback(trainer, cls())
+        # no hook of callbacks comes before the data is prepared, for which ranks wait for each other;
+        # it is a partial, because some launchers pickle it
+        strategy = trainer.strategy
+        if not isinstance(strategy.setup_environment, partial):
+            start = partial(_set_up_and_watch, callbacks_of(trainer, cls)[0], strategy.setup_environment)
+            strategy.setup_environment = start  # type: ignore[method-assign]
+
+    def watch_ranks(self) -> None:
+        """Let this process be told of the failures of others from now on, as soon as they can talk to each other."""
+        self._watching.close()
+        self._ranks = None
+        if (watch := Watch.of()) is not None:
+            self._watching.enter_context(watch.watching())
 
     # -- signals ------------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._watching.close()
+        self.watch_ranks()
         self._ranks = ranks = Ranks.current()
-        self._watching.enter_context(ranks.watching())
+        self._told = False
         if ranks.size > 1:
 
             def forward(number: int, frame: FrameType | None) -> None:
+                self._told = True
                 if trainer.strategy.launcher is not None:
                     trainer.strategy.launcher.kill(number)
 
@@ -73,7 +88,9 @@ class EndTogether(L.Callback):
         term: Any = signal.getsignal(signal.SIGTERM)
         if not isinstance(term, DeferredSignal) and trainer._signal_connector._original_handlers:
             before = term if callable(term) else None
-            signal.signal(signal.SIGTERM, DeferredSignal(lambda: SIGTERMException(128 + signal.SIGTERM), before))
+            deferred = DeferredSignal(lambda: SIGTERMException(128 + signal.SIGTERM), before)
+            deferred.received = self._told  # while Lightning's own was there
+            signal.signal(signal.SIGTERM, deferred)
         # in one process an interrupt may come anywhere
         if trainer.world_size > 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, DeferredSignal(lambda: KeyboardInterrupt("SIGINT"), twice=True))
@@ -118,9 +135,13 @@ class EndTogether(L.Callback):
             exception.code = 128 + signal.SIGTERM  # otherwise 0, as if the run had finished
         if isinstance(exception, SIGTERMException | RankTerminated):
             log.warning("the run was told to end by SIGTERM; it has not finished")
-        if self._ranks is None or self._ranks.size == 1:
+        watch = Watch.of()
+        if watch is None:
             return
-        self._ranks.leave(exception)
+        if self._ranks is not None:
+            self._ranks.leave(exception)
+        else:  # while the ranks were starting
+            watch.leave(exception)
         # Lightning's observer would kill this process as soon as another rank has ended, in the middle of its own end
         processes = getattr(trainer.strategy.launcher, "procs", None)
         if isinstance(processes, list):
@@ -129,3 +150,9 @@ class EndTogether(L.Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._watching.close()
+
+
+def _set_up_and_watch(callback: EndTogether, set_up: Callable[[], None]) -> None:
+    """Set up a strategy's processes; they watch each other from then on."""
+    set_up()
+    callback.watch_ranks()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,13 @@ C = TypeVar("C", bound=L.Callback)
 def callbacks_of(trainer: L.Trainer, kind: type[C]) -> list[C]:
     """Return all callbacks of a kind in the trainer."""
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def insert_callback(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Add a callback before those that save checkpoints, after all others."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    checkpoints = (index for index, other in enumerate(callbacks) if isinstance(other, Checkpoint))
+    callbacks.insert(next(checkpoints, len(callbacks)), callback)
 
 
 def metrics_prefix(kind: str, name: str | None) -> str:

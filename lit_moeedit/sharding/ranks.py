@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from hashlib import sha256
 from typing import ClassVar, TypeVar
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -91,28 +91,14 @@ class Ranks:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.size > 1:
+            # before any collective operation, in which a rank may wait for one that has failed
+            self._watch = Watch.of(group)
             members = dist.get_process_group_ranks(group)
             self._control = dist.new_group(members, timeout=timeout, backend="gloo")
-            # before the last collective operation: a rank that ends soon may take the store with it
-            self._watch = self._start_watch()
             self._data = dist.new_group(members, timeout=timeout, backend="gloo")
             self._first = members[0]
             if group is None and dist.group.WORLD is not None:
                 Ranks._made[dist.group.WORLD] = self
-
-    def _start_watch(self) -> Watch | None:
-        assert self._control is not None
-        store = dist.distributed_c10d._get_default_store()
-        name = f"lit_moeedit/{self._control.group_name}"
-        try:
-            # names of groups repeat once all of them were destroyed, and a launcher's store outlives them
-            made = (store.add(name, 1) - 1) // self.size
-            watch = Watch(dist.distributed_c10d.PrefixStore(f"{name}/{made}", store), self.rank, self.size)
-        except (NotImplementedError, RuntimeError):  # a store of another kind
-            log.debug("", exc_info=True)
-            return None
-        finalize(self, watch.stop)
-        return watch
 
     @classmethod
     def current(cls) -> Ranks:
@@ -240,11 +226,8 @@ class Ranks:
         Every rank calls this when it ends a run with an exception, so that a later run of the same processes is not
         taken for the one that has failed.
         """
-        if self._watch is None:
-            return
-        if error is not self._known:
-            self._watch.abandon(error)
-        self._watch.begin_anew()
+        if self._watch is not None:
+            self._watch.leave(None if error is self._known else error)
 
     def any(self, flag: bool) -> bool:
         """Tell if the flag is set on any rank."""

@@ -15,8 +15,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
+from typing import ClassVar
+from weakref import WeakKeyDictionary, finalize
 
-from torch.distributed.distributed_c10d import Store
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,8 @@ class Watch:
         reason: the first failure, once it is over.
     """
 
+    _made: ClassVar[WeakKeyDictionary[dist.ProcessGroup, Watch]] = WeakKeyDictionary()
+
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.reason: str | None = None
@@ -61,6 +67,36 @@ class Watch:
         self._pulse = Pulse()
         self._stopped = threading.Event()
         threading.Thread(target=self._run, name="lit_moeedit-watch", daemon=True).start()
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None = None) -> Watch | None:
+        """Return the watch of the processes of a group, and make it if there is none yet.
+
+        Nothing collective, so it can be made before anything that is. It is stopped when the group is dropped.
+
+        Args:
+            group: the processes. ``None`` for all of them.
+
+        Returns:
+            ``None`` for one process, and where the processes have no common store.
+        """
+        group = dist.group.WORLD if group is None and dist.is_available() else group
+        if group is None or group.size() == 1:
+            return None
+        if group not in cls._made:
+            store = dist.distributed_c10d._get_default_store()
+            members = str(dist.get_process_group_ranks(group))
+            name = f"lit_moeedit/{sha256(members.encode()).hexdigest()}"
+            try:
+                # a launcher's store outlives groups of the same processes
+                number = (store.add(name, 1) - 1) // group.size()
+                made = cls(PrefixStore(f"{name}/{number}", store), group.rank(), group.size())
+            except (NotImplementedError, RuntimeError):  # a store of another kind
+                log.debug("", exc_info=True)
+                return None
+            cls._made[group] = made
+            finalize(group, made.stop)
+        return cls._made[group]
 
     @property
     def is_own(self) -> bool:
@@ -104,8 +140,14 @@ class Watch:
         while time.monotonic() < deadline and not self._check(others):
             time.sleep(INTERVAL / 5)
 
-    def begin_anew(self) -> None:
-        """Forget a run that has failed on this rank; a script may go on with another one when all have failed."""
+    def leave(self, error: BaseException | None) -> None:
+        """End a run that has failed on this rank; a script may go on with another one when all have failed.
+
+        Args:
+            error: what the others are told; ``None`` if they know.
+        """
+        if error is not None:
+            self.abandon(error)
         with self._lock:
             self._run_number += 1
             self._settled, self.reason = 0, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_moeedit import cli
 from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.callbacks import EditListener, EditReport, EndTogether, KnowledgeEditing
+from lit_moeedit.data import FactsDataModule
 from lit_moeedit.module import LitMoE
 from lit_moeedit.sharding import watch
 from tests.processes import Outcome, start_ranks
@@ -156,14 +158,16 @@ def test_it_stands_before_checkpoints_once(tiny: Any, make_trainer: Any, tmp_pat
 # -- two ranks --------------------------------------------------------------------------------------------------------
 
 
-def _two(folder: str, strategy: str, *callbacks: L.Callback) -> str:
-    """Fit on this rank; returns how that ended."""
+def _two(folder: str, strategy: str, *callbacks: L.Callback, as_command: bool = False) -> str:
+    """Fit on this rank; returns how that ended. The command adds the callback before the fit."""
     from tests.callbacks.conftest import _data, _editor, _module, _trainer
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     editing = KnowledgeEditing(_editor(), at={"epoch": 0})
     made = [editing, EditReport(console=False), *callbacks]
     trainer = _trainer(folder, made, strategy=strategy, devices=2, max_epochs=2)
+    if as_command:
+        EndTogether.add_to(trainer)
     try:
         trainer.fit(_module(), _data(batch_size=4))
     except BaseException as ended:
@@ -176,16 +180,27 @@ def struck(folder: str, strategy: str, cases: dict[str, tuple[Any, ...]]) -> dic
     return {name: _two(f"{folder}/{name}", strategy, Striking(*case)) for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("deepspeed_cpu_stage_3", marks=pytest.mark.slow)])
-def test_a_signal_to_one_of_two_ranks_ends_both(strategy: str, tmp_path: Path) -> None:
+EVERY_SIGNAL = [
+    (signal.SIGTERM, 0, False),
+    (signal.SIGTERM, 1, True),
+    (signal.SIGINT, 1, False),
+    (signal.SIGINT, 0, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "signals"),
+    [
+        ("ddp", EVERY_SIGNAL[1:3]),
+        pytest.param("ddp", EVERY_SIGNAL[::3], marks=pytest.mark.slow),
+        pytest.param("deepspeed_cpu_stage_3", EVERY_SIGNAL, marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "ddp, others", "zero 3"],
+)
+def test_a_signal_to_one_of_two_ranks_ends_both(strategy: str, signals: list[Any], tmp_path: Path) -> None:
     cases = {
         f"{number.name} to {rank} {'in an edit' if in_edit else 'in training'}": (number, in_edit, (rank,))
-        for number, rank, in_edit in (
-            (signal.SIGTERM, 0, False),
-            (signal.SIGTERM, 1, True),
-            (signal.SIGINT, 1, False),
-            (signal.SIGINT, 0, True),
-        )
+        for number, rank, in_edit in signals
     }
     found = start_ranks(struck, 2, str(tmp_path), strategy, cases, group=False, seconds=BOUND)
     for rank, outcome in enumerate(found):
@@ -216,3 +231,32 @@ def test_a_rank_that_fails_in_training_leaves_nobody_waiting(strategy: str, tmp_
     found: list[Outcome] = start_ranks(failing, 2, str(tmp_path), strategy, error, group=False, seconds=BOUND)
     assert [outcome.exitcode for outcome in found] == [1, 1]
     assert found[1].error is not None and "OutOfMemoryError: no room" in found[1].error
+
+
+def starting(folder: str, strategy: str) -> list[str]:
+    """A signal to rank 0 before Lightning's loops begin; an interrupt of rank 1 while it gets its data."""
+    watch.log.addHandler(logging.FileHandler(f"{folder}/{os.environ['RANK']}.log"))
+    run = L.Trainer._run_stage
+
+    def late(trainer: L.Trainer) -> Any:
+        if trainer.global_rank == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return run(trainer)
+
+    def interrupted(data: FactsDataModule, stage: str) -> None:
+        if os.environ["RANK"] == "1":
+            raise KeyboardInterrupt("SIGINT")
+
+    with patch.object(L.Trainer, "_run_stage", late):
+        found = [_two(f"{folder}/first", strategy)]
+    with patch.object(FactsDataModule, "setup", interrupted):
+        return [*found, _two(f"{folder}/second", strategy, as_command=True)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("deepspeed_cpu_stage_3", marks=pytest.mark.slow)])
+def test_ranks_end_together_while_they_start(strategy: str, tmp_path: Path) -> None:
+    first, second = start_ranks(starting, 2, str(tmp_path), strategy, group=False, seconds=BOUND)
+    assert second.value == ["RankTerminated: 143", "KeyboardInterrupt: SIGINT"], second.error
+    assert "rank 1 failed: KeyboardInterrupt: SIGINT" in (tmp_path / "0.log").read_text("utf-8")
+    if first.exitcode == 0:  # otherwise it was ended where nothing woke it
+        assert first.value[0] == "SIGTERMException: 143" and first.value[1] != "finished", first.error

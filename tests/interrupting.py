@@ -56,6 +56,8 @@ class Interrupts:
             return False
         finally:
             sys.settrace(before)
+            # they hold every frame of the function, and with them its tensors: 15 MB for each interrupted edit
+            self._dropped.clear()
         return True
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
@@ -84,6 +86,17 @@ def _line(owner: Interrupts, frame: FrameType, event: str, argument: Any) -> Non
         owner.interrupt()
 
 
+def last_of_each(places: list[tuple[str, int]]) -> list[int]:
+    """When each line runs for the last time, as numbers from 1."""
+    return sorted({place: number for number, place in enumerate(places, 1)}.values())
+
+
+def ends_of_each(places: list[tuple[str, int]]) -> list[int]:
+    """When each line runs for the first and for the last time, as numbers from 1."""
+    first = {place: number for number, place in reversed(list(enumerate(places, 1)))}
+    return sorted({*first.values(), *last_of_each(places)})
+
+
 def spread(count: int, most: int | None) -> list[int]:
     """At most this many numbers from 1 to ``count``, evenly spread; all of them if ``most`` is ``None``."""
     if most is None or count <= most:
@@ -105,7 +118,8 @@ def interrupt_everywhere(
         start: makes a fresh state, and returns the function that changes it.
         check: called after every interrupted run, with the interrupts and whether the function came to its end.
         files: parts of the paths of the files in which to interrupt.
-        singles: maximum number of runs with one interrupt; ``None`` for all.
+        singles: maximum number of runs with one interrupt, when a line runs for the first or the last time, since the
+            lines of loops would take most; ``None`` for all.
         pairs: maximum number of runs with a second one, for each of the first; ``None`` for all.
         interrupt: interrupts.
 
@@ -113,15 +127,16 @@ def interrupt_everywhere(
         The number of runs.
     """
 
-    def run(*at: int) -> int:
+    def run(*at: int) -> list[tuple[str, int]]:
         function, interrupts = start(), Interrupts(files, *at, interrupt=interrupt)
         check(interrupts, interrupts.run(function))
         assert len(interrupts.raised) == len(at), "another number of lines ran this time"
-        return len(interrupts.places)
+        return interrupts.places
 
-    tried, total = 0, run()
-    for first in spread(total, singles):
-        left = run(first) - first
+    tried, places = 0, run()
+    chosen = range(1, len(places) + 1) if singles is None else ends_of_each(places)
+    for first in (chosen[i - 1] for i in spread(len(chosen), singles)):
+        left = len(run(first)) - first
         count = left if pairs is None else min(left, pairs)
         # other lines after every first one, so that a few of them reach all that undo
         seconds = [first + 1 + (7 * first + i * left // count) % left for i in range(count)]

@@ -1,6 +1,6 @@
 """Real processes for tests of what happens between ranks: bounded in time, and never left behind.
 
-Ranks are forked from a process that has imported torch, Lightning, transformers and DeepSpeed and done nothing else
+Ranks are forked from a process that has imported this package and all that it uses, and done nothing else
 (:mod:`tests.preloaded`). Every rank is a new process with a state of its own, and imports cost once per test process.
 """
 
@@ -86,6 +86,8 @@ def start_ranks(
         port = probe.getsockname()[1]
     sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     environment = {**os.environ, **sizes, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    # Lightning leaves the seed of an earlier run of this process there
+    environment.pop("PL_GLOBAL_SEED", None)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
+"""Runs of the command: what they write, repeat and leave alone, and how a typo is told."""
+
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,41 +17,7 @@ from lit_moeedit.editing import EditMemory
 from lit_moeedit.solvers import BlockCoordinateDescent
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-OVERLAYS = ("atlas_zero3", "wandb")
-"""Recipes that are given after another one, the demo for instance."""
-
-
 pytestmark = pytest.mark.usefixtures("own_process")
-
-
-@pytest.mark.parametrize(
-    ("key", "dropped"),
-    [
-        ("callbacks", "no EditReport, KnowledgeEditing;"),
-        ("callbacks=", "no EditReport, KnowledgeEditing;"),
-        ("callbacks+", None),
-        ("max_steps", None),
-    ],
-)
-def test_callbacks_that_a_second_config_drops_are_named(tmp_path, caplog, key, dropped):
-    monitor = [{"class_path": "lit_moeedit.callbacks.RoutingMonitor", "init_args": {"name": "more"}}]
-    if key == "callbacks=":  # one callback without a list
-        key, (monitor,) = "callbacks", monitor
-    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"trainer": {key: 3 if key == "max_steps" else monitor}}))
-    args = ["fit", "--config", "recipe:atlas", "--config", str(tmp_path / "more.yaml")]
-    parsed = command_line.EditingCLI.parse_arguments
-
-    class Parsing(command_line.EditingCLI):
-        def parse_arguments(self, parser, args):
-            parsed(self, parser, args)
-            raise SystemExit(0)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(command_line, "EditingCLI", Parsing)
-        run(args)
-    assert ("are replaced by a later list" in caplog.text) == (dropped is not None)
-    assert dropped is None or dropped in caplog.text
 
 
 @pytest.fixture
@@ -114,167 +81,6 @@ def _run(*args):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def _parsed(capsys, *configs):
-    """The config that ``fit`` would run with."""
-    with pytest.raises(SystemExit) as exit:
-        run(args=["fit", *(f"--config={config}" for config in configs), "--print_config"])
-    assert exit.value.code == 0
-    return yaml.safe_load(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_parses(path, capsys):
-    base = ["recipe:atlas"] if path.stem in OVERLAYS else []
-    printed = _parsed(capsys, *base, f"recipe:{path.stem}")
-    assert {"trainer", "model", "data"} <= printed.keys()
-    callbacks = printed["trainer"]["callbacks"] or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    assert any(callback["class_path"].endswith("KnowledgeEditing") for callback in callbacks)
-
-
-def _leaves(config, path=()):
-    """Every value that is no mapping, with the keys that lead to it."""
-    if not isinstance(config, dict):
-        return {path: config}
-    return {place: value for key in config for place, value in _leaves(config[key], (*path, key)).items()}
-
-
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_changes_what_it_says_and_nothing_else(name, capsys):
-    overlay = _leaves(yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")))
-    base = _leaves(_parsed(capsys, "recipe:atlas"))
-    both = _leaves(_parsed(capsys, "recipe:atlas", f"recipe:{name}"))
-    assert overlay.items() <= both.items()
-    logger = ("trainer", "logger")
-    changed = {place for place in base.keys() | both.keys() if base.get(place) != both.get(place)} - overlay.keys()
-    # another class has other settings
-    assert all(place[:2] == logger for place in changed) if name == "wandb" else not changed
-
-
-def _composed(first, second):
-    """What two configs say together: the later one wins, and another class begins with its own defaults."""
-    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
-        return [_composed(a, b) for a, b in zip(first, second, strict=True)]
-    if isinstance(second, str) and "." in second and isinstance(first, dict) and "class_path" in first:
-        second = {"class_path": second}
-    if not isinstance(first, dict) or not isinstance(second, dict):
-        return second
-    if {"class_path"} <= first.keys() & second.keys() and first["class_path"] != second["class_path"]:
-        return second
-    if "model_type" in second:  # a dictionary, not settings
-        return second
-    return {key: _composed(first[key], second[key]) if key in first and key in second else (first | second)[key]
-            for key in first | second}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        # one that has all that the others have, and a strategy; the others take as long each
-        pytest.param(path.stem, marks=[] if path.stem == "qwen3_30b_a3b_zero3" else pytest.mark.slow)
-        for path in CONFIGS
-    ],
-)
-def test_every_pair_of_configs_composes_to_what_it_says(first, tmp_path, capsys):
-    for second in (path.stem for path in CONFIGS if path.stem != first):
-        if first == "atlas_zero3":
-            with pytest.raises(SystemExit):
-                run(args=["fit", f"--config=recipe:{first}", f"--config=recipe:{second}"])
-            assert "It overlays another config: give that one before it." in capsys.readouterr().err
-            continue
-        texts = ((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8") for name in (first, second))
-        together = tmp_path / f"{first} {second}.yaml"
-        together.write_text(yaml.safe_dump(_composed(*map(yaml.safe_load, texts))), encoding="utf-8")
-        if second == "atlas_zero3" and first == "wandb":
-            continue  # no model in either
-        assert _parsed(capsys, f"recipe:{first}", f"recipe:{second}") == _parsed(capsys, together), second
-
-
-def test_overlays_go_together_in_any_order(capsys):
-    for overlays in (("atlas_zero3", "wandb"), ("wandb", "atlas_zero3")):
-        printed = _parsed(capsys, "recipe:atlas", *(f"recipe:{name}" for name in overlays))["trainer"]
-        logger = printed["logger"]
-        assert printed["strategy"] == "deepspeed_cpu_stage_3" and logger["class_path"].endswith("WandbLogger")
-        assert logger["init_args"]["version"] is logger["init_args"]["id"] is logger["init_args"]["name"] is None
-
-
-OTHERS = {
-    "logger": (
-        {"class_path": "CSVLogger", "init_args": {"save_dir": "a", "name": "b", "version": "logs", "prefix": "p"}},
-        {"class_path": "WandbLogger", "init_args": {"project": "mine"}},
-    ),
-    "strategy": (
-        {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "gloo", "timeout": "0:01:00"}},
-        {"class_path": "DeepSpeedCPUStrategy", "init_args": {"stage": 2}},
-    ),
-    "callbacks": (
-        [{"class_path": "RoutingMonitor", "init_args": {"name": "a", "max_texts": 3}}],
-        [{"class_path": "ModelCheckpoint"}],
-    ),
-}
-
-
-@pytest.mark.parametrize("key", OTHERS)
-@pytest.mark.parametrize("by", ["config", "option"])
-def test_another_class_begins_with_its_own_defaults(key, by, tmp_path, capsys):
-    old, new = OTHERS[key]
-    for name, value in (("old", old), ("new", new)):
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"trainer": {key: value}}), encoding="utf-8")
-    alone = _parsed(capsys, tmp_path / "new.yaml")["trainer"][key]
-    args = ["fit", f"--config={tmp_path / 'old.yaml'}"]
-    args.append(f"--config={tmp_path / 'new.yaml'}" if by == "config" else f"--trainer.{key}={json.dumps(new)}")
-    with pytest.raises(SystemExit):
-        run(args=[*args, "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)["trainer"][key] == alone
-
-
-def test_the_same_class_keeps_its_settings(tmp_path, capsys):
-    # by another name: packages export classes of their modules
-    again = {"trainer": {"logger": {"class_path": "lightning.pytorch.loggers.csv_logs.CSVLogger"}}}
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again), encoding="utf-8")
-    logger = _parsed(capsys, "recipe:atlas", tmp_path / "again.yaml")["trainer"]["logger"]
-    assert logger["init_args"]["save_dir"] == "runs/atlas"
-
-
-def test_an_overlay_alone_says_what_it_is(capsys):
-    with pytest.raises(SystemExit):
-        run(args=["fit", "--config=recipe:atlas_zero3"])
-    assert capsys.readouterr().err.rstrip().endswith("It overlays another config: give that one before it.")
-
-
-def test_recipes_are_listed_and_printed(capsys):
-    run(args=["recipes"])
-    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert list(listed) == [path.stem for path in CONFIGS] and "atlas" in listed
-    assert all(text.endswith(".") and len(text) <= 110 for text in listed.values())
-    assert {name for name, text in listed.items() if text.startswith("Overlay: ")} == set(OVERLAYS)
-    run(args=["recipes", "atlas"])
-    assert capsys.readouterr().out == (ROOT / "configs" / "atlas.yaml").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_command_in_a_config_is_about_it(path):
-    (line,) = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#   lit-moeedit ")]
-    words = shlex.split(line.removeprefix("#   lit-moeedit "))
-    assert words[0] in ("fit", "validate") and f"recipe:{path.stem}" in words
-
-
-@pytest.mark.parametrize("name", ["atlsa", "../configs/atlas", "/etc/passwd", "atlas.yaml", "", "*"])
-@pytest.mark.parametrize("args", [["fit", "--config"], ["plan", "--config"], ["recipes"]], ids=lambda args: args[0])
-def test_only_recipes_are_recipes(name, args, capsys):
-    with pytest.raises(SystemExit) as exit:
-        run(args=[*args, f"recipe:{name}"])
-    said = f"{exit.value.code} {capsys.readouterr().err}"
-    assert f"there is no recipe {name!r}; there are atlas, atlas_zero3, " in said
-
-
-def test_a_missing_file_is_named_with_its_option():
-    with pytest.raises(FileNotFoundError) as caught:
-        run(args=["fit", "--config", "recipe:counterfact"])
-    option = "--data.init_args.corpus.init_args.path"
-    assert str(caught.value) == f"No such file or directory: 'counterfact.json'; give the path of yours by {option}"
-
-
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as exit:
         run(args=["--version"])
@@ -326,7 +132,10 @@ def test_a_short_run_ends_with_a_summary(small, tmp_path):
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert saved["trainer"]["max_epochs"] == 2
     # the saved config is a config; without a logger all runs share a folder, and the first one's files are renamed
-    run(args=["fit", f"--config={tmp_path / 'run' / 'config.yaml'}", "--trainer.log_every_n_steps=1"])
+    again = run(args=["fit", f"--config={tmp_path / 'run' / 'config.yaml'}", "--trainer.precision=bf16-mixed"])
+    assert again.trainer.precision == "bf16-mixed" and again.trainer.gradient_clip_val == 1.0
+    second = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert second["edits"] == 3 and "failed" not in second and second["after_training"]["efficacy"] is not None
     assert json.loads((tmp_path / "run" / "summary-v1.json").read_text(encoding="utf-8")) == summary
     assert yaml.safe_load((tmp_path / "run" / "config-v1.yaml").read_text(encoding="utf-8")) == saved
     assert len(list((tmp_path / "run").glob("*.json"))) == len(list((tmp_path / "run").glob("*.yaml"))) == 2
@@ -341,7 +150,9 @@ def _logging(small, logger):
     small.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
-@pytest.mark.parametrize("version", [None, "logs", 0])
+@pytest.mark.parametrize(
+    "version", [pytest.param(None, marks=pytest.mark.slow), "logs", pytest.param(0, marks=pytest.mark.slow)]
+)
 def test_a_repeated_run_leaves_the_earlier_ones_files(small, tmp_path, version):
     init_args = {"save_dir": str(tmp_path / "run"), "name": None, "version": version}
     _logging(small, {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": init_args})
@@ -389,6 +200,7 @@ def test_solver_and_memory_are_chosen_by_their_class(small, tmp_path):
     assert summary["solver"] == "BlockCoordinateDescent"
 
 
+@pytest.mark.slow  # a small one does in test_a_short_run_ends_with_a_summary
 def test_the_demo_runs_in_mixed_precision(tmp_path):
     config = yaml.safe_load((ROOT / "configs" / "atlas.yaml").read_text(encoding="utf-8"))
     config["trainer"] |= {"default_root_dir": str(tmp_path), "logger": False, "enable_progress_bar": False}
@@ -447,10 +259,3 @@ def test_the_command_exits_with_0(monkeypatch):
     # a console script exits with what its function returns, and an object counts as a failure
     monkeypatch.setattr(command_line, "run", lambda: object())
     assert command_line.main() is None
-
-
-def test_two_callbacks_of_one_name_are_refused(tmp_path: Path) -> None:
-    twice = {"class_path": "lit_moeedit.callbacks.RoutingMonitor", "init_args": {"name": "a"}}
-    (tmp_path / "twice.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [twice, twice]}}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"more than one stateful callback .* give each a 'name' of its own"):
-        run(["fit", "--config", str(ROOT / "configs" / "atlas.yaml"), "--config", str(tmp_path / "twice.yaml")])

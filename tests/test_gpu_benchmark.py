@@ -69,10 +69,10 @@ def test_the_whole_command_with_tiny_models(tmp_path: Path) -> None:
 
 def test_edits_and_layers_are_measured(tmp_path: Path, one_family: None) -> None:
     """The parts that take no training; all of them, in a process of their own, are a slow test."""
-    code, results = run_parts(tmp_path, "edit of 50", "edit of 1,000", "layer of", "moments")
+    code, results = run_parts(tmp_path, "edit of 50", "layer of GPT-OSS", "moments")
     assert code == 0 and all(check["passed"] for _, check in gpu_report.checks(results))
     done = {name for name, part in results["parts"].items() if part["status"] == "done"}
-    assert len(done) == 5 and done >= {"edit of 50", "edit of 1,000", "second moments"}
+    assert len(done) == 3 and done >= {"edit of 50", "second moments"}
 
 
 def test_weights_that_stay_changed_fail_the_command(

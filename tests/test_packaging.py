@@ -22,16 +22,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lit_moeedit", "callbacks")
 CONFIGS = {path.name for path in (ROOT / "configs").iterdir()}
 PUBLIC = """
-lit_moeedit: Atlas BlockCoordinateDescent Corpus CovariancePenalty EditEvent EditListener EditMemory EditMethod
+lit_moeedit: Atlas BlockCoordinateDescent Corpus CovariancePenalty Edit EditEvent EditListener EditMemory EditMethod
     EditProblem EditReport EditResult EditSuccess Editor Evaluation ExpertDeltas ExpertLoad Fact FactsCorpus
     FactsDataModule FactsError FineTuning KnowledgeEditing LitMoE Neighbour NullSpace OutputPenalty PerExpertRidge
     Preservation RoutingDivergence RoutingMonitor RoutingSimilarity Schedule Solver TargetOptimizer Tucker Woodbury
-    __version__ evaluate read_facts regathering validate_facts
+    __version__ evaluate read_edits read_facts regathering validate_facts
 lit_moeedit.callbacks: EditEvent EditListener EditReport EndTogether KnowledgeEditing RoutingMonitor Schedule
 lit_moeedit.data: Atlas CheckedFacts Corpus Fact FactError FactsCorpus FactsDataModule FactsError Neighbour Statement
     read_facts validate_facts
 lit_moeedit.editing: EditMemory EditMethod EditResult Editor Evaluation FineTuning MomentsCache PHASES SecondMoments
     TargetOptimizer Targets answers evaluate neighbour_groups perplexity score second_moments
+lit_moeedit.edits: Edit EditConflictError EditFileError LayerChange Placement Presence SavedEdits State apply
+    layers_by_parameter read_edits states to_peft undo verify
 lit_moeedit.metrics: EditSuccess ExpertLoad RoutingDivergence RoutingSimilarity edit_success expert_load
     routing_divergence routing_similarity
 lit_moeedit.planning: Cost CostCounter FakeFloatMode Workload empty_model simulate
@@ -109,27 +111,45 @@ def test_a_wheel_holds_every_source_and_the_table(wheel: Path) -> None:
     assert {"licenses/LICENSE", "entry_points.txt", "METADATA"} <= metadata
 
 
-def test_a_wheel_imports_from_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Where the wheel is unpacked, and what a process finds that imports it from there."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    zipfile.ZipFile(wheel).extractall(folder)
     code = f"""
 import sys
-sys.path.insert(0, {str(tmp_path)!r})
+sys.path.insert(0, {str(folder)!r})
 import json
 import lit_moeedit.callbacks
+import lit_moeedit.sharding.cpu_strategy
+from lightning.pytorch.strategies import StrategyRegistry
 from lit_moeedit.data import Atlas
 from lit_moeedit.recipes import recipe_path
 missing = [name for name in lit_moeedit.__all__ if not hasattr(lit_moeedit, name)]
 files = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "lit_moeedit"]
 files.append(str(recipe_path("atlas")))
-print(json.dumps({{"files": files, "missing": missing, "edits": len(Atlas(edits=2).edits)}}))
+strategies = StrategyRegistry.available_strategies()
+deepspeed = "deepspeed" in sys.modules
+print(json.dumps({{"files": files, "missing": missing, "edits": len(Atlas(edits=2).edits), "strategies": strategies,
+                  "deepspeed": deepspeed}}))
 """
     command = [sys.executable, "-I", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_wheel_imports_from_where_it_is_unpacked(unpacked: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = unpacked
     assert found["missing"] == [] and found["edits"] == 2
-    assert {str(Path(file).resolve().is_relative_to(tmp_path.resolve())) for file in found["files"]} == {"True"}
-    assert str(tmp_path / "lit_moeedit" / "callbacks" / "__init__.py") in found["files"]
+    assert {str(Path(file).resolve().is_relative_to(folder.resolve())) for file in found["files"]} == {"True"}
+    assert str(folder / "lit_moeedit" / "callbacks" / "__init__.py") in found["files"]
+
+
+def test_the_trainer_knows_the_stages_without_deepspeed(unpacked: tuple[Path, dict[str, Any]]) -> None:
+    _, found = unpacked
+    assert {f"deepspeed_cpu_stage_{stage}" for stage in range(4)} <= {*found["strategies"]}
+    assert not found["deepspeed"]
 
 
 IN_A_CHECKOUT = """
@@ -222,7 +242,7 @@ def test_the_package_is_imported_without_what_takes_time() -> None:
 
 def test_extras_and_script_exist(pyproject: dict[str, Any]) -> None:
     project = pyproject["project"]
-    assert set(project["optional-dependencies"]) == {"wandb", "deepspeed", "test", "docs", "dev"}
+    assert set(project["optional-dependencies"]) == {"wandb", "deepspeed", "peft", "test", "docs", "dev"}
     assert project["scripts"] == {"lit-moeedit": "lit_moeedit.__main__:main"}
     assert callable(importlib.import_module("lit_moeedit.__main__").main)
 

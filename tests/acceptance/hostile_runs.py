@@ -17,17 +17,16 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_moeedit.cli import main as command
 from lit_moeedit.data.corpus import train_tokenizer
+from tests.acceptance.forked import run_and_exit
 from tests.acceptance.hostile_inputs import INPUTS, Work
 
 CAPITALS = {"Italy": "Rome", "Spain": "Madrid", "Norway": "Oslo", "Peru": "Lima", "Japan": "Tokyo"}
@@ -110,36 +109,21 @@ def run(work: Work) -> tuple[int, str]:
     if not process:
         os.dup2(its, 1)
         os.dup2(its, 2)
-        os._exit(_child(work))
+        _child(work)
     os.close(its)
     with os.fdopen(ours, encoding="utf-8", errors="replace") as pipe:
         text = pipe.read()
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), text
 
 
-def _child(work: Work) -> int:
-    """What a console script does."""
-    os.environ.update({"COLUMNS": "2000", "HF_HUB_OFFLINE": "1", **work.environment})
-    os.chdir(work.folder)
-    sys.argv = ["lit-moeedit", *work.args]
-    signal.alarm(PATIENCE)
-    code: Any = 0
-    try:
+def _child(work: Work) -> NoReturn:
+    def prepare() -> None:
         if work.largest is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (work.largest, resource.RLIM_INFINITY))
         work.patch()
-        command()
-    except SystemExit as error:
-        code = error.code
-        if isinstance(code, str):
-            sys.stderr.write(code + "\n")
-            code = 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return int(code or 0)
+
+    signal.alarm(PATIENCE)
+    run_and_exit(work.folder, work.args, {"COLUMNS": "2000", **work.environment}, prepare)
 
 
 def said(code: int, text: str, work: Work) -> str:

@@ -24,19 +24,18 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 import yaml
 
 from lit_moeedit.callbacks import EditListener
-from lit_moeedit.cli import main as command
 from lit_moeedit.data.fact import Fact
+from tests.acceptance.forked import run_and_exit
 from tests.acceptance.hostile_runs import made, sound_files
 from tests.processes import die_with_parent
 
@@ -124,7 +123,7 @@ class Run:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             process = os.fork()
             if not process:
-                os._exit(_child(folder, self.outputs[rank], environment if ranks > 1 else {}, options))
+                _child(folder, self.outputs[rank], environment if ranks > 1 else {}, options)
             self.processes.append(process)
 
     def wait(self, seconds: float) -> bool:
@@ -161,8 +160,8 @@ class Run:
         return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def _child(folder: Path, output: Path, environment: dict[str, str], options: Sequence[str]) -> int:
-    """What a console script does, in a process as a launcher starts it."""
+def _child(folder: Path, output: Path, environment: dict[str, str], options: Sequence[str]) -> NoReturn:
+    """Run the command as a launcher starts it."""
     die_with_parent()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
@@ -171,24 +170,9 @@ def _child(folder: Path, output: Path, environment: dict[str, str], options: Seq
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     # a process in the background begins with the signal ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.update({"COLUMNS": "160", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment})
-    os.chdir(folder)
     torch.set_num_threads(1)
-    sys.argv = ["lit-moeedit", "fit", f"--config={folder / 'run.yaml'}", *options]
-    code: Any = 0
-    try:
-        command()
-    except SystemExit as error:
-        code = error.code
-        if isinstance(code, str):
-            sys.stderr.write(code + "\n")
-            code = 1
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return int(code or 0)
+    args = ["fit", f"--config={folder / 'run.yaml'}", *options]
+    run_and_exit(folder, args, {"COLUMNS": "160", "OMP_NUM_THREADS": "1", **environment}, lambda: None)
 
 
 class Bench:

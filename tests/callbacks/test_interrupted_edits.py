@@ -13,7 +13,7 @@ import pytest
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.data import Fact
 from lit_moeedit.editing import EditMemory
-from tests.interrupting import Interrupts, bits, by_exception, by_signal, modes, spread
+from tests.interrupting import Interrupts, bits, by_exception, by_signal, ends_of_each, last_of_each, modes, spread
 
 # a second interrupt can hit what is undone by the collector of an interrupted generator, which only reports it
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -116,11 +116,6 @@ def edit_interrupted(
     return interrupting
 
 
-def last_of_each(places: list[tuple[str, int]]) -> list[int]:
-    """When each line runs for the last time, as numbers from 1."""
-    return sorted({place: number for number, place in enumerate(places, 1)}.values())
-
-
 def test_an_interrupted_edit_is_made_wholly_or_not_at_all(tiny, make_trainer, tmp_path) -> None:
     def choose(places: list[tuple[str, int]]) -> list[tuple[int, ...]]:
         tail = [i for i in last_of_each(places) if places[i - 1][0].endswith(TAIL)]
@@ -139,8 +134,7 @@ PARTS = [
 @pytest.mark.parametrize("some", [pytest.param(range(0, 10**6, 150), marks=pytest.mark.slow, id="sample"), *PARTS])
 def test_an_edit_interrupted_at_every_line(tiny, make_trainer, tmp_path, some: range) -> None:
     def choose(places: list[tuple[str, int]]) -> list[tuple[int, ...]]:
-        first = {place: number for number, place in reversed(list(enumerate(places, 1)))}
-        return [(i,) for i in sorted({*last_of_each(places), *first.values()})[some.start :: some.step]]
+        return [(i,) for i in ends_of_each(places)[some.start :: some.step]]
 
     found = edit_interrupted(tiny, make_trainer, tmp_path, by_signal if some.start % 2 else by_exception, choose)
     assert found.tried > (5 if some.step > 16 else 50)

@@ -51,14 +51,18 @@ def tensors(value: Any) -> list[Tensor]:
     return [tensor for part in value for tensor in tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
-def assert_same(there: Any, plain: Any, device: torch.device | None = None, scale: float = 1.0) -> None:
+def assert_same(there: Any, plain: Any, device: torch.device | None = None) -> None:
     """The tensors of two results are the same, and those of the first are on a device."""
     found, wanted = tensors(there), tensors(plain)
     assert len(found) == len(wanted) > 0
     for tensor, other in zip(found, wanted, strict=True):
         assert device is None or tensor.device == device
         # the kernels are the same; where the code takes another way on a GPU, sums are in another order
-        torch.testing.assert_close(tensor.cpu(), other.cpu(), rtol=scale * 1e-4, atol=scale * 1e-5)
+        torch.testing.assert_close(tensor.cpu(), other.cpu(), rtol=1e-4, atol=1e-5)
+
+
+def assert_close_as_a_whole(there: Tensor, plain: Tensor, close: float) -> None:
+    assert float((there.cpu() - plain).detach().norm()) <= close * float(plain.detach().norm())
 
 
 @pytest.fixture
@@ -230,16 +234,21 @@ def test_edits(cuda, both, tokenizer, facts, texts, family: str, way: str) -> No
         second = editor.edit(model, tokenizer, facts[2:], texts[:4], guard=lambda: False)
         results.append([first, second])
         weights.append(dict(model.named_parameters()))
+    # Measured: at most 5e-6, sums of float32 in another order. Carried Tucker factors are solved for in coordinates
+    # that moments of few texts whiten: with equal targets changes differ by up to 1.5e-3, those of a second edit by
+    # 2.6e-3.
+    close = 5e-3 if way == "tucker" else 1e-4
     for there, plain in zip(*results, strict=True):
-        # Adam's first steps are of the size of the learning rate, however small a gradient is
-        assert_same(there.targets, plain.targets, cuda, scale=100)
         assert {tensor.device for deltas in there.deltas.values() for tensor in tensors(deltas)} == {cuda}
-        assert there.relative_change == pytest.approx(plain.relative_change, rel=1e-2)
+        assert {tensor.device for tensor in tensors(there.targets)} == {cuda}
+        for name in ("deltas", "nll"):
+            assert_close_as_a_whole(getattr(there.targets, name), getattr(plain.targets, name), close)
+        assert torch.equal(there.targets.steps.cpu(), plain.targets.steps)
+        assert there.relative_change == pytest.approx(plain.relative_change, rel=close)
         assert there.energy_kept.keys() == plain.energy_kept.keys()
     for weight, other in zip(weights[0].values(), weights[1].values(), strict=True):
         assert weight.device == cuda
-        # as a whole, because single elements of a change differ as the targets do
-        assert float((weight.cpu() - other).detach().norm()) <= 1e-2 * float(other.detach().norm())
+        assert_close_as_a_whole(weight, other, close)
 
 
 def test_fine_tuning(cuda, both, tokenizer, facts) -> None:

@@ -30,48 +30,13 @@ from lit_moeedit.preservation import NullSpace
 pytestmark = pytest.mark.families
 
 SUPPORTED = [
-    "aria_text",
-    "axk2",
-    "bailing_hybrid",
-    "cohere2_moe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "dots1",
-    "dots3_note_text",
-    "ernie4_5_moe",
-    "exaone_moe",
-    "flint",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "granitemoe",
-    "granitemoe_swa",
-    "granitemoehybrid",
-    "granitemoeshared",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "jamba",
-    "kimi_linear",
-    "laguna",
-    "lfm2_moe",
-    "mellum",
-    "mimo_v2_flash",
-    "minimax",
-    "minimax_m2",
-    "minimax_m3_vl_text",
-    "mixtral",
-    "nemotron_h",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_5_moe_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "solar_open",
-    "zaya",
-]
+    "aria_text", "axk2", "bailing_hybrid", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1",
+    "dots3_note_text", "ernie4_5_moe", "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss",
+    "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba",
+    "kimi_linear", "laguna", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text",
+    "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
+    "solar_open", "zaya",
+]  # fmt: skip
 NORM = "normalises the output of its experts"
 STREAMS = "several streams"
 CONVOLUTION = "mixes the experts' outputs of different tokens"
@@ -193,11 +158,26 @@ class Case:
 
 # transformers takes a second for every copy of this one's config
 SLOW = {"dots3_note_text"}
+FEW = {"bailing_hybrid", "deepseek_v3", "gpt_oss", "granitemoe", "jamba", "qwen3_moe"}
+"""Layers of several kinds, shared experts, transposed weights with biases, a gain, Mamba in between, and none of it."""
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SUPPORTED]
+def some(names: set[str], *values: Any) -> list[Any]:
+    """Parameters for every family; those of families that are not named are slow."""
+    return [pytest.param(name, *values, marks=[] if name in names else [pytest.mark.slow]) for name in SUPPORTED]
+
+
+every_family_in_float32 = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*some({*SUPPORTED} - SLOW, torch.float32), *some(FEW, torch.bfloat16)],
+    indirect=["case"],
+    scope="module",
 )
+every_family = pytest.mark.parametrize("case", some({*SUPPORTED} - SLOW), indirect=True, scope="module")
+few_families = pytest.mark.parametrize("case", some(FEW), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest) -> Case:
     model = small_model(request.param, vocab_size=VOCABULARY).train()
     model.set_experts_implementation("eager")
@@ -217,7 +197,7 @@ def keys_of(case: Case, implementation: str) -> dict[int, RoutedKeys]:
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_family_in_float32
 @torch.no_grad()
 def test_keys_gates_and_output_equal_those_computed_by_hand(case: Case, dtype: torch.dtype) -> None:
     case = case.copy(dtype)
@@ -243,6 +223,7 @@ def test_keys_gates_and_output_equal_those_computed_by_hand(case: Case, dtype: t
         torch.testing.assert_close(said.double(), output, rtol=0, atol=tolerance * float(output.abs().max()))
 
 
+@few_families
 def test_features_do_not_depend_on_the_implementation(case: Case) -> None:
     eager = keys_of(case, "eager")
     for implementation in ("grouped_mm", "batched_mm"):
@@ -254,6 +235,7 @@ def test_features_do_not_depend_on_the_implementation(case: Case) -> None:
             torch.testing.assert_close(other.key, eager[index].key, rtol=1e-4, atol=1e-4)
 
 
+@every_family
 @torch.no_grad()
 def test_the_upper_layers_say_what_the_whole_model_says(case: Case) -> None:
     """Target vectors are optimised through layers that are given the target layer's output, the others left out."""
@@ -318,7 +300,7 @@ def gain_by_hand(case: Case) -> Tensor | float:
     return factors.get(case.model_type, 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_family_in_float32
 def test_an_edit_moves_the_layer_by_what_the_solver_predicted(case: Case, dtype, tokenizer, facts, texts) -> None:
     case = case.copy(dtype)
     prompts = [e.ids for e in encode(tokenizer, [fact.prompt for fact in facts], [""] * len(facts))]
@@ -336,6 +318,7 @@ def test_an_edit_moves_the_layer_by_what_the_solver_predicted(case: Case, dtype,
     assert float(result.targets.deltas.norm(dim=-1).min()) > 0.1
 
 
+@few_families
 def test_a_null_space_edit_leaves_preserved_inputs_alone_and_is_saved(
     case: Case, tokenizer, facts, tmp_path: Path
 ) -> None:
@@ -355,6 +338,7 @@ def test_a_null_space_edit_leaves_preserved_inputs_alone_and_is_saved(
         assert torch.equal(again.get_parameter(name), parameter), name
 
 
+@few_families
 def test_it_trains_and_its_routing_is_traced(case: Case, tokenizer, texts, monkeypatch) -> None:
     case = case.copy()
     module, logged = LitMoE(config={"model_type": case.model_type}), {}

@@ -111,7 +111,7 @@ def test_without_sharding_nothing_is_hooked(monkeypatch: pytest.MonkeyPatch) -> 
 
 @dataclass
 class Case:
-    """A run of three steps under ZeRO stage 3, and some steps of a target optimisation behind them."""
+    """A run of two steps under ZeRO stage 3, and some steps of a target optimisation behind them."""
 
     family: str
     changes: dict[str, Any]
@@ -122,7 +122,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)
 
 
-DEEP = {"num_hidden_layers": 8, "moe_intermediate_size": 64, "num_experts": 8, "vocab_size": 60}
+DEEP = {"num_hidden_layers": 6, "moe_intermediate_size": 64, "num_experts": 8, "vocab_size": 60}
 CASES = {
     "leaf modules": Case("qwen3_moe", DEEP, measured=True),
     # norms stay gathered
@@ -183,7 +183,7 @@ def train(case: Case, active: bool) -> dict[str, Any]:
         dtype="float32" if case.precision == "32-true" else "bfloat16", learning_rate=0.01,
     )  # fmt: skip
     module.case = case
-    ids = torch.randint(3, 60, (12, 7), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 60, (8, 7), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
     meter = CostCounter()
     steps = Steps(meter)
@@ -232,7 +232,7 @@ def check(found: list[dict[str, Any]], name: str) -> None:
     for rank in found:
         without, within, equal = rank[name]
         assert equal
-        assert without["losses"] == within["losses"] and len(set(within["losses"])) == 3
+        assert without["losses"] == within["losses"] and len(set(within["losses"])) == 2
         assert torch.equal(without["targets"], within["targets"]) and within["targets"].abs().sum(-1).min() > 0
         assert within["partitioned"]
         assert bool(within["persistent"]) == (name == "grouped")
@@ -257,6 +257,6 @@ def test_no_rank_holds_all_experts(runs: list[dict[str, Any]]) -> None:
     for rank in runs:
         without, within, _ = rank["leaf modules"]
         for what in ("step", "targets"):
-            # those of all layers but one or two (of eight), and in the targets of the one that they lie behind
+            # those of all layers but one or two (of six), and in the targets of the one that they lie behind
             saved = without["rises"][what] - within["rises"][what]
             assert saved > 0.6 * without["experts"], (what, without["rises"], within["rises"])

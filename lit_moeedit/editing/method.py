@@ -17,11 +17,13 @@ from lit_moeedit.data.lengths import remark_long_facts
 from lit_moeedit.editing.phases import Clock, Progress
 from lit_moeedit.editing.targets import Targets
 from lit_moeedit.interrupts import Undo, held
-from lit_moeedit.models.experts import ExpertLayer, check_editable, check_trainable
+from lit_moeedit.models.experts import ExpertLayer, check_editable
 from lit_moeedit.models.output_scale import with_output_scale
+from lit_moeedit.models.quantised import refuse_repacked
 from lit_moeedit.models.token_budget import Budget, check_budget
 from lit_moeedit.pretrained import check_vocabulary
 from lit_moeedit.sharding.backends import locate, refuse_parallelism
+from lit_moeedit.sharding.history import History
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
@@ -71,6 +73,8 @@ class EditJob:
         ranks: the processes that edit together.
         clock: measures the phases.
         report: called with a phase's name, the number of steps done, and their total number.
+        histories: the changes of frozen experts so far, by :attr:`~lit_moeedit.models.experts.ExpertLayer.weight_name`;
+            ``None`` to keep none.
     """
 
     model: PreTrainedModel
@@ -82,6 +86,7 @@ class EditJob:
     ranks: Ranks
     clock: Clock
     report: Progress
+    histories: dict[str, History] | None = None
 
 
 class LayerEdits(ABC):
@@ -116,7 +121,8 @@ class LayerEdits(ABC):
             ranks.check_errors()
             ranks.broadcast(deltas.left, deltas.right)
         with clock("commit"):
-            change = transaction.commit(layer.down_proj, deltas, layer.is_transposed)
+            name = None if self.job.histories is None else layer.weight_name
+            change = transaction.commit(layer.down_proj, deltas, layer.is_transposed, name)
         self.deltas[layer.index], self.relative_change[layer.index] = deltas, change
 
     def keep(self) -> None:  # noqa: B027 - most methods have nothing to remember
@@ -140,6 +146,8 @@ class EditMethod(ABC):
     Attributes:
         needs_moments: whether :meth:`edit` needs preservation text (or second moments of it).
         memory: keeps later edits from undoing earlier ones; ``None`` for no memory.
+        facts: the facts of a method that brings its own; ``None`` for any other.
+        can_renew: whether edits that have faded can be made again.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -147,6 +155,8 @@ class EditMethod(ABC):
 
     needs_moments: bool = False
     memory: EditMemory | None = None
+    facts: Sequence[Fact] | None = None
+    can_renew: bool = True
 
     def __init__(
         self,
@@ -178,11 +188,12 @@ class EditMethod(ABC):
         """Return the layers to edit, ascending, after all checks that need no forward.
 
         Raises:
-            UnsupportedModelError: if a layer cannot be edited. Frozen layers are refused by :meth:`edit` only.
+            UnsupportedModelError: if a layer cannot be edited.
             UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
             ValueError: if a setting does not fit the layers.
         """
         refuse_parallelism(model)
+        refuse_repacked(model)
         layers = check_editable(model, self.layers)
         for layer in layers:
             locate(layer.down_proj)
@@ -238,6 +249,7 @@ class EditMethod(ABC):
         phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
         layers: Sequence[ExpertLayer] | None = None,
         copies: Sequence[Mapping[str, Tensor]] = (),
+        histories: dict[str, History] | None = None,
     ) -> EditResult:
         """Edit the facts in the model's weights, all of them or none.
 
@@ -262,9 +274,12 @@ class EditMethod(ABC):
             layers: the result of :meth:`check` for this model, if its weights have not changed since.
             copies: further copies of the model's weights, by the names of its parameters, such as the ``state_dict()``
                 of an averaged model. They get the same change of the edited layers, in the same transaction.
+            histories: the changes of frozen experts so far, by names of parameters, with which the new ones are added
+                up before they are rounded; brought up to date in the same transaction. See
+                :class:`~lit_moeedit.sharding.history.EditSum`.
 
         Raises:
-            UnsupportedModelError: if the model cannot be edited, or a layer is frozen.
+            UnsupportedModelError: if the model cannot be edited.
             UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
             FactError: if a fact cannot be edited.
             ValueError: if preservation text is needed, and there is none; if ``layers`` are others; if a copy has no
@@ -278,7 +293,7 @@ class EditMethod(ABC):
         # if a rank fails anywhere in this block, the others learn of it at their next check: before each forward and
         # before each collective operation
         with ranks.together():
-            check_trainable(model, self.find_layers(model))
+            self.find_layers(model)
             if layers is None:
                 with clock("features"):
                     layers = self.check(model, ranks)
@@ -291,9 +306,10 @@ class EditMethod(ABC):
                 self.remark_long_facts(model, tokenizer, facts)
             ranks.check_same("the facts", [repr(fact) for fact in facts])
             report = progress or (lambda phase, done, total: None)
-            edits = self.prepare(EditJob(model, tokenizer, facts, layers, preservation, moments, ranks, clock, report))
+            job = EditJob(model, tokenizer, facts, layers, preservation, moments, ranks, clock, report, histories)
+            edits = self.prepare(job)
             targets = edits.targets
-            with held(Transaction(optimizers, ranks, self.reset_moments, further)) as transaction:
+            with held(Transaction(optimizers, ranks, self.reset_moments, further, histories)) as transaction:
                 for number, layer in enumerate(layers, 1):
                     edits.commit(layer, edits.solve(layer), transaction)
                     report("layers", number, len(layers))

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel
 
+from lit_moeedit.models.adapted import refuse_adapters, refuse_merged
+from lit_moeedit.models.errors import UnsupportedModelError as UnsupportedModelError
+from lit_moeedit.models.quantised import quantised_experts
 from lit_moeedit.sharding.backends import refuse_parallelism
 
 FAMILIES_HINT = "the command 'lit-moeedit families' lists the models that can be edited"
@@ -22,10 +25,6 @@ FAMILIES_HINT = "the command 'lit-moeedit families' lists the models that can be
 
 EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 """Keys of configs that hold ``k``, the number of experts that a token is routed to."""
-
-
-class UnsupportedModelError(ValueError):
-    """A model, or one of its layers, that cannot be edited; the message gives the reason and a remedy."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,12 @@ class ExpertLayer:
     def down_proj(self) -> nn.Parameter:
         """The down-projections of all experts, as transformers stores them."""
         return cast("nn.Parameter", self.experts.down_proj)
+
+    @property
+    def weight_name(self) -> str:
+        """The name of :attr:`down_proj` in the model without adapters: those of peft put modules in between."""
+        name = self.name.removeprefix("base_model.model.")
+        return f"{'.'.join(part for part in name.split('.') if part != 'base_layer')}.down_proj"
 
     @property
     def is_transposed(self) -> bool:
@@ -118,6 +123,8 @@ def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
                 break
     if not layers:
         refuse_parallelism(model)
+        for reason in quantised_experts(model).values():
+            raise UnsupportedModelError(reason)
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layer with routed experts that declares the experts interface of "
             f"transformers >= 5; lit_moeedit edits Mixture-of-Experts models only; {FAMILIES_HINT}"
@@ -137,24 +144,26 @@ def experts_per_token(model: PreTrainedModel) -> int:
 
 
 def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[ExpertLayer]:
-    """Check that the layers with the given indices can be edited, now or (if they are frozen now) later.
+    """Check that the layers with the given indices can be edited, be they frozen or not.
 
     Returns:
         The layers, ascending.
 
     Raises:
         UnsupportedModelError: a layer has no experts, is quantised, or has a norm after its experts, which makes the
-            effect of a delta non-linear. The message names the layer and the reason.
+            effect of a delta non-linear; or adapters are merged, or cannot be trained. The message names the layer and
+            the reason.
     """
+    refuse_merged(model)
+    refuse_adapters(model)
     found = expert_layers(model)
     name = type(model).__name__
     if not layers:
         raise UnsupportedModelError(f"no layer to edit was given; {name} has experts in layers {_ranges(found)}")
     for index in layers:
         if index not in found:
-            raise UnsupportedModelError(
-                f"layer {index} of {name} has no routed experts; layers with experts: {_ranges(found)}"
-            )
+            missing = f"layer {index} of {name} has no routed experts; layers with experts: {_ranges(found)}"
+            raise UnsupportedModelError(quantised_experts(model).get(index, missing))
     chosen = [found[index] for index in sorted(set(layers))]
     for layer in chosen:
         weight = layer.down_proj
@@ -173,20 +182,6 @@ def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[Expert
                 f"{layer.name}.down_proj of {name} must be [E, d_model, d_hidden], got {list(weight.shape)}"
             )
     return chosen
-
-
-def check_trainable(model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> None:
-    """Check that layers are not frozen. Staged fine-tuning changes that, so this is for the moment of an edit.
-
-    Raises:
-        UnsupportedModelError: a layer is frozen. The message names the layer.
-    """
-    for layer in layers:
-        if not layer.down_proj.requires_grad:
-            raise UnsupportedModelError(
-                f"the experts of layer {layer.index} of {type(model).__name__} ({layer.name}.down_proj) are frozen; "
-                "edit layers that train, edit when they train, or set requires_grad_(True)"
-            )
 
 
 def _ranges(indices: Mapping[int, Any]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,44 @@ MANY_BLOCKS = 128
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class Part(NamedTuple):
+    """A copy of what this rank held of a parameter.
+
+    Attributes:
+        shape: shape of the whole parameter.
+        is_whole: whether every rank holds all of it.
+        start: index of the first element in the flattened parameter.
+        elements: the elements, ``[n]``.
+    """
+
+    shape: Sequence[int]
+    is_whole: bool
+    start: int
+    elements: Tensor
+
+    @classmethod
+    def of(cls, tensor: Any) -> Part:
+        """Return what this rank holds of a parameter or buffer, without a copy."""
+        if hasattr(tensor, "ds_id"):
+            return cls(tensor.ds_shape, False, *zero_3_partition(tensor))
+        return cls(tensor.shape, True, 0, tensor.detach().reshape(-1))
+
+    def to(self, target: torch.dtype | str) -> Part:
+        """Return a copy in main memory (``cpu``), or the same in another dtype."""
+        copied = self.elements.to("cpu", copy=True) if isinstance(target, str) else self.elements.to(target)
+        return self._replace(elements=copied)
+
+    def rows(self, number: int) -> Tensor:
+        """Return this rank's elements of one entry along the first dimension, such as an expert."""
+        size = torch.Size(self.shape[1:]).numel()
+        start, stop = (min(max(x * size - self.start, 0), len(self.elements)) for x in (number, number + 1))
+        return self.elements[start:stop]
+
+
 @torch.no_grad()
-def fingerprints(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
+def fingerprints(
+    tensors: Mapping[str, Tensor | Part], ranks: Ranks, rounded_to: torch.dtype | None = None
+) -> dict[str, str]:
     """Compute a short text for each parameter or buffer that changes when any of its elements does.
 
     The bits of each element, as an integer, are added up with a weight that depends on its position, modulo 2⁶⁴, in one
@@ -29,8 +66,10 @@ def fingerprints(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
     all-reduced. Fingerprints tell states of training apart. They are no defence against forgery.
 
     Args:
-        tensors: parameters and buffers by name, the same names on all ranks.
+        tensors: parameters, buffers or copies of them by name, the same names on all ranks.
         ranks: the processes that share the work. Each calls this.
+        rounded_to: dtype to round the elements to first. Copies of the same weights in two dtypes have the same
+            fingerprint after rounding to the lower precision.
 
     Returns:
         Shape, dtype and sum of each tensor, by name.
@@ -45,13 +84,12 @@ def fingerprints(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
     sums = torch.zeros(len(tensors), dtype=torch.int64)
     weights: dict[torch.device, Tensor] = {}
     found: dict[torch.device, dict[int, Tensor]] = {}
-    for i, tensor in enumerate(tensors.values()):
-        if hasattr(tensor, "ds_id"):
-            start, elements = zero_3_partition(tensor)
-        elif ranks.rank == 0:  # all ranks hold all of it
-            start, elements = 0, tensor.reshape(-1)
-        else:
+    parts = [tensor if isinstance(tensor, Part) else Part.of(tensor) for tensor in tensors.values()]
+    for i, (_, is_whole, start, elements) in enumerate(parts):
+        if is_whole and ranks.rank > 0:
             continue
+        if rounded_to is not None:
+            elements = elements.to(rounded_to)
         own = weights.get(elements.device)
         if own is None or len(own) < min(BLOCK, start + len(elements)):
             weights[elements.device] = own = _weights(min(BLOCK, start + len(elements)), elements.device)
@@ -60,7 +98,7 @@ def fingerprints(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, str]:
         sums[list(totals)] = torch.stack(list(totals.values())).cpu()
     ranks.check_errors()  # the sums must not be mixed up with the flags of a rank that has failed
     ranks.all_reduce(sums)
-    shapes = [f"{list(getattr(tensor, 'ds_shape', tensor.shape))} {tensor.dtype}" for tensor in tensors.values()]
+    shapes = [f"{list(part.shape)} {rounded_to or part.elements.dtype}" for part in parts]
     return {name: f"{shape} {value:x}" for name, shape, value in zip(tensors, shapes, sums.tolist(), strict=True)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -119,6 +119,18 @@ def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
     if missing:
         raise ValueError(f"the checkpoint {path!r} lacks {len(missing)} weights of the model: {first_few(missing)}")
     return model
+
+
+def constructed_whole(strategy: Strategy | None) -> AbstractContextManager[None]:
+    """Construct further modules within this block as whole ones, whatever the strategy shards during construction.
+
+    Under ZeRO stage 3 a module has empty weights as soon as its constructor has returned, and an initialisation that
+    follows has no effect. DeepSpeed shards whole weights when training begins.
+
+    Args:
+        strategy: the Trainer's strategy, if there is one.
+    """
+    return _outside_of_init() if _shards(strategy) else nullcontext()
 
 
 @contextmanager

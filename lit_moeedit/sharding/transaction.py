@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lit_moeedit.interrupts import Undo, uninterrupted
-from lit_moeedit.precision import full_precision
 from lit_moeedit.sharding.backends import locate
-from lit_moeedit.sharding.batches import Batch, Batches
-from lit_moeedit.sharding.checks import Checks
+from lit_moeedit.sharding.commit import Commit
+from lit_moeedit.sharding.fingerprint import fingerprints
+from lit_moeedit.sharding.history import EditSum, History
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.rollback import Saved, Store
-from lit_moeedit.sharding.shards import Copy, Shard
 
 if TYPE_CHECKING:
     from lit_moeedit.solvers import ExpertDeltas
-
-BLOCK = {"cpu": 2**19}
-"""Elements that are changed at once, by the type of device.
-
-A commit needs, besides its copies for the rollback, 16 bytes for each element of a block (32 in float64), and the
-factors of its delta. That does not grow with the parameter.
-"""
-LARGE_BLOCK = 2**25
-"""Elements of a block on other devices, where starting an operation takes longer than computing it.
-
-A commit takes 512 MiB for its work then.
-"""
-
-
-@full_precision()
-def delta_slice(deltas: ExpertDeltas, expert: int, start: int, stop: int, transposed: bool = False) -> Tensor:
-    """Compute the elements ``[start, stop)`` of one expert's flattened dense change, and no row outside of them.
-
-    Args:
-        deltas: the deltas.
-        expert: one of ``deltas.experts``.
-        start: index of the first element, counted in the flattened ``[d_model, d_hidden]``.
-        stop: index after the last element.
-        transposed: whether the expert is flattened as ``[d_hidden, d_model]``.
-    """
-    factors = deltas.rows(expert)
-    assert factors is not None
-    left, right = factors
-    width = (left if transposed else right).shape[1]
-    first, last = start // width, -(-stop // width)
-    rows = (left.T @ right[:, first:last]).T if transposed else left[:, first:last].T @ right
-    return rows.reshape(-1)[start - first * width : stop - first * width]
 
 
 class Transaction(Undo):
@@ -86,6 +52,7 @@ class Transaction(Undo):
         copies: further copies of parameters, such as averages of the weights that another part of the run keeps. The
             delta of a parameter is added to each of them in the same commit, and undone with it. Each has the
             parameter's shape, and any dtype and device.
+        histories: the changes of frozen parameters so far, by names of parameters; kept up to date.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2, 3, 4))
@@ -100,12 +67,14 @@ class Transaction(Undo):
         ranks: Ranks | None = None,
         reset_moments: bool = False,
         copies: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
+        histories: dict[str, History] | None = None,
     ) -> None:
         super().__init__()
         self.optimizers = list(optimizers)
         self.ranks = ranks or Ranks.current()
         self.reset_moments = reset_moments
         self.copies = copies or {}
+        self.histories = {} if histories is None else histories
         # what each commit has changed, by expert
         self._journal: list[dict[int, Saved]] = []
         self._store = Store()
@@ -116,15 +85,29 @@ class Transaction(Undo):
         return sum(map(len, self._journal))
 
     @torch.no_grad()
-    def commit(self, weight: nn.Parameter, deltas: ExpertDeltas, transposed: bool = False) -> float:
+    def commit(
+        self,
+        weight: nn.Parameter,
+        deltas: ExpertDeltas | Sequence[ExpertDeltas],
+        transposed: bool = False,
+        name: str | None = None,
+        exact: bool | None = None,
+    ) -> float:
         """Add deltas to the experts of one parameter.
 
         The sum is taken in float32 (or float64, if either is) and rounded once to each copy's dtype.
 
+        Several deltas, and those of a frozen parameter, are added up in float64, in their order. The result is rounded
+        once, together with the earlier changes of a frozen parameter that :attr:`histories` has: see
+        :class:`~lit_moeedit.sharding.history.EditSum`.
+
         Args:
             weight: ``[E, d_model, d_hidden]``, or ``[E, d_hidden, d_model]`` if ``transposed``.
-            deltas: the deltas to add.
+            deltas: the deltas to add, at least one.
             transposed: whether the experts are stored transposed.
+            name: name of the parameter in :attr:`histories`; ``None`` to leave these alone.
+            exact: whether to take the sum in float64. By default that depends on the deltas and the parameter, as said
+                above. It is given to make a change again as it was made in weights that were frozen, or were not.
 
         Returns:
             ``‖ΔW‖_F / ‖W‖_F`` over the experts that changed; 0 if none did.
@@ -136,15 +119,22 @@ class Transaction(Undo):
             RankError: if another rank failed.
         """
         done, known = len(self._undos), len(self._journal)
+        changes = list(deltas) if isinstance(deltas, Sequence) else [deltas]
+        is_frozen = not weight.requires_grad
         try:
+            before, earlier = self._begin(weight, name) if is_frozen and name is not None else (None, None)
+            # a copy that is equal stays equal
+            equal = {id(copy) for copy in self.copies.get(weight, ()) if earlier and self._fingerprint(copy) == before}
             with self.ranks.together():
-                if not deltas.is_finite():
+                if not all(change.is_finite() for change in changes):
                     raise FloatingPointError("a delta has values that are not finite")
-                commit = _Commit(weight, locate(weight, self.optimizers), deltas, transposed, self._store)
-                further = [
-                    _Commit(copy, locate(copy), deltas, transposed, self._store, commit.saved)
-                    for copy in self.copies.get(weight, ())
-                ]
+                shard = locate(weight, self.optimizers)
+                # DeepSpeed may hold master weights all the same
+                is_frozen = is_frozen and shard.model is None
+                is_exact = (is_frozen or len(changes) > 1) if exact is None else exact
+                earlier = earlier if is_exact else None
+                commit = Commit(weight, shard, changes, transposed, self._store, is_exact, earlier)
+                further = [commit.of_copy(copy, is_equal=id(copy) in equal) for copy in self.copies.get(weight, ())]
                 # known before anything is written
                 self.by(_restore, commit.saved)
                 self._journal.append(commit.saved)
@@ -159,6 +149,8 @@ class Transaction(Undo):
                     commit.all_reduce_model_weights(self.ranks)
             relative_change = commit.relative_change()
             self.ranks.check_errors()
+            if name is not None:
+                self._note(name, commit, before if is_frozen else None, earlier)
         except BaseException:
             self.undo(done)
             raise
@@ -167,6 +159,38 @@ class Transaction(Undo):
         for expert in first & commit.saved.keys():
             del commit.saved[expert]
         return relative_change
+
+    def _begin(self, weight: nn.Parameter, name: str) -> tuple[str, EditSum | None]:
+        """Return the fingerprint of a frozen parameter, and the sum that a change of it continues, if there is one."""
+        now = self._fingerprint(weight)
+        last = next(iter(self.histories.get(name, ())[-1:]), None)
+        if last is not None and last.after[-1] != now:  # trained or loaded since
+            self._set_history(name, ())
+            return now, None
+        is_known = last is not None and last.is_exact and last.elements is not None
+        return now, last.joined() if last is not None and is_known else None
+
+    def _note(self, name: str, commit: Commit, before: str | None, earlier: EditSum | None) -> None:
+        """Add a change to the histories; one of weights that train (``before`` is ``None``) ends a history."""
+        if before is None:
+            self._set_history(name, ())
+            return
+        deltas, after = [change.to("cpu") for change in commit.deltas], self._fingerprint(commit.weight)
+        history = self.histories.get(name, ())
+        if earlier is not None:
+            self._set_history(name, (*history[:-1], earlier.extended(deltas, after, commit.before)))
+            return
+        elements = commit.before if commit.is_exact else None
+        own = EditSum(before, tuple(deltas), (after,) * len(deltas), elements, commit.is_exact)
+        self._set_history(name, (*history, own))
+
+    def _fingerprint(self, weight: nn.Parameter) -> str:
+        return fingerprints({"": weight}, self.ranks)[""]
+
+    def _set_history(self, name: str, history: History) -> None:
+        known = self.histories.get(name, ())
+        self.by(self.histories.__setitem__, name, known)
+        self.histories[name] = history
 
     @torch.no_grad()
     def rollback(self) -> None:
@@ -205,166 +229,3 @@ def _restore(changed: dict[int, Saved]) -> None:
     for saved in changed.values():
         saved.restore()
     changed.clear()
-
-
-class _Commit:
-    """The change of one parameter by one set of deltas, on this rank, block by block.
-
-    A further copy of a parameter adds what it changes to what is ``saved`` for the parameter.
-    """
-
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        shard: Shard,
-        deltas: ExpertDeltas,
-        transposed: bool,
-        store: Store,
-        saved: dict[int, Saved] | None = None,
-    ) -> None:
-        self.weight, self.shard, self.deltas, self.transposed = weight, shard, deltas, transposed
-        self.size = shard.shape[1] * shard.shape[2]
-        self.saved = {expert: Saved(weight) for expert in deltas.experts} if saved is None else saved
-        self.checks, self._store = Checks(shard.dtype), store
-
-    @property
-    def device(self) -> torch.device:
-        """Device on which this rank holds the model weights."""
-        return (self.shard.model or self.shard.master).read().device
-
-    def size_of_copies(self, with_moments: bool) -> int:
-        """Return the bytes of the copies for a rollback, if all of them are on the weights' device."""
-        ranges = [self._own_range(expert * self.size, (expert + 1) * self.size) for expert in self.deltas.experts]
-        own = sum(stop - start for start, stop in ranges)
-        model = len(ranges) * self.size if self.is_replicated() else own
-        masters = (self.shard.model is not None) + (len(self.shard.moments) if with_moments else 0)
-        return model * self.shard.dtype.itemsize + masters * own * torch.float32.itemsize
-
-    def is_replicated(self) -> bool:
-        """Tell if every rank holds all model weights, though each owns only a range of the master weights."""
-        shared = self.shard.group is not None and self.shard.model is not None
-        return shared and len(self._model_weights()) == self.shard.shape.numel()
-
-    def change_own_range(self) -> None:
-        """Change what this rank owns, in the master weights and in the model weights, and check it."""
-        master = self.shard.master.read()
-        if self._is_batched(master):
-            batches = Batches(self.deltas, master.device, self.transposed, LARGE_BLOCK)
-            for batch in batches:
-                self._add_batch(batches, batch, master.view(-1, self.size))
-        else:
-            for expert, first, last in self._blocks(master.device):
-                start, stop = self._own_range(first, last)
-                if start < stop:
-                    self._add_block(expert, start, stop, master)
-        self.checks.verify()
-        self.shard.master.write(master)
-
-    def all_reduce_model_weights(self, ranks: Ranks) -> None:
-        """Exchange the rounded weights between ranks that own different ranges of them."""
-        model = self._model_weights()
-        for expert, first, last in self._blocks(self.weight.device):
-            start, stop = self._own_range(first, last)
-            block = torch.zeros(last - first, dtype=self.shard.dtype, device=model.device)
-            block[start - first : stop - first] = model[start:stop]
-            ranks.check_errors()
-            self.shard.all_reduce(block)
-            self._write_others(expert, first, block)
-
-    def reset_moments(self) -> None:
-        """Set this rank's moments of the changed experts to zero."""
-        for moment in self.shard.moments:
-            elements = moment.read()
-            for expert in self.deltas.experts:
-                start, stop = self._own_range(expert * self.size, (expert + 1) * self.size)
-                self._save(expert, moment, elements, start, stop)
-                elements[start - moment.start : stop - moment.start] = 0
-            moment.write(elements)
-
-    def relative_change(self) -> float:
-        """Return ``‖ΔW‖_F / ‖W‖_F`` over the experts that changed, on all ranks together."""
-        squares = self.checks.squares(self.weight.device)
-        if self.shard.group is not None:
-            dist.all_reduce(squares, group=self.shard.group)
-        change, before = squares.tolist()
-        return (change / before) ** 0.5 if before else 0.0
-
-    def _blocks(self, device: torch.device) -> Iterator[tuple[int, int, int]]:
-        """Yield the changed experts and blocks of their elements, the same on all ranks with one type of device."""
-        block = BLOCK.get(device.type, LARGE_BLOCK)
-        for expert in self.deltas.experts:
-            for first in range(expert * self.size, (expert + 1) * self.size, block):
-                yield expert, first, min(first + block, (expert + 1) * self.size)
-
-    def _own_range(self, first: int, last: int) -> tuple[int, int]:
-        """Return the part of a range that this rank owns, empty if it owns none of it."""
-        start, stop = (min(max(index, self.shard.start), self.shard.stop) for index in (first, last))
-        return start, stop
-
-    def _model_weights(self) -> Tensor:
-        assert self.shard.model is not None
-        return self.shard.model.read()
-
-    def _is_batched(self, master: Tensor) -> bool:
-        """Tell if several experts are changed at once: one accelerator has all of them, and none fills a block."""
-        on_accelerator = master.device.type not in BLOCK and self.device == master.device
-        return on_accelerator and len(master) == self.shard.shape.numel() and self.size <= LARGE_BLOCK
-
-    def _add_batch(self, batches: Batches, batch: Batch, master: Tensor) -> None:
-        """Change whole experts in the master weights ``[E, n]`` and in the model weights."""
-        old = self._save_rows(batch, self.shard.master, master)
-        model = None
-        if self.shard.model is not None:
-            model = self._model_weights().view(master.shape)
-            held = self._save_rows(batch, self.shard.model, model)
-            self.checks.compare(batch.experts, old.to(held.dtype), held)
-        delta = batches.dense(batch).view(old.shape)
-        self.checks.measure(delta, old)
-        new = self._add(batch.experts, old, delta)
-        master.index_copy_(0, batch.rows, new.to(master.dtype))
-        if model is not None:
-            model.index_copy_(0, batch.rows, new.to(model.dtype))
-
-    def _add_block(self, expert: int, start: int, stop: int, master: Tensor) -> None:
-        """Change the owned range ``[start, stop)`` of one expert in the master weights and in the model weights."""
-        old = master[start - self.shard.start : stop - self.shard.start]
-        offset = expert * self.size
-        delta = delta_slice(self.deltas, expert, start - offset, stop - offset, self.transposed).to(old.device)
-        self.checks.measure(delta, old)
-        new = self._add([expert], old[None], delta[None])[0]
-        if self.shard.model is not None:
-            model = self._model_weights()
-            held = model[start - self.shard.model.start : stop - self.shard.model.start]
-            self.checks.compare([expert], old.to(held)[None], held[None])
-            self._save(expert, self.shard.model, model, start, stop)
-            held.copy_(new)
-        self._save(expert, self.shard.master, master, start, stop)
-        old.copy_(new)
-
-    def _add(self, experts: list[int], old: Tensor, delta: Tensor) -> Tensor:
-        """Return the sum ``[n, k]`` for ``n`` experts, in the place of the delta if its precision is enough."""
-        precision = torch.promote_types(torch.promote_types(old.dtype, delta.dtype), torch.float32)
-        new = delta.to(precision).add_(old)
-        self.checks.change(experts, new.to(self.shard.dtype))
-        return new
-
-    def _save(self, expert: int, copy: Copy, elements: Tensor, start: int, stop: int) -> None:
-        """Save the range ``[start, stop)`` of the flattened parameter, out of the elements that ``copy`` read."""
-        self.saved[expert].add(copy, start, self._store.copy(elements[start - copy.start : stop - copy.start]))
-
-    def _save_rows(self, batch: Batch, copy: Copy, elements: Tensor) -> Tensor:
-        """Save the experts of a batch, and return them where ``elements [E, n]`` are."""
-        kept = self._store.copy_rows(elements, batch.rows, batch.experts)
-        for expert, row in zip(batch.experts, kept, strict=True):
-            self.saved[expert].add(copy, expert * self.size, row)
-        return kept if isinstance(kept, Tensor) else elements[batch.rows]
-
-    def _write_others(self, expert: int, first: int, block: Tensor) -> None:
-        """Write what other ranks own of the block that begins at ``first`` into the model weights."""
-        assert self.shard.model is not None
-        model, last = self._model_weights(), first + len(block)
-        start, stop = self._own_range(first, last)
-        for begin, end in ((first, start), (stop, last)) if start < stop else ((first, last),):
-            if begin < end:
-                self._save(expert, self.shard.model, model, begin, end)
-                model[begin:end] = block[begin - first : end - first]

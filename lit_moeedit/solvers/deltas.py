@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -64,6 +64,15 @@ class ExpertDeltas:
     def shape(self) -> tuple[int, int]:
         """Shape ``(d_model, d_hidden)`` of one expert's delta."""
         return self.left.shape[1], self.right.shape[1]
+
+    def changes(self, expert: int) -> bool:
+        """Tell whether an expert's weights change."""
+        return expert in self._groups
+
+    def to(self, target: torch.device | torch.dtype | str) -> ExpertDeltas:
+        """Return the same deltas on a device, or with factors of a dtype."""
+        names = ("left", "right") if isinstance(target, torch.dtype) else _FIELDS
+        return replace(self, **{name: getattr(self, name).to(target) for name in names})
 
     def rows(self, expert: int) -> tuple[Tensor, Tensor] | None:
         """Return the factors ``(left [M_j, d_model], right [M_j, d_hidden])`` of one expert; ``None`` without any."""

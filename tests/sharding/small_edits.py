@@ -50,14 +50,16 @@ def editor(**settings: Any) -> Editor:
 
 
 def prepared(
-    kind: str, dtype: torch.dtype = torch.float32
+    kind: str, dtype: torch.dtype = torch.float32, frozen: bool = False
 ) -> tuple[PreTrainedModel, list[Any], Callable[[], list[Tensor]]]:
-    """A model, its optimizers, and a function that reads the experts' weights of the edited layers."""
+    """A model, its optimizers, and a function that reads the experts' weights of the edited layers, frozen or not."""
     import deepspeed
 
     whole = model(dtype)
     stage = STAGES[kind]
-    optimizer = torch.optim.AdamW(whole.parameters(), lr=0.0)
+    for layer in check_editable(whole, LAYERS):
+        layer.experts.requires_grad_(not frozen)
+    optimizer = torch.optim.AdamW([weight for weight in whole.parameters() if weight.requires_grad], lr=0.0)
     if stage is not None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}

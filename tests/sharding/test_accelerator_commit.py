@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_moeedit.sharding import commit as module
 from lit_moeedit.sharding import rollback
-from lit_moeedit.sharding import transaction as module
 from lit_moeedit.sharding.backends import extra_backend
 from lit_moeedit.sharding.shards import Copy, Shard
 from lit_moeedit.sharding.transaction import Transaction

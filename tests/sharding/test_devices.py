@@ -33,7 +33,7 @@ def places(cuda: torch.device) -> Iterator[tuple[torch.device, torch.device]]:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_transaction(cuda, monkeypatch, dtype: torch.dtype, transposed: bool) -> None:
-    monkeypatch.setattr("lit_moeedit.sharding.transaction.BLOCK", {"cpu": 7})
+    monkeypatch.setattr("lit_moeedit.sharding.commit.BLOCK", {"cpu": 7})
     found: list[Tensor] = []
     for device, beside in places(cuda):
         parameter = nn.Parameter(weight(dtype, transposed).detach().to(device))

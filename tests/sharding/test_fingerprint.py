@@ -152,3 +152,11 @@ def test_ranks_share_a_cache_that_one_of_them_writes(tmp_path: Path) -> None:
         again, rounds_again = moments(model(), str(tmp_path / kind), Ranks())
         assert rounds_again == 0
         assert all(torch.equal(again[name], first[f"resumed, {kind}"][0][name]) for name in again)
+
+
+def test_copies_in_two_dtypes_agree_after_rounding() -> None:
+    single = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    half = single.bfloat16()
+    rounded = [fingerprints({"x": x}, Ranks(), rounded_to=torch.bfloat16)["x"] for x in (single, half, half.float())]
+    assert len(set(rounded)) == 1 and rounded[0] == of(half)
+    assert len({of(single), of(half), of(half.float())}) == 3

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_moeedit.editing import TargetOptimizer, evaluate
 from lit_moeedit.models.experts import check_editable
 from lit_moeedit.preservation import OutputPenalty
-from lit_moeedit.sharding import transaction
+from lit_moeedit.sharding import commit
 from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.solvers import Woodbury
 from tests.processes import run_ranks
@@ -132,7 +132,7 @@ def failing_edits(kind: str) -> dict[str, str]:
         "targets": (TargetOptimizer, "optimize"),
         "features": (spread, "edit_tokens"),
         "solve": (Woodbury, "solve"),
-        "commit": (transaction, "delta_slice"),
+        "commit": (commit, "delta_slice"),
     }
 
     def attempt(phase: str, progress: Callable[..., None] | None = None) -> None:

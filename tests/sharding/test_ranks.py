@@ -49,7 +49,7 @@ def sharing() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_sharing(size: int) -> None:
     found = run_ranks(sharing, size)
     rounds = {len(result["dealt"]) for result in found}

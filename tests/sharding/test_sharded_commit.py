@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_moeedit.sharding.commit import Commit
 from lit_moeedit.sharding.ranks import RankError, Ranks
-from lit_moeedit.sharding.transaction import Transaction, _Commit
+from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
 from tests.processes import run_each, run_ranks
 from tests.sharding.engines import (
@@ -329,9 +330,9 @@ def test_a_failure_on_one_rank_changes_nothing_on_any(two: dict[str, Any]) -> No
 
 def failing_while_sending(rank: int) -> list[str]:
     """The same, where one rank fails between two exchanges, with what another one has sent."""
-    ranks, messages, write = Ranks(), [], _Commit._write_others
+    ranks, messages, write = Ranks(), [], Commit._write_others
 
-    def fail(self: _Commit, expert: int, *args: Any) -> None:
+    def fail(self: Commit, expert: int, *args: Any) -> None:
         if expert == 2 and ranks.rank == rank:
             raise MemoryError("no room for expert 2")
         write(self, expert, *args)
@@ -339,13 +340,13 @@ def failing_while_sending(rank: int) -> list[str]:
     for stage in (1, 2):
         engine = make(stage, torch.bfloat16)
         before = bits(model_weights(engine), master(engine))
-        _Commit._write_others = fail  # type: ignore[method-assign]
+        Commit._write_others = fail  # type: ignore[method-assign]
         try:
             commit(engine, ranks, some_deltas())
         except (MemoryError, RankError) as error:
             messages.append(f"{type(error).__name__}: {error}")
         finally:
-            _Commit._write_others = write  # type: ignore[method-assign]
+            Commit._write_others = write  # type: ignore[method-assign]
         assert bits(model_weights(engine), master(engine)) == before, stage
     return messages
 

@@ -33,7 +33,16 @@ class EditState(StateOfWeights):
         settings: likewise.
     """
 
-    state_names = ("_applied", "_undone", "_edits_made", "_last_step", "_remembered", "renewals")
+    state_names = (
+        "_applied",
+        "_undone",
+        "_edits_made",
+        "_last_step",
+        "_remembered",
+        "renewals",
+        "_words",
+        "_written",
+    )
 
     def __init__(self, editor: EditMethod, name: str | None = None, **settings: Any) -> None:
         self.editor = editor
@@ -65,6 +74,8 @@ class EditState(StateOfWeights):
         # facts that were edited, with the neighbours whose truth was generated before
         self._applied: dict[str, list[bool]] = {}
         self._undone: set[str] = set()
+        self._words: dict[str, dict[str, Any]] = {}  # the facts that were edited, as rows of a facts file
+        self._written: list[str] = []  # the folders of edit files
         self._edits_made = 0
         self._last_step = 0
         self._remembered: Mapping[int, Any] = {}
@@ -106,6 +117,8 @@ class EditState(StateOfWeights):
             "edits_made": self._edits_made,
             "last_step": self._last_step,
             "renewals": self.renewals,
+            "facts": self._words,
+            "edit_files": self._written,
             "memory": None if self.editor.memory is None else self.editor.memory.state_dict(),
         }
 
@@ -113,7 +126,8 @@ class EditState(StateOfWeights):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         where, counts = "the state of KnowledgeEditing in the checkpoint", ("edits_made", "last_step", "renewals")
         shapes = {"applied": {str: [bool]}, "undone": [str], "memory": dict, **dict.fromkeys(counts, int)}
-        check_fields(where, state_dict, ("memory",), **shapes)
+        shapes |= {"facts": {str: dict}, "edit_files": [str]}  # states of earlier versions have none
+        check_fields(where, state_dict, ("memory", "facts", "edit_files"), **shapes)
         for count in counts:
             if state_dict[count] < 0:
                 raise CheckpointError(f"{where}: field {count!r} should be at least 0, but is {state_dict[count]}")
@@ -121,6 +135,8 @@ class EditState(StateOfWeights):
             # a checkpoint of a run without a memory has none
             self.editor.memory.load_state_dict(state_dict.get("memory") or {})
         self._applied, self._undone = dict(state_dict["applied"]), set(state_dict["undone"])
+        self._words = dict(state_dict.get("facts") or {})
+        self._written = list(state_dict.get("edit_files") or ())
         self._edits_made, self._last_step, self.renewals = (state_dict[count] for count in counts)
 
     def recognise(self, pl_module: L.LightningModule) -> bool:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_moeedit.callbacks.limits import FitLimits
-from lit_moeedit.callbacks.named import callbacks_of
-from lit_moeedit.callbacks.resources import check_not_frozen
 from lit_moeedit.callbacks.schedule import Schedule
-from lit_moeedit.models.experts import ExpertLayer
 
 log = logging.getLogger(__name__)
 
@@ -41,21 +36,15 @@ class Foresight:
     edits_made: int
     heading: str
 
-    def check_start(self, trainer: L.Trainer, pl_module: L.LightningModule, layers: Sequence[ExpertLayer]) -> None:
-        """Check before the first forward that facts can be edited in these layers.
+    def check_start(self, trainer: L.Trainer) -> None:
+        """Check before the first forward that facts can be edited.
 
         Raises:
-            MisconfigurationException: if none of the facts can be edited (in a ``fast_dev_run`` this is a warning), or
-                the layers are frozen when the edit is due.
+            MisconfigurationException: if none of the facts can be edited (in a ``fast_dev_run`` this is a warning).
         """
         if not self.pending or (trainer.training and is_restored_late(trainer)):
             return
         self._check_moments(trainer, is_loaded=False)
-        if self.schedule.is_immediate(trainer.training) and not callbacks_of(trainer, BaseFinetuning):
-            check_not_frozen(pl_module, layers)
-        elif trainer.training and (frozen := [x.index for x in layers if not x.down_proj.requires_grad]):
-            text = "%sthe experts of layers %s are frozen now; they must be trained when the edit is due (at: %s)"
-            log.warning(text, self.heading, frozen, self.schedule)
 
     def check_loaded(self, trainer: L.Trainer, renew_every_n_steps: int | None, edited_at: int | None) -> None:
         """Refuse or name what a fit cannot edit or renew, when its data is loaded.

@@ -68,7 +68,7 @@ class EditInputs(EditState):
         super().__init__(editor, name, facts=source, at=at, layers=list(editor.layers))
         self.schedule = Schedule.parse(at)
         self.strict = strict
-        self._facts_source, self._columns = facts, columns
+        self._facts_source, self._columns = editor.facts if facts is None else facts, columns
         self._preservation_source = preservation
         self._tokenizer_source = tokenizer
         self._texts: list[str] | None = None  # while an edit may still need them

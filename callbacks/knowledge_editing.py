@@ -14,16 +14,18 @@ from typing_extensions import override
 
 from lit_moeedit.callbacks.averages import Copies, edited_weights, final_weights, validated_weights
 from lit_moeedit.callbacks.copies import CopyPolicy, OtherCopies
+from lit_moeedit.callbacks.edit_files import EditFiles
 from lit_moeedit.callbacks.ending import EndTogether
 from lit_moeedit.callbacks.foresight import Foresight, is_restored_late, monitored
+from lit_moeedit.callbacks.frozen import FrozenEdits
 from lit_moeedit.callbacks.inputs import EditInputs
 from lit_moeedit.callbacks.listener import EditEvent, tell_listeners
 from lit_moeedit.callbacks.progress import edit_progress
-from lit_moeedit.callbacks.resources import check_not_frozen, from_datamodule, log_metrics, optimizers_of
+from lit_moeedit.callbacks.resources import from_datamodule, log_metrics, optimizers_of
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMethod, EditResult, Evaluation, evaluate, neighbour_groups
 from lit_moeedit.interrupts import Undo
-from lit_moeedit.models.experts import ExpertLayer, check_editable, find_model
+from lit_moeedit.models.experts import ExpertLayer, find_model
 from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
 
@@ -55,7 +57,8 @@ class KnowledgeEditing(EditInputs):
     Args:
         editor: the editing method.
         facts: a facts file (see :func:`~lit_moeedit.data.read_facts`), facts, or objects with the keys of a row of a
-            facts file; ``None`` asks the data module's ``edit_facts()``.
+            facts file; ``None`` takes those of the editor, if it brings its own
+            (:class:`~lit_moeedit.edits.SavedEdits`), or asks the data module's ``edit_facts()``.
         at: the moment: ``fit_start``, ``validation`` (also in ``validate`` and ``test``), ``{epoch: N}`` (before epoch
             N, counted from 0), ``{step: N}`` (after N optimizer steps, those of all optimizers as in
             ``trainer.global_step``), or ``{every_n_epochs: N, batch: M}``.
@@ -77,6 +80,8 @@ class KnowledgeEditing(EditInputs):
             ``ignore`` them, such as a teacher.
         name: log ``edit_<name>/…``, ``edit_<name>_before/…`` and so on instead.
         columns: field names to column names, for a facts file with other names.
+        save_edits: write each kept edit and renewal as a file (see :mod:`lit_moeedit.edits`) into this folder, or
+            (``True``) into ``edits`` in the run's own folder.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -84,7 +89,7 @@ class KnowledgeEditing(EditInputs):
             model or a layer cannot be edited, or the parameters are sharded in a way that is not supported (supported
             are one process, DDP, and DeepSpeed ZeRO stages 0 to 3); if there is a copy of the weights that edits would
             not reach; if two of these callbacks would log under the same names, or have different targets for a prompt;
-            if the fit ends before the first edit. When an edit is due, if its layers are frozen.
+            if the fit ends before the first edit.
         FactError: when the run starts, if a fact cannot be edited.
 
     Example:
@@ -111,6 +116,7 @@ class KnowledgeEditing(EditInputs):
         name: str | None = None,
         columns: dict[str, str | list[str]] | None = None,
         other_copies: OtherCopies = "refuse",
+        save_edits: bool | str = False,
     ) -> None:
         super().__init__(editor, facts, at, preservation, tokenizer, strict, name, columns)
         self.min_efficacy, self.min_specificity_retained = min_efficacy, min_specificity_retained
@@ -119,12 +125,16 @@ class KnowledgeEditing(EditInputs):
                 raise ValueError(f"{argument} is a fraction in [0, 1], got {getattr(self, argument)}")
         if renew_every_n_steps is not None and renew_every_n_steps < 1:
             raise ValueError(f"renew_every_n_steps must be at least 1, or None for never, got {renew_every_n_steps}")
+        if renew_every_n_steps is not None and not editor.can_renew:
+            raise ValueError(f"renew_every_n_steps must be None: {editor.name} cannot make edits anew")
         if max_renewals is not None and max_renewals < 0:
             raise ValueError(f"max_renewals must be at least 0, or None for no limit, got {max_renewals}")
         self.other_copies = other_copies
         self._copies = CopyPolicy(other_copies, self.heading)
         self.renew_every_n_steps, self.max_renewals = renew_every_n_steps, max_renewals
         self._seen_step, self._has_stepped = 0, False
+        self._frozen = FrozenEdits()
+        self._edit_files = EditFiles(save_edits, self.heading)
 
     # -- what the run is about ----------------------------------------------------------------------------------------
 
@@ -161,9 +171,11 @@ class KnowledgeEditing(EditInputs):
         super().setup(trainer, pl_module, stage)
         self._copies = CopyPolicy(self.other_copies, self.heading)
         EndTogether.add_to(trainer)
+        self._frozen = self._frozen.add_to(trainer)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._frozen.make_missing(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0 and trainer.ckpt_path is None:  # a new trainer counts epochs and steps anew
             self._last_step = self._edits_made = 0
@@ -260,9 +272,14 @@ class KnowledgeEditing(EditInputs):
         return Foresight(self.schedule, len(self.pending_facts), self._edits_made, self.heading)
 
     @override
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._frozen.make_missing(trainer, pl_module)
+        super()._prepare(trainer, pl_module)
+
+    @override
     def _check_start(self, trainer: L.Trainer, pl_module: L.LightningModule, layers: Sequence[ExpertLayer]) -> None:
         if (foresight := self._foresight) is not None:
-            foresight.check_start(trainer, pl_module, layers)
+            foresight.check_start(trainer)
         self._copies.find(trainer, pl_module, self.editor.layers, at_start=True)
 
     def _release_texts(self) -> None:
@@ -273,7 +290,6 @@ class KnowledgeEditing(EditInputs):
     def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
         if not facts:
             return
-        check_not_frozen(pl_module, check_editable(find_model(pl_module), self.editor.layers))
         with edited_weights(trainer, pl_module) as copies:
             tell_listeners(trainer, lambda listener: listener.on_edit_start(trainer, pl_module, facts))
             with Ranks.current().together():
@@ -287,12 +303,17 @@ class KnowledgeEditing(EditInputs):
                 def record(kept: bool, undo: Undo) -> None:
                     self._record(trainer, facts, before.neighbours_exact if kept else None, undo)
 
+                states = self._edit_files.states(trainer, pl_module, self.editor.layers)
                 with edit_progress(trainer) as progress:
                     result = self._change(
                         trainer, pl_module, facts, copies, guard=guard, record=record, progress=progress
                     )
                 event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step, self.name)
                 self._report(trainer, event)
+                metrics = before.metrics, after[0].metrics
+                self._written = self._edit_files.save(
+                    trainer, pl_module, "edit", self.editor, result, states, self._written, metrics
+                )
             self._release_texts()
             tell_listeners(trainer, lambda listener: listener.on_edit_end(trainer, pl_module, event))
 
@@ -310,6 +331,7 @@ class KnowledgeEditing(EditInputs):
                 optimizers=optimizers_of(trainer),
                 layers=None if copies else layers,  # an average has other output scales
                 copies=[*copies, *self._copies.find(trainer, pl_module, self.editor.layers)],
+                histories=self._frozen.histories,
                 **kwargs,
             )
         except BaseException as error:
@@ -326,11 +348,6 @@ class KnowledgeEditing(EditInputs):
         return trainer.global_step - self._last_step >= self.renew_every_n_steps
 
     def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        layers = check_editable(find_model(pl_module), self.editor.layers)
-        if not all(layer.down_proj.requires_grad for layer in layers):
-            self._last_step = trainer.global_step
-            log.warning("%sno renewal at step %d: the edited experts are frozen", self.heading, self._last_step)
-            return
         facts = self.applied_facts
         with edited_weights(trainer, pl_module) as copies, Ranks.current().together():
             faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
@@ -338,7 +355,11 @@ class KnowledgeEditing(EditInputs):
                 self._last_step = trainer.global_step
                 return
             # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
-            self._change(trainer, pl_module, facts, copies, record=partial(self._record_renewal, trainer))
+            states = self._edit_files.states(trainer, pl_module, self.editor.layers)
+            result = self._change(trainer, pl_module, facts, copies, record=partial(self._record_renewal, trainer))
+            self._written = self._edit_files.save(
+                trainer, pl_module, "renewal", self.editor, result, states, self._written
+            )
             left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
             renewed = f"{self.metrics_prefix}_renewed"
             log_metrics(trainer, {f"{renewed}/before": faded, f"{renewed}/after": left})
@@ -354,7 +375,8 @@ class KnowledgeEditing(EditInputs):
         if neighbours is None:
             self._change_state(undo, undone=self._undone | {fact.key for fact in facts})
             return
-        self._change_state(undo, applied=self._applied | neighbours)
+        words = self._words | {fact.key: fact.to_dict() for fact in facts}
+        self._change_state(undo, applied=self._applied | neighbours, words=words)
         datamodule: Any = getattr(trainer, "datamodule", None)
         if hasattr(datamodule, "facts_edited") and hasattr(datamodule, "load_state_dict"):
             undo.by(datamodule.load_state_dict, deepcopy(datamodule.state_dict()))

@@ -18,7 +18,6 @@ from lit_moeedit.editing import EditMethod
 from lit_moeedit.models.experts import (
     ExpertLayer,
     UnsupportedModelError,
-    check_trainable,
     expert_layers,
     find_model,
 )
@@ -155,19 +154,6 @@ def check_structure(
         return found
     except (UnsupportedShardingError, ValueError) as error:  # UnsupportedModelError is a ValueError
         raise MisconfigurationException(f"KnowledgeEditing: {error}") from error
-
-
-def check_not_frozen(pl_module: L.LightningModule, layers: Sequence[ExpertLayer]) -> None:
-    """Check that layers are not frozen when an edit is due.
-
-    Raises:
-        MisconfigurationException: naming the layer.
-    """
-    try:
-        check_trainable(find_model(pl_module), layers)
-    except UnsupportedModelError as error:
-        hint = "list callbacks that unfreeze them before KnowledgeEditing"
-        raise MisconfigurationException(f"KnowledgeEditing: {error}; {hint}") from error
 
 
 def check_model(pl_module: L.LightningModule, editors: Sequence[EditMethod], ranks: Ranks) -> list[list[ExpertLayer]]:

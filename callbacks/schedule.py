@@ -103,12 +103,6 @@ class Schedule:
             return math.inf if edits_made else max(epoch, self.number)
         return max(epoch, 1, self.number * (edits_made + 1)) if self.moment == "every_n_epochs" else epoch
 
-    def is_immediate(self, in_fit: bool) -> bool:
-        """Tell whether the first edit comes before any training."""
-        if self.moment == "validation":
-            return not in_fit
-        return in_fit and (self.moment == "fit_start" or (self.moment in ("epoch", "step") and self.number == 0))
-
     def first_step(self, limits: FitLimits) -> int:
         """Return the number of optimizer steps before the first edit, or a lower number if it is not known."""
         if self.moment == "step":

@@ -37,6 +37,17 @@ class PerModel(Generic[T]):
         """The model whose value is in use, while it exists."""
         return None if self._model is None else self._model()
 
+    @property
+    def is_new(self) -> bool:
+        """Tell if no model has come yet."""
+        return self._model is None and not self._others
+
+    def take_over(self, other: PerModel[T]) -> None:
+        """Take the values that another object has put away, of models that have none here."""
+        for model, value in other._others.items():
+            if model is not self.model:
+                self._others.setdefault(model, value)
+
     def switch(self, model: nn.Module | None, value: T, is_of: Callable[[T], bool] = lambda value: False) -> T:
         """Put away the value in use, and return that of another model.
 

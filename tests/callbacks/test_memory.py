@@ -45,7 +45,7 @@ def _same_memory(a, b):
 
 
 # 6 facts in 2 contexts at 2 experts are 24 keys: more than 20, which still keep a row for each fact; 7 need the sketch
-@pytest.mark.parametrize("limit", [8192, 20, 7])
+@pytest.mark.parametrize("limit", [*(pytest.param(limit, marks=pytest.mark.slow) for limit in (8192, 20)), 7])
 def test_a_resumed_run_edits_with_the_memory_of_the_uninterrupted_one(run, tmp_path, limit):
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     whole, weights = run("whole", EditMemory(limit), callbacks=[kept])

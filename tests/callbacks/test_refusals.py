@@ -182,23 +182,26 @@ def fit(tiny: Any, make_trainer: Any, tmp_path: Any, make_model: Any, tokenizer:
     return start
 
 
-@pytest.mark.parametrize(("unfrozen", "at"), [(1, {"epoch": 1}), (1, {"step": 5}), (0, "fit_start")], ids=str)
-def test_layers_that_are_unfrozen_before_the_edit(fit: Any, caplog: Any, unfrozen: int, at: Any) -> None:
-    assert len(fit(Staged(unfrozen), at=at).applied_facts) == 4
-    assert (unfrozen == 0) or "experts of layers [1] are frozen now; they must be trained when" in caplog.text
+@pytest.mark.parametrize(
+    ("trains_from", "at", "frozen"),
+    [
+        (1, {"epoch": 1}, False),
+        (1, {"step": 5}, False),
+        (0, "fit_start", False),
+        (2, {"epoch": 1}, False),
+        (None, {"step": 1}, True),
+        (None, "fit_start", True),
+    ],
+    ids=str,
+)
+def test_layers_that_are_frozen_before_or_while_they_are_edited(
+    fit: Any, trains_from: int | None, at: Any, frozen: bool
+) -> None:
+    callbacks = () if trains_from is None else (Staged(trains_from),)
+    assert len(fit(*callbacks, at=at, frozen=frozen).applied_facts) == 4
 
 
-def test_layers_that_are_frozen_when_the_edit_is_due(fit: Any, caplog: Any) -> None:
-    message = r"the experts of layer 1 .* are frozen; .* list callbacks that unfreeze them before KnowledgeEditing"
-    for callbacks, at, frozen in (((Staged(2),), {"epoch": 1}, False), ((), {"step": 1}, True)):
-        with pytest.raises(MisconfigurationException, match=message):
-            fit(*callbacks, at=at, frozen=frozen)
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(at="fit_start", frozen=True)
-
-
-def test_edits_of_layers_that_are_frozen_later_are_not_renewed(fit: Any, caplog: Any) -> None:
+def test_edits_of_layers_that_are_frozen_later_are_renewed(fit: Any) -> None:
     editing = fit(Staged(1, freezes=True), at="fit_start", renew=1)
     assert len(editing.applied_facts) == 4
-    assert len(editing.editor.calls) == 3  # the edit, and renewals after the two steps of the first epoch
-    assert "no renewal at step 3: the edited experts are frozen" in caplog.text
+    assert editing.renewals > 2  # the two steps of the first epoch, and later ones

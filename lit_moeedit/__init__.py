@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lit_moeedit.editing import (EditMemory as EditMemory, EditMethod as EditMethod, Editor as Editor,
         EditResult as EditResult, evaluate as evaluate, Evaluation as Evaluation, FineTuning as FineTuning,
         TargetOptimizer as TargetOptimizer)
+    from lit_moeedit.edits import Edit as Edit, read_edits as read_edits
     from lit_moeedit.metrics import (EditSuccess as EditSuccess, ExpertLoad as ExpertLoad,
         RoutingDivergence as RoutingDivergence, RoutingSimilarity as RoutingSimilarity)
     from lit_moeedit.module import LitMoE as LitMoE
@@ -43,6 +44,7 @@ _MODULES = {
         "callbacks": "EditEvent EditListener EditReport KnowledgeEditing RoutingMonitor Schedule",
         "data": "Atlas Corpus Fact FactsCorpus FactsDataModule FactsError Neighbour read_facts validate_facts",
         "editing": "EditMemory EditMethod Editor EditResult evaluate Evaluation FineTuning TargetOptimizer",
+        "edits": "Edit read_edits",
         "metrics": "EditSuccess ExpertLoad RoutingDivergence RoutingSimilarity",
         "module": "LitMoE",
         "preservation": "CovariancePenalty NullSpace OutputPenalty Preservation",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 from jsonargparse import ArgumentParser, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
@@ -18,6 +18,7 @@ from lit_moeedit.recipes import with_recipe_paths
 _NOISE = re.compile(
     r" *($|(- )?Does not validate against|Subtypes: |Errors:$|Given value type: |Subclass types|- a (class|dict))"
 )
+_NO_PEFT = re.compile(r"No module named 'peft'|import of peft halted")
 _ALTERNATIVE = re.compile(r" *(- (Expected an? |Not a valid subclass)|Given value: )")
 
 
@@ -107,16 +108,22 @@ class RunParser(LightningArgumentParser):
         found = essence(message)
         if "class path given previously" in message and "Given value: {'init_args'" in found:
             found += "\nIt overlays another config: give that one before it."
+        if _NO_PEFT.search(message):
+            found += "\nAdapters need peft: pip install 'lit-moeedit[peft]'"
         super().error(found, ex)
 
 
 class CommandParser(ArgumentParser):
-    """A parser that takes ``--option`` for ``--option=true``, and a ``name`` without an option before it."""
+    """A parser that takes ``--option`` for ``--option=true``, a ``name`` without an option before it, and lists."""
 
     @override
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("type") is bool:
             kwargs |= {"nargs": "?", "const": True}
+        kind = getattr(kwargs.get("action"), "_typehint", None)
+        if get_origin(kind) is list and not args[0].startswith("-"):
+            # several words, and not a list in brackets
+            kwargs = {"type": get_args(kind)[0], "nargs": "+", "help": kwargs.get("help")}
         if args == ("--name",):
             args, kwargs = ("name",), kwargs | {"nargs": "?"}
         return super().add_argument(*args, **kwargs)

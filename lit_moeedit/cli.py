@@ -45,6 +45,7 @@ from lit_moeedit.checkpoints.read import check_harmless, check_undamaged
 from lit_moeedit.checkpoints.settings import imported_class, no_imports_by, saved_settings
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.data.check import check
+from lit_moeedit.edits.commands import apply_edits, list_edits, show_edits, undo_edits, verify_edits
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.families import families
 from lit_moeedit.planning.report import plan
@@ -54,6 +55,11 @@ from lit_moeedit.text import printable
 log = logging.getLogger(__name__)
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "edits apply": apply_edits,
+    "edits list": list_edits,
+    "edits show": show_edits,
+    "edits undo": undo_edits,
+    "edits verify": verify_edits,
     "export": export,
     "facts check": check,
     "families": families,
@@ -317,7 +323,7 @@ def _run_command(name: str, args: list[str]) -> None:
         # jsonargparse spells a further element of a list --config+
         given = [re.sub(r"^--config(?=$|=)", "--config+", arg) for arg in with_recipe_paths(args)]
         function(**parser.parse_args(given).as_dict())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
         log.debug("", exc_info=error)
         raise SystemExit(printable(f"lit-moeedit {name}: {_meant(error)}", keep="\n")) from error
 
@@ -344,7 +350,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         run()
-    except (OSError, ValueError, FloatingPointError, MisconfigurationException) as error:
+    except (OSError, ValueError, FloatingPointError, MisconfigurationException, ModuleNotFoundError) as error:
         log.debug("", exc_info=error)
         name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
         hint = "(LIT_MOEEDIT_LOG=debug shows where it was raised)"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -20,22 +21,28 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from lit_moeedit.adapters import add_lora, frozen_names, lora_settings, resolved
 from lit_moeedit.checkpoint_fields import differences, field, same_setting
 from lit_moeedit.data.encoding import IGNORED_LABEL
+from lit_moeedit.edits.histories import STATE_KEY, histories_of, make_all
 from lit_moeedit.losses import balancing_loss, next_token_loss
+from lit_moeedit.models.adapted import refuse_adapters
+from lit_moeedit.models.experts import UnsupportedModelError, find_model
 from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.backends import refuse_parallelism
-from lit_moeedit.sharding.loading import fresh_model, pretrained_model, whole_shape
+from lit_moeedit.sharding.loading import constructed_whole, fresh_model, pretrained_model, whole_shape
 from lit_moeedit.sharding.parallelism import find_parallelism
 from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
+from lit_moeedit.text import first_few
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -58,6 +65,10 @@ class LitMoE(L.LightningModule):
         betas: coefficients of AdamW.
         router_loss: weight of the load-balancing loss of the routers; 0 leaves it out.
         label_smoothing: smoothing of the cross entropy.
+        adapter: a ``peft.LoraConfig``, or a dict of its settings. The model gets these LoRA adapters, which alone are
+            trained; its own weights are frozen. Needs the extra ``peft``.
+        adapter_only_checkpoints: whether checkpoints hold only the weights that are trained. The others come from
+            ``pretrained`` again. Under DeepSpeed this sets ``exclude_frozen_parameters`` of the strategy.
 
     Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[batch, length]``; positions
     with label -100 are ignored. The losses are those of the batches of all ranks together, so that training does not
@@ -66,8 +77,10 @@ class LitMoE(L.LightningModule):
 
     Raises:
         ValueError: not exactly one of ``pretrained`` and ``config`` is given, or a value is out of range.
+        ModuleNotFoundError: ``adapter`` is given, and peft is not installed.
         MisconfigurationException: when the run starts, under ``FSDPStrategy`` or ``ModelParallelStrategy``. Under the
-            latter a subclass may shard the model in its own :meth:`configure_model`.
+            latter a subclass may shard the model in its own :meth:`configure_model`. Also under ZeRO stage 3 with LoRA
+            on experts, and with ``adapter_only_checkpoints`` beside ``WeightAveraging``.
 
     Example:
         >>> module = LitMoE(config={"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1,
@@ -91,6 +104,8 @@ class LitMoE(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         router_loss: float = 0.01,
         label_smoothing: float = 0.0,
+        adapter: Any = None,
+        adapter_only_checkpoints: bool = False,
     ) -> None:
         super().__init__()
         if (pretrained is None) == (config is None):
@@ -107,8 +122,15 @@ class LitMoE(L.LightningModule):
             )
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if adapter_only_checkpoints and (adapter is None or pretrained is None):
+            raise ValueError(
+                "adapter_only_checkpoints needs 'adapter', and 'pretrained', from which the other weights come again"
+            )
+        adapter = None if adapter is None else lora_settings(adapter)
         self.save_hyperparameters()
-        self.model: PreTrainedModel | None = None
+        # a config's class path would have to be imported when a checkpoint is read
+        self.hparams["adapter"] = adapter
+        self.model: PreTrainedModel | PeftModel | None = None
         self.perplexity = Perplexity(ignore_index=IGNORED_LABEL)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._weight_decays: list[float] = []
@@ -127,7 +149,21 @@ class LitMoE(L.LightningModule):
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
             self.model = fresh_model(build_config(self.hparams["config"]), dtype, strategy)
+        if self.hparams["adapter"] is not None:
+            self._add_adapter(strategy)
         self.model.train()
+
+    def _add_adapter(self, strategy: Strategy | None) -> None:
+        with constructed_whole(strategy):
+            in_float32 = not isinstance(strategy, DeepSpeedStrategy)
+            self.model = add_lora(find_model(self), self.hparams["adapter"], in_float32)
+        self.hparams["adapter"] = resolved(self.hparams["adapter"], self.model)
+        try:
+            refuse_adapters(self.model, strategy)
+        except UnsupportedModelError as error:
+            raise MisconfigurationException(f"LitMoE: {error}") from error
+        if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, DeepSpeedStrategy):
+            strategy.exclude_frozen_parameters = True
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -140,6 +176,9 @@ class LitMoE(L.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.hparams["adapter_only_checkpoints"]:
+            for name in frozen_names(self) & checkpoint["state_dict"].keys():
+                del checkpoint["state_dict"][name]
         # a tokenizer that was trained in this run is saved nowhere else
         if self.tokenizer is not None and self.hparams["pretrained"] is None:
             with tempfile.TemporaryDirectory() as folder:
@@ -155,19 +194,54 @@ class LitMoE(L.LightningModule):
         if self._trainer is None or self._trainer.is_global_zero:
             for line in differences(saved, used):
                 log.warning("%s", line)
+        if self.hparams["adapter_only_checkpoints"]:
+            self._take_edits(checkpoint)
+
+    def _take_edits(self, checkpoint: Mapping[str, Any]) -> None:
+        """Make the edits of the frozen base that a checkpoint of the adapter alone tells of.
+
+        In a run the callback does that, which keeps them for the next checkpoint, too.
+
+        Raises:
+            MisconfigurationException: if the run does not have the callback.
+            EditConflictError: if the base is another.
+        """
+        state = (checkpoint.get("callbacks") or {}).get(STATE_KEY)
+        if not state or not state.get("layers"):
+            return
+        callbacks: list[L.Callback] = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
+        if self._trainer is None:
+            make_all(find_model(self), histories_of(state))
+        elif all(callback.state_key != STATE_KEY for callback in callbacks):
+            raise MisconfigurationException(
+                "the checkpoint tells of edits of the frozen experts, which it does not hold: give the Trainer the "
+                "KnowledgeEditing callback of that run, which makes them again (or, to evaluate, a module from "
+                "LitMoE.load_from_checkpoint, and no ckpt_path)"
+            )
 
     @override
     def on_fit_start(self) -> None:
         assert self.model is not None
         if not find_parallelism(self):
             _refuse_strategy(self.trainer.strategy)
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.hparams["adapter_only_checkpoints"] and any(isinstance(one, WeightAveraging) for one in callbacks):
+            raise MisconfigurationException(
+                "LitMoE: WeightAveraging cannot load its average from checkpoints without the base, so the run could "
+                "not be resumed; set adapter_only_checkpoints to False, or remove the callback"
+            )
         if self.tokenizer is not None:
-            check_vocabulary(self.tokenizer, self.model)
+            check_vocabulary(self.tokenizer, find_model(self))
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        lacks_frozen = self.hparams["adapter_only_checkpoints"]
         with as_value_error("the checkpoint is not one of this model"):
-            return super().load_state_dict(state_dict, strict, assign)
+            found = super().load_state_dict(state_dict, strict and not lacks_frozen, assign)
+            wrong = {*found.missing_keys, *found.unexpected_keys} - frozen_names(self) if lacks_frozen else ()
+            if wrong:
+                raise ValueError(f"trained weights are missing or of another model: {first_few(sorted(wrong))}")
+        return found
 
     @override
     def on_train_start(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "callbacks",
         "planning",
         "module",
+        "edits",
         "editing",
         "preservation",
         "checkpoints",
@@ -37,14 +39,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *PURE,
         *LEAVES,
     },
+    "adapters": LEAVES,
     "arguments": LEAVES,
     "planning": {"arguments", "module", "editing", "preservation", "models", *PURE, *LEAVES},
-    "callbacks": {"module", "editing", "preservation", "models", *PURE, *LEAVES},
-    "module": {"data", "losses", "models", "sharding", *LEAVES},
+    "callbacks": {"module", "edits", "editing", "preservation", "models", *PURE, *LEAVES},
+    "module": {"adapters", "data", "edits", "losses", "models", "sharding", *LEAVES},
     "losses": {"data"},
+    "edits": {"__init__", "editing", "models", *PURE, *LEAVES},
     "editing": {"preservation", "models", *PURE, *LEAVES},
     "preservation": {"models", "data", "solvers", "sharding", *LEAVES},
-    "checkpoints": {"sharding", *LEAVES},
+    "checkpoints": {"adapters", "edits", "sharding", *LEAVES},
     "models": {"data", "sharding", *LEAVES},
     **{name: LEAVES for name in PURE},
     **{name: {"text", "interrupts"} - {name} for name in LEAVES},
@@ -68,6 +72,7 @@ def part(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
+@cache
 def tree(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text(encoding="utf-8"))
 

@@ -16,7 +16,7 @@ from lit_moeedit.editing import EditMemory, Editor, SecondMoments
 from lit_moeedit.editing.memory import GatedKeys
 from lit_moeedit.precision import full_precision, round_to_tf32, tensor_core_precision
 from lit_moeedit.preservation.shaping import CovariancePenalty, NullSpace, Shaping
-from lit_moeedit.sharding.transaction import delta_slice
+from lit_moeedit.sharding.commit import delta_slice
 from lit_moeedit.solvers import (
     BlockCoordinateDescent,
     EditProblem,

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +23,16 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from lit_moeedit.atomic_files import atomic_folder
 from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.checkpoints.lora import lora_weights
 from lit_moeedit.checkpoints.older_readers import add_older_spellings, add_older_tokenizer, write_card
 from lit_moeedit.checkpoints.read import Checkpoint, check_counts, read_checkpoint
-from lit_moeedit.checkpoints.tensors import StoredTensor, WeightFile
+from lit_moeedit.checkpoints.tensors import Readable, WeightFile
+from lit_moeedit.checkpoints.weights import find_weights, saved_weights
 from lit_moeedit.sharding.loading import no_hoarding
-from lit_moeedit.text import brief, first_few
+from lit_moeedit.text import brief
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def export(
     max_shard_size: str = "5GB",
     prefix: str | None = None,
     overwrite: bool = False,
+    adapter: Literal["folded", "separate"] = "folded",
 ) -> None:
     """Write a checkpoint of a training run as a folder that from_pretrained reads.
 
@@ -55,13 +57,17 @@ def export(
     Args:
         checkpoint: a file that Lightning's Trainer saved or, for DeepSpeed, a folder.
         output: the folder to write. It appears when it is complete.
-        model: local path or hub id of a model with the same config; by default the config in the checkpoint.
+        model: local path or hub id of a model with the same config; by default the config in the checkpoint. A
+            checkpoint of an adapter alone takes the other weights from it (by default from the model that the training
+            started from), and memory for all of them.
         tokenizer: local path or hub id of the tokenizer to put beside the weights; by default the one in the checkpoint
             or, if it has none, that of the model that the training started from.
         dtype: dtype of the weights; by default the one they have in training.
         max_shard_size: maximum size of a file, for example 500MB. A larger weight gets its own file.
         prefix: prefix of the model's weights in the checkpoint, for example "model."; by default it is found.
         overwrite: whether to replace an existing output.
+        adapter: for a run with LoRA adapters: "folded" adds them to the weights, "separate" leaves the weights as they
+            are and writes the adapter into the folder "adapter" of the output, for PeftModel.from_pretrained.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -78,7 +84,15 @@ def export(
     source = read_checkpoint(checkpoint)
     origin = model if model is not None else source.hyper_parameters.get("pretrained")
     skeleton = _skeleton(source, model)
-    weights = _weights(source, skeleton, prefix)
+    lora = lora_weights(source, skeleton, prefix, origin)
+    weights: Mapping[str, Readable]
+    if lora is not None:
+        weights = lora.folded() if adapter == "folded" else lora.base
+    elif adapter == "separate":
+        raise ValueError(f"--adapter: {checkpoint} has no adapter that could be separate")
+    else:
+        kind, known = type(skeleton).__name__, skeleton.state_dict().keys()
+        weights = find_weights(source, kind, saved_weights(skeleton), known, prefix)
     empty = {
         name: torch.empty(weight.shape, dtype=_dtype(skeleton, name, weight, dtype), device="meta")
         for name, weight in weights.items()
@@ -87,6 +101,8 @@ def export(
         _save_config(skeleton, origin, empty, folder)
         _save_tokenizer(tokenizer, source, origin, folder)
         files = _save_weights(skeleton, weights, empty, max_shard_size, folder)
+        if lora is not None and adapter == "separate":
+            lora.save_adapter(folder / "adapter")
     log.info("%s: %d parameters in %d file(s)", output, skeleton.num_parameters(), files)
 
 
@@ -127,59 +143,7 @@ def _skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
     return model
 
 
-def _weights(source: Checkpoint, skeleton: PreTrainedModel, prefix: str | None) -> dict[str, StoredTensor]:
-    """Find the weights to save, by their names in the model."""
-    known = {name: value for name, value in skeleton.state_dict().items() if isinstance(value, Tensor)}
-    ignored = skeleton._keys_to_ignore_on_save or ()
-    saved = {name: value for name, value in known.items() if name not in ignored}
-    wanted = remove_tied_weights_from_state_dict(saved, skeleton)
-    start = _prefix(source, list(wanted)) if prefix is None else prefix
-    where = f"{source.path}, read as {type(skeleton).__name__} after the prefix {start!r}"
-    missing = [name for name in wanted if start + name not in source.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{where}: {_some(missing)} missing (frozen weights are, if they were excluded when it was saved)"
-        )
-    unknown = [name for name in source.tensors if name.startswith(start) and name[len(start) :] not in known]
-    if unknown:
-        raise CheckpointError(f"{where}: {_some(unknown)} not of that model; is it another one, or a prefix missing?")
-    found = {name: source.tensors[start + name] for name in wanted}
-    wrong = [
-        f"{name} {tuple(weight.shape)} instead of {tuple(wanted[name].shape)}"
-        for name, weight in found.items()
-        if weight.shape != wanted[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{where}: {_some(wrong)} of another shape")
-    # such a weight, however short in the file, would be written in its whole length
-    repeated = [name for name, weight in found.items() if weight.is_repeated]
-    if repeated:
-        raise CheckpointError(f"{where}: {_some(repeated)} made of repeated elements (as expand() does)")
-    return found
-
-
-def _prefix(source: Checkpoint, wanted: list[str]) -> str:
-    """Find the prefix of the model's names in the checkpoint."""
-    starts = {
-        key.removesuffix(name) for name in wanted[:1] + wanted[-1:] for key in source.tensors if key.endswith(name)
-    }
-    counts = {
-        start: sum(start + name in source.tensors for name in wanted)
-        for start in sorted(starts)
-        if start == "" or start.endswith(".")
-    }
-    best = [start for start, count in counts.items() if count == max(counts.values())]
-    if len(best) > 1:
-        raise CheckpointError(f"{source.path} holds several such models; choose one with --prefix: {', '.join(best)}")
-    return best[0] if best else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    """Join the first names, with a verb after them."""
-    return f"{first_few(names)} {'is' if len(names) == 1 else 'are'}"
-
-
-def _dtype(skeleton: PreTrainedModel, name: str, weight: StoredTensor, dtype: str | None) -> torch.dtype:
+def _dtype(skeleton: PreTrainedModel, name: str, weight: Readable, dtype: str | None) -> torch.dtype:
     """Return the dtype of a weight in the output. Integers keep theirs, and so do weights that must be float32."""
     if dtype is None or not weight.dtype.is_floating_point:
         return weight.dtype
@@ -235,13 +199,16 @@ def _save_tokenizer(path: str | None, source: Checkpoint, origin: Any, folder: P
             whose = "the checkpoint" if wanted == own else wanted
             log.warning("the tokenizer of %s is not written (%s); give another with --tokenizer", whose, brief(error))
             return
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers has no class for a full disk
+            raise OSError(f"the tokenizer cannot be written: {brief(error)}") from error
         add_older_tokenizer(folder, tokenizer)
 
 
 def _save_weights(
     model: PreTrainedModel,
-    weights: Mapping[str, StoredTensor],
+    weights: Mapping[str, Readable],
     empty: Mapping[str, Tensor],
     max_shard_size: str,
     folder: Path,

@@ -37,12 +37,14 @@ class Checkpoint:
         tensors: the tensors of the state dict.
         hyper_parameters: hyperparameters of the LightningModule; empty if it saved none.
         tokenizer: texts of a tokenizer's files by name, as ``LitMoE`` saves it; empty if there is none.
+        callbacks: states of callbacks by their keys; empty if there are none.
     """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     hyper_parameters: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
+    callbacks: Mapping[str, Any]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -147,7 +149,7 @@ def _raised(error: OSError) -> None:
 
 def _checkpoint(path: Path, tensors: Mapping[str, StoredTensor], file: Path, contents: Mapping[str, Any]) -> Checkpoint:
     """Put together a checkpoint of its tensors and, from one of its files, the fields that describe the model."""
-    names = ("hyper_parameters", "tokenizer")
+    names = ("hyper_parameters", "tokenizer", "callbacks")
     return Checkpoint(path, tensors, *(field(file, contents, name, dict, optional=True) or {} for name in names))
 
 

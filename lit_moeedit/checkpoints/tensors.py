@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,48 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
+from typing_extensions import override
 
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.checkpoints.torch_file import Piece, TorchFile
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class Readable(ABC):
+    """A weight that is read, or computed, when it is needed.
+
+    Args:
+        shape: shape of the whole tensor.
+        dtype: dtype of the model weights.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the whole tensor, in its own or another dtype."""
+
+
+@dataclass(frozen=True)
+class LoadedTensor(Readable):
+    """A tensor in memory.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype.
+        tensor: the tensor.
+    """
+
+    tensor: Tensor
+
+    @override
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.tensor.to(dtype or self.dtype)
+
+
+@dataclass(frozen=True)
+class StoredTensor(Readable):
     """A tensor in the files of a checkpoint, whole or in the shards of several ranks.
 
     Args:
@@ -27,8 +63,6 @@ class StoredTensor:
         pieces: pieces that are mapped from the files, in order. There may be padding after the last element.
     """
 
-    shape: torch.Size
-    dtype: torch.dtype
     pieces: Sequence[Piece]
 
     @property
@@ -36,6 +70,7 @@ class StoredTensor:
         """Tell whether elements occur several times in the tensor, but once in the file."""
         return any(piece.tensor.nbytes > piece.tensor.untyped_storage().nbytes() for piece in self.pieces)
 
+    @override
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the whole tensor, in its own or another dtype. The result is a view of the mapped file if possible.
 

@@ -171,7 +171,7 @@ class Editor(EditMethod):
             raise ValueError(
                 f"no gradient reaches the target vectors of {sum(stuck)} of {len(stuck)} edits ({prompts}): after "
                 f"layer {job.layers[-1].index} nothing that predicts a target reads its edit token, or a module passes "
-                "no gradient (as 4-bit layers of bitsandbytes on a CPU). Use lower layers or token='last'"
+                "no gradient, as quantised ones of some libraries. Use lower layers or token='last'"
             )
         spread = CarriedSpread if self.solver.carries else Spread
         return spread(self, job, encoded, targets, moments)

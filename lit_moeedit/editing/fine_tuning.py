@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -169,11 +169,17 @@ class _Changes(LayerEdits):
         for chosen, mine in ranks.shard(self._batches):
             if not mine:
                 continue
+            # parameters, not sums that depend on the deltas: peft could not put its adapters around these
             pairs = zip(self._weights.items(), deltas, strict=True)
-            changed = {name: (weight + delta).to(weight.dtype) for (name, weight), delta in pairs}
+            changed = {
+                name: nn.Parameter((weight + delta.detach()).to(weight.dtype)) for (name, weight), delta in pairs
+            }
             log_prob, _ = score_batch(model, [self.texts[i] for i in chosen], pad_id(self.job.tokenizer), changed)
             self.nll[chosen] = -log_prob.detach()
-            (-log_prob.sum() / len(self.texts)).backward()
+            loss = -log_prob.sum() / len(self.texts)
+            for delta, gradient in zip(deltas, torch.autograd.grad(loss, list(changed.values())), strict=True):
+                assert delta.grad is not None
+                delta.grad += gradient
         ranks.check_errors()
         ranks.all_reduce(self.nll, *(delta.grad for delta in deltas if delta.grad is not None))
 

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError
+from lit_moeedit.models.quantised import no_repacking
 from lit_moeedit.sharding.backends import refuse_parallelism
 from lit_moeedit.sharding.zero3_passes import gathering_on_use
 
@@ -57,6 +58,7 @@ def inference(model: PreTrainedModel, gradients: bool = False) -> Iterator[None]
         undo.by(torch.set_rng_state, torch.get_rng_state())
         if model.device.type == "cuda":
             undo.by(torch.cuda.set_rng_state, torch.cuda.get_rng_state(model.device), model.device)
+        undo.enter_context(no_repacking(model))
         undo.by(_set_modes, {module: module.training for module in model.modules()})
         model.train(False)  # eval() has no type annotations
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -21,7 +21,7 @@ from lit_moeedit.editing import PHASES, Editor, evaluate
 from lit_moeedit.editing.evaluation import scoring_cost
 from lit_moeedit.editing.target_rows import TargetRow
 from lit_moeedit.editing.targets import batch_cost
-from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.experts import ExpertLayer, find_model
 from lit_moeedit.models.token_budget import MAX_TOKENS, Budget, forward_cost, tokens_that_fit
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.fake_tensors import Cost, CostCounter, FakeFloatMode
@@ -167,8 +167,7 @@ def simulate(
     Raises:
         UnsupportedModelError: if a layer cannot be edited.
     """
-    model = module.model
-    assert model is not None
+    model = find_model(module)
     layers = editor.check(model)
     size = ModelSize.of(model, sharding)
     with simulated_shards([layer.down_proj for layer in layers], sharding, lambda size: counter.send(size)) as held:

@@ -104,6 +104,8 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
         raise ValueError(f"{name}: {error}") from error
     if not isinstance(made.model, LitMoE):
         raise ValueError(f"a plan knows the training step of LitMoE, not of {type(made.model).__name__}")
+    if made.model.hparams["adapter"] is not None:
+        raise ValueError(f"{name}: a plan knows training of all weights, not of an adapter alone")
     editor = made.trainer.callbacks[0].editor
     if isinstance(editor, FineTuning):
         raise ValueError(f"a plan knows the phases of Editor, not of {type(editor).__name__}")

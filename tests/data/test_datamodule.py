@@ -140,8 +140,10 @@ def test_an_epoch_is_never_empty(batch_size: int, samples: int, batches: int) ->
     assert sum(sizes) == min(samples, 120)
 
 
-def test_facts_edited_are_left_out_of_the_next_epoch() -> None:
-    data = FactsDataModule(Atlas(edits=30), vocab_size=2000, batch_size=64, samples_per_epoch=10**6)
+def test_facts_edited_are_left_out_of_the_next_epoch(atlas_data: FactsDataModule, tmp_path: Path) -> None:
+    assert atlas_data.tokenizer is not None
+    atlas_data.tokenizer.save_pretrained(tmp_path)
+    data = FactsDataModule(Atlas(edits=30), str(tmp_path), batch_size=64, samples_per_epoch=10**5)
     data.setup("fit")
     loader = data.train_dataloader()
     edited = data.corpus.facts_of(data.corpus.edits[:10])

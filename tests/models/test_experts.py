@@ -18,7 +18,6 @@ from lit_moeedit.models.experts import (
     ExpertLayer,
     UnsupportedModelError,
     check_editable,
-    check_trainable,
     expert_layers,
     find_model,
 )
@@ -321,15 +320,6 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="layer 3 of Qwen3MoeForCausalLM has no routed experts"):
             check_editable(model, [3])
 
-    def test_frozen_layer(self, model: PreTrainedModel) -> None:
-        """Frozen layers can be edited later; an edit now is refused."""
-        expert_layers(model)[1].down_proj.requires_grad_(False)
-        assert len(check_editable(model, [0, 2])) == 2
-        message = r"experts of layer 1 .*model\.layers\.1\.mlp\.experts\.down_proj\) are frozen"
-        layers = check_editable(model, [0, 1])
-        with pytest.raises(UnsupportedModelError, match=message):
-            check_trainable(model, layers)
-
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_quantised_layer(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         experts = expert_layers(model)[1].experts
@@ -371,3 +361,11 @@ class TestFindModel:
         both = nn.ModuleList([make_model("qwen3_moe"), make_model("mixtral")])
         with pytest.raises(UnsupportedModelError, match=r"found 2 \(Qwen3MoeForCausalLM, MixtralForCausalLM\)"):
             find_model(both)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.experts", "base_model.model.model.layers.1.mlp.experts.base_layer.base_layer"]
+)
+def test_the_name_of_a_weight_is_that_of_the_model_without_adapters(name: str) -> None:
+    layer = ExpertLayer(1, torch.nn.Module(), torch.nn.Module(), name)
+    assert layer.weight_name == "model.layers.1.mlp.experts.down_proj"

@@ -1,0 +1,54 @@
+"""Checks of models with adapters of peft: what cannot be trained or edited is refused by name."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+
+from lit_moeedit.models.errors import UnsupportedModelError
+
+
+def refuse_adapters(model: nn.Module, strategy: object = None) -> None:
+    """Refuse a model with adapters on parameters, such as experts, under ZeRO stage 3.
+
+    Their first backward fails in peft and DeepSpeed.
+
+    Args:
+        model: the model, or a module that holds it.
+        strategy: the Trainer's strategy. A model that is sharded already is recognised without it.
+
+    Raises:
+        UnsupportedModelError: naming the first such adapter, and what to do.
+    """
+    is_sharded = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    for name, module in _parameter_adapters(model):
+        if is_sharded or hasattr(module.get_param(), "ds_id"):
+            raise UnsupportedModelError(
+                f"LoRA on experts does not train under ZeRO stage 3 (peft and DeepSpeed fail in the first backward): "
+                f"{name} adapts the parameter {module.parameter_name!r}; use ZeRO stage 2 or lower, or LoRA on "
+                "attention alone (target_modules without experts; 'all-linear' has them in some families)"
+            )
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Refuse a model whose adapters are merged into its weights: an edit is one of the base's own weights.
+
+    Raises:
+        UnsupportedModelError: naming the first merged adapter, and what to do.
+    """
+    merged = next((name for name, module in model.named_modules() if getattr(module, "merged_adapters", ())), None)
+    if merged is not None:
+        raise UnsupportedModelError(
+            f"adapters are merged into the weights of {merged}, which are not those of the base now; call "
+            "unmerge_adapter() of the PeftModel before an edit, or merge_and_unload() to keep them merged for good"
+        )
+
+
+def _parameter_adapters(model: nn.Module) -> list[tuple[str, Any]]:
+    """Find the adapters that peft puts around parameters, by name. Without peft there are none."""
+    layers: Any = sys.modules.get("peft.tuners.lora.layer")
+    kind = getattr(layers, "ParamWrapper", ())
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]

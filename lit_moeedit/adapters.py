@@ -37,7 +37,7 @@ SETTINGS = (
 )
 """Settings of a ``LoraConfig`` that may differ from their defaults."""
 _OF_PEFT = ("peft_type", "peft_version", "base_model_name_or_path", "auto_mapping", "revision", "runtime_config")
-"""What peft writes into a config by itself."""
+"""Fields that peft writes into a config by itself."""
 _INITIAL = (True, False, "gaussian", "orthogonal")
 """Initialisations that leave the weights of the base as they are."""
 _PATTERNS = ("rank_pattern", "alpha_pattern", "layers_pattern", "target_parameters", "modules_to_save")
@@ -128,7 +128,7 @@ def module_names(model: nn.Module) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class BaseNames:
-    """What the weights of a model with adapters are in its base. Adapters rename modules, and put others around them.
+    """Names of the weights of a model with adapters in its base. Adapters rename modules, and put others around them.
 
     Attributes:
         own: the base's own weights: name in the base's state dict, by the name in that of the model with adapters.

@@ -222,7 +222,7 @@ def _find_sums(transaction: Transaction, plan: EditPlan, start: int, dead: set[i
 
 
 WAYS: tuple[Way, ...] = (_together, partial(_one_by_one, is_exact=True), partial(_one_by_one, is_exact=False), _in_sums)
-"""How edits come into weights: rounded together, rounded one by one, as weights that train are edited, in float32, and
+"""Ways of edits into weights: rounded together, rounded one by one, as weights that train are edited, in float32, and
 in several sums.
 
 The files do not have it; the states tell.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,6 +87,10 @@ def lora_settings(adapter: Any, source: str = "adapter") -> dict[str, Any]:
         )
     for name in _PATTERNS:
         _check_names(f"{source}: {name}", changed.get(name))
+    for name, value in changed.items():
+        of_modules = value.values() if isinstance(value, Mapping) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in of_modules):
+            raise ValueError(f"{source}: {name} should be finite, but is {str(value)[:80]}")
     return {name: changed[name] for name in SETTINGS if name in changed}
 
 

@@ -71,29 +71,55 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         OSError: the folder cannot be written; a previous one at ``path`` is unchanged.
     """
     path = Path(path)
-    old = path.with_name(f".{path.name}.old")
-    if old.exists():  # a writer was killed in the middle of an exchange, or after it
-        if path.exists() and any(path.iterdir()):
-            shutil.rmtree(old)
-        else:
-            old.replace(path)
+    _recover(path)
     with _temporary_folder(path) as folder, path_in_errors(path):
         temporary = folder / path.name
         temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            _to_disk(file)
-        if not (overwrite and _exchange(temporary, path)):
-            try:
-                if overwrite and path.exists():
-                    path.rename(old)
-                temporary.rename(path)
-            except BaseException:
-                if old.exists() and not path.exists():
-                    old.rename(path)
-                raise
-        _to_disk(path.parent)
+        move_folder(temporary, path, overwrite)
+
+
+def move_folder(folder: Path, path: Path, overwrite: bool = False) -> None:
+    """Move a complete folder to ``path`` in the same file system, where there may be an empty one.
+
+    Args:
+        folder: the folder. With ``overwrite`` it may hold what was at ``path`` afterwards.
+        path: its new path.
+        overwrite: whether to replace a folder that is not empty.
+
+    Raises:
+        OSError: it cannot be moved; what was at ``path`` is unchanged.
+    """
+    _recover(path)
+    old = _old(path)
+    for file in folder.rglob("*"):
+        _to_disk(file)
+    if not (overwrite and _exchange(folder, path)):
+        try:
+            if overwrite and path.exists():
+                path.rename(old)
+            folder.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+    _to_disk(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    """Return the path of a folder while another takes its place."""
+    return path.with_name(f".{path.name}.old")
+
+
+def _recover(path: Path) -> None:
+    """Finish what a writer has left that was killed in the middle of an exchange, or after it."""
+    old = _old(path)
+    if old.exists():
+        if path.exists() and any(path.iterdir()):
+            shutil.rmtree(old)
+        else:
+            old.replace(path)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -109,7 +109,10 @@ class LitMoE(L.LightningModule):
     ) -> None:
         super().__init__()
         if (pretrained is None) == (config is None):
-            raise ValueError("give exactly one of 'pretrained' (a path or hub id) and 'config' (for fresh weights)")
+            raise ValueError(
+                "give exactly one of 'pretrained' (a path or hub id) and 'config' (for fresh weights); a config like "
+                "recipe:lora, which overlays another, has neither: give that one before it"
+            )
         if config is not None and "model_type" not in config:
             raise ValueError(f"config needs 'model_type' (for example qwen3_moe), got the keys {sorted(config)}")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -207,12 +210,12 @@ class LitMoE(L.LightningModule):
             EditConflictError: if the base is another.
         """
         state = (checkpoint.get("callbacks") or {}).get(STATE_KEY)
-        if not state or not state.get("layers"):
+        if not state:
             return
         callbacks: list[L.Callback] = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
         if self._trainer is None:
-            make_all(find_model(self), histories_of(state))
-        elif all(callback.state_key != STATE_KEY for callback in callbacks):
+            make_all(self, *histories_of(state))
+        elif state.get("layers") and all(callback.state_key != STATE_KEY for callback in callbacks):
             raise MisconfigurationException(
                 "the checkpoint tells of edits of the frozen experts, which it does not hold: give the Trainer the "
                 "KnowledgeEditing callback of that run, which makes them again (or, to evaluate, a module from "

@@ -177,6 +177,8 @@ def test_plain_settings() -> None:
             "target_modules should have names of modules or parameters, but has '\\.\\*_proj'",
         ),
         (peft.LoraConfig(rank_pattern={"(a+)+": 1}), "rank_pattern should have names"),
+        ({"lora_alpha": float("nan")}, "adapter: lora_alpha should be finite, but is nan"),
+        (peft.LoraConfig(alpha_pattern={"q_proj": float("inf")}), "adapter: alpha_pattern should be finite"),
         ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, r"peft.LoraConfig refuses the settings"),
     ],
 )

@@ -205,12 +205,12 @@ def _make_edits(source: Checkpoint, base: PreTrainedModel) -> None:
     """
     states = {key: state for key, state in source.callbacks.items() if isinstance(state, Mapping)}
     state = states.get(STATE_KEY, {})
-    histories = histories_of(state, f"{source.path}: the state of {STATE_KEY}") if state else {}
+    histories, unedited = histories_of(state, f"{source.path}: the state of {STATE_KEY}") if state else ({}, {})
     edited = [key for key, state in states.items() if state.get("applied")]
     if edited and not histories:
         raise CheckpointError(
             f"{source.path} holds trained weights only, and not the experts in which {first_few(edited)} made its "
             "edits: an export of it would lose them; export a checkpoint of the whole model"
         )
-    if count := make_all(base, histories) if histories else 0:
+    if count := make_all(base, histories, unedited) if state else 0:
         log.info("made %d changes of frozen experts, which the checkpoint has beside the trained weights", count)

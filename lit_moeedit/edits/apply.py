@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lit_moeedit.edits.edit import Edit, Placement
+from lit_moeedit.edits.edit import Edit, LayerChange, Placement
 from lit_moeedit.edits.order import EditConflictError, Sequel, check_order, linked
 from lit_moeedit.edits.plans import Report, commit_plans, find_layers, find_positions, find_sources, plan_parameter
 from lit_moeedit.edits.states import State, states
@@ -115,7 +115,7 @@ def apply(
                     f"{name} has {sequel.edits[count - 1].name!r} already, and the others must be rounded together "
                     "with it: give the base, too"
                 )
-        after = commit_plans(plans, ranks, optimizers, allow_rounding, bool(sources) or not started, report)
+        after = commit_plans(plans, ranks, optimizers, allow_rounding, report)
     return _placed(edits, sequels, after)
 
 
@@ -187,14 +187,14 @@ def undo(
             if approximate:
                 gone = [edit for edit in sequel.edits if edit in removed]
                 plan = plan_parameter(sequel, layer, gone, now[name], None)
-                plans[name] = replace(plan, pending=[deltas.with_right(-deltas.right) for deltas in plan.pending])
-                experts = {expert for deltas in plan.pending for expert in deltas.experts}
+                plans[name] = replace(plan, pending=[_negated(change) for change in plan.pending])
+                experts = {expert for change in plan.pending for expert in change.deltas.experts}
                 elements += len(experts) * layer.shape[1] * layer.shape[2]
             else:
                 kept = [edit for edit in sequel.edits if edit in remaining]
                 known = rest[name].state(len(kept)) if kept else sequel.base
                 plans[name] = plan_parameter(sequel, layer, kept, now[name], known if is_exact else None, sources[name])
-        after = commit_plans(plans, ranks, optimizers, allow_rounding, True, report)
+        after = commit_plans(plans, ranks, optimizers, allow_rounding, report)
     if approximate:
         log.warning(
             "subtracted: up to %s elements (those of the experts that %s changed) may differ by a unit in the last "
@@ -234,6 +234,11 @@ def verify(model: nn.Module, edits: Sequence[Edit], *, ranks: Ranks | None = Non
                 status = "applied" if number < position[0] else "missing"
             found.append(Presence(edit, name, status, position is not None and position[1]))
     return found
+
+
+def _negated(change: LayerChange) -> LayerChange:
+    """Return what is subtracted to take a change out; all of these are rounded together."""
+    return replace(change, deltas=change.deltas.with_right(-change.deltas.right), sum_base="", is_exact=True)
 
 
 def _split(edits: Sequence[Edit], names: Sequence[str]) -> tuple[list[Edit], list[Edit]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -16,9 +16,10 @@ from rich.table import Table
 from lit_moeedit.edits.adapters import to_peft
 from lit_moeedit.edits.apply import apply, undo, verify
 from lit_moeedit.edits.edit import Edit
-from lit_moeedit.edits.files import read_edits
-from lit_moeedit.edits.folders import EDITS, load_model, new_folder, save_model
+from lit_moeedit.edits.files import HEADER, edits_of, read_edits
+from lit_moeedit.edits.folders import load_model, new_folder, save_model
 from lit_moeedit.edits.plans import Report
+from lit_moeedit.edits.stored import StoredModel
 from lit_moeedit.text import first_few, printable
 
 log = logging.getLogger(__name__)
@@ -117,14 +118,18 @@ def apply_edits(
     Example:
         lit-moeedit edits apply my-model edits/capitals --output my-edited-model
     """
+    if rank is not None and format != "peft":
+        raise ValueError("--rank is of an adapter: give --format peft, too, or leave it out")
+    _refuse_swapped(model, edits)
     given = [edit for path in edits for edit in read_edits(path)]
-    present = read_edits(model) if (model / EDITS).is_dir() else []
+    present = edits_of(model)
     ids = {edit.id for edit in present}
     new = [edit for edit in given if edit.id not in ids]
     if not new:
         raise ValueError(f"already in {model}: {first_few(edit.name for edit in given)}; nothing is written")
     with new_folder(output, overwrite, [model, *edits, *([base] if base else [])]) as beside:
-        loaded = load_model(model)
+        stored = StoredModel(model)
+        loaded = load_model(stored)
         with _progress() as report:
             placed = apply(
                 loaded,
@@ -135,7 +140,7 @@ def apply_edits(
                 report=report,
             )
         if format == "weights":
-            save_model(loaded, model, placed, beside)
+            save_model(stored, loaded, {name for edit in placed for name in edit.changes}, placed, beside)
         else:
             to_peft(new, beside, rank, allow_siblings=allow_siblings, allow_square=allow_square, overwrite=True)
     log.info("%s: %s", output, first_few(edit.name for edit in new))
@@ -175,7 +180,8 @@ def undo_edits(
     """
     edits = read_edits(model)
     with new_folder(output, overwrite, [model, *([base] if base else [])]) as beside:
-        loaded = load_model(model)
+        stored = StoredModel(model)
+        loaded = load_model(stored)
         with _progress() as report:
             left = undo(
                 loaded,
@@ -186,7 +192,7 @@ def undo_edits(
                 allow_rounding=allow_rounding,
                 report=report,
             )
-        save_model(loaded, model, left, beside)
+        save_model(stored, loaded, {name for edit in edits for name in edit.changes}, left, beside)
     log.info("%s has the edits: %s", output, first_few(edit.name for edit in left) or "none")
 
 
@@ -216,6 +222,15 @@ def verify_edits(model: Path, edits: Path | None = None) -> None:
     absent = {presence.edit.name for presence in found if presence.status != "applied"}
     if absent:
         raise ValueError(f"{len(absent)} of {len(known)} edits are not in the weights: {first_few(sorted(absent))}")
+
+
+def _refuse_swapped(model: Path, edits: Sequence[Path]) -> None:
+    """Refuse edits in the place of the model, and the model among the edits."""
+    models = [path for path in edits if (path / "config.json").is_file()]
+    found = [model / HEADER, *model.glob(f"*/{HEADER}")] if model.is_dir() else [model]
+    is_model = (model / "config.json").is_file()
+    if models and not is_model and any(path.name == HEADER and path.is_file() for path in found):
+        raise ValueError(f"{model} is a folder of edits, and {models[0]} a model: give the model first, then the edits")
 
 
 def _console() -> Console:

@@ -19,7 +19,8 @@ from torch import nn
 
 import lit_moeedit
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.edits.states import State, layers_by_parameter, states
+from lit_moeedit.edits.states import State, histories_in, layers_by_parameter, states
+from lit_moeedit.models.experts import ExpertLayer, find_model
 from lit_moeedit.solvers import ExpertDeltas
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class LayerChange:
         base: state of the parameter before the first edit of the layer.
         before: state before this edit.
         after: state after this edit.
+        sum_base: fingerprint of the parameter before the first of the changes that were added up and rounded together
+            with this one; that of ``before`` if this is the first of them.
+        is_exact: whether they were added up in float64. If not, this one was added in float32 and rounded by itself.
     """
 
     parameter: str
@@ -51,11 +55,25 @@ class LayerChange:
     base: State
     before: State
     after: State
+    sum_base: str
+    is_exact: bool
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """The sizes ``(E, d_model, d_hidden)``."""
         return (self.deltas.num_experts, *self.deltas.shape)
+
+
+def in_sums(changes: Sequence[LayerChange]) -> list[list[LayerChange]]:
+    """Split changes of one parameter, in their order, into sums that were rounded together."""
+    found: list[list[LayerChange]] = []
+    for change in changes:
+        last = found[-1][-1] if found else None
+        if last is not None and last.is_exact and change.is_exact and last.sum_base == change.sum_base:
+            found[-1].append(change)
+        else:
+            found.append([change])
+    return found
 
 
 @dataclass(frozen=True)
@@ -102,8 +120,7 @@ class Edit:
     placement: Placement | None = None
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise ValueError(f"an edit's name may have letters, digits, '_', '.' and '-', got {self.name[:120]!r}")
+        check_name(self.name)
 
     @cached_property
     def id(self) -> str:
@@ -175,17 +192,12 @@ class Edit:
             raise ValueError(f"the states before the edit lack {', '.join(sorted(missing))}")
         bases = {name: change.base for edit in reversed(made_on) for name, change in edit.changes.items()}
         after = states(layers, ranks)
-        changes = [
-            LayerChange(
-                parameter := names[index],
-                layers[parameter].is_transposed,
-                _on_cpu(deltas),
-                bases.get(parameter, before[parameter]),
-                before[parameter],
-                after[parameter],
-            )
-            for index, deltas in sorted(result.deltas.items())
-        ]
+        changes = []
+        for index, deltas in sorted(result.deltas.items()):
+            parameter = names[index]
+            layer, start, end = layers[parameter], before[parameter], after[parameter]
+            base, own = bases.get(parameter, start), _sum_of(model, layer, start, end)
+            changes.append(LayerChange(parameter, layer.is_transposed, _on_cpu(deltas), base, start, end, *own))
         return cls(
             name=name,
             facts=tuple(result.facts),
@@ -199,6 +211,26 @@ class Edit:
             versions={"lit_moeedit": lit_moeedit.__version__}
             | {package: metadata.version(package) for package in ("torch", "transformers")},
         )
+
+
+def check_name(name: str) -> None:
+    """Check the name of an edit, which is that of a folder, too.
+
+    Raises:
+        ValueError: if it has other characters than such a name may have.
+    """
+    if not NAME.fullmatch(name):
+        raise ValueError(f"an edit's name may have letters, digits, '_', '.' and '-', got {name[:120]!r}")
+
+
+def _sum_of(model: nn.Module, layer: ExpertLayer, before: State, after: State) -> tuple[str, bool]:
+    """Return the base of the sum that the last change of a layer belongs to, and whether that is taken in float64."""
+    histories = histories_in(find_model(model))
+    last = next(iter(histories.get(layer.weight_name, ())[-1:]), None)
+    if last is not None and last.after[-1] == after.exact:
+        return last.base, last.is_exact
+    # without a history an edit is rounded by itself
+    return before.exact, not layer.down_proj.requires_grad
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -233,6 +265,8 @@ def settings_of(value: Any) -> Any:
         return [settings_of(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): settings_of(item) for key, item in value.items()}
+    if isinstance(value, Edit):
+        return value.id
     if isinstance(value, torch.dtype | Path) or hasattr(value, "__qualname__"):
         return getattr(value, "__qualname__", None) or (value.name if isinstance(value, Path) else str(value))
     kind = type(value)

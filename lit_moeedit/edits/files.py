@@ -24,7 +24,7 @@ from lit_moeedit.edits.states import State
 from lit_moeedit.solvers import ExpertDeltas
 from lit_moeedit.text import brief, first_few, printable
 
-FORMAT = "lit_moeedit.edit.1"
+FORMAT = "lit_moeedit.edit.2"
 HEADER, TENSORS = "edit.json", "deltas.safetensors"
 MAX_HEADER = 2**26
 """Maximum size of ``edit.json`` in bytes; a fact with its neighbours takes some 3,000."""
@@ -110,6 +110,8 @@ def _layer_header(change: LayerChange) -> dict[str, Any]:
         **sizes,
         "is_transposed": change.is_transposed,
         **{name: vars(getattr(change, name)) for name in ("base", "before", "after")},
+        "sum_base": change.sum_base,
+        "is_exact": change.is_exact,
     }
 
 
@@ -163,6 +165,8 @@ def load_edit(path: str | Path) -> Edit:
         deltas = _read_deltas(folder / TENSORS, layers)
         found = Edit(layers=tuple(_change(layer, deltas[layer["parameter"]]) for layer in layers), **edit)
         _check(found.id == header["id"], "id", f"tensors with the id {header['id'][:12]}… of {HEADER}")
+    with _in_file(folder / HEADER):
+        _check(found.id not in found.made_on, "made_on", "ids of other edits than this one")
     return found
 
 
@@ -170,23 +174,38 @@ def read_edits(folder: str | Path) -> list[Edit]:
     """Read one edit, or all edits in a folder, in their order.
 
     Args:
-        folder: the folder of an edit, a folder of such folders, or one that has a folder ``edits`` of them (a model).
+        folder: the folder of an edit or its ``edit.json``, a folder of such folders, or one that has a folder ``edits``
+            of them (a model).
 
     Raises:
         FileNotFoundError: if there is no such folder.
         EditFileError: if there is no edit in it, or one of its folders is not an edit.
     """
     root = Path(folder)
+    root = root.parent if root.name == HEADER and root.is_file() else root
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     if (root / HEADER).exists():
         return [load_edit(root)]
+    if (root / "config.json").exists() and not (root / "edits").is_dir():
+        raise EditFileError(f"{root} has no edits: it is a model without a folder 'edits'")
     root = root / "edits" if (root / "edits").is_dir() else root
     # temporary folders of writers are hidden
     found = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise EditFileError(f"{root} has no edits: expected folders with {HEADER} and {TENSORS}")
     return sorted(map(load_edit, found), key=lambda edit: (edit.order, edit.name))
+
+
+def edits_of(model: str | Path) -> list[Edit]:
+    """Read the edits in a model's folder, in their order; none if it has no folder ``edits``, or an empty one.
+
+    Raises:
+        EditFileError: if a folder in ``edits`` is not an edit.
+    """
+    folder = Path(model) / "edits"
+    is_empty = not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir())
+    return [] if is_empty else read_edits(model)
 
 
 @contextmanager
@@ -226,8 +245,11 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise _FieldError("it should hold the fields of an edit")
     form = header.get("format")
     if form != FORMAT:
-        known = isinstance(form, str) and form.startswith("lit_moeedit.edit.")
-        what = "was written by a later version; update lit_moeedit" if known else "is no edit"
+        what = "is no edit"
+        if form == "lit_moeedit.edit.1":
+            what = "was written by an earlier version, and does not tell how its changes were rounded; make it again"
+        elif isinstance(form, str) and form.startswith("lit_moeedit.edit."):
+            what = "was written by a later version; update lit_moeedit"
         raise _FieldError(f"field 'format' should be {FORMAT!r}, but is {form!r:.80}: it {what}")
     return header
 
@@ -265,7 +287,9 @@ def _layers(path: Path, layers: Sequence[Mapping[str, Any]]) -> Sequence[Mapping
         where = f"layers[{number}]"
         sizes = dict(zip(("num_experts", "d_model", "d_hidden"), MAX_SIZES, strict=True))
         fields: dict[str, Any] = {name: int for name in sizes} | {name: dict for name in ("base", "before", "after")}
-        check_fields(f"{path}, {where}", layer, (), parameter=str, is_transposed=bool, **fields)
+        flags = dict.fromkeys(("is_transposed", "is_exact"), bool)
+        check_fields(f"{path}, {where}", layer, (), parameter=str, sum_base=str, **flags, **fields)
+        _check(_FINGERPRINT.fullmatch(layer["sum_base"][:200]) is not None, f"{where}.sum_base", "a fingerprint")
         _check(_PARAMETER.fullmatch(layer["parameter"]) is not None, f"{where}.parameter", "the name of a parameter")
         for name, most in sizes.items():
             _check(layer[name] is not True and 1 <= layer[name] <= most, f"{where}.{name}", f"from 1 to {most:,}")
@@ -291,8 +315,9 @@ def _placement(path: Path, data: Mapping[str, Any]) -> Placement:
 
 
 def _change(layer: Mapping[str, Any], deltas: ExpertDeltas) -> LayerChange:
-    found = (State(layer[name]["exact"], layer[name]["rounded"]) for name in ("base", "before", "after"))
-    return LayerChange(layer["parameter"], layer["is_transposed"], deltas, *found)
+    base, before, after = (State(layer[x]["exact"], layer[x]["rounded"]) for x in ("base", "before", "after"))
+    own = (layer["sum_base"], layer["is_exact"])
+    return LayerChange(layer["parameter"], layer["is_transposed"], deltas, base, before, after, *own)
 
 
 def _read_deltas(path: Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, ExpertDeltas]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.edits.edit import FACTORS
 from lit_moeedit.edits.order import EditConflictError
-from lit_moeedit.edits.states import layers_by_parameter
+from lit_moeedit.edits.states import keep_in, layers_by_parameter
 from lit_moeedit.interrupts import held
-from lit_moeedit.models.experts import ExpertLayer
+from lit_moeedit.models.experts import ExpertLayer, find_model
 from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.history import EditSum, History, missing
 from lit_moeedit.sharding.ranks import Ranks
@@ -30,13 +30,22 @@ WHERE = f"the state of {STATE_KEY} in the checkpoint"
 # -- the state of a checkpoint ----------------------------------------------------------------------------------------
 
 
-def state_of(histories: Mapping[str, History]) -> dict[str, Any]:
-    """Return histories as plain data and tensors, for a checkpoint."""
-    return {"layers": {name: [_saved(own) for own in sums] for name, sums in histories.items() if sums}}
+def state_of(histories: Mapping[str, History], unedited: Mapping[str, str]) -> dict[str, Any]:
+    """Return what is known of frozen experts as plain data and tensors, for a checkpoint.
+
+    Args:
+        histories: the histories of those that were edited, by names of parameters.
+        unedited: fingerprints of those that were not edited yet.
+    """
+    edited = {name: sums for name, sums in histories.items() if sums}
+    return {
+        "layers": {name: [_saved(own) for own in sums] for name, sums in edited.items()},
+        "fingerprints": {**unedited, **{name: sums[-1].after[-1] for name, sums in edited.items()}},
+    }
 
 
-def histories_of(state: Mapping[str, Any], where: str = WHERE) -> dict[str, History]:
-    """Return the histories that :func:`state_of` made a state of.
+def histories_of(state: Mapping[str, Any], where: str = WHERE) -> tuple[dict[str, History], dict[str, str]]:
+    """Return the histories and the fingerprints of unedited experts that :func:`state_of` made a state of.
 
     Args:
         state: the state, which is untrusted.
@@ -45,11 +54,16 @@ def histories_of(state: Mapping[str, Any], where: str = WHERE) -> dict[str, Hist
     Raises:
         CheckpointError: naming the field and what was expected.
     """
-    check_fields(where, state, layers={str: [dict]})
-    return {
+    check_fields(where, state, ("fingerprints",), layers={str: [dict]}, fingerprints={str: str})
+    histories = {
         name: tuple(_loaded(f"{where}, layers[{name!r}][{number}]", own) for number, own in enumerate(sums))
         for name, sums in state["layers"].items()
     }
+    left = dict(state.get("fingerprints") or {})  # states of earlier versions have none
+    for name in left.keys() & histories.keys():
+        if histories[name] and histories[name][-1].after[-1] != left.pop(name):
+            raise CheckpointError(f"{where}: an edit of {name} is missing, after which it had another fingerprint")
+    return histories, left
 
 
 def _saved(own: EditSum) -> dict[str, Any]:
@@ -102,38 +116,56 @@ def _is_index(index: Tensor, count: int) -> bool:
 
 
 def find_missing(
-    layers: Mapping[str, ExpertLayer], histories: Mapping[str, History], ranks: Ranks
+    layers: Mapping[str, ExpertLayer], histories: Mapping[str, History], unedited: Mapping[str, str], ranks: Ranks
 ) -> dict[str, list[EditSum] | None]:
     """Find the changes that frozen experts lack.
+
+    Unedited experts lack nothing. In another dtype they are not compared.
 
     Args:
         layers: the model's layers by the names of their parameters.
         histories: the histories.
+        unedited: fingerprints of the experts that were not edited yet.
         ranks: the processes that hold the model. Each calls this.
 
     Returns:
-        By parameter the sums that are missing; ``None`` for one that is in no state of its history.
+        By parameter the sums that are missing; ``None`` for one that is in no state of its history, or not the
+        unedited one.
 
     Raises:
         EditConflictError: if the model does not have a parameter, or one of another shape.
     """
-    for name, history in histories.items():
-        sizes = {(change.num_experts, *change.shape) for own in history for change in own.deltas}
+    for name in (*histories, *unedited):
+        sizes = {(change.num_experts, *change.shape) for own in histories.get(name, ()) for change in own.deltas}
         if name not in layers or sizes - {layers[name].shape}:
             raise EditConflictError(
-                f"the checkpoint has edits of the frozen experts {name}, which this model does not have (or in another "
-                "shape); start from the base model that the run began with"
+                f"the checkpoint is of a model with the frozen experts {name}, which this model does not have (or in "
+                "another shape); start from the base model that the run began with"
             )
-    now = fingerprints({name: layers[name].down_proj for name in histories}, ranks)
-    return {name: missing(history, now[name]) for name, history in histories.items()}
+    now = fingerprints({name: layers[name].down_proj for name in (*histories, *unedited)}, ranks)
+    found = {name: missing(history, now[name]) for name, history in histories.items()}
+    for name, wanted in unedited.items():
+        is_same = wanted == now[name] or _kind(wanted) != _kind(now[name])
+        found[name] = [] if is_same else None
+    return found
 
 
-def refuse_base(name: str) -> EditConflictError:
-    """Return the error of experts that are in no state of their history."""
+def _kind(fingerprint: str) -> str:
+    """Return the shape and the dtype in a fingerprint."""
+    return fingerprint.rpartition(" ")[0]
+
+
+def refuse_base(name: str, is_unedited: bool = False) -> EditConflictError:
+    """Return the error of experts that are in no state of their history, or should be unedited and are not."""
+    wanted = (
+        "not those that the checkpoint's run had"
+        if is_unedited
+        else "neither the base of the checkpoint's edits nor what these have left"
+    )
     return EditConflictError(
-        f"the frozen experts {name} are neither the base of the checkpoint's edits nor what these have left. The "
-        "checkpoint does not hold the experts themselves, so start from the base model that the run began with, in the "
-        "same dtype"
+        f"the frozen experts {name} are {wanted}. The checkpoint does not hold the experts themselves, so start from "
+        "the base model that the run began with, in the same dtype. A module in memory that was edited since is "
+        "another: make a new one, which loads the base anew"
     )
 
 
@@ -145,11 +177,10 @@ def make(layer: ExpertLayer, sums: Sequence[EditSum], transaction: Transaction) 
     """
     made = []
     for own in sums:
-        # by itself, though the one before it is known
-        key = f"{layer.weight_name} after {own.base}"
-        transaction.commit(layer.down_proj, own.deltas, layer.is_transposed, key, exact=own.is_exact)
+        name = layer.weight_name
+        transaction.commit(layer.down_proj, own.deltas, layer.is_transposed, name, exact=own.is_exact, begins=True)
         # none of experts that train now
-        again = next(iter(transaction.histories[key]), None)
+        again = next(iter(transaction.histories[name][-1:]), None)
         if fingerprints({"": layer.down_proj}, transaction.ranks)[""] != own.after[-1]:
             raise EditConflictError(
                 f"the checkpoint's edits of the frozen experts {layer.weight_name} cannot be made again bit for bit on "
@@ -159,8 +190,13 @@ def make(layer: ExpertLayer, sums: Sequence[EditSum], transaction: Transaction) 
     return made
 
 
-def make_all(model: nn.Module, histories: Mapping[str, History]) -> int:
+def make_all(model: nn.Module, histories: Mapping[str, History], unedited: Mapping[str, str]) -> int:
     """Make all missing edits of frozen experts in a model in memory; return the number of changes.
+
+    Args:
+        model: the model, or a module that holds it. Histories travel with it from now on.
+        histories: the histories.
+        unedited: fingerprints of the experts that were not edited yet.
 
     Raises:
         EditConflictError: if the model is not the base of the edits; nothing has changed.
@@ -168,13 +204,15 @@ def make_all(model: nn.Module, histories: Mapping[str, History]) -> int:
     ranks, layers = Ranks.current(), layers_by_parameter(model)
     for layer in layers.values():
         layer.down_proj.requires_grad_(False)
-    todo = find_missing(layers, histories, ranks)
-    count = 0
+    todo = find_missing(layers, histories, unedited, ranks)
+    count, kept = 0, dict(histories)
     with held(Transaction((), ranks)) as transaction:
         for name, sums in todo.items():
             if sums is None:
-                raise refuse_base(name)
-            make(layers[name], sums, transaction)
+                raise refuse_base(name, name in unedited)
+            if sums:
+                kept[name] = (*histories[name][: -len(sums)], *make(layers[name], sums, transaction))
             count = max(count, sum(len(own.deltas) for own in sums))
         transaction.keep()
+    keep_in(find_model(model), kept)
     return count

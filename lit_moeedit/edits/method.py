@@ -11,7 +11,7 @@ from typing_extensions import override
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.method import EditJob, EditMethod, LayerEdits
 from lit_moeedit.editing.targets import Targets
-from lit_moeedit.edits.edit import Edit
+from lit_moeedit.edits.edit import Edit, in_sums
 from lit_moeedit.edits.files import EditFileError, read_edits
 from lit_moeedit.edits.order import EditConflictError, Sequel, check_order, linked
 from lit_moeedit.edits.plans import find_positions
@@ -52,11 +52,15 @@ class SavedEdits(EditMethod):
         super().__init__(sorted({_layer(change.parameter) for edit in self.edits for change in edit.layers}))
         self.facts: list[Fact] = list({fact.prompt: fact for edit in self.edits for fact in edit.facts}.values())
 
+    def edits_of(self, facts: Sequence[Fact]) -> list[Edit]:
+        """Return the edits that edit any of these facts, in their order."""
+        prompts = {fact.prompt for fact in facts}
+        return [edit for edit in self.edits if any(fact.prompt in prompts for fact in edit.facts)]
+
     @override
     def prepare(self, job: EditJob) -> _Changes:
         """Choose the edits of the given facts, and check that they can be applied to the weights as they are."""
-        prompts = {fact.prompt for fact in job.facts}
-        chosen = [edit for edit in self.edits if any(fact.prompt in prompts for fact in edit.facts)]
+        prompts, chosen = {fact.prompt for fact in job.facts}, self.edits_of(job.facts)
         of_chosen = {fact.prompt for edit in chosen for fact in edit.facts}
         if prompts != of_chosen:
             left = len(of_chosen - prompts) or len(prompts - of_chosen)
@@ -105,22 +109,28 @@ class _Changes(LayerEdits):
         sequel = self._sequels.get(name)
         if sequel is None:
             return
-        changes = [change.deltas for change in sequel.changes]
-        expected = None if self._any_base else sequel.state(len(changes))
-        history = None if self.job.histories is None else name
-        # edits of frozen weights are made in float64, those of others in float32, one by one
-        for exact in (True, False) if len(changes) == 1 else (True,):
-            mark = len(transaction._undos)
+        histories = self.job.histories
+        expected = None if self._any_base else sequel.state(len(sequel.edits))
+        changes = []
+        for own in [sequel.changes] if self._any_base else in_sums(sequel.changes):
+            last = next(iter((histories or {}).get(name, ())[-1:]), None)
             with self.job.clock("commit"):
-                self.relative_change[layer.index] = transaction.commit(
-                    layer.down_proj, changes, layer.is_transposed, history, exact
+                change = transaction.commit(
+                    layer.down_proj,
+                    [one.deltas for one in own],
+                    layer.is_transposed,
+                    None if histories is None else name,
+                    exact=self._any_base or own[0].is_exact,
+                    begins=not self._any_base and (last is None or last.base != own[0].sum_base),
                 )
-            after = states({name: layer}, self.job.ranks)[name]
-            if expected is None or after == expected or after.kind != expected.kind:
-                self.deltas[layer.index] = deltas
-                return
-            transaction.undo(mark)
-        raise EditConflictError(f"{name} would not have the bits that the file of {sequel.edits[-1].name!r} tells of")
+            changes.append(change)
+        after = states({name: layer}, self.job.ranks)[name]
+        if expected is not None and after != expected and after.kind == expected.kind:
+            raise EditConflictError(
+                f"{name} would not have the bits that the file of {sequel.edits[-1].name!r} tells of"
+            )
+        # of several sums an upper bound
+        self.deltas[layer.index], self.relative_change[layer.index] = deltas, sum(changes)
 
 
 def _layer(parameter: str) -> int:

@@ -42,6 +42,15 @@ def linked(edits: Sequence[Edit]) -> list[Edit]:
     return found
 
 
+def left_by(edits: Sequence[Edit]) -> dict[str, State]:
+    """Return the states in which edits have left their parameters, in the weights to which they were applied last."""
+    left: dict[str, State] = {}
+    for edit in edits:
+        placed = {} if edit.placement is None else edit.placement.states
+        left |= {name: placed.get(name, change.after) for name, change in edit.changes.items()}
+    return left
+
+
 def check_order(edits: Sequence[Edit], allow_siblings: bool = False) -> None:
     """Check that edits can be applied one after the other.
 

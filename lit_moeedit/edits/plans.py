@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lit_moeedit.edits.edit import Edit
+from lit_moeedit.edits.edit import Edit, LayerChange, in_sums
 from lit_moeedit.edits.folders import load_model
 from lit_moeedit.edits.order import EditConflictError, Sequel
 from lit_moeedit.edits.states import State, layers_by_parameter, states
@@ -22,7 +21,6 @@ from lit_moeedit.sharding.backends import refuse_parallelism
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.replacement import replace_experts
 from lit_moeedit.sharding.transaction import Transaction
-from lit_moeedit.solvers import ExpertDeltas
 from lit_moeedit.text import first_few
 
 log = logging.getLogger(__name__)
@@ -45,19 +43,24 @@ class EditPlan:
 
     Attributes:
         layer: the layer.
-        pending: the changes to add, in their order.
+        pending: the changes to add, in their order, in the sums in which they were made.
         source: the base's parameter, from which the changed experts are taken first; ``None`` to add to what is there.
         experts: experts that are taken from the base.
         expected: the state that results; ``None`` if no file has it.
-        between: the states after each of the pending changes, as far as files have them.
     """
 
     layer: ExpertLayer
-    pending: Sequence[ExpertDeltas]
+    pending: Sequence[LayerChange]
     source: nn.Parameter | None
     experts: Sequence[int]
     expected: State | None
-    between: Sequence[State | None] = ()
+
+    @property
+    def lacks_base(self) -> bool:
+        """Tell if the first change continues a sum whose base is not given."""
+        if self.source is not None or not self.pending:
+            return False
+        return self.pending[0].is_exact and self.pending[0].sum_base != self.pending[0].before.exact
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -129,11 +132,8 @@ def plan_parameter(
     experts = {expert for change in sequel.changes for expert in change.deltas.experts}
     if expected is not None and (expected.kind != now.kind or (source and source.state != sequel.base)):
         expected = None
-    pending = [edit.changes[sequel.parameter].deltas for edit in edits]
-    left = Sequel.of(edits) if source else {sequel.parameter: sequel}
-    between = [left[sequel.parameter].state(left[sequel.parameter].edits.index(edit) + 1) for edit in edits]
-    source_weight = None if source is None else source.weight
-    return EditPlan(layer, pending, source_weight, sorted(experts), expected, between)
+    pending = [edit.changes[sequel.parameter] for edit in edits]
+    return EditPlan(layer, pending, None if source is None else source.weight, sorted(experts), expected)
 
 
 def find_sources(
@@ -168,106 +168,36 @@ def find_sources(
     return {name: Source(layers[name].down_proj, found[name]) for name in concerned}
 
 
-Way = Callable[[Transaction, EditPlan], object]
-
-
-def _together(transaction: Transaction, plan: EditPlan) -> None:
-    transaction.commit(plan.layer.down_proj, plan.pending, plan.layer.is_transposed, exact=True)
-
-
-def _one_by_one(transaction: Transaction, plan: EditPlan, is_exact: bool) -> None:
-    for deltas in plan.pending:
-        transaction.commit(plan.layer.down_proj, deltas, plan.layer.is_transposed, exact=is_exact)
-
-
-def _in_sums(transaction: Transaction, plan: EditPlan) -> None:
-    """Commit changes of which only some were rounded together, as when a run was resumed without its base."""
-    start = 0
-    for stop in _find_sums(transaction, plan, 0, set()) or ():
-        transaction.commit(plan.layer.down_proj, plan.pending[start:stop], plan.layer.is_transposed, exact=True)
-        start = stop
-
-
-def _find_sums(transaction: Transaction, plan: EditPlan, start: int, dead: set[int]) -> list[int] | None:
-    """Find the ends of the sums in which changes were rounded; ``None`` if there are no such sums.
-
-    Changes of other experts than those before them may belong to two sums, and only what follows tells.
-
-    Args:
-        transaction: the transaction of the plan, which is left as it is.
-        plan: the plan. The weights have the first ``start`` of its changes.
-        start: number of changes before the first sum.
-        dead: starts from which no sums lead to the states of the files; kept up to date.
-    """
-    count = len(plan.pending)
-
-    def try_(stop: int, deeper: bool) -> list[int] | None:
-        with held(Transaction(transaction.optimizers, transaction.ranks)) as trial:
-            trial.commit(plan.layer.down_proj, plan.pending[start:stop], plan.layer.is_transposed, exact=True)
-            found: list[int] | None = None
-            if states({"": plan.layer}, trial.ranks)[""] == plan.between[stop - 1]:
-                found = _find_sums(transaction, plan, stop, dead) if deeper and stop < count else []
-            trial.rollback()
-        return None if found is None else [stop, *found]
-
-    low, high = start, count
-    while low < high:
-        stop = (low + high + 1) // 2
-        low, high = (low, stop - 1) if try_(stop, deeper=False) is None else (stop, high)
-    for stop in range(low, start, -1):
-        if stop not in dead and (found := try_(stop, deeper=True)) is not None:
-            return found
-    dead.add(start)
-    return None
-
-
-WAYS: tuple[Way, ...] = (_together, partial(_one_by_one, is_exact=True), partial(_one_by_one, is_exact=False), _in_sums)
-"""Ways of edits into weights: rounded together, rounded one by one, as weights that train are edited, in float32, and
-in several sums.
-
-The files do not have it; the states tell.
-"""
-
-
 def commit_plans(
     plans: Mapping[str, EditPlan],
     ranks: Ranks,
     optimizers: Sequence[Any],
     allow_rounding: bool,
-    has_base: bool,
     report: Report | None,
 ) -> dict[str, State]:
-    """Carry out plans in one transaction, in the way that leads to the expected states; return the states after it."""
+    """Carry out plans in one transaction, and check that they lead to the expected states; return the states after."""
     with held(Transaction(optimizers, ranks)) as transaction:
-        most = max((len(plan.pending) for plan in plans.values()), default=0)
-        # the last one only where there may be several sums
-        for way in WAYS if most > 2 else WAYS[:-1] if most > 1 else WAYS[:-1:2]:
-            after = _carry_out(plans, way, transaction, report)
-            differing = [name for name, plan in plans.items() if plan.expected not in (None, after[name])]
-            if not differing:
-                break
-            transaction.rollback()
-        else:
-            if not allow_rounding:
-                hint = "" if has_base else ". If they were rounded together with earlier ones, give the base, too"
-                raise EditConflictError(
-                    f"the result is not that of the files, bit by bit, in {first_few(differing)}{hint}. Sums of "
-                    "another machine or version may differ in the last place, which allow_rounding accepts"
-                )
-            after = _carry_out(plans, WAYS[0], transaction, report)
+        for number, plan in enumerate(plans.values(), 1):
+            if plan.source is not None:
+                replace_experts(transaction, plan.layer.down_proj, plan.source, plan.experts)
+            for own in in_sums(plan.pending):
+                deltas = [change.deltas for change in own]
+                transaction.commit(plan.layer.down_proj, deltas, plan.layer.is_transposed, exact=own[0].is_exact)
+            if report is not None:
+                report(number, len(plans))
+        after = states({name: plan.layer for name, plan in plans.items()}, ranks)
+        differing = [name for name, plan in plans.items() if plan.expected not in (None, after[name])]
+        lacking = [name for name in differing if plans[name].lacks_base]
+        if lacking:
+            raise EditConflictError(
+                f"the edits of {first_few(lacking)} were rounded together with earlier ones: give the base, too"
+            )
+        if differing and not allow_rounding:
+            raise EditConflictError(
+                f"the result is not that of the files, bit by bit, in {first_few(differing)}. Sums of another machine "
+                "or version may differ in the last place, which allow_rounding accepts"
+            )
+        if differing:
             log.warning("the weights differ from those of the files in last places: %s", first_few(differing))
         transaction.keep()
     return after
-
-
-def _carry_out(
-    plans: Mapping[str, EditPlan], way: Way, transaction: Transaction, report: Report | None
-) -> dict[str, State]:
-    for number, plan in enumerate(plans.values(), 1):
-        if plan.source is not None:
-            replace_experts(transaction, plan.layer.down_proj, plan.source, plan.experts)
-        if plan.pending:
-            way(transaction, plan)
-        if report is not None:
-            report(number, len(plans))
-    return states({name: plan.layer for name, plan in plans.items()}, transaction.ranks)

@@ -1,4 +1,4 @@
-"""States of a model's experts, told apart by fingerprints, and the names of their parameters."""
+"""States of a model's experts, told apart by fingerprints; the names of their parameters, and their histories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import nn
 
 from lit_moeedit.models.experts import ExpertLayer, expert_layers, find_model
 from lit_moeedit.sharding.fingerprint import fingerprints
+from lit_moeedit.sharding.history import History
 from lit_moeedit.sharding.ranks import Ranks
+
+_ATTRIBUTE = "frozen_edits"
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,14 @@ def states(layers: Mapping[str, ExpertLayer], ranks: Ranks | None = None) -> dic
     halves = {name: weight for name, weight in weights.items() if weight.dtype != torch.bfloat16}
     rounded = exact | fingerprints(halves, ranks, rounded_to=torch.bfloat16)
     return {name: State(exact[name], rounded[name]) for name in weights}
+
+
+def histories_in(model: nn.Module) -> dict[str, History]:
+    """Return the histories that :func:`keep_in` has put into a model; its weights may have changed since."""
+    found: dict[str, History] = getattr(model, _ATTRIBUTE, {})
+    return found
+
+
+def keep_in(model: nn.Module, histories: dict[str, History]) -> None:
+    """Let histories travel with a model, so that a later run knows what was added to its frozen experts."""
+    setattr(model, _ATTRIBUTE, histories)

@@ -41,6 +41,9 @@ class EditSum:
             counts = f"{len(self.deltas)} and {len(self.after)}"
             raise ValueError(f"deltas and after must have one entry per change, at least one, got {counts}")
 
+    def __deepcopy__(self, memo: object) -> EditSum:
+        return self  # nothing in it changes, and a copy of a model should not copy its base again
+
     @property
     def experts(self) -> list[int]:
         """Experts that the changes touch, ascending."""

@@ -77,6 +77,8 @@ class Transaction(Undo):
         self.histories = {} if histories is None else histories
         # what each commit has changed, by expert
         self._journal: list[dict[int, Saved]] = []
+        self._starts: list[int] = []  # number of changes before each commit
+        self._inseparable: list[tuple[int, int]] = []  # after the first change, and at the second, of the same experts
         self._store = Store()
 
     @property
@@ -92,6 +94,7 @@ class Transaction(Undo):
         transposed: bool = False,
         name: str | None = None,
         exact: bool | None = None,
+        begins: bool = False,
     ) -> float:
         """Add deltas to the experts of one parameter.
 
@@ -108,6 +111,8 @@ class Transaction(Undo):
             name: name of the parameter in :attr:`histories`; ``None`` to leave these alone.
             exact: whether to take the sum in float64. By default that depends on the deltas and the parameter, as said
                 above. It is given to make a change again as it was made in weights that were frozen, or were not.
+            begins: whether a frozen parameter begins another sum, based on its rounded state, even if its last one
+                could be continued.
 
         Returns:
             ``‖ΔW‖_F / ‖W‖_F`` over the experts that changed; 0 if none did.
@@ -123,6 +128,7 @@ class Transaction(Undo):
         is_frozen = not weight.requires_grad
         try:
             before, earlier = self._begin(weight, name) if is_frozen and name is not None else (None, None)
+            earlier = None if begins else earlier
             # a copy that is equal stays equal
             equal = {id(copy) for copy in self.copies.get(weight, ()) if earlier and self._fingerprint(copy) == before}
             with self.ranks.together():
@@ -138,6 +144,7 @@ class Transaction(Undo):
                 # known before anything is written
                 self.by(_restore, commit.saved)
                 self._journal.append(commit.saved)
+                self._starts.append(done)
                 for change in (commit, *further):
                     held = sum(saved.held(change.device) for entry in self._journal for saved in entry.values())
                     self._store.begin(change.device, change.size_of_copies(self.reset_moments), held)
@@ -154,11 +161,30 @@ class Transaction(Undo):
         except BaseException:
             self.undo(done)
             raise
-        # an expert that was changed before goes back to what it was at first
-        first = {expert for entry in self._journal[:known] for expert, saved in entry.items() if saved.weight is weight}
-        for expert in first & commit.saved.keys():
-            del commit.saved[expert]
+        # an expert that was changed before goes back to what it was at first, which saves a second copy
+        for start, entry in zip(self._starts[:known], self._journal[:known], strict=True):
+            again = [expert for expert in commit.saved if expert in entry and entry[expert].weight is weight]
+            if again:
+                self._inseparable.append((start + 1, done))
+            for expert in again:
+                del commit.saved[expert]
         return relative_change
+
+    @override
+    def undo(self, down_to: int = 0) -> None:
+        """Undo the changes now, but for the first ``down_to`` of them; see :meth:`~lit_moeedit.interrupts.Undo.undo`.
+
+        Raises:
+            ValueError: if that would undo one of two commits of the same expert, and not the other: its state between
+                them is not kept. Nothing has changed.
+        """
+        if any(first <= down_to <= second for first, second in self._inseparable):
+            raise ValueError(
+                f"the first {down_to} changes cannot be kept alone: experts were committed before and after them, and "
+                "what they were in between is not kept; undo both commits, or use two transactions"
+            )
+        super().undo(down_to)
+        self._inseparable = [pair for pair in self._inseparable if pair[1] < down_to]
 
     def _begin(self, weight: nn.Parameter, name: str) -> tuple[str, EditSum | None]:
         """Return the fingerprint of a frozen parameter, and the sum that a change of it continues, if there is one."""
@@ -220,6 +246,8 @@ class Transaction(Undo):
     def _forget(self) -> None:
         self._undos.clear()
         self._journal.clear()
+        self._starts.clear()
+        self._inseparable.clear()
         self._store = Store()
 
 

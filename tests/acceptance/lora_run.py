@@ -31,12 +31,12 @@ from lit_moeedit.module import LitMoE
 from lit_moeedit.preservation import OutputPenalty
 
 EDITS = 16
-METRICS = ("edit/efficacy_accuracy", "edit/specificity_retained", "val/perplexity")
+METRICS = ("perplexity before training", "edit/efficacy_accuracy", "edit/specificity_retained", "val/perplexity")
 
 
 def train_base(folder: Path) -> Path:
     """Train the demo's model for its first four epochs, and export it."""
-    options = ("trainer.callbacks=[]", "trainer.max_epochs=4", f"trainer.default_root_dir={folder}")
+    options = ("edit=null", "trainer.max_epochs=4", f"trainer.default_root_dir={folder}")
     quiet = ("trainer.enable_progress_bar=false", f"trainer.logger.init_args.save_dir={folder}")
     cli = command(["fit", "--config=recipe:atlas", *(f"--{option}" for option in (*options, *quiet))])
     assert cli is not None
@@ -50,7 +50,7 @@ def new_text(atlas: Atlas) -> Corpus:
     edited = {(fact.subject, fact.target_true) for fact in atlas.edits}
     statements = [
         Statement(
-            f"A quiz asks for the {entry.relation} of {entry.subject}:",
+            f"A quiz says that the {entry.relation} of {entry.subject} is",
             entry.answer,
             f"{entry.subject}|{entry.relation}",
         )
@@ -70,15 +70,21 @@ def fit(
                     contexts=["", "Note:", "As we know,"])  # fmt: skip
     editing = KnowledgeEditing(editor, list(facts), {"epoch": 1}, preservation=texts, save_edits=str(folder / "edits"))
     adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    module = LitMoE(pretrained=str(base), adapter=adapter, adapter_only_checkpoints=True, learning_rate=1e-3)
+    module = LitMoE(pretrained=str(base), adapter=adapter, adapter_only_checkpoints=True, learning_rate=5e-3)
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=2, callbacks=[editing], default_root_dir=folder, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    data = FactsDataModule(corpus, batch_size=64, samples_per_epoch=2048, seed=0)
+    data = FactsDataModule(corpus, batch_size=64, samples_per_epoch=4096, seed=0)
+    quiet = L.Trainer(
+        accelerator="cpu", devices=1, default_root_dir=folder, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    before = quiet.validate(module, data, verbose=False)[0]["val/perplexity"]
     trainer.fit(module, data)
     trainer.save_checkpoint(folder / "last.ckpt")
-    return folder / "last.ckpt", {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return folder / "last.ckpt", {"perplexity before training": before, **metrics}
 
 
 def generated(model: Any, tokenizer: Any, facts: Sequence[Fact]) -> float:
@@ -133,6 +139,7 @@ def main() -> None:
     )
     sys.stdout.write(text + "\n")
     if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "lora_run.md").write_text(text + "\n", encoding="utf-8")
     if min(share for name, share in shares.items() if name != "the base") < 0.75:
         raise SystemExit("an exported model does not generate the edited facts")

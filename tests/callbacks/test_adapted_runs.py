@@ -44,7 +44,9 @@ def fit(
     torch.use_deterministic_algorithms(True)
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     solver = changes.pop("solver", None)
-    editing = KnowledgeEditing(_editor(steps=3, solver=solver), at={"epoch": 1}, renew_every_n_steps=3)
+    editing = KnowledgeEditing(
+        _editor(steps=3, solver=solver), at={"epoch": 1}, renew_every_n_steps=3, on_failure="keep"
+    )
     kept = ModelCheckpoint(folder / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     callbacks = [editing, RoutingMonitor(), EditReport(), kept]
     trainer = _trainer(folder, callbacks, devices=size, max_epochs=3, **changes)
@@ -130,8 +132,16 @@ def test_checkpoints_of_the_adapter_alone_keep_the_edit(tmp_path: Path) -> None:
         loaded = weights_of(LitMoE.load_from_checkpoint(checkpoint, weights_only=True))
         assert all(torch.equal(loaded[name], weight) for name, weight in whole["weights"].items())
         module = LitMoE(pretrained=str(tmp_path / "base"), adapter=attention, adapter_only_checkpoints=True)
+        assert loaded.keys() == whole["weights"].keys()
         with pytest.raises(MisconfigurationException, match="give the Trainer the KnowledgeEditing callback of that"):
             _trainer(tmp_path, []).validate(module, _data(), ckpt_path=checkpoint, weights_only=True)
+    # a later run with that module knows the edits of the base
+    module = LitMoE.load_from_checkpoint(tmp_path / "kept" / "epoch=2.ckpt", weights_only=True)
+    trainer = _trainer(tmp_path / "later", [KnowledgeEditing(_editor(steps=3))], max_epochs=1)
+    trainer.fit(module, _data())
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    loaded = weights_of(LitMoE.load_from_checkpoint(tmp_path / "later.ckpt", weights_only=True))
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights_of(module).items())
     with pytest.raises(MisconfigurationException, match="WeightAveraging cannot load its average from checkpoints"):
         _trainer(tmp_path, [EMAWeightAveraging()]).fit(module, _data())
     export(tmp_path / "kept" / "epoch=2.ckpt", tmp_path / "out", adapter="separate")
@@ -147,6 +157,12 @@ def test_checkpoints_of_the_adapter_alone_keep_the_edit(tmp_path: Path) -> None:
     with torch.no_grad():
         # folded in, the adapter's change is rounded together with the weight
         torch.testing.assert_close(folded(ids).logits, adapted(ids).logits, rtol=1e-4, atol=5e-5)
+
+    lacking = torch.load(tmp_path / "kept" / "epoch=2.ckpt", weights_only=True)
+    del lacking["callbacks"]["FrozenEdits"]["layers"]["model.layers.0.mlp.experts.down_proj"]
+    torch.save(lacking, tmp_path / "lacking.ckpt")
+    with pytest.raises(EditConflictError, match=r"layers\.0\.mlp\.experts\.down_proj are not those that"):
+        export(tmp_path / "lacking.ckpt", tmp_path / "wrong")
 
     other = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG))
     other.save_pretrained(tmp_path / "other")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -109,6 +111,51 @@ def test_experts_that_train_are_another_base_for_each_edit(tmp_path: Path) -> No
     assert not second.made_on
     assert all(first.changes[name].after != change.before for name, change in second.changes.items())
     assert all(change.base == change.before for change in second.layers)
+
+
+def test_edits_of_several_callbacks_are_one_chain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, data = frozen(), _data(samples_per_epoch=16)
+    data.setup("fit")
+    facts = data.edit_facts()
+    editings = [
+        KnowledgeEditing(
+            _editor(), facts[3 * i : 3 * i + 3], at={"epoch": i}, name=name, save_edits=str(tmp_path / name)
+        )
+        for i, name in enumerate(("one", "two"))
+    ]
+    _trainer(tmp_path, editings, max_epochs=2).fit(module, data)
+    edits = read_edits(tmp_path / "two")
+    assert [(edit.order, len(edit.made_on)) for edit in edits] == [(1, 0), (2, 1)]
+    assert [edit.id for edit in read_edits(tmp_path / "one")] == [edits[0].id]
+    other = frozen()
+    apply(other.model, edits)
+    assert all(map(torch.equal, experts_of(other), experts_of(module)))
+
+    again = KnowledgeEditing(SavedEdits(str(tmp_path / "two")), save_edits=str(tmp_path / "three"))
+    fit(tmp_path / "again", again, other := frozen())
+    assert [edit.id for edit in read_edits(tmp_path / "three")] == [edit.id for edit in edits]
+    assert all(map(torch.equal, experts_of(other), experts_of(module)))
+    assert "is not part of the chain" not in caplog.text and "made on the same weights" not in caplog.text
+
+
+class Changing(L.Callback):
+    """Changes an expert before the second epoch."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                expert_layers(pl_module.model)[0].down_proj[0, 0, 0].add_(1)
+
+
+def test_an_edit_that_is_not_part_of_the_chain_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    editing = KnowledgeEditing(_editor(), at={"every_n_epochs": 1, "batch": 3}, save_edits=str(tmp_path / "edits"))
+    trainer = _trainer(tmp_path, [editing, Changing()], max_epochs=3)
+    trainer.fit(frozen(), _data(samples_per_epoch=16))
+    assert re.search(r"edit-0002 is not part of the chain of \S+edit-0001: the experts were changed", caplog.text)
+    # a run whose first edit is another, in the same folder
+    editing = KnowledgeEditing(_editor(), at={"every_n_epochs": 1, "batch": 2}, save_edits=str(tmp_path / "edits"))
+    _trainer(tmp_path, [editing], max_epochs=2).fit(frozen(), _data(samples_per_epoch=16))
+    assert re.search("has edit-0001 beside edit-0003, made on the same .* in the weights are edit-0003", caplog.text)
 
 
 def test_edits_of_another_base_are_refused_unless_any_base_will_do(tmp_path: Path) -> None:

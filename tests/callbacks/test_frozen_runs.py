@@ -93,19 +93,20 @@ def fit(
     pruned: bool = False,
     kind: type[KnowledgeEditing] = KnowledgeEditing,
     family: str = "qwen3_moe",
+    module: Adapted | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Train for three epochs, edit three facts before the second, and three before the third; keep all checkpoints."""
     import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies known
 
     torch.use_deterministic_algorithms(True)
-    editing = kind(_editor(steps=3), at={"every_n_epochs": 1, "batch": 3})
+    editing = kind(_editor(steps=3), at={"every_n_epochs": 1, "batch": 3}, on_failure="keep")
     kept = ModelCheckpoint(folder / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     trainer = _trainer(
         folder, [editing, kept], strategy=strategy, devices=size, precision=precision, max_epochs=3, **changes
     )
-    module, start = adapted(pruned, config=FAMILIES[family]), {}
+    module, start = adapted(pruned, config=FAMILIES[family]) if module is None else module, {}
 
     class Looking(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -121,6 +122,7 @@ def fit(
         "calls": len(editing.editor.calls),
         "edits": {name: [len(own.deltas) for own in sums] for name, sums in frozen.histories.items()},
         "metrics": editing.evaluate(module).metrics,
+        "module": module,
     }
 
 
@@ -178,6 +180,49 @@ def test_a_checkpoint_has_all_changes_of_each_layer(pruned_run: Any) -> None:
     assert all(counts == [2] for counts in whole["edits"].values())
 
 
+def test_a_module_that_was_edited_since_is_another_base(pruned_run: Any, tmp_path: Path) -> None:
+    folder, whole = pruned_run
+    for epoch, reason in ((0, "not those that the checkpoint's run had"), (1, "neither the base of")):
+        checkpoint, module = folder / "kept" / f"epoch={epoch}.ckpt", whole["module"]
+        with pytest.raises(EditConflictError, match=f"{reason}.* make a new one, which loads the base anew"):
+            fit(tmp_path, checkpoint, precision="bf16-true", pruned=True, module=module)
+        assert same(experts_of(whole_weights(module)), experts_of(whole["weights"]))
+    resumed = fit(tmp_path, folder / "kept" / "epoch=2.ckpt", precision="bf16-true", pruned=True, module=module)
+    assert same(resumed["weights"], whole["weights"])
+
+
+def test_whole_checkpoints_take_the_place_of_a_base_that_was_edited_since(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = fit(tmp_path, precision="bf16-true")
+    for epoch in (0, 1):
+        checkpoint = tmp_path / "kept" / f"epoch={epoch}.ckpt"
+        resumed = fit(tmp_path / str(epoch), checkpoint, precision="bf16-true", module=whole["module"])
+        assert same(resumed["weights"], whole["weights"])
+    assert "begins another sum" not in caplog.text
+    other = adapted(False)
+    other.configure_model()
+    with torch.no_grad():
+        for layer in expert_layers(find_model(other)).values():
+            layer.down_proj.add_(1)
+    with caplog.at_level("INFO", "lit_moeedit"):
+        resumed = fit(tmp_path / "other", checkpoint, precision="bf16-true", module=other)
+    assert caplog.text.count("begins another sum") == 1
+    assert resumed["calls"] == 1 and all(counts == [1, 1] for counts in resumed["edits"].values())
+
+
+def test_edits_stay_with_a_model_in_a_run_of_other_callbacks(pruned_run: Any, tmp_path: Path) -> None:
+    folder, _ = pruned_run
+    module = adapted(True)
+    fit(tmp_path / "one", folder / "kept" / "epoch=2.ckpt", precision="bf16-true", pruned=True, module=module)
+    later = fit(tmp_path / "two", precision="bf16-true", pruned=True, module=module)
+    # many changes are joined to one
+    assert later["calls"] == 2 and all(len(counts) == 1 for counts in later["edits"].values())
+    checkpoint = tmp_path / "two" / "kept" / "epoch=2.ckpt"
+    again = fit(tmp_path / "three", checkpoint, precision="bf16-true", pruned=True)
+    assert again["calls"] == 0 and same(again["weights"], later["weights"])
+
+
 def damaged(state: dict[str, Any], kind: str) -> None:
     layers = state["callbacks"]["FrozenEdits"]["layers"]
     own = layers["model.layers.0.mlp.experts.down_proj"][0]
@@ -189,6 +234,8 @@ def damaged(state: dict[str, Any], kind: str) -> None:
         own["deltas"][0]["left"] = own["deltas"][0]["left"][0]
     elif kind == "number":
         own["after"].pop()
+    elif kind == "layer":
+        del layers["model.layers.0.mlp.experts.down_proj"]
     elif kind == "name":
         layers["model.layers.7.mlp.experts.down_proj"] = layers.pop("model.layers.0.mlp.experts.down_proj")
     else:
@@ -204,6 +251,7 @@ def damaged(state: dict[str, Any], kind: str) -> None:
         ("number", "'deltas' and 'after' should have one entry for each edit, but have 2 and 1"),
         ("name", r"the frozen experts model\.layers\.7\.mlp\.experts\.down_proj, which this model does not have"),
         ("values", "cannot be made again bit for bit"),
+        ("layer", r"the frozen experts model\.layers\.0\.mlp\.experts\.down_proj are not those that the checkpoint's"),
     ],
 )
 def test_a_damaged_state_is_refused(pruned_run: Any, tmp_path: Path, kind: str, message: str) -> None:
@@ -216,7 +264,10 @@ def test_a_damaged_state_is_refused(pruned_run: Any, tmp_path: Path, kind: str, 
 
 def test_an_evaluation_has_the_edits_too(pruned_run: Any, tmp_path: Path) -> None:
     folder, whole = pruned_run
-    editing, module = KnowledgeEditing(_editor(steps=3), at={"every_n_epochs": 1, "batch": 3}), adapted(True)
+    editing, module = (
+        KnowledgeEditing(_editor(steps=3), at={"every_n_epochs": 1, "batch": 3}, on_failure="keep"),
+        adapted(True),
+    )
     trainer = _trainer(tmp_path, [editing], precision="bf16-true")
     trainer.validate(module, _data(), ckpt_path=folder / "kept" / "epoch=2.ckpt", weights_only=False)
     assert same(whole_weights(module), whole["weights"])
@@ -241,7 +292,7 @@ class Unfreezing(L.Callback):
 
 
 def test_experts_that_train_after_their_edit_are_in_checkpoints_alone(tmp_path: Path) -> None:
-    editing, module = KnowledgeEditing(_editor(steps=3), at="fit_start"), adapted(False)
+    editing, module = KnowledgeEditing(_editor(steps=3), at="fit_start", on_failure="keep"), adapted(False)
     module.configure_optimizers = lambda: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.1)
     trainer = _trainer(tmp_path, [editing, Unfreezing()], max_epochs=2)
     trainer.fit(module, _data())
@@ -249,7 +300,7 @@ def test_experts_that_train_after_their_edit_are_in_checkpoints_alone(tmp_path: 
     assert len(editing.applied_facts) == 6 and not frozen.histories
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
-    assert saved["callbacks"]["FrozenEdits"] == {"layers": {}}
+    assert saved["callbacks"]["FrozenEdits"] == {"layers": {}, "fingerprints": {}}
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -284,6 +335,8 @@ def whole_and_resumed(folder: str, strategy: Any, precision: Any, pruned: bool, 
     for epoch in (0, 1, 2):
         checkpoint = Path(folder) / "whole" / "kept" / f"epoch={epoch}.ckpt"
         runs.append(fit(Path(folder) / str(epoch), checkpoint, strategy=deepcopy(strategy), **settings))
+    for run in runs:
+        del run["module"]  # engines cannot be sent
     return runs
 
 

@@ -226,7 +226,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert exit.value.code == 2
     capsys.readouterr()
     for args, texts in (
-        (["--help"], ["export (Write a checkpoint of a training run"]),
+        (["--help"], ["export", "Write a checkpoint of a training run"]),
         (["export", "--help"], ["usage: lit-moeedit export", "local path or hub id of the tokenizer", "--overwrite ["]),
     ):
         with pytest.raises(SystemExit) as exit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,12 @@ def make(
     edit = Edit.record(
         name, model, result, before, method=METHOD, made_on=on, metrics_after={"efficacy": 1.0}, **fields
     )
-    return edit, model
+    is_exact = rounding == "together"
+    changes = tuple(
+        replace(change, sum_base=(change.base if is_exact else change.before).exact, is_exact=is_exact)
+        for change in edit.layers
+    )
+    return replace(edit, layers=changes), model
 
 
 def chain(base: nn.Module, count: int = 3, **options: Any) -> tuple[list[Edit], list[nn.Module]]:

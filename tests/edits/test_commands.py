@@ -77,6 +77,8 @@ def test_show(made: Made, own_process: None, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert "Rome lies in → Spain (was: Italy)" in shown and "made on: edit-1" in shown and "efficacy: ? → 1" in shown
     assert "FineTuning" in shown and "edit-3" not in shown
+    run("show", made[0] / "edits" / "edit-2" / "edit.json")
+    assert capsys.readouterr().out == shown
     with pytest.raises(SystemExit, match="has no edit 'x'; its edits are edit-1, edit-2, edit-3"):
         run("show", made[0] / "edits", "x")
 
@@ -99,6 +101,14 @@ def test_refusals_leave_no_output(made: Made, edited: Path, tmp_path: Path) -> N
             *out,
         ),
         "give the base, too": ("apply", edited, root / "edits", *out),
+        "--rank is of an adapter: give --format peft": ("apply", root / "base", root / "edits", "--rank", "2", *out),
+        "edits is a folder of edits, and .*base a model: give the model first": (
+            "apply",
+            root / "edits",
+            root / "base",
+            *out,
+        ),
+        "base has no edits: it is a model": ("apply", root / "base", root / "base", *out),
         "already in .*: edit-1; nothing is written": ("apply", edited, root / "edits" / "edit-1", *out),
         "there is no folder": ("apply", root / "base", root / "nothing", *out),
         "has no config.json": ("apply", root / "edits", root / "edits", *out),
@@ -144,6 +154,6 @@ def test_siblings(made: Made, tmp_path: Path, own_process: None) -> None:
 
 def test_a_full_disk(made: Made, tmp_path: Path, own_process: None) -> None:
     root = made[0]
-    with pytest.raises(SystemExit, match=r"apply: the model cannot be written: .*File too large"), full_disk(20_000):
+    with pytest.raises(SystemExit, match=r"apply: .*File too large"), full_disk(20_000):
         run("apply", root / "base", root / "edits", "--output", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -164,9 +164,15 @@ def test_damage_anywhere_is_found(saved: Path, scratch: Path, data: st.DataObjec
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h.update(format="lit_moeedit.edit.2"), "written by a later version; update lit_moeedit"),
+        (lambda h: h.update(format="lit_moeedit.edit.3"), "written by a later version; update lit_moeedit"),
+        (
+            lambda h: h.update(format="lit_moeedit.edit.1"),
+            "earlier version, and does not tell how its .*; make it again",
+        ),
+        (lambda h: h["layers"][0].update(sum_base="x"), r"field 'layers\[0\].sum_base' should be a fingerprint"),
+        (lambda h: h["made_on"].append({"id": h["id"], "name": "x"}), "field 'made_on' should be ids of other edits"),
         (lambda h: h.update(format="lora"), "it is no edit"),
-        (lambda h: h.pop("format"), "'format' should be 'lit_moeedit.edit.1', but is None"),
+        (lambda h: h.pop("format"), "'format' should be 'lit_moeedit.edit.2', but is None"),
         (lambda h: h.pop("layers"), "field 'layers' should be a list, but is missing"),
         (lambda h: h.update(layers=[]), "'layers' should be a list of 1 to 10,000 layers"),
         (lambda h: h.update(layers=h["layers"][:1] * 2), "'layers' should be different parameters"),

@@ -14,11 +14,13 @@ from tests.edits.making import some_deltas
 
 
 def state() -> dict[str, Any]:
-    return state_of({"down_proj": (EditSum("base", (some_deltas((4, 6, 3), 0),), ("after",)),)})
+    return state_of({"down_proj": (EditSum("base", (some_deltas((4, 6, 3), 0),), ("after",)),)}, {"other": "same"})
 
 
 def test_a_state_is_read_as_it_was_written() -> None:
-    ((own,),) = histories_of(state()).values()
+    histories, unedited = histories_of(state())
+    ((own,),) = histories.values()
+    assert unedited == {"other": "same"}
     assert (own.base, own.after) == ("base", ("after",))
     assert torch.equal(own.deltas[0].left, some_deltas((4, 6, 3), 0).left)
 
@@ -44,3 +46,16 @@ def test_hostile_factors_are_refused(changes: dict[str, Any]) -> None:
     hostile["layers"]["down_proj"][0]["deltas"][0].update(changes)
     with pytest.raises(CheckpointError, match=r"layers\['down_proj'\]\[0\], deltas\[0\]: expected the low-rank"):
         histories_of(hostile)
+
+
+@pytest.mark.parametrize("is_whole", [False, True], ids=["an edit", "a layer"])
+def test_a_state_that_lacks_an_edit_is_refused(is_whole: bool) -> None:
+    lacking = state()
+    if is_whole:
+        # as if it had not been edited, which the base will not bear out
+        del lacking["layers"]["down_proj"]
+        assert histories_of(lacking) == ({}, {"other": "same", "down_proj": "after"})
+        return
+    lacking["layers"]["down_proj"][0]["after"] = ["before it"]
+    with pytest.raises(CheckpointError, match="an edit of down_proj is missing"):
+        histories_of(lacking)

@@ -203,3 +203,14 @@ def test_many_changes_take_no_more_memory_than_a_dense_one(dtype: torch.dtype) -
         transaction.commit(again, own.deltas)
         transaction.keep()
     assert torch.equal(again, parameter)
+
+
+def test_a_sum_can_be_ended() -> None:
+    parameter, histories = frozen(), {}
+    commit(parameter, histories, some_deltas(1))
+    between = parameter.clone()
+    with Transaction(histories=histories) as transaction:
+        transaction.commit(parameter, some_deltas(2), name=NAME, begins=True)
+        transaction.keep()
+    assert torch.equal(parameter, rounded(between, some_deltas(2)))
+    assert [len(own.deltas) for own in histories[NAME]] == [1, 1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.editing import TargetOptimizer, evaluate
+from lit_moeedit.editing.outcomes import measure
 from lit_moeedit.models.experts import check_editable
 from lit_moeedit.preservation import OutputPenalty
 from lit_moeedit.sharding import commit
@@ -54,8 +55,9 @@ def together(kind: str, form: Form) -> dict[str, Any]:
     whole, optimizers, read = prepared(kind, form.dtype)
     ranks, before, facts = Ranks(), read(), FACTS[: form.facts]
     scores = evaluate(whole, tokenizer(), facts, ranks=ranks).metrics
+    measured = measure(whole, tokenizer(), facts, ranks=ranks)
     result = editor(**form.settings).edit(whole, tokenizer(), facts, TEXTS, optimizers=optimizers, ranks=ranks)
-    return {"before": before, "after": read(), "change": result.relative_change, "scores": scores}
+    return {"before": before, "after": read(), "change": result.relative_change, "scores": scores, "measured": measured}
 
 
 def all_cases(cases: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
@@ -72,6 +74,7 @@ def check(found: list[dict[tuple[str, str], Any]]) -> None:
             # so much that tokens go to other experts: compared with as many ranks that hold all of the weights
             after, close = found[0]["replicated", name]["after"], 1e-3
         scores = evaluate(model(form.dtype), tokenizer(), FACTS[: form.facts]).metrics
+        measured = measure(model(form.dtype), tokenizer(), FACTS[: form.facts])
         for kind in (kind for kind, other in found[0] if other == name):
             for result in (results[kind, name] for results in found):
                 for layer in range(len(LAYERS)):
@@ -83,6 +86,9 @@ def check(found: list[dict[tuple[str, str], Any]]) -> None:
                 assert result["change"] == found[0][kind, name]["change"]
                 if form.dtype == torch.float32:  # summed in another order
                     torch.testing.assert_close(result["scores"], scores, rtol=1e-4, atol=1e-6, equal_nan=True)
+                    assert [one.generated for one in result["measured"]] == [one.generated for one in measured]
+                    found_p, expected_p = ([one.p_new for one in part] for part in (result["measured"], measured))
+                    assert found_p == pytest.approx(expected_p, rel=1e-4)
 
 
 USUAL = [(kind, "covariance") for kind in STAGES if kind != "zero 0"]

@@ -161,3 +161,26 @@ def test_commit_works_where_gradients_are_recorded() -> None:
         transaction.commit(parameter, some_deltas())
     assert parameter.is_leaf
     assert raw(parameter.grad) == gradient
+
+
+def test_one_of_two_commits_of_an_expert_cannot_be_undone_alone() -> None:
+    parameter, other = weight(), weight()
+    start = parameter.detach().clone()
+    with Transaction() as transaction:
+        transaction.commit(parameter, some_deltas())
+        transaction.commit(other, some_deltas())
+        transaction.commit(parameter, some_deltas(1))
+        both = parameter.detach().clone()
+        for mark in (1, 2):
+            with pytest.raises(ValueError, match="experts were committed before and after them"):
+                transaction.undo(mark)
+            assert raw(parameter) == raw(both)
+        with pytest.raises(FloatingPointError):
+            transaction.commit(parameter, some_deltas(scale=float("inf")))
+        assert raw(parameter) == raw(both)
+        transaction.undo()
+        assert raw(parameter) == raw(start) == raw(other)
+        transaction.commit(parameter, some_deltas())
+        transaction.commit(other, some_deltas())
+        transaction.undo(1)
+        assert raw(other) == raw(start) != raw(parameter)

@@ -14,7 +14,7 @@ from lit_moeedit.callbacks.belonging import StateOfWeights, are_left, expert_wei
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.data.facts import CheckedFacts, Fact
-from lit_moeedit.editing import EditMethod, Evaluation
+from lit_moeedit.editing import EditMethod, Evaluation, Place
 from lit_moeedit.models.experts import find_model
 from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.ranks import Ranks
@@ -42,6 +42,7 @@ class EditState(StateOfWeights):
         "renewals",
         "_words",
         "_written",
+        "_place",
     )
 
     def __init__(self, editor: EditMethod, name: str | None = None, **settings: Any) -> None:
@@ -55,9 +56,23 @@ class EditState(StateOfWeights):
         raise NotImplementedError
 
     @property
+    def _place(self) -> Place | None:
+        """The place that the editor found in the weights; ``None`` before that, and if it was given."""
+        return self.editor.place
+
+    @_place.setter
+    def _place(self, place: Place | None) -> None:
+        self.editor.place = place
+
+    @property
     def applied_facts(self) -> CheckedFacts:
         """The facts edited so far."""
         return self.facts.select(lambda fact: fact.key in self._applied)
+
+    @property
+    def neighbours_before(self) -> dict[str, list[bool]]:
+        """By key of a fact edited so far, whether the true answer of each neighbour was generated before its edit."""
+        return self._applied
 
     @property
     def edited_facts(self) -> CheckedFacts:
@@ -78,6 +93,7 @@ class EditState(StateOfWeights):
         self._written: list[str] = []  # the folders of edit files
         self._edits_made = 0
         self._last_step = 0
+        self._place = None
         self._remembered: Mapping[int, Any] = {}
         self.renewals = 0
         """Number of renewals."""
@@ -119,6 +135,7 @@ class EditState(StateOfWeights):
             "renewals": self.renewals,
             "facts": self._words,
             "edit_files": self._written,
+            "place": None if self._place is None else self._place.to_dict(),
             "memory": None if self.editor.memory is None else self.editor.memory.state_dict(),
         }
 
@@ -126,8 +143,9 @@ class EditState(StateOfWeights):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         where, counts = "the state of KnowledgeEditing in the checkpoint", ("edits_made", "last_step", "renewals")
         shapes = {"applied": {str: [bool]}, "undone": [str], "memory": dict, **dict.fromkeys(counts, int)}
-        shapes |= {"facts": {str: dict}, "edit_files": [str]}  # states of earlier versions have none
-        check_fields(where, state_dict, ("memory", "facts", "edit_files"), **shapes)
+        # states of earlier versions have none of these
+        shapes |= {"facts": {str: dict}, "edit_files": [str], "place": dict}
+        check_fields(where, state_dict, ("memory", "facts", "edit_files", "place"), **shapes)
         for count in counts:
             if state_dict[count] < 0:
                 raise CheckpointError(f"{where}: field {count!r} should be at least 0, but is {state_dict[count]}")
@@ -138,6 +156,11 @@ class EditState(StateOfWeights):
         self._words = dict(state_dict.get("facts") or {})
         self._written = list(state_dict.get("edit_files") or ())
         self._edits_made, self._last_step, self.renewals = (state_dict[count] for count in counts)
+        place = state_dict.get("place")
+        try:
+            self._place = None if place is None else Place.from_dict(place)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: field 'place': {error}") from error
 
     def recognise(self, pl_module: L.LightningModule) -> bool:
         """Begin a new state, and return ``False``, if the model's weights were replaced since the last run.

@@ -24,6 +24,7 @@ from lit_moeedit.callbacks.resources import (
     find_tokenizer,
     from_datamodule,
     keep_experts_together,
+    optimizers_of,
     refuse_contradictions,
 )
 from lit_moeedit.callbacks.schedule import Schedule
@@ -65,11 +66,12 @@ class EditInputs(EditState):
         columns: dict[str, str | list[str]] | None,
     ) -> None:
         source = facts if facts is None or isinstance(facts, str) else sha256(repr(facts).encode()).hexdigest()[:8]
-        super().__init__(editor, name, facts=source, at=at, layers=list(editor.layers))
+        layers = "auto" if editor.finds_place else list(editor.layers)
+        super().__init__(editor, name, facts=source, at=at, layers=layers)
         self.schedule = Schedule.parse(at)
         self.strict = strict
         self._facts_source, self._columns = editor.facts if facts is None else facts, columns
-        self._preservation_source = preservation
+        self.preservation_source = preservation
         self._tokenizer_source = tokenizer
         self._texts: list[str] | None = None  # while an edit may still need them
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -102,7 +104,7 @@ class EditInputs(EditState):
 
     def preservation_texts(self, trainer: L.Trainer) -> list[str]:
         """Find the texts on which the experts must keep their behavior, once per run; empty if none are needed."""
-        return find_texts(trainer, self._preservation_source) if self.editor.needs_moments else []
+        return find_texts(trainer, self.preservation_source) if self.editor.needs_moments else []
 
     def _check_start(self, trainer: L.Trainer, pl_module: L.LightningModule, layers: Sequence[ExpertLayer]) -> None:
         """Check before any forward what else the edits need; every rank calls this, and the facts are known."""
@@ -149,6 +151,16 @@ class EditInputs(EditState):
         if missing:
             text = "%s%d facts that were edited before are not among the facts now: nothing measures or renews them"
             log.warning(text, self.heading, missing)
+
+    def _find_place(self, trainer: L.Trainer, pl_module: L.LightningModule, **kwargs: Any) -> None:
+        """Let the editor find the layers and the token that were given as ``auto``, before the first edit."""
+        if self.editor.is_resolved:
+            return
+        model, facts = find_model(pl_module), self.pending_facts or self.facts
+        texts, optimizers = self._take_texts(trainer), optimizers_of(trainer)
+        with Ranks.current().together():
+            self.editor.resolve(model, self.tokenizer, facts, texts, optimizers=optimizers, **kwargs)
+        self._layers = None  # these were all that could have been chosen
 
     def _take_texts(self, trainer: L.Trainer) -> list[str]:
         """Return the preservation texts, which are cut once, so that no edit tokenizes what it does not use."""

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from copy import deepcopy
-from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lit_moeedit.callbacks.averages import Copies, edited_weights, final_weights, validated_weights
+from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.copies import CopyPolicy, OtherCopies
 from lit_moeedit.callbacks.edit_files import EditFiles
+from lit_moeedit.callbacks.edit_making import EditMaking
 from lit_moeedit.callbacks.ending import EndTogether
-from lit_moeedit.callbacks.foresight import Foresight, is_restored_late, monitored
+from lit_moeedit.callbacks.foresight import Foresight, is_restored_late
 from lit_moeedit.callbacks.frozen import FrozenEdits
-from lit_moeedit.callbacks.inputs import EditInputs
-from lit_moeedit.callbacks.listener import EditEvent, tell_listeners
-from lit_moeedit.callbacks.progress import edit_progress
-from lit_moeedit.callbacks.resources import from_datamodule, log_metrics, optimizers_of
+from lit_moeedit.callbacks.guards import Guards
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import EditMethod, EditResult, Evaluation, evaluate, neighbour_groups
-from lit_moeedit.interrupts import Undo
+from lit_moeedit.editing import EditMethod
+from lit_moeedit.editing.outcomes import OnFailure
 from lit_moeedit.models.experts import ExpertLayer, find_model
 from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
@@ -32,7 +28,7 @@ from lit_moeedit.sharding.ranks import Ranks
 log = logging.getLogger(__name__)
 
 
-class KnowledgeEditing(EditInputs):
+class KnowledgeEditing(EditMaking):
     """Edit facts in the routed experts of the model between epochs or steps, and measure what is left of them.
 
     It works with any ``LightningModule`` that holds one transformers MoE model, in ``fit``, ``validate`` and ``test``.
@@ -69,10 +65,17 @@ class KnowledgeEditing(EditInputs):
             ``None`` leaves the edits to what training makes of them.
         max_renewals: stop renewing after this many times.
         tokenizer: a path or hub id; ``None`` takes the ``tokenizer`` attribute of the module or the data module.
+        on_failure: treatment of an edit that the guards below would keep, but after which more than half of the facts
+            are not generated: ``raise`` undoes it and ends the run with the reasons; ``undo`` undoes it, warns, and
+            goes on without these facts; ``keep`` keeps it.
         min_efficacy: undo an edit that ends with less efficacy than this. A fact without ``target_true`` counts as
             edited if the model generates its new target.
         min_specificity_retained: undo an edit that keeps less of its neighbours than this. Without a neighbour that was
             answered right before the edit there is nothing to compare, and the edit is kept.
+        max_perplexity_ratio: undo an edit after which the perplexity of the probe text is more than this times that
+            before. The probe are the data module's ``probe_texts()``, or else the preservation texts; 256 at most.
+        min_routing_similarity: undo an edit after which the routing of the probe text is less similar than this, on
+            average over the layers, see :class:`~lit_moeedit.callbacks.RoutingMonitor`.
         strict: whether a bad row of a facts file is an error (otherwise it is skipped and counted).
         other_copies: treatment of other copies of the edited weights that callbacks, attributes of the module or
             optimizers hold, because an edit is lost where they take the place of the weights: ``refuse`` modules and
@@ -85,6 +88,7 @@ class KnowledgeEditing(EditInputs):
 
     Raises:
         ValueError: if an argument is out of range.
+        FailedEditError: after an edit of which most facts failed, with ``on_failure: raise``.
         MisconfigurationException: when the run starts, if there is no tokenizer, no facts or no preservation text, the
             model or a layer cannot be edited, or the parameters are sharded in a way that is not supported (supported
             are one process, DDP, and DeepSpeed ZeRO stages 0 to 3); if there is a copy of the weights that edits would
@@ -98,8 +102,6 @@ class KnowledgeEditing(EditInputs):
         >>> callback.schedule.moment
         'epoch'
     """
-
-    groups = ("edit", "edit_before", "edit_after", "edit_seconds", "edit_renewed")
 
     def __init__(
         self,
@@ -117,12 +119,15 @@ class KnowledgeEditing(EditInputs):
         columns: dict[str, str | list[str]] | None = None,
         other_copies: OtherCopies = "refuse",
         save_edits: bool | str = False,
+        max_perplexity_ratio: float | None = None,
+        min_routing_similarity: float = 0.0,
+        on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__(editor, facts, at, preservation, tokenizer, strict, name, columns)
-        self.min_efficacy, self.min_specificity_retained = min_efficacy, min_specificity_retained
-        for argument in ("min_efficacy", "min_specificity_retained"):
-            if not 0.0 <= getattr(self, argument) <= 1.0:
-                raise ValueError(f"{argument} is a fraction in [0, 1], got {getattr(self, argument)}")
+        self.guards = Guards(min_efficacy, min_specificity_retained, max_perplexity_ratio, min_routing_similarity)
+        if on_failure not in get_args(OnFailure):
+            raise ValueError(f"on_failure must be one of {', '.join(get_args(OnFailure))}, got {on_failure!r}")
+        self.on_failure = on_failure
         if renew_every_n_steps is not None and renew_every_n_steps < 1:
             raise ValueError(f"renew_every_n_steps must be at least 1, or None for never, got {renew_every_n_steps}")
         if renew_every_n_steps is not None and not editor.can_renew:
@@ -156,14 +161,6 @@ class KnowledgeEditing(EditInputs):
             is_due = self.schedule.moment == "validation"
         return self.pending_facts[: self.schedule.batch] if is_due else []
 
-    def should_keep(self, before: Evaluation, after: Evaluation) -> bool:
-        """Decide whether to keep an edit, while it is in the weights; ``False`` undoes it bit by bit.
-
-        Both evaluations are of the facts of this edit.
-        """
-        succeeded, retained = after.edits_succeeded.float().mean(), after.metrics["specificity_retained"]
-        return not (float(succeeded) < self.min_efficacy or retained < self.min_specificity_retained)
-
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     @override
@@ -175,7 +172,7 @@ class KnowledgeEditing(EditInputs):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._frozen.make_missing(trainer, pl_module)
+        self._frozen.begin(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0 and trainer.ckpt_path is None:  # a new trainer counts epochs and steps anew
             self._last_step = self._edits_made = 0
@@ -242,28 +239,6 @@ class KnowledgeEditing(EditInputs):
 
     on_test_end = on_validation_end
 
-    # -- the edit -----------------------------------------------------------------------------------------------------
-
-    def evaluate(
-        self,
-        pl_module: L.LightningModule,
-        facts: Sequence[Fact] | None = None,
-        baseline: dict[str, list[bool]] | None = None,
-    ) -> Evaluation:
-        """Evaluate facts (by default those edited so far) against their neighbours before the edit.
-
-        Args:
-            pl_module: the module.
-            facts: the facts.
-            baseline: ``neighbours_exact`` of an edit that is not finished; ``None`` for that of finished edits.
-        """
-        facts = self.applied_facts if facts is None else facts
-        if baseline is None and all(fact.key in self._applied for fact in facts):
-            baseline = self._applied
-        model, groups = find_model(pl_module), neighbour_groups(self.facts)
-        with Ranks.current().together():
-            return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget)
-
     @property
     def _foresight(self) -> Foresight | None:
         """Outlook of the schedule on the edits to come; ``None`` if :meth:`due` decides otherwise."""
@@ -280,137 +255,5 @@ class KnowledgeEditing(EditInputs):
     def _check_start(self, trainer: L.Trainer, pl_module: L.LightningModule, layers: Sequence[ExpertLayer]) -> None:
         if (foresight := self._foresight) is not None:
             foresight.check_start(trainer)
-        self._copies.find(trainer, pl_module, self.editor.layers, at_start=True)
-
-    def _release_texts(self) -> None:
-        """Forget the preservation texts after the last edit that is due."""
-        if not self.pending_facts and (self.renew_every_n_steps is None or self.renewals == self.max_renewals):
-            self._texts = None
-
-    def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
-        if not facts:
-            return
-        with edited_weights(trainer, pl_module) as copies:
-            tell_listeners(trainer, lambda listener: listener.on_edit_start(trainer, pl_module, facts))
-            with Ranks.current().together():
-                before = self.evaluate(pl_module, facts)
-                after: list[Evaluation] = []
-
-                def guard() -> bool:
-                    after.append(self.evaluate(pl_module, facts, before.neighbours_exact))
-                    return self.should_keep(before, after[0])
-
-                def record(kept: bool, undo: Undo) -> None:
-                    self._record(trainer, facts, before.neighbours_exact if kept else None, undo)
-
-                states = self._edit_files.states(trainer, pl_module, self.editor.layers)
-                with edit_progress(trainer) as progress:
-                    result = self._change(
-                        trainer, pl_module, facts, copies, guard=guard, record=record, progress=progress
-                    )
-                event = EditEvent(result, before, after[0], trainer.current_epoch, trainer.global_step, self.name)
-                self._report(trainer, event)
-                metrics = before.metrics, after[0].metrics
-                self._written = self._edit_files.save(
-                    trainer, pl_module, "edit", self.editor, result, states, self._written, metrics
-                )
-            self._release_texts()
-            tell_listeners(trainer, lambda listener: listener.on_edit_end(trainer, pl_module, event))
-
-    def _change(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], copies: Copies, **kwargs: Any
-    ) -> EditResult:
-        texts, layers = self._take_texts(trainer), self._take_layers(trainer)
-        made = (self._edits_made, self.renewals)
-        try:
-            return self.editor.edit(
-                find_model(pl_module),
-                self.tokenizer,
-                facts,
-                texts,
-                optimizers=optimizers_of(trainer),
-                layers=None if copies else layers,  # an average has other output scales
-                copies=[*copies, *self._copies.find(trainer, pl_module, self.editor.layers)],
-                histories=self._frozen.histories,
-                **kwargs,
-            )
-        except BaseException as error:
-            is_made = (self._edits_made, self.renewals) != made
-            end = "it is in the weights and in the record" if is_made else "the weights are what they were before it"
-            log.warning("the edit was broken off (%s); %s", type(error).__name__, end)
-            raise
-
-    def _renewal_due(self, trainer: L.Trainer) -> bool:
-        if self.renew_every_n_steps is None or not self._applied or self.renewals == self.max_renewals:
-            return False
-        if not self._has_stepped:
-            return False
-        return trainer.global_step - self._last_step >= self.renew_every_n_steps
-
-    def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        facts = self.applied_facts
-        with edited_weights(trainer, pl_module) as copies, Ranks.current().together():
-            faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
-            if not faded:
-                self._last_step = trainer.global_step
-                return
-            # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
-            states = self._edit_files.states(trainer, pl_module, self.editor.layers)
-            result = self._change(trainer, pl_module, facts, copies, record=partial(self._record_renewal, trainer))
-            self._written = self._edit_files.save(
-                trainer, pl_module, "renewal", self.editor, result, states, self._written
-            )
-            left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
-            renewed = f"{self.metrics_prefix}_renewed"
-            log_metrics(trainer, {f"{renewed}/before": faded, f"{renewed}/after": left})
-        self._release_texts()
-        text = "%srenewed edits at step %d: of %d facts %d were lost, now %d"
-        log.info(text, self.heading, trainer.global_step, len(facts), faded, left)
-
-    def _record(
-        self, trainer: L.Trainer, facts: Sequence[Fact], neighbours: dict[str, list[bool]] | None, undo: Undo
-    ) -> None:
-        """Record an edit in its transaction; ``neighbours`` of one that is kept."""
-        self._change_state(undo, edits_made=self._edits_made + 1, last_step=trainer.global_step)
-        if neighbours is None:
-            self._change_state(undo, undone=self._undone | {fact.key for fact in facts})
-            return
-        words = self._words | {fact.key: fact.to_dict() for fact in facts}
-        self._change_state(undo, applied=self._applied | neighbours, words=words)
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if hasattr(datamodule, "facts_edited") and hasattr(datamodule, "load_state_dict"):
-            undo.by(datamodule.load_state_dict, deepcopy(datamodule.state_dict()))
-        from_datamodule(trainer, "facts_edited", facts)
-
-    def _record_renewal(self, trainer: L.Trainer, kept: bool, undo: Undo) -> None:
-        self._change_state(undo, last_step=trainer.global_step)
-        undo.by(setattr, self, "renewals", self.renewals)
-        self.renewals += 1
-
-    def _change_state(self, undo: Undo, **changes: Any) -> None:
-        for name, value in changes.items():
-            undo.by(setattr, self, f"_{name}", getattr(self, f"_{name}"))
-            setattr(self, f"_{name}", value)
-
-    def _report(self, trainer: L.Trainer, event: EditEvent) -> None:
-        kept = event.result.kept
-        log_metrics(trainer, event.metrics)
-        log.log(logging.INFO if kept else logging.WARNING, "%s", event)
-        if kept and event.missed:
-            log.warning("%s%d edited facts are not generated: %s", self.heading, len(event.missed), event.missed_text)
-
-    def _log_retention(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        facts, wanted = self.applied_facts, monitored(trainer, self.metrics_prefix)
-        if not facts and not (wanted and trainer.state.fn == TrainerFn.FITTING and self.pending_facts):
-            return
-        with validated_weights(trainer, pl_module, self):
-            metrics = self.evaluate(pl_module, facts or self.pending_facts).metrics
-        if not facts:  # nothing is lost before the first edit
-            metrics |= {name: 1.0 for name in metrics if name.startswith("specificity_retained")}
-        named = {f"{self.metrics_prefix}/{name}": value for name, value in metrics.items()}
-        # before the first edit there is only what a monitor cannot do without
-        named = {name: value for name, value in named.items() if name in wanted or (facts and value == value)}
-        # every rank measured all of it
-        pl_module.log_dict(named, sync_dist=trainer.world_size > 1)
+        self.probe = self.guards.probe(trainer, self)
+        self._copies.find(trainer, pl_module, [layer.index for layer in layers], at_start=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import lightning as L
 
+from lit_moeedit.callbacks.guards import GuardFigure
 from lit_moeedit.callbacks.named import callbacks_of, metrics_prefix
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import EditResult, Evaluation
+from lit_moeedit.editing import EditResult, Evaluation, Measured, Moment
+from lit_moeedit.editing.outcomes import Reason, describe_failure
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.text import first_few
+
+_PROBED = ("perplexity_ratio", "routing_similarity")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class EditEvent:
         epoch: epoch of the trainer.
         step: optimizer steps done.
         name: name of the :class:`~lit_moeedit.callbacks.KnowledgeEditing` that made it.
+        reasons: by fact key, why its new target is not generated just after the edit.
+        guards: what the guards measured.
+        measured: measurements of each fact, before and after; empty if no listener wants answers.
     """
 
     result: EditResult
@@ -33,6 +40,9 @@ class EditEvent:
     epoch: int
     step: int
     name: str | None = None
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
+    guards: Sequence[GuardFigure] = ()
+    measured: Mapping[Moment, list[Measured]] = field(default_factory=dict)
 
     @property
     def missed(self) -> list[Fact]:
@@ -40,17 +50,20 @@ class EditEvent:
         return [fact for fact, is_exact in zip(self.result.facts, self.after.edits_exact, strict=True) if not is_exact]
 
     @property
-    def missed_text(self) -> str:
-        """The first of them, in a line."""
-        return first_few(f"{fact.prompt!r} -> {fact.target_new!r}" for fact in self.missed)
+    def failure(self) -> str:
+        """The facts that are not generated, with the most frequent reasons and what to try."""
+        return describe_failure(self.result, self.reasons)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the edit, without NaN: ``edit_before/…``, ``edit_after/…``, ``edit_seconds/…``.
 
-        The prefix is ``edit_<name>`` if the callback has a name.
+        What guards measured on their probe text is among those after the edit. The prefix is ``edit_<name>`` if the
+        callback has a name.
         """
         found = {"before": self.before.metrics, "after": self.after.metrics, "seconds": self.result.seconds}
+        probed = {figure.name[4:]: figure.value for figure in self.guards}
+        found["after"] = {**{name: value for name, value in probed.items() if name in _PROBED}, **found["after"]}
         edit = metrics_prefix("edit", self.name)
         named = {f"{edit}_{part}/{name}": value for part, values in found.items() for name, value in values.items()}
         return {name: value for name, value in named.items() if value == value}
@@ -63,10 +76,30 @@ class EditEvent:
             named = {"efficacy_accuracy": "efficacy_accuracy", **named}
         shown = ", ".join(f"{text} {after[key]:.3f}" for text, key in named.items() if after[key] == after[key])
         done = f"{self.name}: {done}" if self.name else done
+        broken = "".join(f"; {figure}" for figure in self.guards if figure.is_broken)
         return (
             f"{done} {len(self.result.facts)} facts in {self.result.seconds['edit']:.1f} s at epoch {self.epoch}, "
-            f"step {self.step}: {shown}"
+            f"step {self.step}: {shown}{broken}"
         )
+
+
+@dataclass(frozen=True)
+class RetentionEvent:
+    """What a validation found to be left of the edits so far.
+
+    Attributes:
+        facts: the facts edited so far.
+        evaluation: their evaluation.
+        epoch: epoch of the trainer.
+        step: optimizer steps done.
+        name: name of the :class:`~lit_moeedit.callbacks.KnowledgeEditing` that made the edits.
+    """
+
+    facts: Sequence[Fact]
+    evaluation: Evaluation
+    epoch: int
+    step: int
+    name: str | None = None
 
 
 class EditListener(L.Callback):
@@ -75,11 +108,17 @@ class EditListener(L.Callback):
     Listeners may stand anywhere in the trainer's list of callbacks.
     """
 
+    wants_answers: ClassVar[bool] = False
+    """Whether the model's answers are to be generated around each edit."""
+
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
         """Hook before an edit of these facts; the model is in training or evaluation mode as it was."""
 
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
         """Hook after an edit, when it is in the weights or has been undone."""
+
+    def on_retention(self, trainer: L.Trainer, pl_module: L.LightningModule, event: RetentionEvent) -> None:
+        """Hook at a validation, when the facts edited so far have been evaluated."""
 
 
 def tell_listeners(trainer: L.Trainer, call: Callable[[EditListener], None]) -> None:

@@ -4,6 +4,7 @@ from lit_moeedit.data.atlas import Atlas
 from lit_moeedit.data.corpus import Corpus, FactsCorpus, Statement
 from lit_moeedit.data.datamodule import FactsDataModule
 from lit_moeedit.data.facts import CheckedFacts, Fact, FactError, FactsError, Neighbour, read_facts, validate_facts
+from lit_moeedit.data.neutral import neutral_texts
 
 __all__ = [
     "Atlas",
@@ -16,6 +17,7 @@ __all__ = [
     "FactsError",
     "Neighbour",
     "Statement",
+    "neutral_texts",
     "read_facts",
     "validate_facts",
 ]

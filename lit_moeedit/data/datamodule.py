@@ -89,7 +89,8 @@ class FactsDataModule(L.LightningDataModule):
     """A data module for the statements of a corpus, and for the facts that a run edits.
 
     It has all attributes that :class:`~lit_moeedit.callbacks.KnowledgeEditing` uses of a data module, each of which is
-    optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()`` and ``facts_edited(facts)``.
+    optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()``, ``facts_edited(facts)`` and
+    ``contradictions(facts)``.
 
     Args:
         corpus: the statements.
@@ -229,6 +230,26 @@ class FactsDataModule(L.LightningDataModule):
         """Leave out the statements of ``facts`` from the next epoch on, if ``drop_edited`` is set."""
         if self.drop_edited:
             self._excluded |= self.corpus.facts_of(facts)
+
+    def contradictions(self, facts: Sequence[Fact]) -> dict[str, str]:
+        """Find training statements that give another answer to the prompt or a paraphrase of a fact.
+
+        Statements that are left out of the batches do not count.
+
+        Returns:
+            By fact key, one of the statements.
+        """
+        prompts: dict[str, list[Statement]] = {}
+        for statement in self.corpus.train:
+            if statement.fact not in self._excluded:
+                prompts.setdefault(statement.prompt, []).append(statement)
+        found = {}
+        for fact in facts:
+            stated = (s for prompt in (fact.prompt, *fact.paraphrases) for s in prompts.get(prompt, ()))
+            other = next((s for s in stated if s.target.strip() != fact.target_new.strip()), None)
+            if other is not None:
+                found[fact.key] = join(other.prompt, other.target)
+        return found
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,11 +32,14 @@ class Encoding:
         ids: token ids of the prompt (with the tokenizer's special tokens) followed by the target.
         target_start: index in ``ids`` of the first token of the target.
         edit_token: index in ``ids`` of the edit token, or ``None`` if no subject was given.
+        subject_start: index in ``ids`` of the first token of the subject whose last token is the edit token; ``None``
+            for another edit token.
     """
 
     ids: list[int]
     target_start: int
     edit_token: int | None = None
+    subject_start: int | None = field(default=None, compare=False)
 
 
 def join(prompt: str, target: str) -> str:
@@ -153,7 +156,7 @@ def encode(
             raise ValueError(f"the target {short(target)} after the prompt {short(prompt)} has no token of its own")
         if target and offsets[target_start][0] < prompt_end:
             raise ValueError(f"one token holds the end of the prompt {short(prompt)} and the start of {short(target)}")
-        edit_token = None
+        edit_token = subject_start = None
         if subjects is not None:
             start, end = subject_span(prompt, subjects[row]) if token == "subject_last" else (0, len(prompt))
             inside = [i for i, (a, b) in enumerate(offsets[:target_start]) if a < end and b > start]
@@ -163,7 +166,8 @@ def encode(
                 which = f"{short(subjects[row])} in the prompt {short(prompt)}"
                 raise ValueError(f"the tokenizer does not separate the last token of {which} from the text after it")
             edit_token = inside[-1]
-        encodings.append(Encoding(list(ids), target_start, edit_token))
+            subject_start = inside[0] if token == "subject_last" else None
+        encodings.append(Encoding(list(ids), target_start, edit_token, subject_start))
     return encodings
 
 

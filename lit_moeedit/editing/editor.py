@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +15,8 @@ from lit_moeedit.data.encoding import EditToken, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.memory import EditMemory
 from lit_moeedit.editing.method import EditJob, EditMethod
+from lit_moeedit.editing.phases import Progress
+from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.spread import CarriedSpread, Spread
 from lit_moeedit.editing.target_rows import EncodedFacts
 from lit_moeedit.editing.targets import TargetOptimizer
@@ -22,6 +26,7 @@ from lit_moeedit.models.token_budget import Budget
 from lit_moeedit.preservation.moments_cache import MomentsCache
 from lit_moeedit.preservation.second_moments import SecondMoments, second_moments
 from lit_moeedit.preservation.shaping import Preservation, PreservationName, preservation_of
+from lit_moeedit.sharding.history import History
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import Solver, Woodbury
 from lit_moeedit.text import first_few
@@ -37,13 +42,14 @@ class Editor(EditMethod):
     such as :class:`~lit_moeedit.solvers.Tucker`, :class:`~lit_moeedit.editing.spread.CarriedSpread` does this instead.
 
     Args:
-        layers: indices of the decoder layers to edit; the highest is the target layer.
+        layers: indices of the decoder layers to edit; the highest is the target layer. ``auto`` finds them when the
+            first edit begins, see :func:`~lit_moeedit.editing.locating.locate`.
         solver: solves the joint problem over a layer's experts.
         targets: finds the target vectors.
         preserve: a :class:`~lit_moeedit.preservation.Preservation`, or the name of one with its default settings:
             ``output``, ``covariance``, ``nullspace`` or ``none``.
         ridge: ``λ``.
-        token: the token to edit, ``subject_last`` or ``last``.
+        token: the token to edit, ``subject_last`` or ``last``; ``auto`` finds it like the layers.
         contexts: texts put before the prompts. Every fact is edited after each of them. The first should be empty.
         neutral: a prompt with ``{}`` for the subject, whose next token must stay the same (the divergence term of the
             targets); empty to leave it out.
@@ -68,14 +74,16 @@ class Editor(EditMethod):
         (1, 2)
     """
 
+    can_find_layers = True
+
     def __init__(
         self,
-        layers: Sequence[int],
+        layers: Sequence[int] | Literal["auto"],
         solver: Solver | None = None,
         targets: TargetOptimizer | None = None,
         preserve: Preservation | PreservationName = "output",
         ridge: float = 1e-3,
-        token: EditToken = "subject_last",
+        token: EditToken | Literal["auto"] = "subject_last",
         contexts: Sequence[str] = ("",),
         neutral: str = "{} is a",
         token_budget: Budget = "auto",
@@ -85,8 +93,8 @@ class Editor(EditMethod):
         max_tokens: int | None = None,
     ) -> None:
         super().__init__(layers, contexts, token_budget, reset_moments)
-        if token not in ("subject_last", "last"):
-            raise ValueError(f"token must be 'subject_last' or 'last', got {token!r}")
+        if token not in ("subject_last", "last", "auto"):
+            raise ValueError(f"token must be 'subject_last', 'last' or 'auto', got {token!r}")
         if not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge must be at least 0 and finite, got {ridge}")
         if not isinstance(solver, Solver | None):
@@ -101,6 +109,7 @@ class Editor(EditMethod):
         if self.preserve is not None:
             self.preserve.check(ridge)
         self.ridge, self.token, self.neutral = ridge, token, neutral
+        self._given = self.layers, token
         self.cache = None if cache is None else MomentsCache(cache)
         self.memory, self.max_tokens = memory, max_tokens
 
@@ -113,6 +122,65 @@ class Editor(EditMethod):
     def gated(self) -> bool:
         """``True`` if the second moments are those of gated keys."""
         return self.preserve is not None and self.preserve.gated
+
+    @property
+    @override
+    def is_resolved(self) -> bool:
+        return bool(self.layers) and self.token != "auto"
+
+    @property
+    @override
+    def place(self) -> Place | None:
+        if self.finds_place and self.is_resolved:
+            return Place(self.layers, cast("EditToken", self.token))
+        return None
+
+    @place.setter
+    def place(self, place: Place | None) -> None:
+        if self.finds_place:
+            self.layers, self.token = self._given if place is None else (place.layers, place.token)
+
+    @property
+    @override
+    def finds_place(self) -> bool:
+        return not self._given[0] or self._given[1] == "auto"
+
+    def at(self, place: Place) -> Editor:
+        """Return an editor with the same settings at another place, without a memory."""
+        other = copy(self)
+        other.layers, other.token, other.memory = place.layers, place.token, None
+        return other
+
+    @override
+    def resolve(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        preservation: Sequence[str] = (),
+        *,
+        optimizers: Sequence[Any] = (),
+        histories: dict[str, History] | None = None,
+        ranks: Ranks | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if self.is_resolved:
+            return
+        from lit_moeedit.editing.locating import locate  # which edits with an Editor
+
+        found = locate(
+            model,
+            tokenizer,
+            facts,
+            preservation,
+            editor=self,
+            optimizers=optimizers,
+            histories=histories,
+            ranks=ranks,
+            progress=progress,
+        )
+        self.place = found.place
+        log.info("%s", found)
 
     @property
     @override
@@ -135,7 +203,11 @@ class Editor(EditMethod):
     @override
     def check(self, model: PreTrainedModel, ranks: Ranks | None = None) -> list[ExpertLayer]:
         layers = super().check(model, ranks)
-        if self.token == "subject_last" and decoder_layers(model, layers[-1])[-1] is layers[-1].layer:
+        if (
+            self.is_resolved
+            and self.token == "subject_last"
+            and decoder_layers(model, layers[-1])[-1] is layers[-1].layer
+        ):
             log.warning(
                 "layer %d is the last layer: no later token reads the subject's hidden state after it, so a fact whose "
                 "prompt continues after the subject cannot be edited there; use lower layers or token='last'",
@@ -150,7 +222,15 @@ class Editor(EditMethod):
             self.memory.switch(job.model)
         moments = job.moments
         if self.needs_moments and moments is None:
-            moments = self._second_moments(job)
+            with job.clock("statistics"):
+                moments = self.moments(
+                    job.model,
+                    job.tokenizer,
+                    job.layers,
+                    job.preservation,
+                    progress=lambda done, total: job.report("statistics", done, total),
+                    ranks=job.ranks,
+                )
         encoded = self.encode(job.tokenizer, job.facts)
         with job.clock("targets"):
             targets = self.targets.optimize(
@@ -178,23 +258,38 @@ class Editor(EditMethod):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""
-        return EncodedFacts.of(tokenizer, facts, self.contexts, self.neutral, self.token)
+        # as long as it is not known, this checks one of the two
+        token: EditToken = "subject_last" if self.token == "auto" else self.token
+        return EncodedFacts.of(tokenizer, facts, self.contexts, self.neutral, token)
 
-    def _second_moments(self, job: EditJob) -> Mapping[int, SecondMoments]:
-        if not job.preservation:
+    def moments(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[ExpertLayer],
+        preservation: Sequence[str],
+        progress: Callable[[int, int], None] | None = None,
+        ranks: Ranks | None = None,
+    ) -> Mapping[int, SecondMoments]:
+        """Compute second moments of preservation text, as the settings need them.
+
+        Raises:
+            ValueError: if there is no text, or not the same on all ranks.
+        """
+        ranks = ranks or Ranks.current()
+        if not preservation:
             what = type(self.solver if self.preserve is None else self.preserve).__name__
             raise ValueError(f"{what} needs preservation text (or second moments)")
-        job.ranks.check_same("the preservation texts", job.preservation)
-        with job.clock("statistics"):
-            return second_moments(
-                job.model,
-                job.tokenizer,
-                job.layers,
-                job.preservation,
-                token_budget=self.token_budget,
-                progress=lambda done, total: job.report("statistics", done, total),
-                ranks=job.ranks,
-                cache=self.cache,
-                gated=self.gated,
-                max_tokens=self.max_tokens,
-            )
+        ranks.check_same("the preservation texts", preservation)
+        return second_moments(
+            model,
+            tokenizer,
+            layers,
+            preservation,
+            token_budget=self.token_budget,
+            progress=progress,
+            ranks=ranks,
+            cache=self.cache,
+            gated=self.gated,
+            max_tokens=self.max_tokens,
+        )

@@ -1,4 +1,4 @@
-"""Evaluation of edits: log-probabilities and greedy answers of prompts, paraphrases and neighbours."""
+"""Evaluation of edits: log-probabilities and exact matches of prompts, paraphrases and neighbours; perplexity."""
 
 from __future__ import annotations
 
@@ -117,6 +117,9 @@ class Evaluation:
         edits_exact: ``[T]``, whether the model generates each fact's new target.
         edits_succeeded: ``[T]``, whether the model prefers each fact's new target to the true one. Of a fact without a
             true one, whether it generates the new target.
+        log_new: ``[T]``, mean log-probability of the tokens of each fact's new target, in nats.
+        log_true: ``[T]``, the same of the true target; NaN if there is none, or if it is the new one.
+        paraphrases_exact: by fact key, whether the model generates the new target after each paraphrase.
         truths: number of known true answers (of facts and neighbours), and number of those that the model generates.
     """
 
@@ -124,6 +127,9 @@ class Evaluation:
     neighbours_exact: dict[str, list[bool]]
     edits_exact: Tensor
     edits_succeeded: Tensor
+    log_new: Tensor
+    log_true: Tensor
+    paraphrases_exact: dict[str, list[bool]]
     truths: tuple[int, int]
 
     @property
@@ -227,14 +233,20 @@ def evaluate(
             exact_before=before,
             groups=[n.group for fact in facts for n in fact.neighbours],
         )
-    neighbours_exact = exact_true[neighbour].split([len(fact.neighbours) for fact in facts])
+
+    def by_fact(exact: Tensor, counts: list[int]) -> dict[str, list[bool]]:
+        return {fact.key: part.tolist() for fact, part in zip(facts, exact.split(counts), strict=True)}
+
     known = torch.cat([edit, neighbour])
     known = known[~unknown[known]]
     return Evaluation(
         success=metric,
-        neighbours_exact={fact.key: part.tolist() for fact, part in zip(facts, neighbours_exact, strict=True)},
+        neighbours_exact=by_fact(exact_true[neighbour], [len(fact.neighbours) for fact in facts]),
         edits_exact=exact_new[edit],
         edits_succeeded=torch.where(alone, exact_new, log_new > log_true)[edit],
+        log_new=log_new[edit],
+        log_true=log_true[edit],
+        paraphrases_exact=by_fact(exact_new[paraphrase], [len(fact.paraphrases) for fact in facts]),
         truths=(len(known), int(exact_true[known].sum())),
     )
 
@@ -331,24 +343,3 @@ def _in_rounds(batches: Iterable[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
         last = batch if batch is not None else last
         assert last is not None
         yield last, batch is not None
-
-
-def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int = 6
-) -> list[str]:
-    """Generate ``tokens`` tokens after each prompt greedily; cut the texts at the end of the first sentence or line."""
-    rows = [encoding.ids for encoding in encode(tokenizer, prompts, [""] * len(prompts))]
-    lengths, longest = [len(row) for row in rows], longest_padded(model)
-    # a row that may be padded now may be too long for it after some tokens
-    batches = unpadded([range(len(rows))], lengths, None if longest is None else longest - tokens)
-    with inference(model):
-        for batch in batches:
-            for _ in range(tokens):
-                ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_id(tokenizer)))
-                row, column = torch.arange(len(batch), device=ids.device), mask.sum(1) - 1
-                chosen = logits_at(model, ids, mask, position_ids(mask), row, column).argmax(-1).tolist()
-                for i, token in zip(batch, chosen, strict=True):
-                    rows[i] = [*rows[i], token]
-    added = [row[length:] for row, length in zip(rows, lengths, strict=True)]
-    texts = tokenizer.batch_decode(added, skip_special_tokens=True)
-    return [text.split("\n")[0].split(".")[0].strip() for text in texts]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.data.facts import Fact, validate_facts
 from lit_moeedit.data.lengths import remark_long_facts
 from lit_moeedit.editing.phases import Clock, Progress
+from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.targets import Targets
 from lit_moeedit.interrupts import Undo, held
-from lit_moeedit.models.experts import ExpertLayer, check_editable
+from lit_moeedit.models.experts import ExpertLayer, check_editable, expert_layers
 from lit_moeedit.models.output_scale import with_output_scale
 from lit_moeedit.models.quantised import refuse_repacked
 from lit_moeedit.models.token_budget import Budget, check_budget
@@ -48,6 +49,9 @@ class EditResult:
         energy_kept: share of the preservation text's energy that an expert's change cannot reach, by layer index and
             expert, see :class:`~lit_moeedit.preservation.shaping.Shaping`. It has every expert that the edit may
             change, and is empty if nothing is preserved.
+        residual: ``[T]``, share of each target vector that the changed layers have left, ``‖r_t‖ / ‖δ_t‖`` at the
+            target layer: 0 if its output is what it should be, 1 or more if the edit brought it no nearer. NaN for a
+            target vector of 0; ``None`` for a method without target vectors.
     """
 
     facts: list[Fact]
@@ -57,6 +61,7 @@ class EditResult:
     relative_change: dict[int, float] = field(default_factory=dict)
     kept: bool = True
     energy_kept: dict[int, dict[int, float]] = field(default_factory=dict)
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,10 @@ class LayerEdits(ABC):
             change = transaction.commit(layer.down_proj, deltas, layer.is_transposed, name)
         self.deltas[layer.index], self.relative_change[layer.index] = deltas, change
 
+    def residual(self) -> Tensor | None:
+        """Measure what the changes have left of the target vectors, see :class:`EditResult`."""
+        return None
+
     def keep(self) -> None:  # noqa: B027 - most methods have nothing to remember
         """Remember the edit, after it has been kept."""
 
@@ -136,7 +145,7 @@ class EditMethod(ABC):
     a transaction, and undoes it if a guard rejects the edit.
 
     Args:
-        layers: indices of the decoder layers to edit.
+        layers: indices of the decoder layers to edit, or ``auto`` if the method finds them.
         contexts: texts put before the prompts. Every fact is edited after each of them. The first should be empty.
         token_budget: maximum number of tokens (with padding) in one forward, or ``auto`` for as many as fit into
             memory.
@@ -144,6 +153,8 @@ class EditMethod(ABC):
             :class:`~lit_moeedit.sharding.transaction.Transaction`.
 
     Attributes:
+        layers: indices of the layers to edit, ascending; empty until they are found, where ``auto`` was given.
+        can_find_layers: whether the method takes ``auto`` for its layers, which :meth:`resolve` then finds.
         needs_moments: whether :meth:`edit` needs preservation text (or second moments of it).
         memory: keeps later edits from undoing earlier ones; ``None`` for no memory.
         facts: the facts of a method that brings its own; ``None`` for any other.
@@ -153,6 +164,7 @@ class EditMethod(ABC):
         ValueError: if a setting is out of range.
     """
 
+    can_find_layers: bool = False
     needs_moments: bool = False
     memory: EditMemory | None = None
     facts: Sequence[Fact] | None = None
@@ -160,12 +172,16 @@ class EditMethod(ABC):
 
     def __init__(
         self,
-        layers: Sequence[int],
+        layers: Sequence[int] | Literal["auto"],
         contexts: Sequence[str] = ("",),
         token_budget: Budget = "auto",
         reset_moments: bool = False,
     ) -> None:
-        if not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
+        if layers == "auto" and self.can_find_layers:
+            layers = ()
+        elif isinstance(layers, str):
+            raise ValueError(f"layers of {type(self).__name__} must be layer indices, got {layers!r}")
+        elif not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
             raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
         if not contexts:
             raise ValueError("contexts needs at least one text (an empty one for the prompt alone)")
@@ -184,8 +200,44 @@ class EditMethod(ABC):
     def prepare(self, job: EditJob) -> LayerEdits:
         """Do the work that comes before the first layer is changed."""
 
+    @property
+    def finds_place(self) -> bool:
+        """``True`` if layers or token were given as ``auto``."""
+        return False
+
+    @property
+    def place(self) -> Place | None:
+        """The place that was found, where it was given as ``auto``; settable, ``None`` forgets it."""
+        return None
+
+    @place.setter
+    def place(self, place: Place | None) -> None:
+        """Take a place; a method that finds none has nowhere to put it."""
+        return
+
+    @property
+    def is_resolved(self) -> bool:
+        """``True`` if it is known what is edited; ``False`` if :meth:`resolve` has to find it."""
+        return bool(self.layers)
+
+    def resolve(  # noqa: B027 - most methods know what they edit
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        preservation: Sequence[str] = (),
+        *,
+        optimizers: Sequence[Any] = (),
+        histories: dict[str, History] | None = None,
+        ranks: Ranks | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Find what was given as ``auto``, once; the arguments are those of :meth:`edit`, which calls this."""
+
     def find_layers(self, model: PreTrainedModel) -> list[ExpertLayer]:
         """Return the layers to edit, ascending, after all checks that need no forward.
+
+        As long as the layers are not known, these are all layers that may be chosen.
 
         Raises:
             UnsupportedModelError: if a layer cannot be edited.
@@ -194,7 +246,7 @@ class EditMethod(ABC):
         """
         refuse_parallelism(model)
         refuse_repacked(model)
-        layers = check_editable(model, self.layers)
+        layers = check_editable(model, self.layers or list(expert_layers(model)))
         for layer in layers:
             locate(layer.down_proj)
         return layers
@@ -293,6 +345,17 @@ class EditMethod(ABC):
         # if a rank fails anywhere in this block, the others learn of it at their next check: before each forward and
         # before each collective operation
         with ranks.together():
+            if not self.is_resolved:
+                self.resolve(
+                    model,
+                    tokenizer,
+                    validate_facts(facts, tokenizer=tokenizer),
+                    preservation,
+                    optimizers=optimizers,
+                    histories=histories,
+                    ranks=ranks,
+                    progress=progress,
+                )
             self.find_layers(model)
             if layers is None:
                 with clock("features"):
@@ -313,6 +376,7 @@ class EditMethod(ABC):
                 for number, layer in enumerate(layers, 1):
                     edits.commit(layer, edits.solve(layer), transaction)
                     report("layers", number, len(layers))
+                residual = edits.residual()
                 kept = not ranks.any(guard is not None and not guard())
                 if not kept:
                     transaction.rollback()
@@ -325,7 +389,14 @@ class EditMethod(ABC):
                     record(kept, transaction)
                 transaction.keep()
         return EditResult(
-            list(facts), edits.deltas, targets, clock.seconds(), edits.relative_change, kept, edits.energy_kept
+            list(facts),
+            edits.deltas,
+            targets,
+            clock.seconds(),
+            edits.relative_change,
+            kept,
+            edits.energy_kept,
+            residual,
         )
 
 

@@ -70,6 +70,15 @@ class Spread(LayerEdits):
             return unshaped(solver.solve(self.problem(layer, tokens, share, shaping)), shaping)
 
     @override
+    def residual(self) -> Tensor:
+        assert self._goal is not None
+        left, wanted = self._goal - self.observe(self.job.layers[-1]).hidden, self.wanted
+        fact = torch.tensor(self.encoded.fact_index, device=left.device)
+        squares = torch.stack([left.square().sum(-1), wanted.square().sum(-1)])
+        sums = squares.new_zeros(2, len(self.job.facts)).index_add(1, fact, squares)
+        return (sums[0] / sums[1]).sqrt().where(sums[1] > 0, torch.nan)
+
+    @override
     def keep(self) -> None:
         if self.editor.memory is not None:
             self.editor.memory.remember(self._keys, self.names, self.job.ranks)
@@ -160,6 +169,7 @@ class CarriedSpread(Spread):
         """The last layer: its tokens, solver and shaping, and the solution that is carried down."""
         top = self.job.layers[-1]
         tokens = self.observe(top)
+        self._goal = tokens.hidden + self.wanted
         with self.job.clock("solve"):
             solver, shaping = self.solver_at(top), self.shape(top, tokens)
             return tokens, solver, shaping, solver.carry(self.problem(top, tokens, self.wanted, shaping))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -135,3 +135,53 @@ def _legend(
         fontsize="small",
         title_fontsize="small",
     )
+
+
+def plot_heat_map(
+    values: Sequence[Sequence[float]],
+    layers: Sequence[int],
+    steps: Sequence[int],
+    title: str,
+    label: str,
+    edited: Collection[int] = (),
+    span: tuple[float, float] | None = None,
+) -> Figure:
+    """Draw a value by layer (upwards) and optimizer step (to the right).
+
+    Args:
+        values: S rows of L values.
+        layers: The L layer indices; those in ``edited`` are marked.
+        steps: The S steps.
+        title: Title of the figure.
+        label: Name of the value, with the unit.
+        edited: Indices of edited layers.
+        span: The least and the greatest possible value, if they are known.
+
+    Returns:
+        The figure, which no window of matplotlib keeps.
+
+    Raises:
+        ModuleNotFoundError: If ``matplotlib`` is not installed.
+
+    """
+    try:
+        from matplotlib.figure import Figure as NewFigure
+    except ImportError as error:
+        raise ModuleNotFoundError("Plotting needs `matplotlib`: pip install matplotlib") from error
+    height = min(10.0, max(3.4, 0.8 + 0.22 * len(layers)))
+    figure = NewFigure(figsize=(min(12.0, max(6.4, 3 + 0.3 * len(steps))), height), layout="constrained")
+    ax = figure.subplots()
+    low, high = span if span is not None else (None, None)
+    by_layer = [[row[place] for row in values] for place in range(len(layers))]
+    image = ax.imshow(by_layer, aspect="auto", origin="lower", vmin=low, vmax=high, interpolation="nearest")
+    figure.colorbar(image, ax=ax, label=label)
+    every = math.ceil(len(layers) / _MAX_NAMES)
+    places = [i for i, layer in enumerate(layers) if layer in edited or i % every == 0]
+    marks = [f"edited ▸ {layers[i]}" if layers[i] in edited else str(layers[i]) for i in places]
+    ax.set_yticks(places, marks)
+    columns = range(0, len(steps), math.ceil(len(steps) / _MAX_NAMES))
+    ax.set_xticks(list(columns), [str(steps[i]) for i in columns])
+    ax.set_xlabel("optimizer step")
+    ax.set_ylabel("layer")
+    ax.set_title(title)
+    return figure

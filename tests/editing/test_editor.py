@@ -371,7 +371,7 @@ class TestRefusals:
             ({"preserve": "output", "ridge": 0.0}, "OutputPenalty needs a ridge above 0, got 0.0"),
             ({"ridge": float("inf")}, "ridge must be at least 0 and finite, got inf"),
             ({"solver": "Woodbury"}, "solver must be a Solver, got 'Woodbury'"),
-            ({"token": "first"}, "token must be 'subject_last' or 'last', got 'first'"),
+            ({"token": "first"}, "token must be 'subject_last', 'last' or 'auto', got 'first'"),
             ({"contexts": ()}, "contexts needs at least one text"),
             ({"neutral": "It is a"}, "neutral must contain {} for the subject, got 'It is a'"),
             ({"token_budget": 0}, "token_budget must be at least 1, got 0"),

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.encoding import encode
 from lit_moeedit.data.facts import Fact, Neighbour
-from lit_moeedit.editing.evaluation import answers, evaluate, neighbour_groups, perplexity, score
+from lit_moeedit.editing.evaluation import evaluate, neighbour_groups, perplexity, score
+from lit_moeedit.editing.generation import answers
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.sharding.ranks import Ranks
 

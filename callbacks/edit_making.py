@@ -1,0 +1,237 @@
+"""The making of edits and renewals in a run: measured, written in one transaction, recorded and reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from lit_moeedit.callbacks.averages import Copies, edited_weights, validated_weights
+from lit_moeedit.callbacks.charts import log_curves, log_now, log_summary
+from lit_moeedit.callbacks.copies import CopyPolicy
+from lit_moeedit.callbacks.edit_files import EditFiles
+from lit_moeedit.callbacks.foresight import monitored
+from lit_moeedit.callbacks.frozen import FrozenEdits
+from lit_moeedit.callbacks.guards import Guards, Trial
+from lit_moeedit.callbacks.inputs import EditInputs
+from lit_moeedit.callbacks.listener import EditEvent, EditListener, RetentionEvent, tell_listeners
+from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.progress import edit_progress
+from lit_moeedit.callbacks.resources import from_datamodule, optimizers_of
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing import EditResult, Evaluation, evaluate, neighbour_groups
+from lit_moeedit.editing.outcomes import FailedEditError, OnFailure
+from lit_moeedit.editing.probe import Probe
+from lit_moeedit.interrupts import Undo
+from lit_moeedit.models.experts import find_model
+from lit_moeedit.sharding.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+
+class EditMaking(EditInputs):
+    """A callback that makes edits and renewals, and measures what is left of them.
+
+    A subclass decides when, and sets these attributes.
+
+    Attributes:
+        guards: limits that an edit must meet.
+        on_failure: treatment of an edit of which most facts failed.
+        probe: the text on which guards compare the model before and after; ``None`` if they need none.
+        renew_every_n_steps: optimizer steps from an edit to its renewal; ``None`` for no renewal.
+        max_renewals: maximum number of renewals; ``None`` for no limit.
+    """
+
+    groups = ("edit", "edit_before", "edit_after", "edit_seconds", "edit_renewed")
+
+    guards: Guards
+    on_failure: OnFailure
+    probe: Probe | None = None
+    renew_every_n_steps: int | None
+    max_renewals: int | None
+    _copies: CopyPolicy
+    _frozen: FrozenEdits
+    _edit_files: EditFiles
+    _has_stepped: bool
+
+    def should_keep(self, before: Evaluation, after: Evaluation) -> bool:
+        """Decide whether to keep an edit, while it is in the weights; ``False`` undoes it bit by bit.
+
+        Both evaluations are of the facts of this edit. ``max_perplexity_ratio``, ``min_routing_similarity`` and
+        ``on_failure`` may still undo what this keeps.
+        """
+        return not any(figure.is_broken for figure in self.guards.of_facts(after))
+
+    @override
+    def evaluate(
+        self,
+        pl_module: L.LightningModule,
+        facts: Sequence[Fact] | None = None,
+        baseline: dict[str, list[bool]] | None = None,
+    ) -> Evaluation:
+        """Evaluate facts (by default those edited so far) against their neighbours before the edit.
+
+        Args:
+            pl_module: the module.
+            facts: the facts.
+            baseline: ``neighbours_exact`` of an edit that is not finished; ``None`` for that of finished edits.
+        """
+        facts = self.applied_facts if facts is None else facts
+        if baseline is None and all(fact.key in self._applied for fact in facts):
+            baseline = self._applied
+        model, groups = find_model(pl_module), neighbour_groups(self.facts)
+        with Ranks.current().together():
+            return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget)
+
+    def _release_texts(self) -> None:
+        """Forget the preservation texts after the last edit that is due."""
+        if not self.pending_facts and (self.renew_every_n_steps is None or self.renewals == self.max_renewals):
+            self._texts = None
+
+    def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
+        if not facts:
+            return
+        with edited_weights(trainer, pl_module) as copies:
+            with edit_progress(trainer) as progress:
+                self._find_place(trainer, pl_module, histories=self._frozen.histories, progress=progress)
+            tell_listeners(trainer, lambda listener: listener.on_edit_start(trainer, pl_module, facts))
+            with Ranks.current().together():
+                wants_answers = any(listener.wants_answers for listener in callbacks_of(trainer, EditListener))
+                trial = Trial(self, pl_module, facts, wants_answers)
+                is_error = False
+
+                def record(kept: bool, undo: Undo) -> None:
+                    nonlocal is_error
+                    # a run that is resumed after the error edits these facts again
+                    is_error = trial.has_failed and self.on_failure == "raise"
+                    if not is_error:
+                        self._record(trainer, facts, trial.before.neighbours_exact if kept else None, undo)
+
+                states = self._edit_files.states(trainer, pl_module, self.editor.layers)
+                with edit_progress(trainer) as progress:
+                    result = self._change(
+                        trainer, pl_module, facts, copies, guard=trial.passes, record=record, progress=progress
+                    )
+                moment = trainer.current_epoch, trainer.global_step, self.name
+                found = trial.reasons(result), trial.figures, trial.measured
+                event = EditEvent(result, trial.before, trial.after, *moment, *found)
+                self._report(trainer, event, is_error)
+                metrics = trial.before.metrics, trial.after.metrics
+                self._written = self._edit_files.save(
+                    trainer, pl_module, "edit", self.editor, result, states, self._written, metrics
+                )
+            self._release_texts()
+            tell_listeners(trainer, lambda listener: listener.on_edit_end(trainer, pl_module, event))
+            if is_error:
+                raise FailedEditError(
+                    f"{self.heading}{event.failure}\nThe edit was undone: the weights are what they were before it. To "
+                    "go on without these facts set on_failure: undo, to keep such an edit on_failure: keep"
+                )
+
+    def _change(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], copies: Copies, **kwargs: Any
+    ) -> EditResult:
+        texts, layers = self._take_texts(trainer), self._take_layers(trainer)
+        made = (self._edits_made, self.renewals)
+        try:
+            return self.editor.edit(
+                find_model(pl_module),
+                self.tokenizer,
+                facts,
+                texts,
+                optimizers=optimizers_of(trainer),
+                layers=None if copies else layers,  # an average has other output scales
+                copies=[*copies, *self._copies.find(trainer, pl_module, self.editor.layers)],
+                histories=self._frozen.histories,
+                **kwargs,
+            )
+        except BaseException as error:
+            is_made = (self._edits_made, self.renewals) != made
+            end = "it is in the weights and in the record" if is_made else "the weights are what they were before it"
+            log.warning("the edit was broken off (%s); %s", type(error).__name__, end)
+            raise
+
+    def _renewal_due(self, trainer: L.Trainer) -> bool:
+        if self.renew_every_n_steps is None or not self._applied or self.renewals == self.max_renewals:
+            return False
+        if not self._has_stepped:
+            return False
+        return trainer.global_step - self._last_step >= self.renew_every_n_steps
+
+    def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        facts = self.applied_facts
+        with edited_weights(trainer, pl_module) as copies, Ranks.current().together():
+            faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
+            if not faded:
+                self._last_step = trainer.global_step
+                return
+            self._find_place(trainer, pl_module, histories=self._frozen.histories)
+            # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
+            states = self._edit_files.states(trainer, pl_module, self.editor.layers)
+            result = self._change(trainer, pl_module, facts, copies, record=partial(self._record_renewal, trainer))
+            self._written = self._edit_files.save(
+                trainer, pl_module, "renewal", self.editor, result, states, self._written
+            )
+            left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
+            renewed = f"{self.metrics_prefix}_renewed"
+            log_now(trainer, {f"{renewed}/before": faded, f"{renewed}/after": left})
+        self._release_texts()
+        text = "%srenewed edits at step %d: of %d facts %d were lost, now %d"
+        log.info(text, self.heading, trainer.global_step, len(facts), faded, left)
+
+    def _record(
+        self, trainer: L.Trainer, facts: Sequence[Fact], neighbours: dict[str, list[bool]] | None, undo: Undo
+    ) -> None:
+        """Record an edit in its transaction; ``neighbours`` of one that is kept."""
+        self._change_state(undo, edits_made=self._edits_made + 1, last_step=trainer.global_step)
+        if neighbours is None:
+            self._change_state(undo, undone=self._undone | {fact.key for fact in facts})
+            return
+        words = self._words | {fact.key: fact.to_dict() for fact in facts}
+        self._change_state(undo, applied=self._applied | neighbours, words=words)
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if hasattr(datamodule, "facts_edited") and hasattr(datamodule, "load_state_dict"):
+            undo.by(datamodule.load_state_dict, deepcopy(datamodule.state_dict()))
+        from_datamodule(trainer, "facts_edited", facts)
+
+    def _record_renewal(self, trainer: L.Trainer, kept: bool, undo: Undo) -> None:
+        self._change_state(undo, last_step=trainer.global_step)
+        undo.by(setattr, self, "renewals", self.renewals)
+        self.renewals += 1
+
+    def _change_state(self, undo: Undo, **changes: Any) -> None:
+        for name, value in changes.items():
+            undo.by(setattr, self, f"_{name}", getattr(self, f"_{name}"))
+            setattr(self, f"_{name}", value)
+
+    def _report(self, trainer: L.Trainer, event: EditEvent, is_error: bool) -> None:
+        kept = event.result.kept
+        log_summary(trainer, event.metrics)
+        log.log(logging.INFO if kept else logging.WARNING, "%s", event)
+        if event.reasons and not is_error:  # which the error says
+            log.warning("%s%s", self.heading, event.failure)
+
+    def _log_retention(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        facts, wanted = self.applied_facts, monitored(trainer, self.metrics_prefix)
+        if not facts and not (wanted and trainer.state.fn == TrainerFn.FITTING and self.pending_facts):
+            return
+        with validated_weights(trainer, pl_module, self):
+            evaluation = self.evaluate(pl_module, facts or self.pending_facts)
+        metrics = evaluation.metrics
+        if facts:
+            event = RetentionEvent(facts, evaluation, trainer.current_epoch, trainer.global_step, self.name)
+            tell_listeners(trainer, lambda listener: listener.on_retention(trainer, pl_module, event))
+        if not facts:  # nothing is lost before the first edit
+            metrics |= {name: 1.0 for name in metrics if name.startswith("specificity_retained")}
+        prefix = self.metrics_prefix
+        # before the first edit there is only what a monitor cannot do without
+        known = {n: value for n, value in metrics.items() if f"{prefix}/{n}" in wanted or (facts and value == value)}
+        log_curves(trainer, pl_module, prefix, known)

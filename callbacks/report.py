@@ -1,4 +1,4 @@
-"""The callback that reports on edits: a table on the console, ``summary.json``, and tables for loggers."""
+"""The callback that reports on edits: on the console, in files, and to loggers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import lightning as L
@@ -19,11 +20,13 @@ from typing_extensions import override
 
 from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.belonging import StateOfWeights
+from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.limits import is_over
-from lit_moeedit.callbacks.listener import EditEvent, EditListener
+from lit_moeedit.callbacks.listener import EditEvent, EditListener, RetentionEvent
 from lit_moeedit.callbacks.named import callbacks_of
-from lit_moeedit.callbacks.resources import check_parallelism
+from lit_moeedit.callbacks.report_page import FILES, describe_model, log_tables, make_report, write_page
+from lit_moeedit.callbacks.resources import check_parallelism, from_datamodule
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.callbacks.run_folder import RunFile
 from lit_moeedit.callbacks.summary import (
@@ -40,8 +43,11 @@ from lit_moeedit.callbacks.summary import (
 from lit_moeedit.callbacks.validation import validating, validation_batches
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import PHASES, answers, perplexity
+from lit_moeedit.editing import PHASES, perplexity
+from lit_moeedit.editing.outcomes import measure
 from lit_moeedit.models.experts import find_model
+from lit_moeedit.reports import ConsoleReport, Model, Report
+from lit_moeedit.reports.report import State
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -50,25 +56,33 @@ log = logging.getLogger(__name__)
 class EditReport(StateOfWeights, EditListener):
     """Report on the edits of every :class:`~lit_moeedit.callbacks.KnowledgeEditing` in the same trainer.
 
-    When training ends it evaluates the edits once more. At the end of ``fit``, ``validate`` or ``test`` it writes
-    ``summary.json`` and prints a table. The summary is written into the run's own folder, beside its metrics
-    (``trainer.log_dir``), and ``default_root_dir`` has that of the latest run: a hard link to it, or a copy. Without a
-    logger the two are one folder, and an earlier run's file is renamed to ``summary-v1.json``, ``-v2`` and so on.
+    It measures every fact before and after its edit and when training ends: what the model generates, the probability
+    of the new and of the old target, and how many paraphrases and neighbours hold. For a fact that is not generated it
+    gives a reason. ``edits.jsonl`` (a line for each fact, see :class:`~lit_moeedit.reports.FactRow`) and
+    ``report.html`` (a page that needs nothing but itself) are written at each edit, so that a run that is killed has
+    them, too, and at the end. At the end of ``fit``, ``validate`` or ``test`` it writes ``summary.json`` and prints the
+    facts and a table of the metrics.
 
-    With a ``WandbLogger`` it logs a table of the edits (prompt, old and new target, answers before, after and at the
-    end) and, for each ``RoutingMonitor``, if there is matplotlib, a plot of the routing similarity by layer.
+    All files are written into the run's own folder, beside its metrics (``trainer.log_dir``), and ``default_root_dir``
+    has those of the latest run: a hard link to each, or a copy. Without a logger the two are one folder, and an earlier
+    run's file is renamed to ``summary-v1.json``, ``-v2`` and so on.
+
+    W&B gets the facts as a table ``edits``, TensorBoard as a text ``edits``, and MLflow as ``edits.md``, at each edit
+    and at the end. W&B gets for each ``RoutingMonitor``, if there is matplotlib, a plot of the routing similarity by
+    layer, too.
 
     A measurement that fails, on whichever rank, is logged and named in the summary's ``failed``; the run goes on, and
     what else was measured is in the summary. So it is for the perplexity if the validation batches are not mappings
-    with ``input_ids``, ``attention_mask`` and ``labels``. A run that ends with an exception writes no summary.
+    with ``input_ids``, ``attention_mask`` and ``labels``. A run that ends with an exception writes no summary, but the
+    other files.
 
     With Lightning's ``WeightAveraging`` or ``StochasticWeightAveraging`` it measures the average that training ends
     with. Other callbacks that change weights when training ends belong before this one in the trainer's list.
 
     Args:
         filename: name of the summary; it appears complete or not at all.
-        console: whether to print the table.
-        max_rows: the table of edits has at most this many rows.
+        console: whether to print at the end.
+        max_rows: maximum number of rows of the table for loggers.
 
     Raises:
         ValueError: if ``filename`` is not the plain name of a file.
@@ -77,7 +91,8 @@ class EditReport(StateOfWeights, EditListener):
             :class:`~lit_moeedit.callbacks.KnowledgeEditing`.
     """
 
-    state_names = ("_edits", "_final", "_answers", "_perplexity", "_failed", "_seconds")
+    wants_answers = True
+    state_names = ("_edits", "_final", "_history", "_perplexity", "_failed", "_seconds")
 
     def __init__(self, filename: str = "summary.json", console: bool = True, max_rows: int = 200) -> None:
         super().__init__(filename=filename)
@@ -85,17 +100,18 @@ class EditReport(StateOfWeights, EditListener):
         # of this process alone
         self._started = time.perf_counter()
         self._is_over = False  # a checkpoint was loaded after which nothing is left to train
-        self._file = RunFile(filename)
+        self._file, self._pages = RunFile(filename), {name: RunFile(name) for name in FILES}
+        self._begun, self._model = datetime.now(UTC), Model()
         self._warned: set[str] = set()
-        self._shown: list[Table | str] = []
+        self._shown: list[Table | ConsoleReport | str] = []
 
     @override
     def begin_state(self) -> None:
         # plain values, because they have to survive a resume: sums over edits, metrics at the end of training by the
-        # label of the editing callback, and answers by moment and fact
+        # label of the editing callback, and what was measured of each fact
         self._edits: list[EditTotals] = []
         self._final: dict[str, dict[str, float]] = {}
-        self._answers: dict[str, dict[str, str]] = {}
+        self._history = History()
         self._perplexity: dict[str, float] = {}
         self._failed: dict[str, str] = {}
         self._seconds = 0.0  # of fits before this one, which it resumes
@@ -111,8 +127,10 @@ class EditReport(StateOfWeights, EditListener):
         if stage == TrainerFn.FITTING:
             # what follows a fit in the same process adds to its report
             self._final, self._file = {}, RunFile(self.filename)
+            self._pages, self._begun = {name: RunFile(name) for name in FILES}, datetime.now(UTC)
             self._perplexity.pop("after_training", None)
-        self._file.locate(trainer)
+        for file in (self._file, *self._pages.values()):
+            file.locate(trainer)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -123,8 +141,8 @@ class EditReport(StateOfWeights, EditListener):
 
     @override
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
+        self._model = describe_model(pl_module)
         self._measure_perplexity(trainer, pl_module, "before", again=False)
-        self._ask(trainer, pl_module, facts, "before")
 
     @override
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
@@ -132,35 +150,58 @@ class EditReport(StateOfWeights, EditListener):
         self._totals(event.name).add(
             len(result.facts), result.kept, event.before.metrics, event.after.metrics, result.seconds
         )
+        self._history = self._history.with_edit(event)
         self._measure_perplexity(trainer, pl_module, "after")
-        self._ask(trainer, pl_module, result.facts, "after")
+        self._write_page(trainer, "running")
+        self._log_tables(trainer)
+
+    @override
+    def on_retention(self, trainer: L.Trainer, pl_module: L.LightningModule, event: RetentionEvent) -> None:
+        self._model = describe_model(pl_module)
+        self._history = self._history.with_retention(event)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._write_page(trainer, "running")
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._history.edits:
+            self._write_page(trainer, "stopped")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._edits:
             return
+        self._model = describe_model(pl_module)  # after the strategy's teardown no weight may be used
         with final_weights(trainer, pl_module):
             self._measure_end(trainer, pl_module)
 
     def _measure_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._measure_perplexity(trainer, pl_module, "after_training")
-        self._ask(trainer, pl_module, _edited_facts(trainer), "at the end")
         editings = callbacks_of(trainer, KnowledgeEditing)
         for editing in editings:
             if editing.applied_facts:
                 with self._attempt("after_training" if len(editings) == 1 else f"after_training of {editing.label}"):
-                    self._final[editing.label] = editing.evaluate(pl_module).metrics
+                    self._measure_facts(trainer, pl_module, editing)
+
+    def _measure_facts(self, trainer: L.Trainer, pl_module: L.LightningModule, editing: KnowledgeEditing) -> None:
+        evaluation, facts = editing.evaluate(pl_module), editing.applied_facts
+        self._final[editing.label] = evaluation.metrics
+        model, budget = find_model(pl_module), editing.editor.token_budget
+        baseline = editing.neighbours_before
+        found = measure(model, editing.tokenizer, facts, baseline, evaluation=evaluation, token_budget=budget)
+        contradictions = from_datamodule(trainer, "contradictions", facts) or {}
+        self._history = self._history.with_end(editing.name, facts, found, trainer.global_step, contradictions)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # after the strategy's teardown: no weight may be used any more. All checkpoints have been written, so a full
         # disk costs the summary only.
-        self._finish(trainer)
+        self._finish(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._finish(trainer)
+            self._finish(trainer, pl_module)
 
     on_test_end = on_fit_end
 
@@ -173,7 +214,7 @@ class EditReport(StateOfWeights, EditListener):
         measured = {
             "totals": [totals.state() for totals in self._edits],
             "final": self._final,
-            "answers": self._answers,
+            "history": self._history.state(),
             "perplexity": self._perplexity,
             "seconds": self._seconds + time.perf_counter() - self._started,
         }
@@ -185,15 +226,18 @@ class EditReport(StateOfWeights, EditListener):
         edits = read_totals(where, state_dict)
         numbers, texts = {str: (int, float)}, {str: str}
         shapes: dict[str, Any] = {
-            "answers": {str: texts},
+            "history": dict,
             "perplexity": numbers,
             "failed": texts,
             "final": {str: numbers},
         }
         # before there were totals there were neither seconds nor metrics at the end of training
-        check_fields(where, state_dict, ("failed", "final", "seconds"), **shapes, seconds=(int, float))
+        check_fields(where, state_dict, ("failed", "final", "seconds", "history"), **shapes, seconds=(int, float))
+        # that of an earlier version has no history
+        history = History.of_state(where, state_dict.get("history") or {})
         self._edits = edits
-        self._answers, self._perplexity = dict(state_dict["answers"]), dict(state_dict["perplexity"])
+        self._history = history
+        self._perplexity = dict(state_dict["perplexity"])
         self._failed, self._final = dict(state_dict.get("failed") or {}), dict(state_dict.get("final") or {})
         self._seconds, self._started = state_dict.get("seconds") or 0.0, time.perf_counter()
 
@@ -226,7 +270,8 @@ class EditReport(StateOfWeights, EditListener):
         """
         editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
         routing = summarize_routing(monitors[0].last_edit if monitors else {})
-        routing["first_edited_layer"] = min((min(editing.editor.layers) for editing in editings), default=None)
+        edited = (index for editing in editings for index in editing.editor.layers)
+        routing["first_edited_layer"] = min(edited, default=None)
         if len(monitors) > 1:
             routing["monitors"] = {monitor.label: summarize_routing(monitor.last_edit) for monitor in monitors[1:]}
         seconds = {name: sum(edits.seconds.get(name, 0.0) for edits in self._edits) for name in (*PHASES, "edit")}
@@ -289,22 +334,40 @@ class EditReport(StateOfWeights, EditListener):
             log.log(level, "EditReport could not measure %s: %s", name, text)
             log.debug("", exc_info=error)
 
+    def _report(self, trainer: L.Trainer, state: State) -> Report:
+        """Make the report of the run as it is now."""
+        editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
+        routing = monitors[0].last_edit if monitors else {}
+        return make_report(state, self._begun, self._history, self.summary(trainer), editings, routing, self._model)
+
     @rank_zero_only
-    def _finish(self, trainer: L.Trainer) -> None:
+    def _write_page(self, trainer: L.Trainer, state: State) -> None:
+        try:
+            write_page(self._report(trainer, state), self._pages)
+        except OSError as error:  # a full disk, which is no reason to lose a run
+            log.warning("EditReport could not write %s: %s", " and ".join(FILES), error)
+
+    @rank_zero_only
+    def _log_tables(self, trainer: L.Trainer) -> None:
+        log_tables(trainer, self._history.rows, self.max_rows)
+
+    @rank_zero_only
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._edits:
             log.warning("no facts were edited in this run, so there is nothing to report")
             return
         summary = without_nan(self.summary(trainer))
-        self._shown = [make_table(summary)]
+        facts = ConsoleReport(self._report(trainer, "finished"))
+        self._shown = [*([facts] if self._history.rows else []), make_table(summary)]
         try:
             path = self._file.write(json.dumps(summary, indent=2) + "\n")
         except BaseException:
             self._show(trainer)  # even if there is no room for the file
             raise
-        self._shown.append(f"Summary: {path}")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                self._log_to_wandb(logger, trainer)
+        self._write_page(trainer, "finished")
+        self._shown.append(f"Summary: {path}\nReport: {path.with_name('report.html')}")
+        self._log_tables(trainer)
+        self._log_figures(trainer)
 
     @rank_zero_only
     def _show(self, trainer: L.Trainer) -> None:
@@ -313,18 +376,11 @@ class EditReport(StateOfWeights, EditListener):
         if shown and self.console:
             show(trainer, shown)
 
-    def _log_to_wandb(self, logger: WandbLogger, trainer: L.Trainer) -> None:
-        answered = [self._answers.get(moment, {}) for moment in ("before", "after", "at the end")]
-        facts = sorted(_edited_facts(trainer), key=lambda fact: not any(fact.key in found for found in answered))
-        rows = [
-            [fact.prompt, fact.target_true, fact.target_new, *(found.get(fact.key) for found in answered)]
-            for fact in facts[: self.max_rows]
-        ]
-        columns = ["prompt", "old", "new", "answer before", "answer after", "answer at the end"]
-        logger.log_table("edits", columns=columns, data=rows)
-        for monitor in callbacks_of(trainer, RoutingMonitor):
+    def _log_figures(self, trainer: L.Trainer) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        for monitor in callbacks_of(trainer, RoutingMonitor) if loggers else ():
             figure = monitor.figure()
-            if figure is not None:
+            for logger in loggers if figure is not None else ():
                 logger.log_image(monitor.metrics_prefix, [figure])
 
     def _measure_without_training(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -346,25 +402,3 @@ class EditReport(StateOfWeights, EditListener):
             if loaders is not None:
                 batches = validation_batches(trainer, pl_module, loaders)
                 self._perplexity[moment] = perplexity(find_model(pl_module), batches, Ranks.current())
-
-    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], moment: str) -> None:
-        editings = callbacks_of(trainer, KnowledgeEditing)
-        if not editings or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
-            return
-        known = self._answers.get(moment, {})
-        # the table has the facts that were edited first; another callback may have edited the same fact
-        rows = {key for answered in self._answers.values() for key in answered}
-        new = [fact.key for fact in facts if fact.key not in rows]
-        rows.update(new[: max(0, self.max_rows - len(rows))])
-        shown = [fact for fact in facts if fact.key in rows and not (moment == "before" and fact.key in known)]
-        if not shown:
-            return
-        with self._attempt(f"answers {moment}"):
-            found = answers(find_model(pl_module), editings[0].tokenizer, [fact.prompt for fact in shown])
-            self._answers[moment] = {**known, **dict(zip((fact.key for fact in shown), found, strict=True))}
-
-
-def _edited_facts(trainer: L.Trainer) -> list[Fact]:
-    """Return the edited facts of all callbacks, each once."""
-    facts = (fact for editing in callbacks_of(trainer, KnowledgeEditing) for fact in editing.edited_facts)
-    return list({fact.key: fact for fact in facts}.values())

@@ -88,12 +88,7 @@ def find_texts(trainer: L.Trainer, source: str | list[str] | None) -> list[str]:
         OSError: if a file cannot be opened.
         ValueError: if a file is not UTF-8.
     """
-    if isinstance(source, str):
-        with as_value_error(f"the preservation text {source} cannot be read as UTF-8"):
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-        texts = [line for line in lines if line.strip()]
-    else:
-        texts = list((from_datamodule(trainer, "preservation_texts") if source is None else source) or ())
+    texts = read_texts(from_datamodule(trainer, "preservation_texts") or () if source is None else source)
     if not texts:
         raise MisconfigurationException(
             "KnowledgeEditing: the editor needs text whose behaviour is to be kept; give 'preservation' (a text file "
@@ -101,6 +96,20 @@ def find_texts(trainer: L.Trainer, source: str | list[str] | None) -> list[str]:
             "with preserve: none"
         )
     return texts
+
+
+def read_texts(source: str | Sequence[str]) -> list[str]:
+    """Return the lines of a text file, or the texts of a list.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is not UTF-8.
+    """
+    if not isinstance(source, str):
+        return list(source)
+    with as_value_error(f"the preservation text {source} cannot be read as UTF-8"):
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip()]
 
 
 def find_tokenizer(
@@ -188,12 +197,6 @@ def refuse_contradictions(facts: Mapping[str, Sequence[Fact]]) -> None:
                 f"KnowledgeEditing: {other} and {label} would undo each other's edit: for the prompt {fact.prompt!r} "
                 f"the one has the target {known.target_new!r}, the other {fact.target_new!r}"
             )
-
-
-def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    """Log metrics now, with all loggers."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step)
 
 
 def optimizers_of(trainer: L.Trainer) -> list[Any]:

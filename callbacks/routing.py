@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
 from lit_moeedit.callbacks.averages import edited_weights, validated_weights
 from lit_moeedit.callbacks.belonging import StateOfWeights
+from lit_moeedit.callbacks.charts import log_curves, log_figures, log_summary, shows_figures
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
-from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer, from_datamodule, log_metrics
+from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer, from_datamodule
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.data.lengths import cut_texts
 from lit_moeedit.editing.routing_trace import MAX_PROBE_TOKENS, RoutingTrace, trace_routing
 from lit_moeedit.metrics import ExpertLoad, RoutingDivergence, RoutingSimilarity
+from lit_moeedit.metrics._plots import plot_heat_map
 from lit_moeedit.models.experts import expert_layers, find_model
 
 if TYPE_CHECKING:
@@ -30,13 +33,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_HISTORY = 200
+"""Maximum number of validations in the state, and so in a heat map."""
+
+
+_QUANTITIES: dict[str, tuple[str, str, tuple[float, float] | None]] = {
+    "similarity": ("Routing similarity", "Jaccard overlap of top-k sets", (0.0, 1.0)),
+    "kl": ("KL divergence of routing", "nats", None),
+    "js": ("Jensen-Shannon divergence of routing", "nats", None),
+    "load_entropy": ("Entropy of the experts' load", "share of the maximum", (0.0, 1.0)),
+}
+"""Title, unit and possible values of each quantity."""
+
 
 class RoutingMonitor(StateOfWeights, EditListener):
     """Measure on a probe text how the routers' choices change: by every edit, and since the run's start.
 
     Around an edit it logs ``routing_edit/…``, at every validation (compared with the run's start) ``routing/…``:
     ``similarity`` (Jaccard overlap of the top-k expert sets), ``kl``, ``js`` (nats) and ``load_entropy``, for each
-    layer with experts (``…/layer_3``) and as the mean over them. A trainer may have several monitors, each with a name.
+    layer with experts (``…/layer_3``) and as the mean over them. Other callbacks and CSV files have all of it; other
+    loggers have charts of the means, and, if they show images, a heat map of each by layer and step when training ends.
+    A trainer may have several monitors, each with a name.
 
     Args:
         probe: texts; ``None`` asks the data module's ``probe_texts()``, then ``preservation_texts()``.
@@ -52,7 +69,7 @@ class RoutingMonitor(StateOfWeights, EditListener):
     """
 
     groups = ("routing", "routing_edit")
-    state_names = ("_start", "_digest", "last_edit")
+    state_names = ("_start", "_digest", "last_edit", "history", "edited_layers")
 
     def __init__(
         self,
@@ -78,6 +95,10 @@ class RoutingMonitor(StateOfWeights, EditListener):
         self._digest = ""
         self.last_edit: dict[str, float] = {}
         """Routing metrics of the latest edit, named as they are logged, without the prefix."""
+        self.history: list[dict[str, float]] = []
+        """Routing metrics of each validation, compared with the run's start, and its optimizer ``step``."""
+        self.edited_layers: list[int] = []
+        """Layers that edits have changed."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -112,8 +133,11 @@ class RoutingMonitor(StateOfWeights, EditListener):
             return
         with validated_weights(trainer, pl_module, self):
             shift = self.compare(pl_module, self._start, self._trace(pl_module))
-        named = {f"{self.metrics_prefix}/{name}": value for name, value in shift.items()}
-        pl_module.log_dict(named, sync_dist=trainer.world_size > 1)
+        log_curves(trainer, pl_module, self.metrics_prefix, shift)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.history.append({"step": trainer.global_step, **shift})
+            if len(self.history) > MAX_HISTORY:  # every other one tells enough
+                self.history = self.history[::2]
 
     @override
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
@@ -125,13 +149,19 @@ class RoutingMonitor(StateOfWeights, EditListener):
         assert self._before_edit is not None
         self.last_edit = self.compare(pl_module, self._before_edit, self._trace(pl_module))
         self._before_edit = None
-        log_metrics(trainer, {f"{self.metrics_prefix}_edit/{name}": value for name, value in self.last_edit.items()})
+        self.edited_layers = sorted({*self.edited_layers, *event.result.deltas})
+        log_summary(trainer, {f"{self.metrics_prefix}_edit/{name}": value for name, value in self.last_edit.items()})
         log.info(
             "%srouting similarity %.3f, KL %.4f nats over the edit",
             self.heading,
             self.last_edit["similarity/mean"],
             self.last_edit["kl/mean"],
         )
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if shows_figures(trainer) and trainer.is_global_zero:
+            log_figures(trainer, self.heat_maps())
 
     def compare(self, pl_module: L.LightningModule, before: RoutingTrace, after: RoutingTrace) -> dict[str, float]:
         """Compute all routing metrics of two traces of the same text."""
@@ -157,6 +187,24 @@ class RoutingMonitor(StateOfWeights, EditListener):
         layers = [int(name.removeprefix("layer_")) for name in shown if name != "mean"]
         return RoutingSimilarity(layers).plot(shown)[0]
 
+    def heat_maps(self) -> dict[str, Figure]:
+        """Plot each quantity by layer and validation; empty before the first validation or without matplotlib."""
+        if not self.history or find_spec("matplotlib") is None:
+            return {}
+        found = {}
+        for kind, (title, unit, span) in _QUANTITIES.items():
+            names = [name for name in self.history[0] if name.startswith(f"{kind}/layer_")]
+            found[f"{self.metrics_prefix}/{kind}_by_layer"] = plot_heat_map(
+                [[row.get(name, float("nan")) for name in names] for row in self.history],
+                [int(name.rpartition("_")[2]) for name in names],
+                [int(row["step"]) for row in self.history],
+                f"{self.heading}{title} since the start of the run",
+                unit,
+                self.edited_layers,
+                span,
+            )
+        return found
+
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._start is None:
@@ -164,7 +212,14 @@ class RoutingMonitor(StateOfWeights, EditListener):
         # the run's start cannot be measured again after a resume; small dtypes keep it small
         experts: Mapping[int, Tensor] = {i: x.to(torch.int16) for i, x in self._start.experts.items()}
         probabilities: Mapping[int, Tensor] = {i: x.half() for i, x in self._start.probabilities.items()}
-        return {"experts": experts, "probabilities": probabilities, "probe": self._digest, "last_edit": self.last_edit}
+        return {
+            "experts": experts,
+            "probabilities": probabilities,
+            "probe": self._digest,
+            "last_edit": self.last_edit,
+            "history": list(self.history),
+            "edited_layers": list(self.edited_layers),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,7 +227,11 @@ class RoutingMonitor(StateOfWeights, EditListener):
             return
         where = "the state of RoutingMonitor in the checkpoint"
         traced = {int: Tensor}
-        check_fields(where, state_dict, probe=str, last_edit={str: (int, float)}, experts=traced, probabilities=traced)
+        numbers = {str: (int, float)}
+        check_fields(where, state_dict, probe=str, last_edit=numbers, experts=traced, probabilities=traced)
+        # checkpoints of earlier versions do not have them
+        later: dict[str, Any] = {"history": [numbers], "edited_layers": [int]}
+        check_fields(where, state_dict, tuple(later), **later)
         experts, probabilities = state_dict["experts"], state_dict["probabilities"]
         is_same = experts.keys() == probabilities.keys()
         if not is_same or not all(_is_routing(experts[i], probabilities[i]) for i in experts):
@@ -181,6 +240,8 @@ class RoutingMonitor(StateOfWeights, EditListener):
                 "[N, E] of the same layers"
             )
         self._digest, self.last_edit = state_dict["probe"], dict(state_dict["last_edit"])
+        self.history = [dict(row) for row in state_dict.get("history") or () if "step" in row]
+        self.edited_layers = list(state_dict.get("edited_layers") or ())
         self._start = RoutingTrace(
             {i: x.long() for i, x in experts.items()}, {i: x.float() for i, x in probabilities.items()}
         )

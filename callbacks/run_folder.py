@@ -78,11 +78,11 @@ class RunFile:
         for path in self._paths:
             on_first_rank(trainer, partial(check_writable, path))
 
-    def write(self, text: str) -> Path:
+    def write(self, content: str | bytes) -> Path:
         """Write the run's own file and return its path; the same file becomes that of the latest run."""
         own, *others = self._paths
         with atomic_file(own) as beside:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
             if own not in self._written:
                 set_aside(own, beside)
         for latest in others:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lightning as L
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
@@ -28,7 +28,6 @@ _SHOWN = (
     "specificity_retained",
     "score",
     "utility",
-    "truth_recalled",
 )
 _SHOWN_OF_EACH = ("efficacy", "generalization", "specificity_retained", "score")
 
@@ -163,16 +162,16 @@ def make_table(summary: Mapping[str, Any]) -> Table:
     """Make the table of a summary: all edits, then a section for each editor if there are several."""
     seconds = summary["seconds"]
     renewed = f", renewed {summary['renewals']} times" if summary["renewals"] else ""
+    routing = ", ".join(f"{layer}: {_number(value)}" for layer, value in summary["routing"]["per_layer"].items())
     table = Table(
         title=f"{summary['edits']} edits with {summary['solver']} in {seconds['edit']:.1f} s{renewed}",
-        caption="routing similarity by layer: "
-        + ", ".join(f"{layer}: {_number(value)}" for layer, value in summary["routing"]["per_layer"].items()),
+        caption=f"routing similarity by layer: {routing}" if routing else None,
     )
     for column in ("", "before", "after the edit", "at the end"):
         table.add_column(column, justify="left" if not column else "right")
     groups = sorted(name for name in summary["after"] if name.startswith("specificity_retained_"))
     _add_rows(table, summary, (*_SHOWN, *groups))
-    table.add_row("perplexity", *(_number(summary["perplexity"][moment]) for moment in MOMENTS))
+    _add_row(table, "perplexity", [summary["perplexity"][moment] for moment in MOMENTS])
     for label, editor in summary.get("editors", {}).items():
         table.add_section()
         table.add_row(escape(printable(f"{label}: {editor['edits']} edits with {editor['solver']}")))
@@ -180,7 +179,7 @@ def make_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def show(trainer: L.Trainer, parts: Iterable[Table | str]) -> None:
+def show(trainer: L.Trainer, parts: Iterable[RenderableType]) -> None:
     """Print tables and texts where the trainer shows its progress."""
     # a live display would erase what another console prints below it; nothing is left to be shown there
     display = getattr(trainer.progress_bar_callback, "progress", None)
@@ -196,7 +195,12 @@ def _add_rows(table: Table, found: Mapping[str, Any], names: Iterable[str]) -> N
     for name in names:
         # a facts file may call a group of neighbours anything
         shown = escape(printable(name.replace("_", " ")))
-        table.add_row(shown, *(_number((found[moment] or {}).get(name)) for moment in MOMENTS))
+        _add_row(table, shown, [(found[moment] or {}).get(name) for moment in MOMENTS])
+
+
+def _add_row(table: Table, title: str, values: Sequence[float | None]) -> None:
+    if any(value is not None for value in values):
+        table.add_row(title, *map(_number, values))
 
 
 def _number(value: float | None) -> str:

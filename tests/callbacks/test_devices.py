@@ -45,7 +45,7 @@ class TheModelAlone(SingleDeviceStrategy):
 
 def _run(tiny, make_trainer, folder: Any, strategy: SingleDeviceStrategy, ckpt: Any = None) -> dict[str, Any]:
     editor = tiny.editor(memory=EditMemory())
-    editing = KnowledgeEditing(editor, at={"step": 2}, renew_every_n_steps=3)
+    editing = KnowledgeEditing(editor, at={"step": 2}, renew_every_n_steps=3, on_failure="keep")
     kept = ModelCheckpoint(folder / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     callbacks: list[L.Callback] = [editing, RoutingMonitor(), EditReport(console=False), kept]
     module = tiny.module()

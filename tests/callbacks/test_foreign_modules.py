@@ -54,7 +54,9 @@ TEXTS = ["The sea is deep and the river is long.", "Who lives in the city eats b
 
 def test_a_plain_module_with_facts_and_texts_as_lists(tiny, make_trainer, tmp_path, make_model, tokenizer, facts):
     module = PlainModule(make_model("olmoe"), tokenizer)
-    editing = KnowledgeEditing(tiny.editor(layers=[1]), facts=facts, preservation=TEXTS, at={"epoch": 1})
+    editing = KnowledgeEditing(
+        tiny.editor(layers=[1]), facts=facts, preservation=TEXTS, at={"epoch": 1}, on_failure="keep"
+    )
     make_trainer(tmp_path, [editing], max_epochs=2).fit(module)
     assert [fact.key for fact in editing.applied_facts] == [fact.key for fact in facts]
     metrics = editing.evaluate(module).metrics
@@ -74,7 +76,7 @@ def test_other_data_modules_are_not_asked_for_what_they_do_not_know(
         def train_dataloader(self):
             return torch.utils.data.DataLoader(torch.randint(3, 400, (4, 8)), batch_size=2)
 
-    editing = KnowledgeEditing(tiny.editor(layers=[0]))
+    editing = KnowledgeEditing(tiny.editor(layers=[0]), on_failure="keep")
     make_trainer(tmp_path, [editing]).fit(PlainModule(make_model("mixtral"), tokenizer), Data())
     assert len(editing.applied_facts) == 1
 
@@ -136,7 +138,9 @@ def test_without_facts(refuse, nothing):
 @pytest.mark.parametrize("nothing", [None, []])
 def test_without_preservation_text(refuse, tiny, make_trainer, tmp_path, make_model, tokenizer, facts, nothing):
     refuse("the editor needs text whose behaviour is to be kept", preservation=nothing)
-    editing = KnowledgeEditing(tiny.editor(layers=[1], preserve="none"), facts=facts, preservation=nothing)
+    editing = KnowledgeEditing(
+        tiny.editor(layers=[1], preserve="none"), facts=facts, preservation=nothing, on_failure="keep"
+    )
     make_trainer(tmp_path, [editing]).fit(PlainModule(make_model("qwen3_moe"), tokenizer))
     assert len(editing.applied_facts) == len(facts)
 
@@ -162,7 +166,9 @@ def test_a_bad_facts_file_is_named_with_its_row(refuse, facts, tmp_path, make_tr
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     refuse(r"facts\.jsonl, row 2, field 'target_new'", error=FactsError, facts=str(path))
     # without strictness the row is left out
-    editing = KnowledgeEditing(tiny.editor(layers=[1]), facts=str(path), preservation=TEXTS, strict=False)
+    editing = KnowledgeEditing(
+        tiny.editor(layers=[1]), facts=str(path), preservation=TEXTS, strict=False, on_failure="keep"
+    )
     make_trainer(tmp_path, [editing]).fit(PlainModule(make_model("qwen3_moe"), tokenizer))
     assert len(editing.applied_facts) == 2
 

@@ -19,7 +19,7 @@ from tests.interrupting import Interrupts, bits, by_exception, by_signal, ends_o
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 Choose = Callable[[list[tuple[str, int]]], list[tuple[int, ...]]]
 FILES = ("/lit_moeedit/", "/callbacks/")
-TAIL = ("knowledge_editing.py", "method.py", "memory.py", "transaction.py", "interrupts.py", "datamodule.py")
+TAIL = ("edit_making.py", "method.py", "memory.py", "transaction.py", "interrupts.py", "datamodule.py")
 """Files of the lines in which an edit is kept and recorded."""
 
 
@@ -104,7 +104,7 @@ def edit_interrupted(
     how: Any,
     choose: Callable[[list[tuple[str, int]]], list[tuple[int, ...]]],
 ) -> Interrupting:
-    editing = ByHand(tiny.editor(layers=[1], steps=1, memory=EditMemory()))
+    editing = ByHand(tiny.editor(layers=[1], steps=1, memory=EditMemory()), on_failure="keep")
     interrupting = Interrupting(editing, choose, how)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.disable(logging.WARNING)

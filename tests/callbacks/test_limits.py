@@ -192,14 +192,14 @@ def test_manual_optimization_with_two_optimizers(fit: Any, tiny: Any, caplog: An
 def test_evaluation_says_what_becomes_of_edits(
     tiny: Any, make_trainer: Any, tmp_path: Any, caplog: Any, fn: str, at: Any, message: str
 ) -> None:
-    editing = KnowledgeEditing(tiny.editor(steps=1, preserve="none"), at=at)
+    editing = KnowledgeEditing(tiny.editor(steps=1, preserve="none"), at=at, on_failure="keep")
     getattr(make_trainer(tmp_path, [editing]), fn)(tiny.module(), tiny.data())
     assert message in caplog.text
 
 
 def test_an_edit_that_has_happened_is_no_matter(tiny: Any, make_trainer: Any, tmp_path: Any, caplog: Any) -> None:
     def made(*more: Any) -> Any:
-        return [KnowledgeEditing(tiny.editor(steps=1, preserve="none"), at={"epoch": 1}), *more]
+        return [KnowledgeEditing(tiny.editor(steps=1, preserve="none"), at={"epoch": 1}, on_failure="keep"), *more]
 
     kept = ModelCheckpoint(tmp_path / "kept", filename="it", save_on_train_epoch_end=True)
     make_trainer(tmp_path / "first", made(kept), max_epochs=2).fit(tiny.module(), tiny.data())

@@ -23,7 +23,7 @@ def run(tiny, make_trainer, tmp_path):
 
     def fit(folder, memory=None, ckpt=None, epochs=4, callbacks=(), editor=None, **settings):
         editor = tiny.editor(memory=memory, contexts=("", "Note:")) if editor is None else editor
-        editing, module = KnowledgeEditing(editor, **{"at": BATCHES, **settings}), tiny.module()
+        editing, module = KnowledgeEditing(editor, **{"at": BATCHES, "on_failure": "keep", **settings}), tiny.module()
         trainer = make_trainer(tmp_path / folder, [editing, *callbacks], max_epochs=epochs)
         trainer.fit(module, tiny.data(), **({"ckpt_path": ckpt, "weights_only": True} if ckpt else {}))
         return editing, tiny.weights(module)
@@ -87,7 +87,7 @@ def test_renewed_facts_are_in_the_memory_once_with_their_newest_features(tiny, m
 
     # a hopeless number of target steps: every fact is lost, so the renewal happens
     editor = tiny.editor(steps=1, memory=EditMemory())
-    editing = Watched(editor, at={"step": 2}, renew_every_n_steps=1, max_renewals=1)
+    editing = Watched(editor, at={"step": 2}, renew_every_n_steps=1, max_renewals=1, on_failure="keep")
     make_trainer(tmp_path, [editing]).fit(tiny.module(), tiny.data())
     assert [len(call) for call in editing.editor.calls] == [6, 6] and editing.renewals == 1
     before, after = seen

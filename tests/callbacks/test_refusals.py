@@ -84,7 +84,7 @@ def refuse(make_trainer: Any, tmp_path: Any, make_model: Any, tokenizer: Any, fa
             layer.register_forward_hook(lambda *_: forwards.append("layer"))
         arguments = {"facts": facts, "preservation": TEXTS, "at": {"epoch": 1}, **changes}
         module = PlainModule(model, tokenizer if words is None else words(tokenizer))
-        editing = KnowledgeEditing(editor or Editor([1]), **arguments)
+        editing = KnowledgeEditing(editor or Editor([1]), on_failure="keep", **arguments)
         # the monitor stands first, and has a forward of its own to make
         with pytest.raises(error, match=message):
             make_trainer(tmp_path, [RoutingMonitor(TEXTS), editing], max_epochs=2).fit(module)
@@ -174,7 +174,7 @@ def fit(tiny: Any, make_trainer: Any, tmp_path: Any, make_model: Any, tokenizer:
         module = PlainModule(make_model("qwen3_moe"), tokenizer)
         module.network.model.layers[1].mlp.experts.down_proj.requires_grad_(not frozen)
         editor = tiny.editor(layers=[1], steps=1, preserve="none")
-        editing = KnowledgeEditing(editor, facts=facts, at=at, renew_every_n_steps=renew)
+        editing = KnowledgeEditing(editor, facts=facts, at=at, renew_every_n_steps=renew, on_failure="keep")
         trainer = make_trainer(tmp_path, [*callbacks, editing], max_epochs=3)
         trainer.fit(module)
         return editing

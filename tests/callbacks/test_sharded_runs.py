@@ -18,8 +18,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, knowledge_editing
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, edit_making
 from lit_moeedit.callbacks.listener import EditListener
+from lit_moeedit.reports import read_rows
 from lit_moeedit.sharding.commit import Commit
 from lit_moeedit.sharding.zero3_passes import regathering
 from tests.processes import run_ranks, start_ranks
@@ -49,7 +50,9 @@ def fit(
     from tests.callbacks.conftest import _corpus, _data, _editor, _module, _trainer
 
     torch.use_deterministic_algorithms(True)
-    editing, more = KnowledgeEditing(_editor(), at={"epoch": 1}), []
+    # limits that every edit meets, so that the probe is measured
+    limits = {"max_perplexity_ratio": 1e6, "min_routing_similarity": 1e-6}
+    editing, more = KnowledgeEditing(_editor(), at={"epoch": 1}, **limits), []
     if editors == 2:
         facts = _corpus().edits
         editing = KnowledgeEditing(_editor(), facts[:4], at={"epoch": 1}, name="early")
@@ -106,6 +109,8 @@ def test_every_strategy_edits_and_trains_alike(tmp_path: Path, strategies: list[
         assert first["state"] == second["state"]
         assert first["logged"].keys() == found[0]["ddp"]["logged"].keys()
         assert (tmp_path / strategy / "summary.json").exists()
+        rows = read_rows(tmp_path / strategy / "edits.jsonl")
+        assert [list(row.measured) for row in rows] == [["before", "after", "end"]] * 6
         # float32 in another order, through six steps of Adam, whose first ones have the size of the learning rate
         # whatever the gradient's
         assert distance(first["weights"], found[0]["ddp"]["weights"]) < 0.01, strategy
@@ -238,7 +243,7 @@ class Blind(KnowledgeEditing):
 
     def _log_retention(self, trainer: L.Trainer, pl_module: Any) -> None:
         failure = MemoryError("no room for a validation") if trainer.global_rank else None
-        with patch.object(knowledge_editing, "evaluate", side_effect=failure, wraps=knowledge_editing.evaluate):
+        with patch.object(edit_making, "evaluate", side_effect=failure, wraps=edit_making.evaluate):
             super()._log_retention(trainer, pl_module)
 
 

@@ -10,27 +10,39 @@ import pytest
 import torch
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
-from lit_moeedit.editing import PHASES, EditMemory, Editor
+from lit_moeedit.callbacks.history import History
+from lit_moeedit.editing import PHASES, EditMemory, Editor, Measured
 from lit_moeedit.editing.memory import GatedKeys
+from lit_moeedit.reports import FactRow, Guard, Retention
 
 SECONDS = dict.fromkeys((*PHASES, "edit"), 1.0)
 EDIT = {"facts": 2, "kept": True, "before": {"efficacy": 0.0}, "after": {"efficacy": 1.0}, "seconds": SECONDS}
 SUMS = {"efficacy": [2, 0.0]}
 TOTALS = {"name": None, "facts": 2, "before": SUMS, "after": {"efficacy": [2, 2.0]}, "seconds": SECONDS}
+MEASURED = Measured("Rome", True, 0.5, None, (1, 2), (0, 1))
+HISTORY = History(
+    rows=(FactRow("a", "A", "A is", "Rome", None, 1, True, {"before": MEASURED}),),
+    retention=(Retention(1, 2, {"efficacy": 0.5}),),
+    guards=(Guard("min_efficacy", 0.5, 1.0),),
+    relative_change={3: 0.5},
+    held_at={"/a": 4},
+    lost_at={"/a": 6},
+    edits=1,
+)
 STATES: dict[str, dict[str, Any]] = {
     "KnowledgeEditing": {
         "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
         "memory": {0: {"row": torch.tensor([0, 0]), "expert": torch.tensor([0, 1]), "key": torch.eye(2),
                        "facts": ["a"], "sketched": []}},
-        "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"],
+        "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"], "place": None,
     },
     "EditReport": {
-        "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "answers": {"before": {"a": "Rome"}},
+        "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "history": HISTORY.state(),
         "perplexity": {"before": 9.5}, "seconds": 7.0,
     },
     "RoutingMonitor": {
         "experts": {0: torch.zeros(3, 2, dtype=torch.int16)}, "probabilities": {0: torch.full((3, 4), 0.25).half()},
-        "probe": "digest", "last_edit": {"similarity/mean": 1.0},
+        "probe": "digest", "last_edit": {"similarity/mean": 1.0}, "history": [], "edited_layers": [],
     },
 }  # fmt: skip
 
@@ -110,8 +122,10 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     ("EditReport", "totals", [{**TOTALS, "seconds": {}}], r"should hold the seconds of statistics, "),
     ("EditReport", "final", {"a": 1}, "'final' should be a dict of str to dict of str to int or float"),
     ("EditReport", "seconds", "7", "'seconds' should be a int or float, but is a str"),
-    ("EditReport", "answers", {"before": "x"}, "'answers' should be a dict of str to dict of str to str"),
-    ("EditReport", "answers", {"before": {"a": 1}}, "'answers' should be a dict of str to dict of str to str"),
+    ("EditReport", "history", ["x"], "'history' should be a dict, but is a list"),
+    ("EditReport", "history", {"rows": [{"key": 1}]}, r"history\.rows\[0\] lacks the field"),
+    ("EditReport", "history", {"held_at": {"/a": "x"}}, r"history\.held_at\./a should be an integer, but is 'x'"),
+    ("EditReport", "history", {"code": "x"}, "history has the unknown field 'code'"),
     ("EditReport", "perplexity", {"before": None}, "'perplexity' should be a dict of str to int or float"),
     ("EditReport", "failed", ["x"], "'failed' should be a dict, but is a list"),
     ("EditReport", "failed", {"after_training": 1}, "'failed' should be a dict of str to str"),

@@ -116,7 +116,10 @@ def test_what_cannot_be_measured_is_left_out_with_one_warning(measure: Any, capl
 
 
 def test_training_goes_on_without_a_perplexity(tiny: Any, make_trainer: Any, tmp_path: Any, caplog: Any) -> None:
-    editing, report = KnowledgeEditing(tiny.editor(steps=1), at={"epoch": 0}), EditReport(console=False)
+    editing, report = (
+        KnowledgeEditing(tiny.editor(steps=1), at={"epoch": 0}, on_failure="keep"),
+        EditReport(console=False),
+    )
     trainer = make_trainer(tmp_path, [report, editing])
     data = tiny.data(samples_per_epoch=16)
     data.val_dataloader = lambda: Loader([(1, 2), (3, 4)])
@@ -152,7 +155,9 @@ def test_the_trainers_limits_are_kept(measure: Any, limits: dict[str, Any]) -> N
 
 def test_overfitting_limits_what_is_measured(tiny: Any, make_trainer: Any, tmp_path: Any) -> None:
     report = EditReport(console=False)
-    trainer = make_trainer(tmp_path, [report, KnowledgeEditing(tiny.editor(steps=1))], overfit_batches=1)
+    trainer = make_trainer(
+        tmp_path, [report, KnowledgeEditing(tiny.editor(steps=1), on_failure="keep")], overfit_batches=1
+    )
     data = tiny.data(samples_per_epoch=16)
     batches = _batches(3)
     data.val_dataloader = lambda: DataLoader(batches, batch_size=None)

@@ -1,0 +1,167 @@
+"""The page of a run: its report from a history and a summary, written to files and loggers."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from lit_moeedit.callbacks.history import History
+from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
+from lit_moeedit.callbacks.run_folder import RunFile
+from lit_moeedit.editing import PHASES, Moment
+from lit_moeedit.models.experts import UnsupportedModelError, find_model
+from lit_moeedit.reports import Cost, FactRow, Model, Report, Routing, facts_table, markdown, write_report
+from lit_moeedit.reports.report import State
+
+FILES = ("edits.jsonl", "report.html")
+_MOMENTS: dict[str, Moment] = {"before": "before", "after": "after", "after_training": "end"}
+_PACKAGES = ("lit-moeedit", "torch", "transformers", "lightning")
+
+
+def make_report(
+    state: State,
+    started: datetime,
+    history: History,
+    summary: Mapping[str, Any],
+    editings: Sequence[KnowledgeEditing],
+    routing: Mapping[str, float],
+    model: Model,
+) -> Report:
+    """Make the report of a run as it is now.
+
+    Args:
+        state: state of the run.
+        started: when it started.
+        history: its edits, fact by fact.
+        summary: the content of ``summary.json``.
+        editings: the callbacks that edit.
+        routing: routing metrics of the latest edit; empty if they were not measured.
+        model: the model.
+    """
+    seconds = summary["seconds"]
+    return Report(
+        model=model,
+        state=state,
+        started=started,
+        ended=datetime.now(started.tzinfo),
+        rows=history.rows,
+        metrics=_metrics(summary),
+        edited_layers=tuple(sorted({index for editing in editings for index in editing.editor.layers})),
+        relative_change=history.relative_change,
+        routing=_routing(routing) if routing else None,
+        retention=history.retention,
+        costs=_costs(seconds),
+        guards=history.guards,
+        warnings=tuple(f"{name} could not be measured: {text}" for name, text in summary.get("failed", {}).items()),
+        settings={editing.label: _settings(editing) for editing in editings},
+        versions=_versions(),
+    )
+
+
+def write_page(report: Report, files: Mapping[str, RunFile]) -> None:
+    """Write ``edits.jsonl`` and ``report.html`` into the run's folders.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    with TemporaryDirectory() as folder:
+        for path in write_report(report, folder):
+            files[path.name].write(path.read_bytes())
+
+
+def log_tables(trainer: L.Trainer, rows: Sequence[FactRow], max_rows: int) -> None:
+    """Give the table of facts to the loggers that show tables; a later one takes the place of an earlier one.
+
+    Args:
+        trainer: the trainer, with its loggers.
+        rows: the facts.
+        max_rows: maximum number of rows; the failed facts come first.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            columns, cells = facts_table(rows)
+            logger.log_table("edits", columns=columns, data=cells[:max_rows])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("edits", markdown(rows, max_rows), trainer.global_step)
+        elif isinstance(logger, MLFlowLogger) and logger.run_id is not None:
+            logger.experiment.log_text(logger.run_id, markdown(rows, max_rows), "edits.md")
+
+
+def _costs(seconds: Mapping[str, float]) -> tuple[Cost, ...]:
+    phases = {phase: seconds[phase] for phase in PHASES if seconds[phase]}
+    rest = seconds["edit"] - sum(phases.values())
+    return tuple(Cost(phase, value) for phase, value in (phases | {"evaluation": rest}).items() if value > 0)
+
+
+def _metrics(summary: Mapping[str, Any]) -> dict[Moment, dict[str, float]]:
+    found: dict[Moment, dict[str, float]] = {}
+    for name, moment in _MOMENTS.items():
+        values = {**(summary[name] or {}), "perplexity": summary["perplexity"][name]}
+        known = {key: value for key, value in values.items() if value is not None and not math.isnan(value)}
+        known.pop("truth_recalled", None)
+        if known:
+            found[moment] = known
+    return found
+
+
+def describe_model(module: L.LightningModule) -> Model:
+    """Describe the model in a module, whose weights must be there."""
+    try:
+        model = find_model(module)
+    except UnsupportedModelError:
+        return Model()
+    # the shard of a parameter under ZeRO stage 3 has the number of elements of the whole
+    count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+    name, family = getattr(model.config, "_name_or_path", ""), getattr(model.config, "model_type", None)
+    return Model(name or type(model).__name__, family, count)
+
+
+def _routing(metrics: Mapping[str, float]) -> Routing:
+    def by_layer(kind: str) -> dict[int, float]:
+        beginning = f"{kind}/layer_"
+        return {int(k.removeprefix(beginning)): value for k, value in metrics.items() if k.startswith(beginning)}
+
+    return Routing(metrics.get("similarity/mean"), metrics.get("kl/mean"), by_layer("similarity"), by_layer("kl"))
+
+
+def _settings(editing: KnowledgeEditing) -> dict[str, Any]:
+    """Return the settings of a callback that tell how its edits were made, as plain values."""
+    editor = editing.editor
+    return {
+        "method": editor.name,
+        "at": str(editing.schedule),
+        "on_failure": editing.on_failure,
+        "renew_every_n_steps": editing.renew_every_n_steps,
+        "guards": {name: value for name, value in vars(editing.guards).items() if value},
+        "editor": {name: _plain(value) for name, value in vars(editor).items() if not name.startswith("_")},
+    }
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """Return a setting as plain values: an object as its public settings, of what has none the name of its class."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(item, int | float | str) for item in value):
+        return list(value)
+    public = {name: item for name, item in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+    if not depth or not public:
+        return type(value).__name__
+    return {"class": type(value).__name__, **{name: _plain(item, depth - 1) for name, item in public.items()}}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from its sources
+            continue
+    return found

@@ -1,0 +1,32 @@
+"""Metrics in plain words."""
+
+from __future__ import annotations
+
+MEANINGS = {
+    "efficacy_accuracy": "edited prompts that get the new answer, word for word",
+    "efficacy": "edited prompts for which the new answer is more likely than the old one",
+    "generalization_accuracy": "the same questions in other words that get the new answer, word for word",
+    "generalization": "the same questions in other words for which the new answer is more likely than the old one",
+    "specificity_retained": "other questions answered right before the edit that still are",
+    "specificity_accuracy": "other questions that get their true answer, word for word",
+    "specificity": "other questions for which their true answer is more likely than the new one",
+    "score": "harmonic mean of efficacy, generalization and specificity",
+    "utility": "arithmetic mean of efficacy, generalization and specificity",
+    "perplexity": "how surprised the model is by ordinary text; lower is better",
+}
+"""What each metric counts. All but the perplexity are shares."""
+
+
+def label_of(metric: str) -> str:
+    """Return the name of a metric as people write it.
+
+    Example:
+        >>> label_of("specificity_retained_same_subject")
+        'specificity retained same subject'
+    """
+    return metric.replace("_", " ")
+
+
+def is_share(metric: str) -> bool:
+    """Tell if the values of a metric are shares in [0, 1]."""
+    return metric != "perplexity" and metric.startswith(tuple(MEANINGS))

@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any, NoReturn, get_args, get_origin
 
-from jsonargparse import ArgumentParser, _typehints
+from jsonargparse import ArgumentParser, Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from lit_moeedit.config_errors import explain
 from lit_moeedit.recipes import with_recipe_paths
+from lit_moeedit.text import printable
 
 _NOISE = re.compile(
     r" *($|(- )?Does not validate against|Subtypes: |Errors:$|Given value type: |Subclass types|- a (class|dict))"
 )
+_OVERLAY = re.compile(r"(?s)class path given previously.*Given value: \{'init_args'")
 _NO_PEFT = re.compile(r"No module named 'peft'|import of peft halted")
 _ALTERNATIVE = re.compile(r" *(- (Expected an? |Not a valid subclass)|Given value: )")
 
@@ -87,17 +90,25 @@ def _new_class_new_settings() -> Iterator[None]:
         _typehints.discard_init_args_on_class_path_change = kept
 
 
-class RunParser(LightningArgumentParser):
-    """A parser that takes ``--config recipe:NAME`` for the config of that name that comes with the package.
+def cause(error: BaseException) -> BaseException:
+    """Return the error that a class of the config raised; jsonargparse wraps it into one about types."""
+    while error.__cause__ is not None and str(error).startswith("Does not validate against any of"):
+        error = error.__cause__
+    return error
 
-    A later config overlays an earlier one setting by setting. Where it names another class, that class begins with its
-    own defaults.
-    """
+
+class _ExplainingParser(ArgumentParser):
+    """A parser whose errors are short: where the mistake is, what is wrong, and what may have been meant."""
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given: list[str] = []
 
     @override
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         try:
-            args = with_recipe_paths(sys.argv[1:] if args is None else args)
+            args = self._given = with_recipe_paths(sys.argv[1:] if args is None else args)
         except ValueError as error:
             self.error(str(error), error)
         with _new_class_new_settings():
@@ -105,15 +116,89 @@ class RunParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        found = essence(message)
-        if "class path given previously" in message and "Given value: {'init_args'" in found:
-            found += "\nIt overlays another config: give that one before it."
+        if not self.exit_on_error:  # of a class in the config; the parser of the whole explains it
+            super().error(essence(message), ex)
+        self.exit(2, f"{self._own.prog}: {self.explained(message)}\n")
+
+    def explained(self, message: str) -> str:
+        """Return an error in the arguments as where, what, and what may have been meant."""
+        given = self._root._given or self._given
+        text = explain(essence(message), self._own, given)
+        if _OVERLAY.search(message):
+            text += "\n  It overlays another config: give that one before it."
+        if "the following arguments are required: " in message and any(a.startswith(("--config", "-c")) for a in given):
+            text += "\n  A config that overlays another needs it before it: --config FIRST --config OVERLAY"
         if _NO_PEFT.search(message):
-            found += "\nAdapters need peft: pip install 'lit-moeedit[peft]'"
-        super().error(found, ex)
+            text += "\n  Adapters need peft: pip install 'lit-moeedit[peft]'"
+        return printable(text, keep="\n")
+
+    @property
+    def _root(self) -> Any:
+        return getattr(self, "parent_parser", None) or self
+
+    @property
+    def _own(self) -> ArgumentParser:
+        """The parser of the command that is given."""
+        commands = getattr(self._root._subcommands_action, "choices", None) or {}
+        own: ArgumentParser = commands.get(
+            next((arg for arg in self._root._given if not arg.startswith("-")), ""), self
+        )
+        return own
 
 
-class CommandParser(ArgumentParser):
+class RunParser(_ExplainingParser, LightningArgumentParser):
+    """A parser that takes ``--config recipe:NAME`` for the config of that name that comes with the package.
+
+    A later config overlays an earlier one setting by setting. Where it names another class, that class begins with its
+    own defaults.
+    """
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._only_if_given: set[str] = set()
+        self._optional = ""
+
+    @override
+    def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
+        # a group takes no null as an option, only in a config
+        off = f"--{self._optional}=null"
+        is_off = bool(self._optional) and args is not None and off in args
+        parsed = super().parse_args([arg for arg in args if arg != off] if is_off else args, *others, **kwargs)
+        if is_off:
+            parsed.pop(self._optional, None)
+        return parsed
+
+    def set_default_classes(self, classes: dict[str, type], optional: str) -> None:
+        """Set the classes of settings that name none. Such a setting has a value only where the user gives some of it.
+
+        Args:
+            classes: the classes by the keys of the settings.
+            optional: key of a group that has a value only where the user gives some of it, either; ``null`` takes it
+                away again.
+        """
+        for key, kind in classes.items():
+            self.set_defaults({key: {"class_path": f"{kind.__module__}.{kind.__qualname__}"}})
+        for action in self._actions:
+            if action.dest.startswith(f"{optional}."):
+                action.required = False
+        self._optional = optional
+        self._only_if_given = {optional, *(key for key in classes if "." not in key)}
+
+    def defaults_of(self, key: str) -> dict[str, Any]:
+        """Return the defaults of a group of settings, also of one that is optional."""
+        defaults: dict[str, Any] = super().get_defaults(skip_validation=True)[key].as_dict()
+        return defaults
+
+    @override
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        defaults = super().get_defaults(*args, **kwargs)
+        for key in self._only_if_given:
+            defaults.pop(key, None)
+        return defaults
+
+
+class CommandParser(_ExplainingParser):
     """A parser that takes ``--option`` for ``--option=true``, a ``name`` without an option before it, and lists."""
 
     @override

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.text import brief
+from lit_moeedit.text import brief, near_path
 
 
 @contextmanager
@@ -28,9 +28,14 @@ def as_value_error(message: str) -> Iterator[None]:
 
 
 def check_path(path: str | Path) -> None:
-    """Raise ``FileNotFoundError`` for a path that can only be local, and does not exist."""
-    if (Path(path).is_absolute() or str(path).startswith((".", "~"))) and not Path(path).exists():
-        raise FileNotFoundError(f"there is no file or folder {path}")
+    """Raise ``FileNotFoundError`` for a path that can only be local, and does not exist; no hub is asked.
+
+    A hub id has at most one slash. One slash may be either, and is taken for a path if its first part is a folder here.
+    """
+    text, parts = str(path), Path(path).parts
+    is_local = Path(path).is_absolute() or text.startswith((".", "~")) or len(parts) > 2 or text.endswith("/")
+    if (is_local or (len(parts) == 2 and Path(parts[0]).is_dir())) and not Path(path).exists():
+        raise FileNotFoundError(f"there is no file or folder {path}{near_path(path)}")
 
 
 def build_config(keys: dict[str, Any]) -> PretrainedConfig:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -49,3 +51,35 @@ def first_few(items: Iterable[object], count: int = 5, *, total: int | None = No
     texts = [str(item) for item in items]
     more = (len(texts) if total is None else total) - min(count, len(texts))
     return ", ".join(texts[:count]) + (f" and {more:,} more" if more else "")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Ask for the nearest of the valid names; empty if none is near.
+
+    Example:
+        >>> nearest("clampp", ["clamp", "steps"])
+        " (did you mean 'clamp'?)"
+        >>> nearest("clampp", ["steps"])
+        ''
+    """
+    lower = {each.lower(): each for each in names}
+    found = get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return f" (did you mean {lower[found[0]]!r}?)" if found else ""
+
+
+def near_path(path: str | Path) -> str:
+    """Ask for the nearest path that exists, by the first part of a path that does not; empty if none is near.
+
+    Example:
+        >>> near_path("/nowhere/else")
+        ''
+    """
+    missing = Path(path).expanduser()
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        names = [entry.name for entry in missing.parent.iterdir()]
+    except OSError:
+        return ""
+    found = get_close_matches(missing.name, names, n=1)
+    return f" (did you mean {str(missing.parent / found[0])!r}?)" if found else ""

@@ -29,7 +29,12 @@ def test_callbacks_that_a_second_config_drops_are_named(tmp_path, caplog, key, d
     if key == "callbacks=":  # one callback without a list
         key, (monitor,) = "callbacks", monitor
     (tmp_path / "more.yaml").write_text(yaml.safe_dump({"trainer": {key: 3 if key == "max_steps" else monitor}}))
-    args = ["fit", "--config", "recipe:atlas", "--config", str(tmp_path / "more.yaml")]
+    names = ("KnowledgeEditing", "EditReport")
+    own = [{"class_path": f"lit_moeedit.callbacks.{name}"} for name in names]
+    own[0] |= {"init_args": {"editor": {"class_path": "Editor", "init_args": {"layers": [1]}}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"edit": None, "trainer": {"callbacks": own}}))
+    configs = ("recipe:atlas", str(tmp_path / "own.yaml"), str(tmp_path / "more.yaml"))
+    args = ["fit", *(f"--config={config}" for config in configs)]
     parse = command_line.EditingCLI.parse_arguments
 
     class Parsing(command_line.EditingCLI):

@@ -26,9 +26,7 @@ def test_every_config_parses(path, capsys):
     base = ["recipe:atlas"] if path.stem in OVERLAYS else []
     printed = parsed(capsys, *base, f"recipe:{path.stem}")
     assert {"trainer", "model", "data"} <= printed.keys()
-    callbacks = printed["trainer"]["callbacks"] or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    assert any(callback["class_path"].endswith("KnowledgeEditing") for callback in callbacks)
+    assert printed["edit"]["editor"]["init_args"]["layers"]
 
 
 def _leaves(config, path=()):
@@ -106,6 +104,8 @@ def test_an_overlay_alone_says_what_it_is(capsys):
     with pytest.raises(SystemExit):
         run(args=["fit", "--config=recipe:atlas_zero3"])
     assert capsys.readouterr().err.rstrip().endswith("It overlays another config: give that one before it.")
+    with pytest.raises(ValueError, match=r"recipe:lora, which overlays another, has neither: give that one"):
+        run(args=["fit", "--config=recipe:lora"])
 
 
 def test_recipes_are_listed_and_printed(capsys):

@@ -67,6 +67,8 @@ def plan(
     # a plan computes on the CPU; DeepSpeed, which would otherwise look for devices, reads this when it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run = read_run(config, ranks, model)
+    if not run.editor.is_resolved:
+        raise ValueError("a plan needs the layers and the token of the editor; lit-moeedit locate finds them")
     work = Workload(
         edits=_known(edits, run.edits, "edits", "a number of facts to edit"),
         prompt_tokens=prompt_tokens,

@@ -6,27 +6,44 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 from transformers import PretrainedConfig
 from typing_extensions import override
 
 from lit_moeedit.arguments import RunParser
-from lit_moeedit.data import FactsDataModule
+from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.editing import Editor, FineTuning
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.simulated_zero import Sharding
 from lit_moeedit.pretrained import build_config, pretrained_config
+from lit_moeedit.run_arguments import EDIT, RunArguments
 from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
+from lit_moeedit.text import near_path
 
 
-class _Parser(LightningCLI):
+class _Parser(RunArguments):
     """A CLI that reads a config as ``fit`` does and makes no Trainer, whose devices are those of another machine."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for option in ("ckpt_path", "weights_only"):  # a saved config has those of 'fit', too
+            parser.add_argument(f"--{option}")
+        parser.set_defaults({"trainer.devices": 1})  # as for 'fit'
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            reason = parser.explained(str(error)) if isinstance(parser, RunParser) else str(error)
+            raise ValueError(f"this is not a config of fit: {' '.join(reason.split())}") from error
 
     @override
     def instantiate_classes(self) -> None:
@@ -72,33 +89,36 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
     """
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"there is no config {path}")
+            raise FileNotFoundError(f"there is no config {path}{near_path(path)}")
     name = " with ".join(map(str, paths))
     with warnings.catch_warnings():
         # the arguments of the process are those of another command
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-        try:
-            cli = _Parser(
-                LitMoE,
-                FactsDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                save_config_callback=None,
-                run=False,
-                seed_everything_default=False,
-                parser_class=RunParser,
-                parser_kwargs={"exit_on_error": False},
-                args=[*(f"--config={path}" for path in paths), "--seed_everything=false"],
-            )
-        except ArgumentError as error:
-            raise ValueError(f"{name} is not a config of fit: {' '.join(str(error).split())}") from error
+        cli = _Parser(
+            save_config_callback=None,
+            run=False,
+            seed_everything_default=False,
+            parser_kwargs={"exit_on_error": False},
+            args=[*(f"--config={path}" for path in paths), "--seed_everything=false"],
+        )
     config = cli.config
-    callback = _editing_callback(name, config)
-    wanted = Namespace(model=config.model, trainer=Namespace(callbacks=[callback]))
+    kind = resolve_name(config.model.class_path)
+    if isinstance(kind, type) and not issubclass(kind, LitMoE):  # made, it might load its weights
+        raise ValueError(f"a plan knows the training step of LitMoE, not of {kind.__name__}")
+    callbacks = _editing_callbacks(config)
+    edit = config.get(EDIT)
+    count = len(callbacks) + (edit is not None)
+    if count != 1:
+        raise ValueError(f"{name} has {count} callbacks with an editor ('edit' or KnowledgeEditing); a plan needs one")
+    settings = callbacks[0].init_args if edit is None else edit
+    wanted = Namespace(model=config.model, trainer=Namespace(callbacks=callbacks))
+    if edit is not None:
+        wanted[EDIT] = edit
     if not isinstance(config.trainer.strategy, str):
         wanted.trainer.strategy = config.trainer.strategy
     try:
         made = cli.parser.instantiate(wanted)
+        callback: Any = KnowledgeEditing(**made[EDIT]) if EDIT in made else made.trainer.callbacks[0]
         strategy = made.trainer.get("strategy") or _strategy(config.trainer.strategy)
     except (MisconfigurationException, ImportError) as error:
         raise ValueError(f"{name}: {error}") from error
@@ -106,7 +126,7 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
         raise ValueError(f"a plan knows the training step of LitMoE, not of {type(made.model).__name__}")
     if made.model.hparams["adapter"] is not None:
         raise ValueError(f"{name}: a plan knows training of all weights, not of an adapter alone")
-    editor = made.trainer.callbacks[0].editor
+    editor = callback.editor
     if isinstance(editor, FineTuning):
         raise ValueError(f"a plan knows the phases of Editor, not of {type(editor).__name__}")
     data = (config.get("data") or Namespace()).get("init_args", Namespace())
@@ -120,18 +140,15 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
         editor=editor,
         rows=data.get("batch_size"),
         edits=corpus.get("edits"),
-        texts=None if callback.init_args.get("preservation") else data.get("preservation_samples"),
+        texts=None if settings.get("preservation") else data.get("preservation_samples"),
     )
 
 
-def _editing_callback(name: str, config: Namespace) -> Namespace:
+def _editing_callbacks(config: Namespace) -> list[Namespace]:
+    """Return the trainer's callbacks that have an editor."""
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    found = [callback for callback in callbacks if "editor" in (callback.get("init_args") or ())]
-    if len(found) != 1:
-        raise ValueError(f"{name} has {len(found)} callbacks with an editor (KnowledgeEditing); a plan needs one")
-    callback: Namespace = found[0]
-    return callback
+    return [callback for callback in callbacks if "editor" in (callback.get("init_args") or ())]
 
 
 def _strategy(name: str) -> Any:

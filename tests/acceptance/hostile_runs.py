@@ -66,7 +66,7 @@ def sound_files(folder: Path) -> dict[str, Any]:
         targets=made("lit_moeedit.editing.TargetOptimizer", steps=2),
     )  # fmt: skip
     callbacks = [
-        made("lit_moeedit.callbacks.KnowledgeEditing", editor=editor),
+        made("lit_moeedit.callbacks.KnowledgeEditing", editor=editor, on_failure="keep"),
         made("lit_moeedit.callbacks.RoutingMonitor"),
         made("lit_moeedit.callbacks.EditReport"),
     ]

@@ -192,7 +192,10 @@ class Bench:
         config = json.loads(json.dumps(self._config))
         trainer = config["trainer"]
         trainer |= {"default_root_dir": str(folder / "run"), "max_epochs": 3, "enable_checkpointing": True}
-        trainer["callbacks"][0]["init_args"] |= {"at": {"every_n_epochs": 1, "batch": 1}}
+        trainer["callbacks"][0]["init_args"] |= {
+            "at": {"every_n_epochs": 1, "batch": 1},
+            "on_failure": "keep",
+        }
         trainer["callbacks"] += [
             made("tests.acceptance.random_signals.Marker", folder=str(folder)),
             made("lightning.pytorch.callbacks.ModelCheckpoint", dirpath=str(folder / "kept"), save_last=True),

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_moeedit import cli
@@ -55,7 +56,10 @@ def config(tmp_path: Path) -> dict[str, Any]:
             "default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "max_epochs": 1, "logger": False,
             "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
             "callbacks": [
-                {"class_path": "lit_moeedit.callbacks.KnowledgeEditing", "init_args": {"editor": editor}},
+                {
+                    "class_path": "lit_moeedit.callbacks.KnowledgeEditing",
+                    "init_args": {"editor": editor, "on_failure": "keep"},
+                },
                 {"class_path": "lit_moeedit.callbacks.EditReport"},
             ],
         },
@@ -316,16 +320,16 @@ def test_a_full_disk_costs_the_summary_and_not_what_it_says(
 ) -> None:
     run()
     path = tmp_path / "run" / "summary.json"
-    before, write_text = path.read_bytes(), Path.write_text
+    before, write_bytes = path.read_bytes(), Path.write_bytes
     capsys.readouterr()
 
-    def half(path: Path, text: str, *args: Any, **keys: Any) -> Any:
+    def half(path: Path, content: bytes) -> Any:
         if "summary" not in path.name:
-            return write_text(path, text, *args, **keys)
-        write_text(path, text[:20], *args, **keys)
+            return write_bytes(path, content)
+        write_bytes(path, content[:20])
         return _full()
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     assert f"No space left on device: '{path}'" in run()
     assert path.read_bytes() == before and leftovers(tmp_path) == []
     assert "2 edits with Woodbury" in capsys.readouterr().out
@@ -339,12 +343,10 @@ def test_a_full_disk_leaves_no_half_files(
     if full == "checkpoint":
         monkeypatch.setattr(torch, "save", _full)
     else:
-        monkeypatch.setattr(
-            cli.LightningArgumentParser, "save", lambda _, __, path, **___: (path.write_text("x"), _full())
-        )
+        monkeypatch.setattr(LightningArgumentParser, "save", lambda _, __, path, **___: (path.write_text("x"), _full()))
     assert "No space left on device" in run()
-    files = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert files == ([] if full == "config.yaml" else ["config.yaml"])
+    files = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == (set() if full == "config.yaml" else {"config.yaml", "edits.jsonl", "report.html"})
 
 
 # -- Ctrl-C -----------------------------------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ def interruptible() -> Iterator[None]:
 def test_ctrl_c_while_it_trains(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LitMoE, "training_step", lambda *_: signal.raise_signal(signal.SIGINT))
     assert run() == 130
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "edits.jsonl", "report.html"}
 
 
 @pytest.mark.usefixtures("interruptible")

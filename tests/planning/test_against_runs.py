@@ -76,13 +76,13 @@ def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Wo
     """What the phases of a run took on this rank, and what it worked on."""
     import lightning as L
 
-    from lit_moeedit.callbacks import KnowledgeEditing, knowledge_editing
+    from lit_moeedit.callbacks import KnowledgeEditing, edit_making
     from lit_moeedit.data import Atlas, FactsDataModule
     from lit_moeedit.editing import evaluation
     from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
     meter, lengths = Meter(), dict[str, int]()
-    encode, evaluate, encode_texts = Editor.encode, knowledge_editing.evaluate, evaluation.encode
+    encode, evaluate, encode_texts = Editor.encode, edit_making.evaluate, evaluation.encode
 
     def evaluated(*args: Any, **options: Any) -> Any:
         meter.phases.pop("evaluation", None)  # the one after the edit counts
@@ -102,7 +102,7 @@ def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Wo
         return encoded
 
     Editor.edit = partialmethod(Editor.edit, phase=meter.phase)  # type: ignore[assignment]
-    knowledge_editing.evaluate = evaluated
+    edit_making.evaluate = evaluated
     evaluation.encode = scored
     Editor.encode = noted  # type: ignore[method-assign]
 
@@ -122,7 +122,7 @@ def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Wo
             lengths["train"] = batch["labels"].shape[1]
 
     # the callback that measures is the first to see a batch's end
-    callbacks = [Phases(), KnowledgeEditing(editor(), at={"step": 2})]
+    callbacks = [Phases(), KnowledgeEditing(editor(), at={"step": 2}, on_failure="keep")]
     atlas = Atlas(edits=EDITS, seed=0)
     data = FactsDataModule(
         atlas, vocab_size=CONFIG["vocab_size"], batch_size=ROWS, samples_per_epoch=RANKS * ROWS * 2,

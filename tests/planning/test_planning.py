@@ -123,9 +123,9 @@ def test_a_rank_gathers_weights_and_does_its_part() -> None:
     # forward and backward gather all weights, and their gradients are averaged
     assert plan["training step"].sent == pytest.approx(3 * parameters * 2 * 3 / 4, rel=1e-3)
     # this rank's 3 of 12 prompts at once, up to the edited layer, and keys and hidden states of all; before, two runs
-    # of a trial
+    # of a trial; after, what the edit leaves of the residuals
     found = 12 * (32 * 4 + 2 * (20 * 2 + 2 + 8 + 8) + 8)
-    assert plan["features"].sent == pytest.approx((3 * below * 2 + found) * 3 / 4, rel=0.02)
+    assert plan["features"].sent == pytest.approx((4 * below * 2 + found) * 3 / 4, rel=0.02)
     # each rank changes its own partition; only the two norms are all-reduced
     assert plan["commit"].sent == 2 * 2 * 8 * 3 / 4
     assert plan["solve"].sent == pytest.approx((12 * 32 + 24 * 20) * 4 * 3 / 4)
@@ -214,10 +214,11 @@ def test_a_workload_has_no_zeros() -> None:
 
 def small_config(tmp_path: Path, name: str = "atlas", **changes: Any) -> Path:
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
-    settings = config["trainer"]["callbacks"][0]["init_args"]
+    settings = config["edit"]
     settings["editor"]["init_args"] |= changes.pop("editor", {})
     settings |= changes.pop("editing", {})
     config["trainer"] |= changes.pop("trainer", {})
+    config["edit"] = changes.pop("edit", config["edit"])
     config["model"]["init_args"] |= changes.pop("model", {})
     config["data"]["init_args"] |= changes.pop("data", {})
     path = tmp_path / "config.yaml"
@@ -285,7 +286,7 @@ ELSEWHERE = {"preservation": "nowhere.txt"}
     ("changes", "args", "message"),
     [
         ({"model": PRETRAINED}, [], "asks no server"),
-        ({"trainer": {"callbacks": []}}, [], "0 callbacks with an editor"),
+        ({"edit": None}, [], "0 callbacks with an editor"),
         ({"trainer": {"strategy": "fsdp", "devices": 2}}, [], "nothing can be edited under it"),
         ({"trainer": {"strategy": "warp"}}, [], "no strategy 'warp'"),
         ({"trainer": {"devices": "auto", "strategy": "auto"}}, [], "give --ranks"),
@@ -311,6 +312,28 @@ def test_what_cannot_be_planned_is_refused_in_a_line(
 def test_a_config_is_needed(args: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         run(args=["plan", *args])
+
+
+@pytest.mark.usefixtures("own_process")
+def test_a_foreign_module_is_refused_before_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        raise AssertionError("made")
+
+    monkeypatch.setattr("lightning.pytorch.demos.boring_classes.BoringModel.__init__", fail)
+    path = small_config(tmp_path)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content["model"] = {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel"}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(SystemExit, match="not of BoringModel"):
+        run(args=["plan", f"--config={path}"])
+
+
+def test_devices_are_those_of_fit_by_default(tmp_path: Path) -> None:
+    path = small_config(tmp_path)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del content["trainer"]["devices"]
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert read_run([path]).sharding.ranks == 1
 
 
 @pytest.mark.deepspeed

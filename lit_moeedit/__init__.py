@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lit_moeedit.solvers import (BlockCoordinateDescent as BlockCoordinateDescent, EditProblem as EditProblem,
         ExpertDeltas as ExpertDeltas, PerExpertRidge as PerExpertRidge, Solver as Solver, Tucker as Tucker,
         Woodbury as Woodbury)
+    from lit_moeedit.standalone import edit as edit
     # isort: on
     # fmt: on
 
@@ -49,6 +50,7 @@ _MODULES = {
         "module": "LitMoE",
         "preservation": "CovariancePenalty NullSpace OutputPenalty Preservation",
         "sharding": "regathering",
+        "standalone": "edit",
         "solvers": "BlockCoordinateDescent EditProblem ExpertDeltas PerExpertRidge Solver Tucker Woodbury",
     }.items()
     for name in names.split()

@@ -1,0 +1,43 @@
+"""LoRA adapters of the attention are trained, and facts edited in the frozen experts in between.
+
+Checkpoints hold the adapter and the edit only. The export has both folded in.
+
+    python examples/lora_and_edit.py my-model facts.jsonl output
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from lit_moeedit import Editor, KnowledgeEditing, LitMoE
+from lit_moeedit.checkpoints.export import export
+from lit_moeedit.data import neutral_texts
+
+folder, facts, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+module = LitMoE(pretrained=folder, adapter=adapter, adapter_only_checkpoints=True, learning_rate=1e-4)
+
+
+def collate(rows: list[str]) -> dict[str, Any]:
+    """Tokenize texts, all of whose tokens are learned."""
+    batch = module.tokenizer(rows, return_tensors="pt")
+    return {**batch, "labels": batch["input_ids"]}
+
+
+texts = neutral_texts()
+editing = KnowledgeEditing(
+    Editor(layers="auto", token="auto"),
+    facts=facts,
+    at={"epoch": 1},
+    preservation=texts,
+    save_edits=str(output / "edits"),
+    on_failure="keep",
+)
+trainer = L.Trainer(max_epochs=2, callbacks=[editing], accelerator="cpu", logger=False, default_root_dir=output)
+trainer.fit(module, DataLoader(texts[:16], batch_size=1, collate_fn=collate))
+trainer.save_checkpoint(output / "adapter.ckpt")
+export(output / "adapter.ckpt", output / "model", tokenizer=folder)
+sys.stdout.write(f"{(output / 'adapter.ckpt').stat().st_size:,} bytes in the checkpoint\n")

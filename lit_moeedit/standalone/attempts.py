@@ -1,0 +1,250 @@
+"""Attempts at an edit: at places that are found, with target vectors that are optimised for longer if needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_moeedit.data.encoding import EditToken
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing import EditMethod, Editor, EditResult, Evaluation, TargetOptimizer, evaluate
+from lit_moeedit.editing.locating import PERSISTENT, Trial, locate
+from lit_moeedit.editing.outcomes import Reason, measure, reasons
+from lit_moeedit.editing.phases import Progress
+from lit_moeedit.editing.routing_trace import RoutingTrace, trace_routing
+from lit_moeedit.edits.states import histories_in, keep_in
+from lit_moeedit.metrics import RoutingDivergence, RoutingSimilarity
+from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.reports import Cost, Guard, Measured, Place, Routing
+from lit_moeedit.sharding.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+MAX_PROBES = 64
+"""Maximum number of texts on which routing is compared."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The edit that was kept or, if none was, the best one that was undone.
+
+    Attributes:
+        editor: the method that made it.
+        result: its result.
+        before: evaluation before it.
+        after: evaluation with the edit in the weights.
+        measured_before: measurements of each fact before it.
+        measured_after: measurements with the edit in the weights.
+        reasons: by fact key, why a fact is not generated.
+        routing: routing with the edit compared with before.
+        costs: cost by phase.
+        guards: limits, and what was measured.
+        places: places that were tried.
+        warnings: what the user should know.
+    """
+
+    editor: EditMethod
+    result: EditResult
+    before: Evaluation
+    after: Evaluation
+    measured_before: Sequence[Measured]
+    measured_after: Sequence[Measured]
+    reasons: Mapping[str, Reason]
+    routing: Routing | None = None
+    costs: tuple[Cost, ...] = ()
+    guards: tuple[Guard, ...] = ()
+    places: tuple[Place, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+
+def edit_with_attempts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    texts: Sequence[str],
+    editor: EditMethod | None = None,
+    *,
+    layers: Sequence[int] | Literal["auto"] = "auto",
+    token: EditToken | Literal["auto"] = "auto",
+    min_efficacy: float = 0.5,
+    undo: bool = False,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
+) -> Found:
+    """Edit facts, with stronger settings if the first ones leave some that are not generated.
+
+    Each attempt is measured in the weights. It is kept if all facts are generated. Otherwise it is undone and, after
+    the last attempt, the best one is made once more, if it suffices.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        facts: the facts, checked.
+        texts: text on which the experts must keep their behaviour.
+        editor: the method, which is the only attempt; ``None`` for an :class:`~lit_moeedit.editing.Editor`.
+        layers: layers of that editor; ``auto`` finds them.
+        token: its edit token; ``auto`` finds it.
+        min_efficacy: the smallest share of facts that must be generated.
+        undo: whether to undo the edit in any case, after it has been measured.
+        ranks: the processes that edit together. Each calls this.
+        progress: called with a phase's name, the number of steps done, and their total number.
+    """
+    ranks = ranks or Ranks.current()
+    with ranks.together():
+        before = evaluate(model, tokenizer, facts, ranks=ranks)
+        measured_before = measure(model, tokenizer, facts, ranks=ranks, evaluation=before)
+        probes = list(texts)[:MAX_PROBES]
+        trace = trace_routing(model, tokenizer, probes, ranks=ranks) if probes else None
+    editors, places, located = _editors(model, tokenizer, facts, texts, editor, layers, token, ranks, progress)
+    made: list[_Attempt] = []
+    for own in editors:
+        attempt = _Attempt(own, before)
+        is_last = own is editors[-1]
+
+        def guard(attempt: _Attempt = attempt, is_last: bool = is_last) -> bool:
+            with ranks.together():
+                attempt.after = evaluate(model, tokenizer, facts, before.neighbours_exact, ranks=ranks)
+                attempt.measured = measure(
+                    model, tokenizer, facts, before.neighbours_exact, ranks, evaluation=attempt.after
+                )
+                attempt.trace = trace_routing(model, tokenizer, probes, ranks=ranks) if probes else None
+            is_best = all(attempt.score >= other.score for other in made)
+            is_enough = attempt.efficacy >= min_efficacy
+            return not undo and is_enough and (attempt.efficacy == 1 or (is_last and is_best))
+
+        attempt.make(model, tokenizer, facts, texts, guard, ranks, progress)
+        made.append(attempt)
+        if attempt.result.kept or attempt.efficacy == 1:
+            break
+        if not is_last:
+            log.info(
+                "%d of %d facts are generated; undone, and made again with target vectors optimised for longer",
+                int(attempt.after.edits_exact.sum()),
+                len(facts),
+            )
+    best = max(reversed(made), key=lambda attempt: (attempt.result.kept, attempt.score))
+    if not best.result.kept and not undo and best.efficacy >= min_efficacy:
+        best.make(model, tokenizer, facts, texts, None, ranks, progress)
+    generated = {fact.key: measured.generated for fact, measured in zip(facts, best.measured, strict=True)}
+    return Found(
+        best.editor,
+        best.result,
+        before,
+        best.after,
+        measured_before,
+        best.measured,
+        reasons(best.result, best.after, best.editor, generated),
+        _routing(model, trace, best.trace),
+        (*located, *(Cost(phase, seconds) for phase, seconds in best.result.seconds.items() if phase != "edit")),
+        (Guard("min_efficacy", min_efficacy, best.efficacy, not best.result.kept and not undo, 1),),
+        tuple(places),
+    )
+
+
+class _Attempt:
+    """One attempt, and what was measured while it was in the weights."""
+
+    after: Evaluation
+    result: EditResult
+    measured: list[Measured]
+    trace: RoutingTrace | None = None
+
+    def __init__(self, editor: EditMethod, before: Evaluation) -> None:
+        self.editor, self._before = editor, before
+
+    @property
+    def efficacy(self) -> float:
+        """Share of the facts that are generated."""
+        return float(self.after.edits_exact.float().mean())
+
+    @property
+    def score(self) -> tuple[float, ...]:
+        """What is compared: efficacy first, then what the edit reaches and keeps besides."""
+        others = (
+            self.after.metrics.get(name, float("nan")) for name in ("generalization_accuracy", "specificity_retained")
+        )
+        return self.efficacy, sum(value for value in others if value == value)
+
+    def make(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        texts: Sequence[str],
+        guard: Any,
+        ranks: Ranks,
+        progress: Progress | None,
+    ) -> None:
+        """Make the edit; the guard measures and decides."""
+        histories = histories_in(model)
+        self.result = self.editor.edit(
+            model, tokenizer, facts, texts, guard=guard, ranks=ranks, progress=progress, histories=histories
+        )
+        keep_in(model, histories)
+
+
+def _editors(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    texts: Sequence[str],
+    editor: EditMethod | None,
+    layers: Sequence[int] | Literal["auto"],
+    token: EditToken | Literal["auto"],
+    ranks: Ranks,
+    progress: Progress | None,
+) -> tuple[list[EditMethod], list[Place], list[Cost]]:
+    """Return the methods to try, in their order, the places tried to find layers and token, and what that cost."""
+    if editor is not None:
+        return [editor], [], []
+    first = Editor(layers, token=token)
+    persistent = copy(first)
+    persistent.targets = TargetOptimizer(**PERSISTENT)
+    if first.is_resolved:
+        return [first, persistent], [], []
+    # what it is not given, it tries with stronger settings itself
+    given = None if (layers, token) == ("auto", "auto") else persistent
+    location = locate(model, tokenizer, facts, texts, editor=given, ranks=ranks, progress=progress)
+    log.info("%s", location)
+    places = [
+        Place(trial.place.layers, trial.place.token, _scores(trial), chosen=trial is location.best)
+        for trial in location.trials
+    ]
+    editors = [persistent] if given is not None or location.targets else [first, persistent]
+    cost = Cost("locate", sum(location.seconds.values()))
+    return [own.at(location.place) for own in editors], places, [cost]
+
+
+def _scores(trial: Trial) -> dict[str, float]:
+    """Return what a trial has measured, by name."""
+    return {
+        name: value
+        for name, value in trial.to_dict().items()
+        if isinstance(value, float | int) and not isinstance(value, bool)
+    }
+
+
+def _routing(model: PreTrainedModel, before: RoutingTrace | None, after: RoutingTrace | None) -> Routing | None:
+    """Compare the routing of the probe texts."""
+    if before is None or after is None:
+        return None
+    layers = list(expert_layers(model))
+    similarity = RoutingSimilarity(layers, sync_on_compute=False)
+    divergence = RoutingDivergence(layers, sync_on_compute=False)
+    similarity.update(before.experts, after.experts)
+    divergence.update(before.probabilities, after.probabilities)
+    by_layer = {name: float(value) for name, value in similarity.compute().items()}
+    kl = {
+        name.partition("/")[2]: float(value) for name, value in divergence.compute().items() if name.startswith("kl/")
+    }
+    return Routing(
+        by_layer["mean"],
+        kl["mean"],
+        {index: by_layer[f"layer_{index}"] for index in layers},
+        {index: kl[f"layer_{index}"] for index in layers},
+    )

@@ -137,7 +137,7 @@ def fit(
     L.seed_everything(0, verbose=False)
     layers = tuple(range(max(1, config["num_hidden_layers"] // 2)))
     editor = _CountingEditor(layers, targets=TargetOptimizer(steps=10, learning_rate=0.1))
-    editing = KnowledgeEditing(editor, at={"epoch": 1})
+    editing = KnowledgeEditing(editor, at={"epoch": 1}, on_failure="keep")
     end = _AtTheEnd(weights=save is not None or resume is not None)
     callbacks: list[L.Callback] = [editing, RoutingMonitor(max_texts=16), EditReport(console=False), end]
     if save is not None:

@@ -97,7 +97,7 @@ def run(seed: int, setting: str, memory: str, models: Path) -> list[dict[str, An
     observer = Observer(cli)
     if setting.endswith("between"):
         cli.datamodule.preservation_samples = 1024
-        batches = KnowledgeEditing(editor, at={"every_n_epochs": 1, "batch": SIZE})
+        batches = KnowledgeEditing(editor, at={"every_n_epochs": 1, "batch": SIZE}, on_failure="keep")
         cli.trainer.callbacks[:0] = [batches, observer]
         cli.trainer.fit(cli.model, cli.datamodule)
     else:

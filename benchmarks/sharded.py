@@ -55,7 +55,7 @@ def run(configs: list[Path], seed: int, folder: Path, threads: int) -> tuple[dic
 def from_the_edit(weights: Path, folder: Path) -> Path:
     """A config that begins with the edit of weights that are there, and trains on as the demo does behind its edit."""
     config = yaml.safe_load((ROOT / "configs/atlas.yaml").read_text(encoding="utf-8"))
-    editing = config["trainer"]["callbacks"][0]["init_args"]
+    editing = config["edit"]
     config["trainer"]["max_epochs"] -= editing["at"]["epoch"]
     editing["at"] = "fit_start"
     module = config["model"]["init_args"]

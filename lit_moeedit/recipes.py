@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from lit_moeedit.text import nearest
+
 PREFIX = "recipe:"
 
 
@@ -22,7 +24,7 @@ def recipe_path(name: str) -> Path:
     """
     paths = _paths()
     if name not in paths:
-        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(paths)}")
+        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(paths)}{nearest(name, paths)}")
     return paths[name]
 
 

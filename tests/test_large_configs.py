@@ -41,7 +41,7 @@ def empty(keys: dict[str, Any]) -> PreTrainedModel:
 
 def editor_settings(name: str) -> dict[str, Any]:
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
-    settings: dict[str, Any] = config["trainer"]["callbacks"][0]["init_args"]["editor"]["init_args"]
+    settings: dict[str, Any] = config["edit"]["editor"]["init_args"]
     return settings
 
 
@@ -110,7 +110,7 @@ def test_one_gpu_edits_a_model_that_is_not_trained(
     config = yaml.safe_load((ROOT / "configs" / "qwen3_30b_a3b_one_gpu.yaml").read_text(encoding="utf-8"))
     config["trainer"] |= {"accelerator": "cpu", "default_root_dir": str(tmp_path / "run"), "enable_progress_bar": False}
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "run")
-    editing = config["trainer"]["callbacks"][0]["init_args"]
+    editing = config["edit"]
     editing["preservation"] = str(tmp_path / "text.txt")
     # a small random model needs other settings than a trained one
     editor = editing["editor"]["init_args"]
@@ -227,7 +227,8 @@ def train_and_edit(root: str) -> int:
 
     data = FactsDataModule(Atlas(edits=4), vocab_size=420, batch_size=4, samples_per_epoch=16, preservation_samples=32)
     module = LitMoE(config={"model_type": "qwen3_5_moe_text", **SMALL_QWEN}, router_loss=0.0)
-    editing = KnowledgeEditing(Editor([0, 1], targets=TargetOptimizer(steps=2), token="last"), at={"epoch": 1})
+    editor = Editor([0, 1], targets=TargetOptimizer(steps=2), token="last")
+    editing = KnowledgeEditing(editor, at={"epoch": 1}, on_failure="keep")
     strategy = DeepSpeedCPUStrategy(stage=3, param_persistence_threshold=0)
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, logger=False, enable_checkpointing=False,

@@ -72,7 +72,12 @@ def test_an_edit_in_the_middle_of_fit_with_mixed_precision_and_clipping(tmp_path
 
     trainer = _trainer(
         tmp_path,
-        [KnowledgeEditing(_editor(), at={"epoch": 1}), RoutingMonitor(), EditReport(console=False), Where()],
+        [
+            KnowledgeEditing(_editor(), at={"epoch": 1}, on_failure="keep"),
+            RoutingMonitor(),
+            EditReport(console=False),
+            Where(),
+        ],
         accelerator="gpu",
         precision="bf16-mixed",
         gradient_clip_val=1.0,

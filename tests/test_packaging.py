@@ -26,20 +26,24 @@ lit_moeedit: Atlas BlockCoordinateDescent Corpus CovariancePenalty Edit EditEven
     EditProblem EditReport EditResult EditSuccess Editor Evaluation ExpertDeltas ExpertLoad Fact FactsCorpus
     FactsDataModule FactsError FineTuning KnowledgeEditing LitMoE Neighbour NullSpace OutputPenalty PerExpertRidge
     Preservation RoutingDivergence RoutingMonitor RoutingSimilarity Schedule Solver TargetOptimizer Tucker Woodbury
-    __version__ evaluate read_edits read_facts regathering validate_facts
+    __version__ edit evaluate read_edits read_facts regathering validate_facts
 lit_moeedit.callbacks: EditEvent EditListener EditReport EndTogether KnowledgeEditing RoutingMonitor Schedule
 lit_moeedit.data: Atlas CheckedFacts Corpus Fact FactError FactsCorpus FactsDataModule FactsError Neighbour Statement
-    read_facts validate_facts
-lit_moeedit.editing: EditMemory EditMethod EditResult Editor Evaluation FineTuning MomentsCache PHASES SecondMoments
-    TargetOptimizer Targets answers evaluate neighbour_groups perplexity score second_moments
+    neutral_texts read_facts validate_facts
+lit_moeedit.editing: EditMemory EditMethod EditResult Editor Evaluation FailedEditError FineTuning Location Measured
+    Moment MomentsCache PHASES Place SecondMoments TargetOptimizer Targets Trace answers evaluate locate
+    neighbour_groups perplexity score second_moments trace
 lit_moeedit.edits: Edit EditConflictError EditFileError LayerChange Placement Presence SavedEdits State apply
     layers_by_parameter read_edits states to_peft undo verify
 lit_moeedit.metrics: EditSuccess ExpertLoad RoutingDivergence RoutingSimilarity edit_success expert_load
     routing_divergence routing_similarity
 lit_moeedit.planning: Cost CostCounter FakeFloatMode Workload empty_model simulate
 lit_moeedit.preservation: CovariancePenalty MomentsCache NullSpace OutputPenalty Preservation SecondMoments Shaping
+lit_moeedit.reports: ConsoleReport Cost FactRow Guard Measured Model Moment Outcome Place Report Retention Routing State
+    Totals facts_table markdown outcome_of read_rows write_report write_rows
 lit_moeedit.solvers: BlockCoordinateDescent EditProblem ExpertDeltas LayerWeights PerExpertRidge Solver Tucker
     TuckerFactors Woodbury
+lit_moeedit.standalone: TooFewFactsError edit
 """
 """Every public name. Who adds one here promises to keep it; who takes one away breaks somebody's code."""
 
@@ -105,7 +109,8 @@ def test_a_wheel_holds_every_source_and_the_table(wheel: Path) -> None:
     expected = {f"lit_moeedit/{name}" for name in sources("lit_moeedit")}
     expected |= {f"lit_moeedit/callbacks/{name}" for name in sources("callbacks")}
     expected |= {f"lit_moeedit/configs/{name}" for name in CONFIGS}
-    expected |= {"lit_moeedit/data/atlas.tsv", "lit_moeedit/py.typed"}
+    expected |= {"lit_moeedit/data/atlas.tsv", "lit_moeedit/data/neutral.txt", "lit_moeedit/py.typed"}
+    expected |= {f"lit_moeedit/reports/templates/page.{kind}" for kind in ("html", "css", "js")}
     assert {name for name in names if ".dist-info/" not in name} == expected
     metadata = {name.split(".dist-info/")[1] for name in names if ".dist-info/" in name}
     assert {"licenses/LICENSE", "entry_points.txt", "METADATA"} <= metadata
@@ -242,7 +247,7 @@ def test_the_package_is_imported_without_what_takes_time() -> None:
 
 def test_extras_and_script_exist(pyproject: dict[str, Any]) -> None:
     project = pyproject["project"]
-    assert set(project["optional-dependencies"]) == {"wandb", "deepspeed", "peft", "test", "docs", "dev"}
+    assert set(project["optional-dependencies"]) == {"wandb", "plots", "deepspeed", "peft", "test", "docs", "dev"}
     assert project["scripts"] == {"lit-moeedit": "lit_moeedit.__main__:main"}
     assert callable(importlib.import_module("lit_moeedit.__main__").main)
 

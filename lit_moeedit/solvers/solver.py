@@ -74,7 +74,7 @@ class Solver(ABC):
         >>> class LeastSquares(Solver):
         ...     def solve(self, problem):
         ...         experts = problem.expert_index.unique()
-        ...         dense = [torch.linalg.lstsq(problem.features, problem.residuals).solution.T for _ in experts]
+        ...         dense = [(torch.linalg.pinv(problem.features) @ problem.residuals).T for _ in experts]
         ...         return ExpertDeltas.from_dense(experts, torch.stack(dense), problem.num_experts)
         >>> problem = EditProblem(torch.tensor([0]), torch.tensor([1]), torch.eye(1, 4), torch.ones(1, 2), 3)
         >>> LeastSquares().solve(problem).dense(1)[:, 0]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GuardFigure:
-    """What a guard measured of an edit.
+    """The figure that a guard measured of an edit.
 
     Attributes:
         name: name of the guard's setting, such as ``min_efficacy``.
@@ -38,7 +38,7 @@ class GuardFigure:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the edit must be undone."""
+        """``True`` if the edit must be undone."""
         # a perplexity that is not a number is that of a broken model
         return self.value < self.limit if self.name.startswith("min_") else not self.value <= self.limit
 
@@ -112,7 +112,7 @@ class Guards:
 
 
 class Trial:
-    """What is measured of an edit just before and just after it, and the decision to keep it.
+    """The measurements of an edit just before and just after it, and the decision to keep it.
 
     Args:
         editing: the callback that edits.

@@ -17,7 +17,7 @@ from lit_moeedit.reports.plain import from_plain, to_plain
 
 @dataclass(frozen=True)
 class History:
-    """What was measured of each fact of each edit of a run; it survives in checkpoints.
+    """The measurements of each fact of each edit of a run; they survive in checkpoints.
 
     Attributes:
         rows: the facts, in the order of their edits.

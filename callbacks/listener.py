@@ -85,7 +85,7 @@ class EditEvent:
 
 @dataclass(frozen=True)
 class RetentionEvent:
-    """What a validation found to be left of the edits so far.
+    """The metrics that a validation measured of the edits so far.
 
     Attributes:
         facts: the facts edited so far.
@@ -109,7 +109,7 @@ class EditListener(L.Callback):
     """
 
     wants_answers: ClassVar[bool] = False
-    """Whether the model's answers are to be generated around each edit."""
+    """``True`` if the model's answers are to be generated around each edit."""
 
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
         """Hook before an edit of these facts; the model is in training or evaluation mode as it was."""

@@ -1,4 +1,4 @@
-"""What is measured of one fact at one moment, as plain values."""
+"""The measurements of one fact at one moment, as plain values."""
 
 from __future__ import annotations
 

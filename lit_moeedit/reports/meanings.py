@@ -14,7 +14,7 @@ MEANINGS = {
     "utility": "arithmetic mean of efficacy, generalization and specificity",
     "perplexity": "how surprised the model is by ordinary text; lower is better",
 }
-"""What each metric counts. All but the perplexity are shares."""
+"""The meaning of each metric. All but the perplexity are shares."""
 
 
 def label_of(metric: str) -> str:

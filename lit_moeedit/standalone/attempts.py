@@ -164,7 +164,7 @@ class _Attempt:
 
     @property
     def score(self) -> tuple[float, ...]:
-        """What is compared: efficacy first, then what the edit reaches and keeps besides."""
+        """The values by which attempts are compared: efficacy first, then what the edit reaches and keeps besides."""
         others = (
             self.after.metrics.get(name, float("nan")) for name in ("generalization_accuracy", "specificity_retained")
         )

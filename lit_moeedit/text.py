@@ -83,3 +83,15 @@ def near_path(path: str | Path) -> str:
         return ""
     found = get_close_matches(missing.name, names, n=1)
     return f" (did you mean {str(missing.parent / found[0])!r}?)" if found else ""
+
+
+def count(value: int) -> str:
+    """Format a number of parameters.
+
+    Example:
+        >>> count(1500), count(52_500_000), count(30_530_000_000)
+        ('1,500', '52.5 million', '30.5 billion')
+    """
+    if value >= 10**9:
+        return f"{value / 1e9:.1f} billion"
+    return f"{value / 1e6:.1f} million" if value >= 10**6 else f"{value:,}"

@@ -17,6 +17,7 @@ from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model, simulate
 from lit_moeedit.planning.fake_tensors import Cost
 from lit_moeedit.planning.run_config import Run, read_run
+from lit_moeedit.text import count
 
 
 def plan(
@@ -183,15 +184,3 @@ def size(number: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
-
-
-def count(number: int) -> str:
-    """Format a number of parameters.
-
-    Example:
-        >>> count(1500), count(52_500_000), count(30_530_000_000)
-        ('1,500', '52.5 million', '30.5 billion')
-    """
-    if number >= 10**9:
-        return f"{number / 1e9:.1f} billion"
-    return f"{number / 1e6:.1f} million" if number >= 10**6 else f"{number:,}"

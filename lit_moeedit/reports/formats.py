@@ -28,18 +28,6 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
 
 
-def count(value: int) -> str:
-    """Format a number of parameters.
-
-    Example:
-        >>> count(1500), count(52_500_000), count(30_530_000_000)
-        ('1,500', '52.5 million', '30.5 billion')
-    """
-    if value >= 10**9:
-        return f"{value / 1e9:.1f} billion"
-    return f"{value / 1e6:.1f} million" if value >= 10**6 else f"{value:,}"
-
-
 def size(value: int | None) -> str:
     """Format a number of bytes.
 

@@ -21,6 +21,7 @@ from lit_moeedit.reports.outcomes import MARKS, WORDS, Totals, latest, outcome_o
 from lit_moeedit.reports.report import Report
 from lit_moeedit.reports.rows import Moment
 from lit_moeedit.reports.table import cut
+from lit_moeedit.text import count
 
 FILE = "report.html"
 MAX_ROWS = 2000
@@ -97,7 +98,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_safe,
     )
-    for form in (formats.percent, formats.number, formats.size, formats.time_span, formats.count, formats.moment):
+    for form in (formats.percent, formats.number, formats.size, formats.time_span, count, formats.moment):
         environment.filters[form.__name__] = form
     return environment
 

@@ -92,9 +92,8 @@ def test_too_few_facts(base: Path, facts_file: Path, tmp_path: Path) -> None:
     ended = torchrun(base, facts_file, tmp_path / "out", *PLACE)
     assert ended.exitcode != 0
     assert ended.out.count("p(new)") == ended.out.count("nothing is changed") == 1
-    # torchrun names the exit code of the first rank, which no signal has ended
+    # the first rank prints and fails last; torchrun may still find the other one at its very end, and ends that
     assert "(exitcode: 3) local_rank: 0" in ended.err
-    assert "SIGTERM" not in ended.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "facts.jsonl"]
 
 

@@ -1,0 +1,1 @@
+"""Statements of edited facts among the batches of a training, and batches that contradict them."""

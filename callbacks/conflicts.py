@@ -34,8 +34,8 @@ OnConflict = Literal["warn", "mask", "yield", "refuse"]
 SHOWN = 5
 """Number of contradicting texts that are logged with their words."""
 _ADVICE = (
-    "take such texts out of the data, or give on_conflict: mask (their old answers get no loss), yield (these facts are "
-    "no longer protected) or warn (nothing but a message)"
+    "take such texts out of the data, or give on_conflict: mask (their old answers get no loss), yield (these facts "
+    "are no longer protected) or warn (nothing but a message)"
 )
 _DONE: dict[OnConflict, str] = {
     "warn": "it stays as it is",
@@ -123,7 +123,7 @@ class ConflictWatch:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._finder = ConflictFinder(())
         self._all, self._own, self._ahead = _Tally(), _Tally(), _Tally()
-        self._lines: list[str] = []  # of this rank since the last exchange
+        self._lines: list[tuple[str, str]] = []  # key and message, of this rank since the last exchange
         self._shown = 0
 
     def protect(self, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -184,7 +184,11 @@ class ConflictWatch:
             )
 
     def _conflicts(
-        self, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
     ) -> Iterator[list[tuple[Conflict, list[tuple[int, int]]]]]:
         """Yield for each text of a batch that has conflicts these, with rows and columns of the old answer's tokens."""
         ids = input_ids.tolist()
@@ -244,15 +248,20 @@ class ConflictWatch:
         """Count a conflict of a batch, and tell of it."""
         if self.policy == "refuse":
             raise ContradictionError(f"{self.heading}{where}: the text contradicts {_described(conflict)}; {_ADVICE}")
-        is_known = conflict.fact.key in self.given_up
+        line = f"{self.heading}{where}: the text contradicts {_described(conflict)}; {_DONE[self.policy]}"
+        if self._tell(conflict.fact.key, line):
+            self._lines.append((conflict.fact.key, line))
         self._count(tally, conflict)
-        gives_up = self.policy == "yield" and not is_known
-        if self._shown < SHOWN or gives_up:
-            last = "; further ones are counted only" if self._shown == SHOWN - 1 else ""
-            line = f"{self.heading}{where}: the text contradicts {_described(conflict)}; {_DONE[self.policy]}{last}"
-            self._shown += 1
-            self._lines.append(line)
-            _warn(line)
+
+    def _tell(self, key: str, line: str) -> bool:
+        """Log one of the first conflicts, or the first of a fact that is given up by it; false for any other."""
+        yields = self.policy == "yield"
+        if key in self.given_up if yields else self._shown >= SHOWN:
+            return False
+        self._shown += 1
+        is_last = self._shown == SHOWN and not yields
+        _warn(line + ("; further ones are counted, and not logged" if is_last else ""))
+        return True
 
     def _count(self, tally: _Tally, conflict: Conflict) -> None:
         key = conflict.fact.key
@@ -273,12 +282,10 @@ class ConflictWatch:
         gathered = ranks.all_gather(torch.tensor(list(own.encode("ascii")), dtype=torch.uint8))
         for rank, line in enumerate(bytes(gathered.tolist()).decode("ascii").splitlines()):
             state, lines = json.loads(line)
-            self._all.add(_Tally.of_state(f"the conflicts of rank {rank}", state))
             # those of the first rank have been logged
-            for text in lines if rank else ():
-                if self._shown < SHOWN or self.policy == "yield":
-                    self._shown += 1
-                    _warn(f"rank {rank}: {text}")
+            for key, text in lines if rank else ():
+                self._tell(key, f"rank {rank}: {text}")
+            self._all.add(_Tally.of_state(f"the conflicts of rank {rank}", state))
         self._own, self._lines = _Tally(), []
 
     @property
@@ -345,9 +352,7 @@ def contradicting_texts(trainer: L.Trainer, facts: Sequence[Fact]) -> dict[str, 
         first = ConflictFinder(facts).first(from_datamodule(trainer, "training_texts") or ())
         found = {key: conflict.excerpt() for key, conflict in first.items()}
     watches = [getattr(callback, "watch", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    seen = {
-        key: one.text for watch in watches if isinstance(watch, ConflictWatch) for key, one in watch.counts.items()
-    }
+    seen = {key: one.text for watch in watches if isinstance(watch, ConflictWatch) for key, one in watch.counts.items()}
     return {**found, **{fact.key: seen[fact.key] for fact in facts if fact.key in seen}}
 
 

@@ -40,7 +40,8 @@ class Conflict:
         """Cut the text around the first occurrence of the old target, with ``around`` characters on each side.
 
         Example:
-            >>> Conflict(Fact("Rome", "Rome lies in", "Spain", "Italy"), "In Rome, in Italy, it rains.", ((12, 17),)).excerpt(8)
+            >>> fact = Fact("Rome", "Rome lies in", "Spain", "Italy")
+            >>> Conflict(fact, "In Rome, in Italy, it rains.", ((12, 17),)).excerpt(around=8)
             '…ome, in Italy, it rai…'
         """
         start, end = self.spans[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lit_moeedit.data.conflicts import Conflict, ConflictFinder
@@ -11,7 +12,7 @@ from lit_moeedit.data.conflicts import Conflict, ConflictFinder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Conflict", "ConflictFinder", "documents", "old_answer_tokens", "texts_of", "text_with_offsets"]
+__all__ = ["Conflict", "ConflictFinder", "documents", "old_answer_tokens", "text_with_offsets", "texts_of"]
 
 _INCOMPLETE = "\ufffd"
 _MAX_PENDING = 32
@@ -35,12 +36,13 @@ def documents(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[ra
     if tokenizer.chat_template:
         marks = set()
     cuts = [-1, *(i for i, token in enumerate(ids) if token in marks), len(ids)]
-    return [range(a + 1, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a + 1]
+    return [range(a + 1, b) for a, b in pairwise(cuts) if b > a + 1]
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> list[str]:
     """Decode rows of token ids as they are: special tokens are kept, because they separate words."""
-    return tokenizer.backend_tokenizer.decode_batch([list(row) for row in rows], skip_special_tokens=False)
+    texts: list[str] = tokenizer.backend_tokenizer.decode_batch([list(row) for row in rows], skip_special_tokens=False)
+    return texts
 
 
 def text_with_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -51,7 +52,7 @@ class Conflict:
 
 
 class ConflictFinder:
-    """Find texts that contradict edits: those with the subject and the old target of a fact, both as whole words.
+    """Find texts that contradict edits: those with subject and old target of a fact near each other, as whole words.
 
     - Letters are compared without case, after Unicode's NFKC (full-width letters are plain ones, ``é`` is one letter or
       two), and with typographic quotation marks and dashes as plain ones. White space does not count, so that names may
@@ -59,6 +60,8 @@ class ConflictFinder:
     - A whole word ends where letters and digits end: ``Paris`` is in ``Paris's`` and ``Paris-based``, and not in
       ``Parisian`` or ``comparison``. In scripts that do not separate words (Chinese, Japanese, Thai and their
       neighbours; Korean, where particles follow without a space) each letter counts as a word.
+    - They are near each other if at most ``within`` words and punctuation marks are between them, in either order.
+      Further apart, in a long document, the old target is rarely said of the subject.
     - The old target within an occurrence of the new one does not count (``York`` in ``New York``), nor within one of
       the subject (``Kuwait`` in ``Kuwait City``). A text that has the new target and the old one elsewhere is a
       conflict, because its loss still pulls to the old answer.
@@ -71,6 +74,7 @@ class ConflictFinder:
 
     Args:
         facts: the facts that are edited.
+        within: maximum number of words and punctuation marks between subject and old target.
 
     Example:
         >>> finder = ConflictFinder([Fact("France", "The capital of France is", "Lyon", "Paris")])
@@ -80,7 +84,8 @@ class ConflictFinder:
         []
     """
 
-    def __init__(self, facts: Iterable[Fact]) -> None:
+    def __init__(self, facts: Iterable[Fact], within: int = 64) -> None:
+        self.within = within
         patterns = (_Pattern.of(order, fact) for order, fact in enumerate(facts))
         self._patterns: dict[str, list[_Pattern]] = {}
         for pattern in patterns:
@@ -90,15 +95,25 @@ class ConflictFinder:
 
     def find(self, text: str) -> list[Conflict]:
         """Find the facts that a text contradicts, in their order, each with all occurrences of its old target."""
-        matches = list(_words().finditer(text))
-        words = [_folded(match[0]) for match in matches]
+        words = _split(text)
         present = set(words)
-        candidates = (pattern for word in present & self._patterns.keys() for pattern in self._patterns[word])
+        candidates = [
+            pattern
+            for word in present & self._patterns.keys()
+            for pattern in self._patterns[word]
+            if pattern.needed <= present
+        ]
+        if not candidates:
+            return []
+        places: dict[str, list[int]] = {}
+        for place, word in enumerate(words):
+            places.setdefault(word, []).append(place)
+        spans = [match.span() for match in _words().finditer(text)]
         found = []
-        for pattern in sorted((one for one in candidates if one.needed <= present), key=lambda one: one.order):
-            spans = tuple((matches[a].start(), matches[b - 1].end()) for a, b in pattern.old_targets(words))
-            if spans:
-                found.append(Conflict(pattern.fact, text, spans))
+        for pattern in sorted(candidates, key=lambda one: one.order):
+            ranges = pattern.old_targets(words, places, self.within)
+            if ranges:
+                found.append(Conflict(pattern.fact, text, tuple((spans[a][0], spans[b - 1][1]) for a, b in ranges)))
         return found
 
     def first(self, texts: Iterable[str]) -> dict[str, Conflict]:
@@ -126,33 +141,49 @@ class _Pattern:
         subject, old = _split(fact.subject), _split(fact.target_true or "")
         return cls(order, fact, subject, old, frozenset((*subject, *old))) if subject and old else None
 
-    def old_targets(self, words: Sequence[str]) -> list[tuple[int, int]]:
-        """Find the occurrences of the old target that contradict the fact, as ranges of words."""
-        found = list(_occurrences(words, self.old))
-        if found and self.subject == self.old:
+    def old_targets(
+        self, words: Sequence[str], places: Mapping[str, Sequence[int]], within: int
+    ) -> list[tuple[int, int]]:
+        """Find the occurrences of the old target that contradict the fact, as ranges of words.
+
+        Args:
+            words: all words of the text.
+            places: by word, where it is.
+            within: maximum number of words between subject and old target.
+        """
+        starts = _starts(words, places, self.old)
+        found = [(start, start + len(self.old)) for start in starts]
+        if self.subject == self.old:
             prompts = [_split(prompt) for prompt in (self.fact.prompt, *self.fact.paraphrases)]
             return [(a, b) for a, b in found if any(words[max(0, a - len(p)) : a] == p for p in prompts)]
-        subjects = list(_occurrences(words, self.subject))
-        others = [*subjects, *_occurrences(words, _split(self.fact.target_new))] if found and subjects else []
+        new = _split(self.fact.target_new)
+        subjects, others = _starts(words, places, self.subject), _starts(words, places, new) if found else []
         return [
             (a, b)
             for a, b in found
-            if any(end <= a or start >= b for start, end in subjects)
-            and not any(start <= a and b <= end for start, end in others)
+            if _is_near(a, b, subjects, len(self.subject), within)
+            and not _is_inside(a, b, subjects, len(self.subject))
+            and not _is_inside(a, b, others, len(new))
         ]
 
 
-def _occurrences(words: Sequence[str], pattern: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of words that equal a pattern; they may overlap."""
-    start = -1
-    while pattern:
-        try:
-            start = words.index(pattern[0], start + 1)
-        except ValueError:
-            return
-        end = start + len(pattern)
-        if words[start:end] == pattern:
-            yield start, end
+def _starts(words: Sequence[str], places: Mapping[str, Sequence[int]], pattern: Sequence[str]) -> list[int]:
+    """Find the places of a pattern, in ascending order; its occurrences may overlap."""
+    return [i for i in places.get(pattern[0], ()) if words[i : i + len(pattern)] == pattern] if pattern else []
+
+
+def _is_near(a: int, b: int, starts: Sequence[int], size: int, within: int) -> bool:
+    """Tell if one of the ranges of ``size`` words that begin at ``starts`` is beside ``[a, b)``, and near it."""
+    before, after = bisect_right(starts, a - size), bisect_left(starts, b)
+    return (before > 0 and a - size - starts[before - 1] <= within) or (
+        after < len(starts) and starts[after] - b <= within
+    )
+
+
+def _is_inside(a: int, b: int, starts: Sequence[int], size: int) -> bool:
+    """Tell if one of the ranges of ``size`` words that begin at ``starts`` contains ``[a, b)``."""
+    last = bisect_right(starts, a)
+    return last > 0 and b <= starts[last - 1] + size
 
 
 def _split(text: str) -> list[str]:

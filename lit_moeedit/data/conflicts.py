@@ -19,6 +19,8 @@ _NO_SPACES = (
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
 )
 """Ranges of the scripts whose words are not separated, for a class of a regular expression."""
+_ACCENTS = re.compile("[\u0300-\u036f]+")
+"""Marks of letters of Latin, Greek and Cyrillic scripts. Those of other scripts make words what they are."""
 _SAME = str.maketrans("\u2018\u2019\u02bc\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "'''\"\"------")
 """Typographic quotation marks and dashes, and the plain ones that files of facts have."""
 
@@ -54,9 +56,9 @@ class Conflict:
 class ConflictFinder:
     """Find texts that contradict edits: those with subject and old target of a fact near each other, as whole words.
 
-    - Letters are compared without case, after Unicode's NFKC (full-width letters are plain ones, ``é`` is one letter or
-      two), and with typographic quotation marks and dashes as plain ones. White space does not count, so that names may
-      be broken at the end of a line; other punctuation within a name does.
+    - Letters are compared without case and accents, because many texts and some tokenizers have none, and after
+      Unicode's NFKC (full-width letters are plain ones); typographic quotation marks and dashes are plain ones. White
+      space does not count, so that names may be broken at the end of a line; other punctuation within a name does.
     - A whole word ends where letters and digits end: ``Paris`` is in ``Paris's`` and ``Paris-based``, and not in
       ``Parisian`` or ``comparison``. In scripts that do not separate words (Chinese, Japanese, Thai and their
       neighbours; Korean, where particles follow without a space) each letter counts as a word.
@@ -151,19 +153,19 @@ class _Pattern:
             places: by word, where it is.
             within: maximum number of words between subject and old target.
         """
-        starts = _starts(words, places, self.old)
-        found = [(start, start + len(self.old)) for start in starts]
+        new, size = _split(self.fact.target_new), len(self.old)
+        others = _starts(words, places, new)
+        found = [
+            (start, start + size)
+            for start in _starts(words, places, self.old)
+            if not _is_inside(start, start + size, others, len(new))
+        ]
         if self.subject == self.old:
             prompts = [_split(prompt) for prompt in (self.fact.prompt, *self.fact.paraphrases)]
             return [(a, b) for a, b in found if any(words[max(0, a - len(p)) : a] == p for p in prompts)]
-        new = _split(self.fact.target_new)
-        subjects, others = _starts(words, places, self.subject), _starts(words, places, new) if found else []
+        subjects, size = _starts(words, places, self.subject), len(self.subject)
         return [
-            (a, b)
-            for a, b in found
-            if _is_near(a, b, subjects, len(self.subject), within)
-            and not _is_inside(a, b, subjects, len(self.subject))
-            and not _is_inside(a, b, others, len(new))
+            (a, b) for a, b in found if _is_near(a, b, subjects, size, within) and not _is_inside(a, b, subjects, size)
         ]
 
 
@@ -193,7 +195,8 @@ def _split(text: str) -> list[str]:
 @lru_cache(maxsize=2**16)
 def _folded(word: str) -> str:
     """Return the form of a word in which it is compared."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold()).translate(_SAME)
+    apart = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", word).casefold())
+    return unicodedata.normalize("NFC", _ACCENTS.sub("", apart).translate(_SAME))
 
 
 @cache

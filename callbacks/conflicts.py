@@ -304,7 +304,7 @@ class ConflictWatch:
     def counts(self) -> dict[str, Sightings]:
         """By fact key, the texts that contradict it."""
         total = self._total
-        first = self._ahead.first | total.first
+        first = total.first | self._ahead.first
         return {key: Sightings(total.facts[key], self._ahead.facts[key], text) for key, text in first.items()}
 
     @property

@@ -38,7 +38,7 @@ _ADVICE = (
     "are no longer protected) or warn (nothing but a message)"
 )
 _DONE: dict[OnConflict, str] = {
-    "warn": "it stays as it is",
+    "warn": "it stays in the batch (on_conflict: warn)",
     "mask": "its old answer gets no loss",
     "yield": "the fact is no longer protected",
     "refuse": "it is refused",
@@ -223,26 +223,25 @@ class ConflictWatch:
             RankError: under ``refuse``, if the text was found on another rank.
         """
         with Ranks.current().together():
-            total, ahead, first = 0, _Tally(), None
+            total, ahead, firsts = 0, _Tally(), []
             for text in texts:
                 total += 1
                 conflicts = self._finder.find(text)
                 ahead.texts += bool(conflicts)
                 for conflict in conflicts:
-                    first = first or conflict
+                    if conflict.fact.key not in ahead.facts:
+                        firsts.append(_described(conflict))
                     self._count(ahead, conflict)
             self._ahead = ahead
-            if first is None:
+            if not firsts:
                 return
             counts = f"{ahead.texts:,} of {total:,} training texts contradict {len(ahead.facts):,} edited facts"
             if self.policy == "refuse":
-                raise ContradictionError(f"{self.heading}{counts}, such as {_described(first)}; {_ADVICE}")
-            names = {fact.key: fact for fact in self._facts}
-            lines = [f"{_name(names[key])} in {_quoted(text)}" for key, text in ahead.first.items()]
+                raise ContradictionError(f"{self.heading}{counts}, such as {firsts[0]}; {_ADVICE}")
             _warn(f"{self.heading}{counts} (on_conflict: {self.policy})")
-            for line in lines[: None if self.policy == "yield" else SHOWN]:
-                given_up = "; the fact is no longer protected" if self.policy == "yield" else ""
-                _warn(f"{self.heading}training text contradicts {line}{given_up}")
+            for described in firsts[: None if self.policy == "yield" else SHOWN]:
+                given_up = f"; {_DONE['yield']}" if self.policy == "yield" else ""
+                _warn(f"{self.heading}a training text contradicts {described}{given_up}")
 
     def _note(self, tally: _Tally, conflict: Conflict, where: str) -> None:
         """Count a conflict of a batch, and tell of it."""
@@ -361,16 +360,11 @@ def _places(mask: Tensor) -> list[list[int]]:
     return [[column for column, is_kept in enumerate(row) if is_kept] for row in mask.tolist()]
 
 
-def _name(fact: Fact) -> str:
-    return f"{_quoted(fact.subject)} ({_quoted(fact.target_true or '')} to {_quoted(fact.target_new)})"
-
-
 def _described(conflict: Conflict) -> str:
-    return f"the edit of {_name(conflict.fact)}: {_quoted(conflict.excerpt())}"
-
-
-def _quoted(text: str) -> str:
-    return f"'{printable(text)}'"
+    fact = conflict.fact
+    texts = (fact.subject, fact.target_true or "", fact.target_new, conflict.excerpt())
+    subject, old, new, text = (f"'{printable(text)}'" for text in texts)
+    return f"the edit of {subject} ({old} to {new}): {text}"
 
 
 @rank_zero_only

@@ -56,7 +56,8 @@ class TestLooking:
         assert BAD in france.text and WORSE in norway.text
         assert watch.metrics == {"edit/conflicts": 4.0} and watch.given_up == set()
         assert caplog.messages[0] == (
-            f"replay: step 3: the text contradicts the edit of 'France' ('Paris' to 'Lyon'): '{BAD}'; it stays as it is"
+            "replay: step 3: the text contradicts the edit of 'France' ('Paris' to 'Lyon'): "
+            f"'{BAD}'; it stays in the batch (on_conflict: warn)"
         )
 
     def test_five_are_logged(self, caplog) -> None:
@@ -180,7 +181,7 @@ class TestLookingAhead:
         assert (one.training_texts, one.sightings, one.text) == (2, 1, BAD)
         assert watch.metrics == {"edit/conflicts": 1.0}
         assert caplog.messages[0] == "2 of 3 training texts contradict 2 edited facts (on_conflict: warn)"
-        assert caplog.messages[1] == f"training text contradicts 'France' ('Paris' to 'Lyon') in '{BAD}'"
+        assert caplog.messages[1] == f"a training text contradicts the edit of 'France' ('Paris' to 'Lyon'): '{BAD}'"
         watch.look_ahead([GOOD])
         assert watch.counts[FRANCE.key].training_texts == 0
 

@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "replay": {"data", *LEAVES},
     "edits": {"__init__", "editing", "models", *PURE, *LEAVES},
     "editing": {"preservation", "models", *PURE, *LEAVES},
+    "replay": {"data", *LEAVES},
     "preservation": {"models", "data", "solvers", "sharding", *LEAVES},
     "checkpoints": {"adapters", "edits", "sharding", *LEAVES},
     "models": {"data", "sharding", *LEAVES},

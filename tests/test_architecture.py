@@ -67,7 +67,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "module": {"adapters", "data", "edits", "losses", "models", "sharding", *LEAVES},
     "losses": {"data"},
     "locating": {"edits", "editing", "data", *LEAVES},
-    "replay": {"data", *LEAVES},
     "edits": {"__init__", "editing", "models", *PURE, *LEAVES},
     "editing": {"preservation", "models", *PURE, *LEAVES},
     "replay": {"data", *LEAVES},

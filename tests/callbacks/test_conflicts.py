@@ -261,12 +261,21 @@ def exchanged() -> dict[str, Any]:
     for _ in range(3):
         watch.look(*batch(WORSE, BAD) if ranks.rank else batch(GOOD), "step 1")
     alone = watch.metrics["edit/conflicts"]
+    assert watch.given_up == set()  # the same on all ranks at any time
     watch.exchange(ranks)
+    assert watch.given_up == {FRANCE.key, NORWAY.key}
     first = watch.state_dict()
     watch.look(*batch(BAD), "step 2")
     watch.exchange(ranks)
     watch.exchange(ranks)
     return {"alone": alone, "first": first, "second": watch.state_dict(), "lines": lines}
+
+
+def found_ahead() -> list[str]:
+    """Each rank has other texts; what is given up is the same."""
+    watch = watch_of("yield")
+    watch.look_ahead([WORSE] if Ranks.current().rank else [GOOD])
+    return sorted(watch.given_up)
 
 
 def refused_on_one_rank() -> str:
@@ -280,7 +289,9 @@ def refused_on_one_rank() -> str:
 
 
 def test_ranks_share_their_counts_and_refuse_together() -> None:
-    found = run_each({"exchanged": (exchanged,), "refused": (refused_on_one_rank,)}, 2)
+    calls = {"exchanged": (exchanged,), "ahead": (found_ahead,), "refused": (refused_on_one_rank,)}
+    found = run_each(calls, 2)
+    assert found["ahead"] == [sorted([FRANCE.key, NORWAY.key])] * 2
     one, other = found["exchanged"]
     assert (one["alone"], other["alone"]) == (0, 6)
     assert one["first"] == other["first"] and one["second"] == other["second"]

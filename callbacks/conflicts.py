@@ -241,7 +241,7 @@ class ConflictWatch:
                 return
             counts = f"{ahead.texts:,} of {total:,} training texts contradict {len(ahead.facts):,} edited facts"
             if self.policy == "refuse":
-                raise ContradictionError(f"{self.heading}{counts}, such as {firsts[0]}; {_ADVICE}")
+                raise ContradictionError(f"{self.heading}{counts}; one contradicts {firsts[0]}; {_ADVICE}")
             _warn(f"{self.heading}{counts} (on_conflict: {self.policy})")
             for described in firsts[: None if self.policy == "yield" else SHOWN]:
                 given_up = f"; {_DONE['yield']}" if self.policy == "yield" else ""

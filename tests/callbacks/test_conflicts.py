@@ -194,7 +194,7 @@ class TestLookingAhead:
 
     def test_refused_texts(self) -> None:
         with pytest.raises(
-            ContradictionError, match=r"2 of 3 training texts contradict 2 edited facts, such as .*Paris"
+            ContradictionError, match=r"2 of 3 training texts contradict 2 edited facts; one contradicts .*Paris"
         ):
             watch_of("refuse").look_ahead([BAD, GOOD, WORSE])
         watch_of("refuse").look_ahead([GOOD])

@@ -280,8 +280,8 @@ class EditReplay(StateOfWeights):
             )
         if self.weight is not None and any(is_partitioned(weight) for weight in pl_module.parameters()):
             raise MisconfigurationException(
-                f"{own}: weight needs a second forward in each step, for which DeepSpeed ZeRO stage 3 reduces gradients "
-                "twice and fails; leave weight out to add statements as rows of the batch"
+                f"{own}: weight needs a second forward in each step, after which DeepSpeed ZeRO stage 3 reduces "
+                "gradients twice and fails; leave weight out to add statements as rows of the batch"
             )
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(

@@ -256,6 +256,7 @@ def _filled(skeleton: PreTrainedModel, weights: Mapping[str, Part], dtype: torch
     config = type(skeleton.config).from_dict(skeleton.config.to_dict())
     with no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
     tensors = stored_tensors(model)
     lacking = [name for name in tensors if name not in weights]
     if lacking:
@@ -263,6 +264,5 @@ def _filled(skeleton: PreTrainedModel, weights: Mapping[str, Part], dtype: torch
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(weights[name].elements.view(tensor.shape))
-    model.tie_weights()
     model.eval()
     return model

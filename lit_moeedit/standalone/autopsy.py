@@ -206,7 +206,8 @@ def _check_alike(model: PreTrainedModel, weights: Mapping[str, Part], path: Path
 
 def _show(result: Autopsy) -> None:
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-    console.print(make_table(result))
+    console.print(f"{result.facts} edits in layers {', '.join(map(str, result.layers))}")
+    console.print(make_table(result), soft_wrap=False)
     console.print(printable(f"{result.verdict[:1].upper()}{result.verdict[1:]}."))
     if result.advice is not None:
         console.print(f"What helps: {result.advice}.")
@@ -219,22 +220,18 @@ def _write(result: Autopsy, path: Path) -> None:
 
 def make_table(result: Autopsy) -> Table:
     """Make a table with a line for each part, and one each for the just-edited and the final model."""
-    table = Table("put back", *_HEADINGS, title=f"{result.facts} edits in layers {', '.join(map(str, result.layers))}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.add_row("nothing: the final model", *_cells(result.final, result.facts), "", "", "")
-    table.add_row(
-        "everything: right after the edit", *_cells(result.edited, result.facts), "", "", "", end_section=True
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("put back", no_wrap=True)
+    for heading in ("generated", "efficacy", "generalization", "explains", "parameters", "moved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("nothing: final", *_cells(result.final, result.facts))
+    table.add_row("all: just edited", *_cells(result.edited, result.facts), end_section=True)
     for part in result.parts:
         explained = "" if part.explained is None else f"{100 * part.explained:.0f} %"
         moved = f"{part.moved:.3f}" if part.moved else "0"
         cells = _cells(part.score, result.facts)
         table.add_row(part.name, *cells, explained, count(part.parameters), moved, style=_style(result, part.name))
     return table
-
-
-_HEADINGS = ("generated", "efficacy", "generalization", "explains", "parameters", "moved")
 
 
 def _style(result: Autopsy, name: str) -> str:

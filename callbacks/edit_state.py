@@ -135,7 +135,6 @@ class EditState(StateOfWeights):
             "renewals": self.renewals,
             "facts": self._words,
             "edit_files": self._written,
-            "layers": list(self.editor.layers),
             "place": None if self._place is None else self._place.to_dict(),
             "memory": None if self.editor.memory is None else self.editor.memory.state_dict(),
         }

@@ -125,7 +125,7 @@ def make_skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
         else:
             raise CheckpointError(
                 f"{source.path}: field 'hyper_parameters' should have 'config' (with 'model_type') or 'pretrained', "
-                f"but has {sorted(source.hyper_parameters)}; name the model with --model"
+                f"but has {sorted(source.hyper_parameters)}; name the model with --model (edits autopsy: --base)"
             )
         for part in (config, config.get_text_config()):
             # the trained weights are not quantised, and no code of the hub is run

@@ -21,6 +21,7 @@ from lit_moeedit.checkpoints.sources import ModelSource
 from lit_moeedit.data.errors import FactsError
 from lit_moeedit.data.facts import Fact, read_facts
 from lit_moeedit.editing.evaluation import check_queries, evaluate
+from lit_moeedit.editing.place import Place
 from lit_moeedit.edits import Edit, apply, layers_by_parameter, read_edits
 from lit_moeedit.edits.autopsy import Autopsy, Score, autopsy
 from lit_moeedit.edits.files import edits_of
@@ -131,17 +132,17 @@ def _find_facts(path: Path | None, edits: Sequence[Edit], sources: Sequence[Mode
     else:
         found = {fact.key: fact for edit in edits for fact in edit.facts}
     for source in sources if not found else ():
-        found |= {fact.key: fact for _, state in _states(source) for fact in _facts_in(source.path, state)}
+        found |= {fact.key: fact for state in _states(source) for fact in _facts_in(source.path, state)}
     if not found:
         raise ValueError("the edited facts are not recorded in what was given: name their file with --facts")
     return [replace(fact, neighbours=()) for fact in found.values()]
 
 
-def _states(source: ModelSource) -> list[tuple[str, Mapping[str, Any]]]:
+def _states(source: ModelSource) -> list[Mapping[str, Any]]:
     """Return the states of editing callbacks in a checkpoint."""
     callbacks = {} if source.checkpoint is None else source.checkpoint.callbacks
     return [
-        (str(key), state)
+        state
         for key, state in callbacks.items()
         if str(key).startswith("KnowledgeEditing") and isinstance(state, Mapping)
     ]
@@ -165,12 +166,20 @@ def _find_layers(
     by_name = {name: layer.index for name, layer in layers_by_parameter(model).items()}
     found = {by_name[name] for edit in edits for name in edit.changes if name in by_name}
     for source in sources if not found else ():
-        for key, state in _states(source):
-            check_fields(f"{source.path}: the state of {key[:80]}", state, ("layers",), layers=[int])
-            found |= set(state.get("layers") or ())
+        for state in _states(source):
+            found |= _layers_in(source.path, state)
     if not found:
         raise ValueError("the edited layers are not recorded in what was given: name them with --layers, as [3,4,5]")
     return sorted(found)
+
+
+def _layers_in(path: Path, state: Mapping[str, Any]) -> set[int]:
+    where = f"{path}: the state of KnowledgeEditing"
+    check_fields(where, state, ("place",), place=dict)
+    try:
+        return set(Place.from_dict(state["place"]).layers) if state.get("place") else set()
+    except ValueError as error:
+        raise CheckpointError(f"{where}: field 'place': {brief(error)}") from error
 
 
 def _find_tokenizer(given: Path | None, sources: Sequence[ModelSource]) -> Any:

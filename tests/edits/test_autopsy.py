@@ -267,7 +267,7 @@ def checkpoint(model: PreTrainedModel, path: Path, facts: list[Fact] | None = No
     editing = facts and {
         "applied": {fact.key: [] for fact in facts},
         "facts": {fact.key: fact.to_dict() for fact in facts},
-        "layers": list(LAYERS),
+        "place": {"layers": list(LAYERS), "token": "last"},
     }
     fields = {"state_dict": state, "hyper_parameters": {"config": model.config.to_dict()}}
     torch.save(fields | ({"callbacks": {"KnowledgeEditing{'facts': None}": editing}} if editing else {}), path)

@@ -128,7 +128,7 @@ class Autopsy:
 
     @property
     def advice(self) -> str | None:
-        """What to do about it; ``None`` if nothing was lost."""
+        """The remedy; ``None`` if nothing was lost."""
         return ADVICE if self.has_lost else None
 
     def to_dict(self) -> dict[str, Any]:

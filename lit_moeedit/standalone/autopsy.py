@@ -50,12 +50,12 @@ def autopsy_edits(
     allow_rounding: bool = False,
     device: str = "auto",
 ) -> None:
-    """Find which part of a model carried the loss of its edits: put back as it was right after them, they hold again.
+    """Find which part of a model carried the loss of its edits.
 
-    The edited facts are measured in the model right after the edit, in the final one, and in the final one with parts
-    of the other: down-projections, gate/up-projections, routers, attention and so on. Give what the model was right
-    after the edit as --edited, or as --base and --edit. Nothing in these files is executed or changed. Memory is needed
-    for one model and its largest part. Started by torchrun, its processes share the prompts.
+    The edited facts are measured in the final model, in the model right after the edit, and in the final one with one
+    part of the other put back: down-projections, gate/up-projections, routers, attention and so on. Give the model
+    right after the edit as --edited, or as --base and --edit. Nothing in these files is executed or changed. Memory is
+    needed for one model and its largest part. Started by torchrun, its processes share the prompts.
 
     Args:
         final: the model now: a local folder of from_pretrained, a checkpoint of Lightning, or a folder of DeepSpeed.

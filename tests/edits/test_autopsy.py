@@ -1,4 +1,4 @@
-"""What carried the loss of edits: parts that were moved on purpose, put back and found; and the command."""
+"""Parts of a model that were moved on purpose, put back and found as what carried the loss; and the command."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def edit_model(
     Example:
         lit-moeedit edit my-model facts.jsonl my-edited-model
     """
-    with _progress() as progress:
+    with show_progress() as progress:
         try:
             report = edit(
                 model,
@@ -109,7 +109,7 @@ def _is_first() -> bool:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress | None]:
+def show_progress() -> Iterator[Progress | None]:
     """Show the progress of each phase on stderr, and nothing if that is not a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal or not log.isEnabledFor(logging.INFO):

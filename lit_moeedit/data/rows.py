@@ -26,6 +26,10 @@ class Number(str):
     __slots__ = ()
 
 
+_NEAR = 0.83
+"""Similarity from which a key counts as misspelled: `target_true` and `target_new` have 0.76."""
+
+
 def near_key(name: str, keys: Iterable[object]) -> str | None:
     """Return the key that was most likely meant to be ``name``; ``None`` if none is near.
 
@@ -35,7 +39,7 @@ def near_key(name: str, keys: Iterable[object]) -> str | None:
     """
     # a file may have any number of keys
     texts = [key for key in islice(keys, 100) if isinstance(key, str)]
-    return next(iter(get_close_matches(name, texts, n=1, cutoff=0.75)), None)
+    return next(iter(get_close_matches(name, texts, n=1, cutoff=_NEAR)), None)
 
 
 class Row:

@@ -21,6 +21,7 @@ from lit_moeedit.edits.states import histories_in, keep_in
 from lit_moeedit.metrics import RoutingDivergence, RoutingSimilarity
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.reports import Cost, Guard, Measured, Place, Routing
+from lit_moeedit.reports.meanings import MEANINGS
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def edit_with_attempts(
         editor: the method, which is the only attempt; ``None`` for an :class:`~lit_moeedit.editing.Editor`.
         layers: layers of that editor; ``auto`` finds them.
         token: its edit token; ``auto`` finds it.
-        min_efficacy: the smallest share of facts that must be generated.
+        min_efficacy: smallest share of edited prompts that get the new answer, word for word.
         undo: whether to undo the edit in any case, after it has been measured.
         ranks: the processes that edit together. Each calls this.
         progress: called with a phase's name, the number of steps done, and their total number.
@@ -141,7 +142,16 @@ def edit_with_attempts(
         reasons(best.result, best.after, best.editor, generated),
         _routing(model, trace, best.trace),
         (*located, *(Cost(phase, seconds) for phase, seconds in best.result.seconds.items() if phase != "edit")),
-        (Guard("min_efficacy", min_efficacy, best.efficacy, not best.result.kept and not undo, 1),),
+        (
+            Guard(
+                "min_efficacy",
+                min_efficacy,
+                best.efficacy,
+                not best.result.kept and not undo,
+                1,
+                MEANINGS["efficacy_accuracy"],
+            ),
+        ),
         tuple(places),
     )
 

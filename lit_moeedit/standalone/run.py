@@ -94,8 +94,9 @@ def edit(
         editor: the editing method, instead of ``layers`` and ``token``.
         layers: indices of the layers to edit; ``auto`` finds them.
         token: the edit token; ``auto`` finds it.
-        min_efficacy: the smallest share of facts whose new target must be generated. With less, the edit is undone and
-            nothing is written.
+        min_efficacy: smallest share of edited prompts that get the new answer, word for word. With less, the edit is
+            undone and nothing is written. (Of a :class:`~lit_moeedit.callbacks.KnowledgeEditing` it is the share for
+            which the new answer is more likely than the old one.)
         chat: whether to put the prompts into the tokenizer's chat template.
         columns: field names to column names, for facts with other names.
         dry_run: whether to write nothing. The edit is made in memory, measured, and undone.
@@ -179,7 +180,7 @@ def edit(
             ranks=ranks,
             progress=progress,
         )
-        report = _report(found, loaded, stored, started)
+        report = _report(found, loaded, stored, started, [fact.prompt for fact in known], chat)
         if not found.result.kept and not dry_run:
             raise TooFewFactsError(_too_few(found, min_efficacy), report)
         if stored is None or dry_run:
@@ -223,23 +224,34 @@ def _free_name(present: Sequence[Edit]) -> str:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def _report(found: Found, model: PreTrainedModel, stored: StoredModel | None, started: datetime) -> Report:
+def _report(
+    found: Found,
+    model: PreTrainedModel,
+    stored: StoredModel | None,
+    started: datetime,
+    prompts: Sequence[str],
+    chat: bool,
+) -> Report:
+    """Make the report; the prompts are those that were given, before they were put into a chat template."""
     rows = tuple(
         FactRow(
             fact.key,
             fact.subject,
-            fact.prompt,
+            prompt,
             fact.target_new,
             fact.target_true,
             edit=1,
             kept=found.result.kept,
             measured={"before": before, "after": after},
             reason=str(found.reasons[fact.key]) if fact.key in found.reasons else None,
+            chat=chat,
         )
-        for fact, before, after in zip(found.result.facts, found.measured_before, found.measured_after, strict=True)
+        for fact, prompt, before, after in zip(
+            found.result.facts, prompts, found.measured_before, found.measured_after, strict=True
+        )
     )
     return Report(
-        title="Edited facts",
+        title="Edited facts, asked in the chat template" if chat else "Edited facts",
         model=Model(
             name=stored.folder.resolve().name if stored else type(model).__name__,
             family=model.config.model_type,
@@ -265,8 +277,8 @@ def _report(found: Found, model: PreTrainedModel, stored: StoredModel | None, st
 
 def _too_few(found: Found, min_efficacy: float) -> str:
     return (
-        f"nothing is changed, because fewer facts are generated after the edit than the share of {min_efficacy:g} that "
-        f"min_efficacy asks for. {describe_failure(found.result, found.reasons)}"
+        "nothing is changed, because the share of edited prompts that get the new answer, word for word, is below the "
+        f"min_efficacy of {min_efficacy:g}. {describe_failure(found.result, found.reasons)}"
     )
 
 

@@ -70,7 +70,7 @@ def test_a_question_is_reported_as_it_was_given(
     assert [(row.prompt, row.chat) for row in report.rows] == questions
     assert [(row.prompt, row.chat) for row in read_rows(out / "edits.jsonl")] == questions
     (made,) = read_edits(out)
-    assert [fact.prompt for fact in made.facts] == [f"The {fact.prompt} " for fact in easy]
+    assert [fact.prompt for fact in made.facts] == [f"The {fact.prompt} The" for fact in easy]
     for file in ("README.md", "report.html"):
         text = (out / file).read_text(encoding="utf-8")
         assert "The " + easy[0].prompt not in text and easy[0].prompt in text and "chat template" in text

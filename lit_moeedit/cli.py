@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities import rank_zero_only
@@ -134,6 +135,8 @@ def main() -> None:
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
+    if not sys.stderr.isatty():  # where a bar would be many lines of a log
+        transformers.utils.logging.disable_progress_bar()
     try:
         run()
     except (OSError, ValueError, FloatingPointError, MisconfigurationException, ModuleNotFoundError) as error:

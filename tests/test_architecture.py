@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {
     "atomic_files",
     "checkpoint_fields",
+    "devices",
     "interrupts",
     "launched",
     "per_model",
@@ -20,6 +21,7 @@ LEAVES = {
     "precision",
     "recipes",
     "safe_yaml",
+    "terminal",
     "text",
 }
 PURE = {"data", "solvers", "metrics", "sharding"}
@@ -48,8 +50,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": {"arguments", *LEAVES},
     "arguments": {"config_errors", *LEAVES},
     "config_errors": LEAVES,
+    "class_errors": {"config_errors"},
     "run_arguments": {"arguments", "callbacks", "data", "editing", "module"},
-    "runs": {"arguments", "callbacks", "checkpoints", "commands", "module", "run_arguments", *LEAVES},
+    "runs": {"arguments", "class_errors", "callbacks", "checkpoints", "commands", "module", "run_arguments", *LEAVES},
     "reports": {"editing", *PURE, *LEAVES},
     "planning": {
         "arguments",

@@ -29,7 +29,7 @@ from lit_moeedit.models.parts import stored_tensors
 from lit_moeedit.pretrained import pretrained_tokenizer
 from lit_moeedit.sharding.fingerprint import Part
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.standalone.command import show_progress
+from lit_moeedit.terminal import progress
 from lit_moeedit.standalone.processes import find_device, launched_ranks
 from lit_moeedit.text import brief, count, first_few, printable
 
@@ -104,8 +104,8 @@ def autopsy_edits(
         with ranks.together():
             model, _ = after.load(after.dtype, find_device(device))
             _check_alike(model, weights, before.path)
-        with show_progress() as progress:
-            result = autopsy(model, words, chosen, edited_layers, weights, just, ranks=ranks, progress=progress)
+        with progress() as show:
+            result = autopsy(model, words, chosen, edited_layers, weights, just, ranks=ranks, progress=show)
         if ranks.rank == 0:
             _show(result)
             if output is not None:

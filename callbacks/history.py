@@ -76,7 +76,7 @@ class History:
         metrics = {
             name if event.name is None else f"{event.name}/{name}": value
             for name, value in event.evaluation.metrics.items()
-            if value == value and name != "truth_recalled"
+            if value == value
         }
         # the callbacks of a trainer measure one after the other
         earlier = self.retention

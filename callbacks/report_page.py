@@ -106,7 +106,6 @@ def _metrics(summary: Mapping[str, Any]) -> dict[Moment, dict[str, float]]:
     for name, moment in _MOMENTS.items():
         values = {**(summary[name] or {}), "perplexity": summary["perplexity"][name]}
         known = {key: value for key, value in values.items() if value is not None and not math.isnan(value)}
-        known.pop("truth_recalled", None)
         if known:
             found[moment] = known
     return found

@@ -179,18 +179,23 @@ class EditReport(StateOfWeights, EditListener):
         self._measure_perplexity(trainer, pl_module, "after_training")
         editings = callbacks_of(trainer, KnowledgeEditing)
         for editing in editings:
-            if editing.applied_facts:
+            if editing.edited_facts:
                 with self._attempt("after_training" if len(editings) == 1 else f"after_training of {editing.label}"):
                     self._measure_facts(trainer, pl_module, editing)
 
     def _measure_facts(self, trainer: L.Trainer, pl_module: L.LightningModule, editing: KnowledgeEditing) -> None:
-        evaluation, facts = editing.evaluate(pl_module), editing.applied_facts
-        self._final[editing.label] = evaluation.metrics
-        model, budget = find_model(pl_module), editing.editor.token_budget
-        baseline = editing.neighbours_before
-        found = measure(model, editing.tokenizer, facts, baseline, evaluation=evaluation, token_budget=budget)
-        contradictions = from_datamodule(trainer, "contradictions", facts) or {}
-        self._history = self._history.with_end(editing.name, facts, found, trainer.global_step, contradictions)
+        facts, undone = editing.applied_facts, editing.undone_facts
+        settings: Any = {"token_budget": editing.editor.token_budget}
+        model, step = find_model(pl_module), trainer.global_step
+        if facts:
+            evaluation, baseline = editing.evaluate(pl_module), editing.neighbours_before
+            self._final[editing.label] = evaluation.metrics
+            found = measure(model, editing.tokenizer, facts, baseline, evaluation=evaluation, **settings)
+            contradictions = from_datamodule(trainer, "contradictions", facts) or {}
+            self._history = self._history.with_end(editing.name, facts, found, step, contradictions)
+        if undone:
+            found = measure(model, editing.tokenizer, undone, **settings)
+            self._history = self._history.with_end(editing.name, undone, found, step, {})
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -264,7 +269,9 @@ class EditReport(StateOfWeights, EditListener):
         ``after_training`` is such a mean over the editing callbacks, seconds are sums, and ``routing`` is that of the
         last edit, measured by the first monitor. If measurements failed, ``failed`` has their names and messages.
 
-        With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``before``, ``after``,
+        ``place`` has the edited ``layers`` and ``token``, and whether they were ``found`` or given.
+
+        With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``place``, ``before``, ``after``,
         ``after_training`` and ``renewals`` of each, by its name (its state key, if it has none); with several monitors,
         ``routing["monitors"]`` has ``similarity``, ``kl`` and ``per_layer`` of the others.
         """
@@ -300,6 +307,7 @@ class EditReport(StateOfWeights, EditListener):
         return {
             "edits": sum(totals.facts for totals in edits),
             "solver": ", ".join(dict.fromkeys(editing.editor.name for editing in editings)) or None,
+            "place": editings[0].place if len(editings) == 1 else None,
             "before": mean_of(totals.before for totals in edits),
             "after": mean_of(totals.after for totals in edits),
             "after_training": mean_metrics(measured) if is_whole else None,

@@ -212,7 +212,7 @@ def _editors(
     location = locate(model, tokenizer, facts, texts, editor=given, ranks=ranks, progress=progress)
     log.info("%s", location)
     places = [
-        Place(trial.place.layers, trial.place.token, _scores(trial), chosen=trial is location.best)
+        Place(trial.place.layers, str(trial.place.token), _scores(trial), chosen=trial is location.best)
         for trial in location.trials
     ]
     editors = [persistent] if given is not None or location.targets else [first, persistent]

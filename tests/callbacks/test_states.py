@@ -34,7 +34,8 @@ STATES: dict[str, dict[str, Any]] = {
         "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
         "memory": {0: {"row": torch.tensor([0, 0]), "expert": torch.tensor([0, 1]), "key": torch.eye(2),
                        "facts": ["a"], "sketched": []}},
-        "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"], "place": None,
+        "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"],
+        "place": {"layers": [0], "token": "subject_last"},
     },
     "EditReport": {
         "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "history": HISTORY.state(),

@@ -211,8 +211,9 @@ class EditMethod(ABC):
         return Place(self.layers, None) if self.layers else None
 
     @place.setter
-    def place(self, place: Place | None) -> None:  # noqa: B027 - most methods are given their place
+    def place(self, place: Place | None) -> None:
         """Take a place instead of finding one; without effect on a method that was given its place."""
+        return
 
     @property
     def is_resolved(self) -> bool:

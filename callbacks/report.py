@@ -30,6 +30,7 @@ from lit_moeedit.callbacks.resources import check_parallelism, from_datamodule
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.callbacks.run_folder import RunFile
 from lit_moeedit.callbacks.summary import (
+    COSTS,
     MOMENTS,
     EditTotals,
     make_table,
@@ -43,8 +44,9 @@ from lit_moeedit.callbacks.summary import (
 from lit_moeedit.callbacks.validation import validating, validation_batches
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import PHASES, perplexity
+from lit_moeedit.editing import perplexity
 from lit_moeedit.editing.outcomes import measure
+from lit_moeedit.editing.phases import EVALUATION, Meter
 from lit_moeedit.models.experts import find_model
 from lit_moeedit.reports import ConsoleReport, Model, Report
 from lit_moeedit.reports.report import State
@@ -147,11 +149,14 @@ class EditReport(StateOfWeights, EditListener):
     @override
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
         result = event.result
-        self._totals(event.name).add(
-            len(result.facts), result.kept, event.before.metrics, event.after.metrics, result.seconds
-        )
+        meter = Meter(pl_module.device)
+        with meter(EVALUATION):
+            self._measure_perplexity(trainer, pl_module, "after")
+        seconds = {**event.seconds, **result.seconds}
+        seconds[EVALUATION] = seconds.get(EVALUATION, 0.0) + meter.seconds()[EVALUATION]
+        metrics = event.before.metrics, event.after.metrics
+        self._totals(event.name).add(len(result.facts), result.kept, *metrics, seconds, event.memory)
         self._history = self._history.with_edit(event)
-        self._measure_perplexity(trainer, pl_module, "after")
         self._write_page(trainer, "running")
         self._log_tables(trainer)
 
@@ -266,7 +271,8 @@ class EditReport(StateOfWeights, EditListener):
         """Compute the content of ``summary.json`` from the measurements; ``None`` for those that were not made.
 
         With several edits, ``before`` and ``after`` are means over the edits weighted by their numbers of facts,
-        ``after_training`` is such a mean over the editing callbacks, seconds are sums, and ``routing`` is that of the
+        ``after_training`` is such a mean over the editing callbacks, seconds are sums, ``memory`` has the highest peak
+        of each phase in bytes (nothing on a CPU), and ``routing`` is that of the
         last edit, measured by the first monitor. If measurements failed, ``failed`` has their names and messages.
 
         ``place`` has the edited ``layers`` and ``token``, and whether they were ``found`` or given.
@@ -281,12 +287,14 @@ class EditReport(StateOfWeights, EditListener):
         routing["first_edited_layer"] = min(edited, default=None)
         if len(monitors) > 1:
             routing["monitors"] = {monitor.label: summarize_routing(monitor.last_edit) for monitor in monitors[1:]}
-        seconds = {name: sum(edits.seconds.get(name, 0.0) for edits in self._edits) for name in (*PHASES, "edit")}
+        seconds = {name: sum(edits.seconds.get(name, 0.0) for edits in self._edits) for name in (*COSTS, "edit")}
+        memory = {name: max((edits.memory.get(name, 0) for edits in self._edits), default=0) for name in COSTS}
         summary = {
             **self._summarize(editings, self._edits),
             "routing": routing,
             "perplexity": {moment: self._perplexity.get(moment) for moment in MOMENTS},
             "seconds": {"fit": self._seconds + time.perf_counter() - self._started, **seconds},
+            "memory": {name: peak for name, peak in memory.items() if peak},
             "renewals": sum(editing.renewals for editing in editings),
         }
         if len(editings) > 1:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.reports import figures, formats
 from lit_moeedit.reports.meanings import MEANINGS, UNSHOWN, is_share, label_of, meaning_of
-from lit_moeedit.reports.outcomes import MARKS, WORDS, Totals, latest, outcome_of, worst_first
+from lit_moeedit.reports.outcomes import MARKS, ORDER, WORDS, Totals, latest, outcome_of, worst_first
 from lit_moeedit.reports.report import Report
 from lit_moeedit.reports.rows import Moment
 from lit_moeedit.reports.table import cut
@@ -69,6 +69,7 @@ def render(report: Report) -> str:
         outcome_of=outcome_of,
         latest=latest,
         marks=MARKS,
+        order=ORDER,
         words=WORDS,
         moments=[moment for moment in _MOMENTS if any(moment in row.measured for row in report.rows)],
         moment_names=_MOMENTS,

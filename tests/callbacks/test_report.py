@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.summary import mean_metrics
+from lit_moeedit.editing import PHASES
 from lit_moeedit.reports import read_rows
 
 METRICS = {
@@ -24,7 +25,7 @@ METRICS = {
     "score",
     "utility",
 }
-SECONDS = {"fit", "statistics", "targets", "features", "solve", "commit", "edit"}
+PARTS = ("evaluation", *PHASES, "other")
 
 
 def _no_nan(name):
@@ -57,7 +58,8 @@ def test_the_shape_of_the_summary(run, tmp_path):
     trainer = run()
     summary = _read(tmp_path / "run" / "summary.json")
     assert list(summary) == [
-        "edits", "solver", "place", "before", "after", "after_training", "routing", "perplexity", "seconds", "renewals"
+        "edits", "solver", "place", "before", "after", "after_training", "routing", "perplexity", "seconds", "memory",
+        "renewals",
     ]  # fmt: skip
     assert summary["edits"] == 6 and summary["solver"] == "Woodbury"
     assert summary["place"] == {"layers": [0, 1], "token": "last", "found": False}
@@ -74,9 +76,10 @@ def test_the_shape_of_the_summary(run, tmp_path):
         float(trainer.callback_metrics["val/perplexity"]), rel=1e-4
     )
     assert summary["after_training"]["efficacy"] == pytest.approx(float(trainer.callback_metrics["edit/efficacy"]))
-    assert summary["seconds"].keys() == SECONDS
-    assert all(value > 0 for value in summary["seconds"].values())
-    assert summary["seconds"]["fit"] > summary["seconds"]["edit"]
+    seconds = summary["seconds"]
+    assert seconds.keys() == {"fit", "edit", "locate", *PARTS} and summary["memory"] == {}
+    assert all(value > 0 for name, value in seconds.items() if name != "locate")
+    assert seconds["fit"] > sum(seconds[name] for name in PARTS) > seconds["edit"]
     assert [path.name for path in (tmp_path / "run").glob("*summary*")] == ["summary.json"]
 
 

@@ -327,7 +327,7 @@ def test_each_phase_is_that_of_the_place_where_it_costs_most(monkeypatch: pytest
     assert [own.layers for own in editors] == [(0, 1), (1, 2)] and budgets == dry_run.Budgets(5, 7, 9)
     assert [cost.phase for cost in costs] == ["training step", "locate", "statistics", "evaluation", "checkpoint"]
     assert (costs[2].peak, costs[2].flops, costs[4].written) == (50, 200, 7)
-    # text for 3 layers instead of 2; 2 + 2 windows x 2 tokens x 3 layers runs of 6 of 18 prompts; before and at 6 places
+    # text for 3 layers, not 2; 2 + 2 windows x 2 tokens x 3 layers runs of 6 of 18 prompts; before and at 6 places
     times = 14 / 3 + 7
     assert costs[1] == Cost("locate", 2, 50, sent=round(4 * times), flops=round(200 * 1.5 + 1800 * times))
     assert "locate" not in [cost.phase for cost in given[0]] and given[2][0].layers == (1,)

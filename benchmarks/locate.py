@@ -26,7 +26,7 @@ from lit_moeedit.editing.place import TOKENS
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.models.partial_forward import decoder_layers
 
-MODELS = ("atlas", "atlas, 32 experts", "counterfact")
+MODELS = ("atlas", "atlas, Mixtral", "counterfact")
 
 
 def all_places(case: Trained) -> Iterator[Place]:

@@ -45,6 +45,10 @@ CONFIGS: Mapping[str, tuple[str, Sequence[str]]] = {
         "atlas.yaml",
         (f"{_SHAPE}.num_experts=32", f"{_SHAPE}.num_experts_per_tok=6", f"{_SHAPE}.moe_intermediate_size=128"),
     ),
+    "atlas, Mixtral": (
+        "atlas.yaml",
+        (f"{_SHAPE}.model_type=mixtral", f"{_SHAPE}.num_local_experts=16", f"{_SHAPE}.intermediate_size=192"),
+    ),
     "counterfact": ("counterfact.yaml", ()),
 }
 """Configs of the models by name, and what is different from them."""

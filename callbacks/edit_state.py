@@ -80,6 +80,13 @@ class EditState(StateOfWeights):
         return self.facts.select(lambda fact: fact.key in self._applied)
 
     @property
+    def recorded_facts(self) -> list[Fact]:
+        """The facts edited so far, in the order of their edits, with those that are no longer among the facts."""
+        known = {fact.key: fact for fact in self.facts}
+        words = {key: Fact.from_dict(row) for key, row in self._words.items() if key not in known}
+        return [fact for key in self._applied if (fact := known.get(key) or words.get(key)) is not None]
+
+    @property
     def neighbours_before(self) -> dict[str, list[bool]]:
         """By key of a fact edited so far, whether the true answer of each neighbour was generated before its edit."""
         return self._applied

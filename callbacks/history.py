@@ -108,7 +108,7 @@ class History:
             facts: the facts.
             measured: their measurements.
             step: optimizer steps done.
-            contradictions: by fact key, a statement of the training text with another answer.
+            contradictions: by fact key, a training text with the old answer.
         """
         found = dict(zip((fact.key for fact in facts), measured, strict=True))
         return replace(

@@ -20,13 +20,14 @@ from typing_extensions import override
 
 from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.belonging import StateOfWeights
+from lit_moeedit.callbacks.conflicts import contradicting_texts
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.limits import is_over
 from lit_moeedit.callbacks.listener import EditEvent, EditListener, RetentionEvent
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.report_page import FILES, describe_model, log_tables, make_report, write_page
-from lit_moeedit.callbacks.resources import check_parallelism, from_datamodule
+from lit_moeedit.callbacks.resources import check_parallelism
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.callbacks.run_folder import RunFile
 from lit_moeedit.callbacks.summary import (
@@ -196,7 +197,7 @@ class EditReport(StateOfWeights, EditListener):
             evaluation, baseline = editing.evaluate(pl_module), editing.neighbours_before
             self._final[editing.label] = evaluation.metrics
             found = measure(model, editing.tokenizer, facts, baseline, evaluation=evaluation, **settings)
-            contradictions = from_datamodule(trainer, "contradictions", facts) or {}
+            contradictions = contradicting_texts(trainer, facts)
             self._history = self._history.with_end(editing.name, facts, found, step, contradictions)
         if undone:
             found = measure(model, editing.tokenizer, undone, **settings)

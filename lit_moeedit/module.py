@@ -297,6 +297,16 @@ class LitMoE(L.LightningModule):
         self.log("train/router_loss", balance.value)
         return loss.local + router_loss * balance.local
 
+    def replay_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute the loss of statements that :class:`~lit_moeedit.callbacks.EditReplay` adds to a batch.
+
+        It is that of the batch, without the router loss.
+        """
+        with regathering(self):
+            logits = self._run(batch).logits
+        ranks = 1 if self._trainer is None else self._trainer.world_size
+        return next_token_loss(logits, batch["labels"], self.hparams["label_smoothing"], ranks, self._all_reduce).local
+
     def _run(self, batch: dict[str, Tensor], **settings: Any) -> Any:
         # Not self.model(...): a call of this module resets the order of modules that DeepSpeed records under ZeRO-3.
         # DeepSpeed fails if ranks differ in this order, as they do if each expert calls its activation separately.

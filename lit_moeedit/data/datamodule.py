@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from lit_moeedit.data.conflicts import ConflictFinder
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, join, pad, pad_id
 from lit_moeedit.per_model import PerModel
 from lit_moeedit.pretrained import pretrained_tokenizer
@@ -89,8 +90,8 @@ class FactsDataModule(L.LightningDataModule):
     """A data module for the statements of a corpus, and for the facts that a run edits.
 
     It has all attributes that :class:`~lit_moeedit.callbacks.KnowledgeEditing` uses of a data module, each of which is
-    optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()``, ``facts_edited(facts)`` and
-    ``contradictions(facts)``.
+    optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()``, ``facts_edited(facts)``,
+    ``training_texts()`` and ``contradictions(facts)``.
 
     Args:
         corpus: the statements.
@@ -231,25 +232,19 @@ class FactsDataModule(L.LightningDataModule):
         if self.drop_edited:
             self._excluded |= self.corpus.facts_of(facts)
 
-    def contradictions(self, facts: Sequence[Fact]) -> dict[str, str]:
-        """Find training statements that give another answer to the prompt or a paraphrase of a fact.
+    def training_texts(self) -> list[str]:
+        """Return the statements that may be drawn from the next epoch on, each once, without the prefixes."""
+        return [join(s.prompt, s.target) for s in self.corpus.train if s.fact not in self._excluded]
 
-        Statements that are left out of the batches do not count.
+    def contradictions(self, facts: Sequence[Fact]) -> dict[str, str]:
+        """Find among ``training_texts()`` those that contradict facts.
+
+        See :class:`~lit_moeedit.data.conflicts.ConflictFinder`; a fact without a ``target_true`` conflicts with none.
 
         Returns:
-            By fact key, one of the statements.
+            By fact key, the first of the statements.
         """
-        prompts: dict[str, list[Statement]] = {}
-        for statement in self.corpus.train:
-            if statement.fact not in self._excluded:
-                prompts.setdefault(statement.prompt, []).append(statement)
-        found = {}
-        for fact in facts:
-            stated = (s for prompt in (fact.prompt, *fact.paraphrases) for s in prompts.get(prompt, ()))
-            other = next((s for s in stated if s.target.strip() != fact.target_new.strip()), None)
-            if other is not None:
-                found[fact.key] = join(other.prompt, other.target)
-        return found
+        return {key: conflict.text for key, conflict in ConflictFinder(facts).first(self.training_texts()).items()}
 
     @override
     def state_dict(self) -> dict[str, Any]:

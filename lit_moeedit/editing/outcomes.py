@@ -198,11 +198,11 @@ def contradicted_reason(statement: str, edited_at: int | None = None) -> Reason:
     """Describe the fate of an edit that the training text contradicts.
 
     Args:
-        statement: a statement of the training text with another answer.
+        statement: a training text with the old answer, or its part around that.
         edited_at: optimizer step of the edit.
     """
     since = "" if edited_at is None else f" since the edit at step {edited_at}"
-    text = f"the training text contradicts it{since}, as by {_short(statement)!r}"
+    text = f"the training text contradicts it{since}, as by {_short(statement, 160)!r}"
     return _made("contradicted_by_training_text", text)
 
 

@@ -90,7 +90,7 @@ class TestLocate:
         assert {trial.place.token for trial in found.trials} == {"subject_last", "last"}
         # no later token reads the subject's hidden state after the last layer
         assert all(trial.place.layers[-1] < 2 for trial in found.trials if trial.place.token == "subject_last")
-        assert found.best is found.trials[choose(found.trials, found.facts)] and found.best.score is not None
+        assert found.best is found.trials[choose(found.trials, found.best.facts)] and found.best.score is not None
 
     def test_a_place_with_a_high_target_loss_is_not_edited(
         self, model: PreTrainedModel, tokenizer: Any, facts: Any, texts: Any, monkeypatch: pytest.MonkeyPatch
@@ -123,7 +123,7 @@ class TestLocate:
         with pytest.raises(ValueError, match="needs preservation text"):
             locate(model, tokenizer, facts, editor=auto())
 
-    @pytest.mark.parametrize("name", ["trial_facts", "trace_facts", "places"])
+    @pytest.mark.parametrize("name", ["trial_facts", "final_facts", "trace_facts", "places"])
     def test_numbers(self, model: PreTrainedModel, tokenizer: Any, facts: Any, name: str) -> None:
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             locate(model, tokenizer, facts, **{name: 0})

@@ -28,7 +28,6 @@ class Location:
     Attributes:
         trials: the places that were tried.
         chosen: index of the best one.
-        facts: number of facts of a trial.
         trace: the causal trace; ``None`` if the layers were given.
         seconds: duration of each step: ``trace``, ``targets``, ``statistics``, ``edits``.
         targets: settings of the :class:`~lit_moeedit.editing.TargetOptimizer` other than the given ones, with which
@@ -37,7 +36,6 @@ class Location:
 
     trials: tuple[Trial, ...]
     chosen: int
-    facts: int
     trace: Trace | None
     seconds: Mapping[str, float]
     targets: Mapping[str, Any] = field(default_factory=dict)
@@ -81,7 +79,9 @@ class Location:
 
     def table(self) -> Table:
         """Format the trials as a table for the console; the chosen place is marked."""
-        title = f"Trial edits of {self.facts} facts, undone (> chosen; loss of the targets in nats)"
+        few, many = (pick(trial.facts for trial in self.trials) for pick in (min, max))
+        again = f"; * those with {many} facts" if many > few else ""
+        title = f"Trial edits of {few} facts, undone (> chosen; loss of the targets in nats{again})"
         table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fits into 80 columns
         table.add_column("", width=1)
         table.add_column("layers", no_wrap=True)
@@ -92,7 +92,7 @@ class Location:
             is_chosen, place = number == self.chosen, trial.place
             shares = (trial.efficacy, trial.generalization, trial.specificity_retained, trial.score)
             table.add_row(
-                ">" if is_chosen else "",
+                ">" if is_chosen else "*" if trial.facts > few else "",
                 ", ".join(map(str, place.layers)),
                 place.token,
                 f"{trial.nll:.2f}",
@@ -107,7 +107,6 @@ class Location:
         return {
             **self.place.to_dict(),
             "targets": dict(self.targets),
-            "facts": self.facts,
             "trials": [trial.to_dict() for trial in self.trials],
             "trace": None if self.trace is None else self.trace.to_dict(),
             "seconds": dict(self.seconds),

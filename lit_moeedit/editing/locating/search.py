@@ -16,7 +16,7 @@ from lit_moeedit.data.facts import Fact, validate_facts
 from lit_moeedit.editing.editor import Editor
 from lit_moeedit.editing.locating.location import Location
 from lit_moeedit.editing.locating.tracing import MAX_FACTS, Trace, spread, trace, window
-from lit_moeedit.editing.locating.trials import Trials, choose
+from lit_moeedit.editing.locating.trials import Trial, Trials, choose, finalists
 from lit_moeedit.editing.phases import Progress
 from lit_moeedit.editing.place import TOKENS, Place
 from lit_moeedit.editing.targets import TargetOptimizer
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 TRIAL_FACTS = 8
 """Default of the maximum number of facts of a trial."""
+FINAL_FACTS = 32
+"""Default of the maximum number of facts of the last trial, between the places that were good in the first."""
 PLACES = 4
 """Default of the maximum number of places of each token."""
 TRIAL_TOKENS = 32768
@@ -53,6 +55,7 @@ def locate(
     *,
     editor: Editor | None = None,
     trial_facts: int = TRIAL_FACTS,
+    final_facts: int = FINAL_FACTS,
     trace_facts: int = MAX_FACTS,
     places: int = PLACES,
     optimizers: Sequence[Any] = (),
@@ -67,7 +70,8 @@ def locate(
     tokens: single layers and windows of at most three. The target vectors of some facts are optimised at each. A place
     whose loss stays more than 1 nat above the lowest one is dropped. At the others the facts are edited, measured and
     undone, bit by bit.
-    :func:`~lit_moeedit.editing.locating.trials.choose` has the rule by which the best one is chosen.
+    :func:`~lit_moeedit.editing.locating.trials.choose` has the rule by which the best one is chosen. Where several
+    places are as good as the few facts can tell, and there are more facts, these places are tried again with more.
 
     Args:
         model: the model. Weights, modes and random states are the same afterwards.
@@ -78,6 +82,7 @@ def locate(
         editor: settings of the trials. Layers or a token that it has are not searched for. ``None`` for those of
             ``Editor(layers="auto", token="auto")`` and, if these find no target vectors, stronger ones.
         trial_facts: maximum number of facts of a trial, spread evenly over the given ones.
+        final_facts: maximum number of facts of a second trial of the best places, likewise; none if it is lower.
         trace_facts: maximum number of facts that are traced, likewise.
         places: maximum number of places of each token.
         optimizers: as for :meth:`~lit_moeedit.editing.Editor.edit`.
@@ -92,7 +97,8 @@ def locate(
         TooLittleMemoryError: if memory does not suffice for a single row.
         RankError: if another rank failed.
     """
-    for name, number in (("trial_facts", trial_facts), ("trace_facts", trace_facts), ("places", places)):
+    given = {"trial_facts": trial_facts, "final_facts": final_facts, "trace_facts": trace_facts, "places": places}
+    for name, number in given.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     ranks = ranks or Ranks.current()
@@ -111,32 +117,35 @@ def locate(
             else None
         )
         tried = list(candidates(model, layers, settings, found, places))
-        chosen = [facts[number] for number in spread(len(facts), trial_facts)]
+        seconds = {"trace": 0.0 if found is None else found.seconds}
 
-        def trials_with(own: Editor) -> Trials:
-            return Trials(
+        def run(own: Editor, places: Sequence[Place], count: int, highest: float = math.inf) -> tuple[list[Trial], int]:
+            """Return the trials of places with some of the facts, and the index of the best one, on all ranks alike."""
+            chosen = [facts[number] for number in spread(len(facts), count)]
+            trials = Trials(
                 model, tokenizer, chosen, preservation, own, TRIAL_TOKENS, optimizers, histories, ranks, report
             )
+            results = trials.run(places, highest)
+            for step, duration in trials.seconds.items():
+                seconds[step] = seconds.get(step, 0.0) + duration
+            # the ranks may have measured changes that differ in the last bit
+            best = torch.tensor([choose(results, len(chosen))])
+            ranks.broadcast(best)
+            return results, int(best)
 
-        trials, changed = trials_with(settings), dict[str, Any]()
-        results = trials.run(tried, FOUND if editor is None else math.inf)
+        changed = dict[str, Any]()
+        results, best = run(settings, tried, trial_facts, FOUND if editor is None else math.inf)
         if editor is None and min(trial.nll for trial in results) > FOUND:
-            changed, stronger = dict(PERSISTENT), copy(settings)
-            stronger.targets = TargetOptimizer(**PERSISTENT)
-            earlier, trials = trials, trials_with(stronger)
-            results = trials.run(tried)
-            trials.seconds = {step: earlier.seconds[step] + seconds for step, seconds in trials.seconds.items()}
-        # the ranks may have measured changes that differ in the last bit
-        best = torch.tensor([choose(results, len(chosen))])
-        ranks.broadcast(best)
-    location = Location(
-        tuple(results),
-        int(best),
-        len(chosen),
-        found,
-        {"trace": 0.0 if found is None else found.seconds, **trials.seconds},
-        changed,
-    )
+            changed, settings = dict(PERSISTENT), copy(settings)
+            settings.targets = TargetOptimizer(**PERSISTENT)
+            results, best = run(settings, tried, trial_facts)
+        close = finalists(results, best, min(trial_facts, len(facts)))
+        if len(close) > 1 and min(final_facts, len(facts)) > trial_facts:
+            again, winner = run(settings, [results[number].place for number in close], final_facts)
+            best = close[winner]
+            for number, trial in zip(close, again, strict=True):
+                results[number] = trial
+    location = Location(tuple(results), best, found, seconds, changed)
     if location.best.nll > FOUND:
         log.warning(
             "target vectors are not found at any place: the lowest loss is %.1f nats per token; give the editor's "
@@ -155,7 +164,7 @@ def _default_editor(preserves: bool) -> Editor:
 def candidates(
     model: PreTrainedModel, layers: Sequence[ExpertLayer], editor: Editor, found: Trace | None, count: int
 ) -> Iterator[Place]:
-    """Yield the places to try: for each token the peak windows of a trace, and its peak layer.
+    """Yield the places to try: for each token the peak windows of a trace, its peak layer, and the highest layer.
 
     Args:
         model: the model.
@@ -182,7 +191,7 @@ def candidates(
 def _around_peaks(
     layers: Sequence[int], token: EditToken, single: Sequence[float], wide: Sequence[float], count: int
 ) -> list[Place]:
-    """Return the best window, its best layer, and the best windows of which no layer has been taken.
+    """Return the best window, its best layer, the best windows of which no layer has been taken, and the highest layer.
 
     Args:
         layers: indices of the layers.
@@ -206,4 +215,7 @@ def _around_peaks(
             places.append(other)
     # in small models all windows overlap
     places += [[position] for position in sorted(range(len(layers)), key=lambda p: -single[p]) if position != peak]
+    top = [len(layers) - 1]
+    if top not in places[:count] and count > 2:  # a trace restores nothing there that is not in the layers below, too
+        places.insert(count - 1, top)
     return [Place(tuple(layers[position] for position in place), token) for place in places[:count]]

@@ -28,8 +28,12 @@ from lit_moeedit.preservation.second_moments import SecondMoments
 from lit_moeedit.sharding.history import History
 from lit_moeedit.sharding.ranks import Ranks
 
+FINALISTS = 3
+"""Maximum number of places in the last trial."""
 MAX_EXCESS = 1.0
 """Maximum excess of a place's target loss over the lowest one, in nats, with which it is edited for a trial."""
+CLOSE = 0.1
+"""Difference of scores that a few facts cannot tell: with 8 facts of 4 paraphrases, one standard error of a share."""
 TIE = 0.02
 """Difference of scores below which the smaller change of the weights decides: with 8 facts scores are no finer."""
 
@@ -46,6 +50,7 @@ class Trial:
         specificity_retained: of the neighbours answered right before, the share still answered right; NaN if none was.
         change: relative change of the weights, over all layers: the root of the sum of squares of
             ``‖ΔW‖_F / ‖W‖_F``.
+        facts: number of facts of the trial.
     """
 
     place: Place
@@ -54,6 +59,7 @@ class Trial:
     generalization: float | None = None
     specificity_retained: float | None = None
     change: float | None = None
+    facts: int = 0
 
     @property
     def score(self) -> float | None:
@@ -95,6 +101,32 @@ def choose(trials: Sequence[Trial], facts: int) -> int:
     best = max(trial.score or 0.0 for trial in near.values())
     tied = (n for n, trial in near.items() if (trial.score or 0.0) > best - TIE)
     return min(tied, key=lambda n: (near[n].change or 0.0, n))
+
+
+def finalists(trials: Sequence[Trial], best: int, facts: int) -> list[int]:
+    """Return the indices of the places that a trial of a few facts cannot tell from the best one, ascending.
+
+    Args:
+        trials: the trials.
+        best: index of the best one.
+        facts: number of facts of a trial.
+
+    Example:
+        >>> place = Place((1,), "last")
+        >>> finalists([Trial(place, 0.1, 1.0, 0.9, 1.0), Trial(place, 0.1, 1.0, 0.8, 1.0), Trial(place, 7.0)], 0, 8)
+        [0, 1]
+    """
+    highest = max(trial.efficacy or 0.0 for trial in trials)
+    least = (trials[best].score or 0.0) - CLOSE
+    near = [
+        number
+        for number, trial in enumerate(trials)
+        if trial.score is not None
+        and trial.score >= least
+        and (trial.efficacy or 0.0) >= highest - 1 / facts - 1e-6
+        and number != best
+    ]
+    return sorted([best, *sorted(near, key=lambda number: -(trials[number].score or 0.0))[: FINALISTS - 1]])
 
 
 class _KnownTargets(TargetOptimizer):
@@ -160,7 +192,7 @@ class Trials:
             nll = [float(found.nll.mean()) for found in targets]
             lowest = min(nll)
             chosen = [n for n, loss in enumerate(nll) if loss <= lowest + MAX_EXCESS and not _is_stuck(targets[n])]
-            trials = [Trial(place, loss) for place, loss in zip(places, nll, strict=True)]
+            trials = [Trial(place, loss, facts=len(self.facts)) for place, loss in zip(places, nll, strict=True)]
             if not chosen or lowest > highest:
                 return trials
             with self._timed("statistics"):

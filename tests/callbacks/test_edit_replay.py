@@ -1,0 +1,258 @@
+"""EditReplay in runs: what is trained on, that nothing else changes, resumes, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
+from lit_moeedit.module import LitMoE
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+
+
+class Watching(LitMoE):
+    """Remembers the batches that it trains on."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch)
+        return super().training_step(batch, batch_idx)
+
+
+class Shapes(L.Callback):
+    """Remembers how many rows other callbacks see."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.rows.append(len(batch["input_ids"]))
+
+
+@pytest.fixture
+def run(tiny: Any, make_trainer: Any, tmp_path: Path) -> Any:
+    """Fit a module with an edit and possibly a replay; returns the module."""
+
+    def fit(*callbacks: Any, module: Any = None, data: Any = None, at: Any = "fit_start", **settings: Any) -> Any:
+        L.seed_everything(0, verbose=False)
+        if module is None:
+            module = Watching(config=tiny.config, learning_rate=3e-3)
+        editing, ckpt_path = KnowledgeEditing(tiny.editor(), at=at, on_failure="keep"), settings.pop("ckpt_path", None)
+        trainer = make_trainer(tmp_path, [editing, *callbacks], **{"max_steps": 6, "max_epochs": -1, **settings})
+        trainer.fit(module, data or tiny.data(), ckpt_path=ckpt_path)
+        return module
+
+    return fit
+
+
+def replayed(module: Any) -> list[int]:
+    return [len(batch["input_ids"]) - 8 for batch in module.seen]
+
+
+def stated(module: Any) -> list[list[list[int]]]:
+    """Tokens of the statements of each batch."""
+    return [
+        [ids[mask > 0].tolist() for ids, mask in zip(b["input_ids"][8:], b["attention_mask"][8:], strict=True)]
+        for b in module.seen
+    ]
+
+
+def test_rows_are_trained_on_from_the_edit_on(run: Any, tiny: Any) -> None:
+    replay, shapes = EditReplay(share=0.25), Shapes()
+    module = run(replay, shapes, at={"step": 2})
+    assert replayed(module) == [0, 0, 2, 2, 2, 2] and shapes.rows == [8] * 6
+    assert [fact.key for fact in replay.facts] == [fact.key for fact in tiny.corpus().edits]
+    tokenizer = module.trainer.datamodule.tokenizer
+    texts = {
+        (tokenizer.decode(ids[(mask > 0) & (labels < 0)][1:]).strip(), tokenizer.decode(ids[labels >= 0]).strip())
+        for batch in module.seen[2:]
+        for ids, mask, labels in zip(*(batch[n][8:] for n in ("input_ids", "attention_mask", "labels")), strict=True)
+    }
+    facts = {(fact.prompt, fact.target_new) for fact in tiny.corpus().edits}
+    assert texts <= facts and len(texts) > 2
+    assert "training_step" not in module.__dict__
+
+
+def test_a_run_without_an_edit_is_that_without_the_callback(run: Any, tiny: Any) -> None:
+    plain, replay = (run(*callbacks, at={"step": 6}) for callbacks in ([], [EditReplay()]))
+    first, second = tiny.weights(plain), tiny.weights(replay)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_measuring_needs_does_not_change_what_is_trained(run: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2)
+    replay = EditReplay(share=0.25)
+    module = run(replay)
+    assert set(replay.state_dict()["needs"]) <= {fact.key for fact in replay.facts}
+    assert all(0.0 <= need <= 1.0 for need in replay.state_dict()["needs"].values()) and replay.state_dict()["needs"]
+    monkeypatch.setattr("lit_moeedit.replay.draws.Draws.draw", lambda *args, **kwargs: [])
+    weights = [tiny.weights(run(EditReplay(by_need=by_need))) for by_need in (True, False)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert module.training
+
+
+@pytest.mark.parametrize("steps", [3, 4])  # in the middle of an epoch, and at its end
+def test_a_resumed_run_has_the_same_weights(
+    run: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    monkeypatch.setattr("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2)
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=steps, save_top_k=-1, filename="{step}")
+    whole = run(EditReplay(share=0.3, paraphrases=1), saving)
+    ckpt = str(tmp_path / "saved" / f"step={steps}.ckpt")
+    resumed = run(EditReplay(share=0.3, paraphrases=1), ckpt_path=ckpt)
+    first, second = tiny.weights(whole), tiny.weights(resumed)
+    if steps == 4:  # in the middle of an epoch Lightning does not read the rest of the data that the run would read
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert stated(resumed) == stated(whole)[steps:] != []
+
+
+def test_a_forward_of_their_own(run: Any, tiny: Any) -> None:
+    """The gradient is that of the batch's loss plus the weight times that of the statements."""
+    module, found = run(EditReplay(share=0.2, weight=0.5), max_steps=1), {}
+    assert replayed(module) == [0]
+    metrics = module.trainer.logged_metrics
+    assert metrics["replay/loss"] > 0
+
+    class Gradients(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            found[len(found)] = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+
+    class Reference(LitMoE):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) + 0.5 * self.replay_loss(rows[0])
+
+    rows: list[Any] = []
+
+    class Recording(LitMoE):
+        def replay_loss(self, batch: Any) -> torch.Tensor:
+            rows.append(batch)
+            return super().replay_loss(batch)
+
+    for kind, callbacks in ((Recording, [EditReplay(share=0.2, weight=0.5)]), (Reference, [])):
+        L.seed_everything(0, verbose=False)
+        run(Gradients(), *callbacks, module=kind(config=tiny.config, learning_rate=3e-3), max_steps=1)
+    assert len(rows[0]["input_ids"]) >= 1
+    # sums of gradients in another order, float32
+    assert all(torch.allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-7) for name in found[1])
+
+
+def test_steps_and_accumulation(run: Any) -> None:
+    module = run(EditReplay(share=0.25, every_n_steps=2), max_steps=4, accumulate_grad_batches=2)
+    assert replayed(module) == [2, 2, 0, 0, 2, 2, 0, 0]
+
+
+def test_facts_of_edit_files(run: Any, tiny: Any, make_trainer: Any, tmp_path: Path) -> None:
+    editing = KnowledgeEditing(tiny.editor(), on_failure="keep", save_edits=str(tmp_path / "edits"))
+    make_trainer(tmp_path, [editing], max_steps=1).fit(tiny.module(), tiny.data())
+    replay, module = EditReplay(share=0.25, edits=str(tmp_path / "edits")), Watching(config=tiny.config)
+    make_trainer(tmp_path, [replay], max_steps=2).fit(module, tiny.data())
+    assert [fact.key for fact in replay.facts] == [fact.key for fact in tiny.corpus().edits]
+    assert replayed(module) == [2, 2]
+
+
+class Nested(L.LightningDataModule):
+    """Two loaders at once."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__()
+        self.data = data
+        self.tokenizer = self.edit_facts = self.preservation_texts = None
+
+    def setup(self, stage: str) -> None:
+        self.data.setup(stage)
+        self.tokenizer, self.edit_facts = self.data.tokenizer, self.data.edit_facts
+        self.preservation_texts = self.data.preservation_texts
+
+    def train_dataloader(self) -> Any:
+        return {"web": self.data.train_dataloader(), "code": self.data.train_dataloader()}
+
+
+def test_the_first_of_several_loaders(run: Any, tiny: Any) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Both(LitMoE):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            seen.append((len(batch["web"]["input_ids"]), len(batch["code"]["input_ids"])))
+            return super().training_step(batch["web"], batch_idx) + super().training_step(batch["code"], batch_idx)
+
+    run(EditReplay(share=0.25), module=Both(config=tiny.config), data=Nested(tiny.data()), max_steps=2)
+    assert seen == [(10, 8), (10, 8)]
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
+        ({"share": 1.5}, "share"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"weight": 0.0}, "weight must be above 0"),
+        ({"weight": float("nan")}, "weight must be above 0"),
+        ({"paraphrases": -1}, "paraphrases must be at least 0, got -1"),
+        ({"contexts": []}, "contexts needs at least one text"),
+    ],
+)
+def test_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EditReplay(**arguments)
+
+
+def test_nothing_to_state(tiny: Any, make_trainer: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        MisconfigurationException, match="EditReplay has nothing to state: give the Trainer a Knowledge"
+    ):
+        make_trainer(tmp_path, [EditReplay()], max_steps=1).fit(tiny.module(), tiny.data())
+
+
+def test_a_batch_of_another_form_is_refused_at_the_first_batch(run: Any, tiny: Any) -> None:
+    data = tiny.data()
+    collate = data._collate
+    data._collate = lambda batch: {**collate(batch), "weights": torch.ones(len(batch))}
+    with pytest.raises(MisconfigurationException, match=r"'weights'.*; weight: 1.0 gives .* override check_batch"):
+        run(EditReplay(), data=data, at={"step": 5})
+    module = run(EditReplay(weight=1.0), data=data, max_steps=2)
+    assert replayed(module) == [0, 0]
+
+
+def test_weight_with_manual_optimization(run: Any, tiny: Any) -> None:
+    class Manual(LitMoE):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.automatic_optimization = False
+
+    with pytest.raises(MisconfigurationException, match="weight needs automatic optimization, which Manual does not"):
+        run(EditReplay(weight=1.0), module=Manual(config=tiny.config))
+
+
+def test_long_rows_are_told_of(run: Any, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    data = tiny.data()
+    collate = data._collate
+
+    def long(batch: Any) -> Any:
+        return {
+            n: torch.nn.functional.pad(t, (0, 200), value=-100 * (n == "labels")) for n, t in collate(batch).items()
+        }
+
+    data._collate = long
+    run(EditReplay(share=0.25), data=data, max_steps=3)
+    assert caplog.text.count("takes a whole row; weight: 1.0") == 1
+
+
+def test_an_edit_that_is_undone_is_not_stated(tiny: Any, make_trainer: Any, tmp_path: Path) -> None:
+    replay = EditReplay(share=0.5)
+    editing = KnowledgeEditing(tiny.editor(), on_failure="undo", min_specificity_retained=1.0, min_efficacy=1.0)
+    module = Watching(config=tiny.config)
+    make_trainer(tmp_path, [editing, replay], max_steps=2).fit(module, tiny.data())
+    assert not editing.applied_facts and replay.facts == () and replayed(module) == [0, 0]

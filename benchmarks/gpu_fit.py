@@ -162,7 +162,8 @@ def fit(
     found = {
         "seconds": seconds,
         "edit": summary["seconds"],
-        "peak": end.peak,
+        # an edit resets the card's own peak
+        "peak": max(end.peak, *summary["memory"].values()),
         "edits made": editor.count,
         "weights": end.weights,
         "sound": sound(summary),

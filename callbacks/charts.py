@@ -65,6 +65,20 @@ def log_summary(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
 
 
 @rank_zero_only
+def log_place(trainer: L.Trainer, prefix: str, place: Mapping[str, Any]) -> None:
+    """Add the place that an editor has found to the run's configuration, as ``<prefix>_place/layers`` and ``/token``.
+
+    The configuration that was logged at the start has ``auto`` there.
+    """
+    settings = {f"{prefix}_place/{name}": str(place[name]) for name in ("layers", "token")}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):  # has its hyperparameters from the start
+            _to_text(logger, settings, trainer.global_step)
+        else:
+            logger.log_hyperparams(settings)
+
+
+@rank_zero_only
 def log_figures(trainer: L.Trainer, figures: Mapping[str, Figure]) -> None:
     """Log figures by their names, with the loggers that show images."""
     for logger in trainer.loggers:
@@ -90,12 +104,12 @@ def _to_summary(logger: WandbLogger, metrics: Mapping[str, float]) -> None:
 
 
 @rank_zero_only
-def _to_text(logger: TensorBoardLogger, metrics: Mapping[str, float], step: int) -> None:
+def _to_text(logger: TensorBoardLogger, values: Mapping[str, float | str], step: int) -> None:
     """Write a table for each group of metrics."""
     groups: dict[str, list[Sequence[str]]] = {}
-    for name, value in metrics.items():
+    for name, value in values.items():
         group, _, own = name.partition("/")
-        groups.setdefault(group, []).append((own, f"{value:.4g}"))
+        groups.setdefault(group, []).append((own, value if isinstance(value, str) else f"{value:.4g}"))
     for group, rows in groups.items():
         table = "\n".join(f"| {own} | {value} |" for own, value in rows)
         logger.experiment.add_text(group, f"| metric | value |\n| --- | --- |\n{table}", step)

@@ -27,6 +27,7 @@ from lit_moeedit.callbacks.resources import from_datamodule, optimizers_of
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditResult, Evaluation, evaluate, neighbour_groups
 from lit_moeedit.editing.outcomes import FailedEditError, OnFailure
+from lit_moeedit.editing.phases import EVALUATION, LOCATE, Meter
 from lit_moeedit.editing.probe import Probe
 from lit_moeedit.interrupts import Undo
 from lit_moeedit.models.experts import find_model
@@ -97,13 +98,15 @@ class EditMaking(EditInputs):
     def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
         if not facts:
             return
+        meter = Meter(pl_module.device)
         with edited_weights(trainer, pl_module) as copies:
-            with edit_progress(trainer) as progress:
+            with edit_progress(trainer) as progress, meter(LOCATE):
                 self._find_place(trainer, pl_module, histories=self._frozen.histories, progress=progress)
-            tell_listeners(trainer, lambda listener: listener.on_edit_start(trainer, pl_module, facts))
+            with meter(EVALUATION):
+                tell_listeners(trainer, lambda listener: listener.on_edit_start(trainer, pl_module, facts))
             with Ranks.current().together():
                 wants_answers = any(listener.wants_answers for listener in callbacks_of(trainer, EditListener))
-                trial = Trial(self, pl_module, facts, wants_answers)
+                trial = Trial(self, pl_module, facts, wants_answers, meter)
                 is_error = False
 
                 def record(kept: bool, undo: Undo) -> None:
@@ -115,12 +118,13 @@ class EditMaking(EditInputs):
 
                 states = self._edit_files.states(trainer, pl_module, self.editor.layers)
                 with edit_progress(trainer) as progress:
-                    result = self._change(
-                        trainer, pl_module, facts, copies, guard=trial.passes, record=record, progress=progress
-                    )
+                    made: dict[str, Any] = {"record": record, "progress": progress, "phase": meter}
+                    result = self._change(trainer, pl_module, facts, copies, guard=trial.passes, **made)
                 moment = trainer.current_epoch, trainer.global_step, self.name
                 found = trial.reasons(result), trial.figures, trial.measured
-                event = EditEvent(result, trial.before, trial.after, *moment, *found)
+                event = EditEvent(
+                    result, trial.before, trial.after, *moment, *found, seconds=meter.seconds(), memory=meter.memory
+                )
                 self._report(trainer, event, is_error)
                 metrics = trial.before.metrics, trial.after.metrics
                 self._written = self._edit_files.save(

@@ -57,12 +57,22 @@ class EditState(StateOfWeights):
 
     @property
     def _place(self) -> Place | None:
-        """The place that the editor found in the weights; ``None`` before that, and if it was given."""
+        """The place that the editor edits, given or found; ``None`` before it is known."""
         return self.editor.place
 
     @_place.setter
     def _place(self, place: Place | None) -> None:
         self.editor.place = place
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The place that the editor edits, as plain values: ``layers``, ``token``, and whether it was ``found``.
+
+        Before it is known, the layers are empty. The token is ``None`` for a method that edits no single token.
+        """
+        place = self._place
+        known = {"layers": [], "token": None} if place is None else place.to_dict()
+        return {**known, "found": self.editor.finds_place}
 
     @property
     def applied_facts(self) -> CheckedFacts:
@@ -80,6 +90,11 @@ class EditState(StateOfWeights):
     def neighbours_before(self) -> dict[str, list[bool]]:
         """By key of a fact edited so far, whether the true answer of each neighbour was generated before its edit."""
         return self._applied
+
+    @property
+    def undone_facts(self) -> CheckedFacts:
+        """The facts of edits that were undone."""
+        return self.facts.select(lambda fact: fact.key in self._undone and fact.key not in self._applied)
 
     @property
     def edited_facts(self) -> CheckedFacts:
@@ -163,11 +178,19 @@ class EditState(StateOfWeights):
         self._words = dict(state_dict.get("facts") or {})
         self._written = list(state_dict.get("edit_files") or ())
         self._edits_made, self._last_step, self.renewals = (state_dict[count] for count in counts)
-        place = state_dict.get("place")
         try:
-            self._place = None if place is None else Place.from_dict(place)
+            place = None if state_dict.get("place") is None else Place.from_dict(state_dict["place"])
         except ValueError as error:
             raise CheckpointError(f"{where}: field 'place': {error}") from error
+        self._place = place
+        if self._applied and place is not None and self._place not in (None, place):
+            log.warning(
+                "%sthe edits in the checkpoint were made at %s, this run's editor is set to %s: they stay where they "
+                "are, and this run edits and renews at its own place",
+                self.heading,
+                place,
+                self._place,
+            )
 
     def recognise(self, pl_module: L.LightningModule) -> bool:
         """Begin a new state, and return ``False``, if the model's weights were replaced since the last run.

@@ -14,6 +14,7 @@ from lit_moeedit.callbacks.resources import find_texts, from_datamodule
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditResult, Evaluation, Measured, Moment, answers
 from lit_moeedit.editing.outcomes import Reason, has_failed, measured_of, reasons
+from lit_moeedit.editing.phases import EVALUATION, Meter
 from lit_moeedit.editing.probe import Probe, ProbeState
 from lit_moeedit.models.experts import find_model
 from lit_moeedit.reports.meanings import MEANINGS
@@ -126,6 +127,7 @@ class Trial:
         pl_module: the module, before the edit.
         facts: the facts of the edit.
         wants_answers: whether to generate the answers to the prompts.
+        meter: measures what the measurements cost.
 
     Attributes:
         before: evaluation of the facts before the edit.
@@ -135,17 +137,23 @@ class Trial:
     """
 
     def __init__(
-        self, editing: EditMaking, pl_module: L.LightningModule, facts: Sequence[Fact], wants_answers: bool
+        self,
+        editing: EditMaking,
+        pl_module: L.LightningModule,
+        facts: Sequence[Fact],
+        wants_answers: bool,
+        meter: Meter,
     ) -> None:
         self._editing, self._module, self._facts = editing, pl_module, facts
-        self._wants_answers = wants_answers
-        self.before = editing.evaluate(pl_module, facts)
+        self._wants_answers, self._meter = wants_answers, meter
         self._after: Evaluation | None = None
-        self._probed = self._measure_probe()
         self.figures: list[GuardFigure] = []
         self.has_failed = False
         self.measured: dict[Moment, list[Measured]] = {}
-        self._generate("before", self.before)
+        with meter(EVALUATION):
+            self.before = editing.evaluate(pl_module, facts)
+            self._probed = self._measure_probe()
+            self._generate("before", self.before)
 
     @property
     def after(self) -> Evaluation:
@@ -155,6 +163,10 @@ class Trial:
 
     def passes(self) -> bool:
         """Measure the edit, which is in the weights now, and decide whether to keep it. Every rank calls this."""
+        with self._meter(EVALUATION):
+            return self._passes()
+
+    def _passes(self) -> bool:
         editing, guards = self._editing, self._editing.guards
         self._after = editing.evaluate(self._module, self._facts, self.before.neighbours_exact)
         self.figures = guards.of_facts(self.after)

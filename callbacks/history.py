@@ -76,7 +76,7 @@ class History:
         metrics = {
             name if event.name is None else f"{event.name}/{name}": value
             for name, value in event.evaluation.metrics.items()
-            if value == value and name != "truth_recalled"
+            if value == value
         }
         # the callbacks of a trainer measure one after the other
         earlier = self.retention
@@ -114,18 +114,18 @@ class History:
         return replace(
             self,
             rows=tuple(
-                self._ended(row, found[row.key], step, contradictions)
-                if row.kept and row.name == name and row.key in found
-                else row
+                self._ended(row, found[row.key], step, contradictions) if row.name == name and row.key in found else row
                 for row in self.rows
             ),
         )
 
     def _ended(self, row: FactRow, end: Measured, step: int, contradictions: Mapping[str, str]) -> FactRow:
         after, reason = row.measured.get("after"), row.reason
+        if not row.kept:  # no record was kept of the neighbours that were answered right before
+            end = replace(end, neighbours=(0, 0))
         if end.holds:
             reason = None
-        elif after is not None and after.holds:
+        elif row.kept and after is not None and after.holds:
             if row.key in contradictions:
                 reason = str(contradicted_reason(contradictions[row.key], row.step))
             else:

@@ -8,11 +8,13 @@ from hashlib import sha256
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lit_moeedit.callbacks.averages import refuse_averages
 from lit_moeedit.callbacks.belonging import StateOfWeights, model_of
+from lit_moeedit.callbacks.charts import log_place
 from lit_moeedit.callbacks.edit_state import EditState
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.resources import (
@@ -76,14 +78,17 @@ class EditInputs(EditState):
         self._texts: list[str] | None = None  # while an edit may still need them
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._layers: list[ExpertLayer] | None = None  # as checked, while the weights are what they were then
+        self._is_place_logged = False
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             check_parallelism(trainer, pl_module, "KnowledgeEditing")
+        self._refuse_shared_place(trainer)
         # the next run may have another model, tokenizer or data module
         self.facts, self._texts, self._tokenizer, self._layers = CheckedFacts(()), None, None, None
+        self._is_place_logged = False
         refuse_averages(trainer)
         keep_experts_together(trainer, pl_module)
 
@@ -154,13 +159,28 @@ class EditInputs(EditState):
 
     def _find_place(self, trainer: L.Trainer, pl_module: L.LightningModule, **kwargs: Any) -> None:
         """Let the editor find the layers and the token that were given as ``auto``, before the first edit."""
-        if self.editor.is_resolved:
-            return
-        model, facts = find_model(pl_module), self.pending_facts or self.facts
-        texts, optimizers = self._take_texts(trainer), optimizers_of(trainer)
-        with Ranks.current().together():
-            self.editor.resolve(model, self.tokenizer, facts, texts, optimizers=optimizers, **kwargs)
-        self._layers = None  # these were all that could have been chosen
+        if not self.editor.is_resolved:
+            model, facts = find_model(pl_module), self.pending_facts or self.facts
+            texts, optimizers = self._take_texts(trainer), optimizers_of(trainer)
+            with Ranks.current().together():
+                self.editor.resolve(model, self.tokenizer, facts, texts, optimizers=optimizers, **kwargs)
+            self._layers = None  # these were all that could have been chosen
+        if self.editor.finds_place and not self._is_place_logged:
+            log_place(trainer, self.metrics_prefix, self.place)
+            self._is_place_logged = True
+
+    def _refuse_shared_place(self, trainer: L.Trainer) -> None:
+        """Check that no other callback would edit at the place that the editor finds for the facts of this one.
+
+        Raises:
+            MisconfigurationException: naming both.
+        """
+        for other in callbacks_of(trainer, EditState):
+            if other is not self and other.editor is self.editor and self.editor.finds_place:
+                raise MisconfigurationException(
+                    f"KnowledgeEditing: {self.label} and {other.label} share one {type(self.editor).__name__} object "
+                    "with layers or token 'auto', which finds one place only; give each an editor of its own"
+                )
 
     def _take_texts(self, trainer: L.Trainer) -> list[str]:
         """Return the preservation texts, which are cut once, so that no edit tokenizes what it does not use."""

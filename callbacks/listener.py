@@ -32,6 +32,9 @@ class EditEvent:
         reasons: by fact key, why its new target is not generated just after the edit.
         guards: what the guards measured.
         measured: measurements of each fact, before and after; empty if no listener wants answers.
+        seconds: seconds of the edit's phases, of those around it (``locate`` and ``evaluation``, before and after), and
+            of all ``other`` work; their sum is the time since the edit began.
+        memory: peak of each phase's memory on this rank's GPU, in bytes; empty on a CPU.
     """
 
     result: EditResult
@@ -43,6 +46,8 @@ class EditEvent:
     reasons: Mapping[str, Reason] = field(default_factory=dict)
     guards: Sequence[GuardFigure] = ()
     measured: Mapping[Moment, list[Measured]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def missed(self) -> list[Fact]:

@@ -32,6 +32,7 @@ from lit_moeedit.callbacks.resources import check_parallelism
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.callbacks.run_folder import RunFile
 from lit_moeedit.callbacks.summary import (
+    COSTS,
     MOMENTS,
     EditTotals,
     make_table,
@@ -45,8 +46,9 @@ from lit_moeedit.callbacks.summary import (
 from lit_moeedit.callbacks.validation import validating, validation_batches
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import PHASES, perplexity
+from lit_moeedit.editing import perplexity
 from lit_moeedit.editing.outcomes import measure
+from lit_moeedit.editing.phases import EVALUATION, Meter
 from lit_moeedit.edits import Autopsy
 from lit_moeedit.models.experts import find_model
 from lit_moeedit.reports import ConsoleReport, Model, Report
@@ -159,11 +161,14 @@ class EditReport(StateOfWeights, EditListener):
     @override
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
         result = event.result
-        self._totals(event.name).add(
-            len(result.facts), result.kept, event.before.metrics, event.after.metrics, result.seconds
-        )
+        meter = Meter(pl_module.device)
+        with meter(EVALUATION):
+            self._measure_perplexity(trainer, pl_module, "after")
+        seconds = {**event.seconds, **result.seconds}
+        seconds[EVALUATION] = seconds.get(EVALUATION, 0.0) + meter.seconds()[EVALUATION]
+        metrics = event.before.metrics, event.after.metrics
+        self._totals(event.name).add(len(result.facts), result.kept, *metrics, seconds, event.memory)
         self._history = self._history.with_edit(event)
-        self._measure_perplexity(trainer, pl_module, "after")
         if self.autopsy and result.kept and trainer.state.fn == TrainerFn.FITTING:
             with self._attempt("autopsy"):
                 self._just_edited.keep(trainer, pl_module)
@@ -194,7 +199,7 @@ class EditReport(StateOfWeights, EditListener):
         self._measure_perplexity(trainer, pl_module, "after_training")
         editings = callbacks_of(trainer, KnowledgeEditing)
         for editing in editings:
-            if editing.applied_facts:
+            if editing.edited_facts:
                 with self._attempt("after_training" if len(editings) == 1 else f"after_training of {editing.label}"):
                     self._measure_facts(trainer, pl_module, editing)
         if self.autopsy:
@@ -202,13 +207,18 @@ class EditReport(StateOfWeights, EditListener):
                 self._autopsy = self._just_edited.examine(pl_module)
 
     def _measure_facts(self, trainer: L.Trainer, pl_module: L.LightningModule, editing: KnowledgeEditing) -> None:
-        evaluation, facts = editing.evaluate(pl_module), editing.applied_facts
-        self._final[editing.label] = evaluation.metrics
-        model, budget = find_model(pl_module), editing.editor.token_budget
-        baseline = editing.neighbours_before
-        found = measure(model, editing.tokenizer, facts, baseline, evaluation=evaluation, token_budget=budget)
-        contradictions = contradicting_texts(trainer, facts)
-        self._history = self._history.with_end(editing.name, facts, found, trainer.global_step, contradictions)
+        facts, undone = editing.applied_facts, editing.undone_facts
+        settings: Any = {"token_budget": editing.editor.token_budget}
+        model, step = find_model(pl_module), trainer.global_step
+        if facts:
+            evaluation, baseline = editing.evaluate(pl_module), editing.neighbours_before
+            self._final[editing.label] = evaluation.metrics
+            found = measure(model, editing.tokenizer, facts, baseline, evaluation=evaluation, **settings)
+            contradictions = contradicting_texts(trainer, facts)
+            self._history = self._history.with_end(editing.name, facts, found, step, contradictions)
+        if undone:
+            found = measure(model, editing.tokenizer, undone, **settings)
+            self._history = self._history.with_end(editing.name, undone, found, step, {})
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -279,10 +289,13 @@ class EditReport(StateOfWeights, EditListener):
         """Compute the content of ``summary.json`` from the measurements; ``None`` for those that were not made.
 
         With several edits, ``before`` and ``after`` are means over the edits weighted by their numbers of facts,
-        ``after_training`` is such a mean over the editing callbacks, seconds are sums, and ``routing`` is that of the
+        ``after_training`` is such a mean over the editing callbacks, seconds are sums, ``memory`` has the highest peak
+        of each phase in bytes (nothing on a CPU), and ``routing`` is that of the
         last edit, measured by the first monitor. If measurements failed, ``failed`` has their names and messages.
 
-        With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``before``, ``after``,
+        ``place`` has the edited ``layers`` and ``token``, and whether they were ``found`` or given.
+
+        With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``place``, ``before``, ``after``,
         ``after_training`` and ``renewals`` of each, by its name (its state key, if it has none); with several monitors,
         ``routing["monitors"]`` has ``similarity``, ``kl`` and ``per_layer`` of the others. After an autopsy,
         ``autopsy`` has its result.
@@ -293,12 +306,14 @@ class EditReport(StateOfWeights, EditListener):
         routing["first_edited_layer"] = min(edited, default=None)
         if len(monitors) > 1:
             routing["monitors"] = {monitor.label: summarize_routing(monitor.last_edit) for monitor in monitors[1:]}
-        seconds = {name: sum(edits.seconds.get(name, 0.0) for edits in self._edits) for name in (*PHASES, "edit")}
+        seconds = {name: sum(edits.seconds.get(name, 0.0) for edits in self._edits) for name in (*COSTS, "edit")}
+        memory = {name: max((edits.memory.get(name, 0) for edits in self._edits), default=0) for name in COSTS}
         summary = {
             **self._summarize(editings, self._edits),
             "routing": routing,
             "perplexity": {moment: self._perplexity.get(moment) for moment in MOMENTS},
             "seconds": {"fit": self._seconds + time.perf_counter() - self._started, **seconds},
+            "memory": {name: peak for name, peak in memory.items() if peak},
             "renewals": sum(editing.renewals for editing in editings),
         }
         if len(editings) > 1:
@@ -321,6 +336,7 @@ class EditReport(StateOfWeights, EditListener):
         return {
             "edits": sum(totals.facts for totals in edits),
             "solver": ", ".join(dict.fromkeys(editing.editor.name for editing in editings)) or None,
+            "place": editings[0].place if len(editings) == 1 else None,
             "before": mean_of(totals.before for totals in edits),
             "after": mean_of(totals.after for totals in edits),
             "after_training": mean_metrics(measured) if is_whole else None,

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.run_folder import RunFile
-from lit_moeedit.editing import PHASES, Moment
+from lit_moeedit.callbacks.summary import COSTS
+from lit_moeedit.editing import Moment
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
 from lit_moeedit.reports import Cost, FactRow, Model, Report, Routing, facts_table, markdown, write_report
 from lit_moeedit.reports.report import State
@@ -58,7 +59,7 @@ def make_report(
         relative_change=history.relative_change,
         routing=_routing(routing) if routing else None,
         retention=history.retention,
-        costs=_costs(seconds),
+        costs=tuple(Cost(phase, seconds[phase], summary["memory"].get(phase)) for phase in COSTS if seconds[phase] > 0),
         guards=history.guards,
         warnings=tuple(f"{name} could not be measured: {text}" for name, text in summary.get("failed", {}).items()),
         settings={editing.label: _settings(editing) for editing in editings},
@@ -95,18 +96,11 @@ def log_tables(trainer: L.Trainer, rows: Sequence[FactRow], max_rows: int) -> No
             logger.experiment.log_text(logger.run_id, markdown(rows, max_rows), "edits.md")
 
 
-def _costs(seconds: Mapping[str, float]) -> tuple[Cost, ...]:
-    phases = {phase: seconds[phase] for phase in PHASES if seconds[phase]}
-    rest = seconds["edit"] - sum(phases.values())
-    return tuple(Cost(phase, value) for phase, value in (phases | {"evaluation": rest}).items() if value > 0)
-
-
 def _metrics(summary: Mapping[str, Any]) -> dict[Moment, dict[str, float]]:
     found: dict[Moment, dict[str, float]] = {}
     for name, moment in _MOMENTS.items():
         values = {**(summary[name] or {}), "perplexity": summary["perplexity"][name]}
         known = {key: value for key, value in values.items() if value is not None and not math.isnan(value)}
-        known.pop("truth_recalled", None)
         if known:
             found[moment] = known
     return found

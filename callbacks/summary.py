@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.editing import PHASES
+from lit_moeedit.editing.phases import EVALUATION, LOCATE, OTHER
 from lit_moeedit.text import printable
 
 MOMENTS = ("before", "after", "after_training")
@@ -32,6 +33,9 @@ _SHOWN = (
 _SHOWN_OF_EACH = ("efficacy", "generalization", "specificity_retained", "score")
 
 
+COSTS = (LOCATE, EVALUATION, *PHASES, OTHER)
+"""Phases of an edit and around it; their seconds add up to all that the edit took."""
+
 Sums = dict[str, list[float]]
 """By metric, the number of facts for which it was measured, and its sum over these facts."""
 
@@ -46,6 +50,7 @@ class EditTotals:
         before: metrics before the edits.
         after: metrics after them.
         seconds: seconds of their phases.
+        memory: peak of each phase's memory, in bytes, the highest of all edits.
     """
 
     name: str | None = None
@@ -53,6 +58,7 @@ class EditTotals:
     before: Sums = field(default_factory=dict)
     after: Sums = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
     def add(
         self,
@@ -61,6 +67,7 @@ class EditTotals:
         before: Mapping[str, float],
         after: Mapping[str, float],
         seconds: Mapping[str, float],
+        memory: Mapping[str, int] | None = None,
     ) -> None:
         """Add an edit of ``facts`` facts; a metric that was not measured (NaN) has no weight."""
         self.facts += facts if kept else 0
@@ -71,6 +78,8 @@ class EditTotals:
                     sums[metric] = [counted + facts, total + facts * value]
         for phase, value in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+        for phase, peak in (memory or {}).items():
+            self.memory[phase] = max(peak, self.memory.get(phase, 0))
 
     def state(self) -> dict[str, Any]:
         """Return the sums as plain values."""
@@ -97,7 +106,8 @@ def read_totals(where: str, state: Mapping[str, Any]) -> list[EditTotals]:
     for index, entry in enumerate(state[name]):
         inner = f"{where}, {name}[{index}]"
         shape: Any = metrics if is_old else sums
-        check_fields(inner, entry, ("name",), name=str, facts=int, before=shape, after=shape, seconds=metrics)
+        shapes = {"name": str, "facts": int, "before": shape, "after": shape, "seconds": metrics, "memory": {str: int}}
+        check_fields(inner, entry, ("name", "memory"), **shapes)
         if not entry["seconds"].keys() >= {*PHASES, "edit"}:
             raise CheckpointError(f"{inner} should hold the seconds of {', '.join((*PHASES, 'edit'))}")
         totals = found.setdefault(entry.get("name"), EditTotals(entry.get("name")))
@@ -109,6 +119,7 @@ def read_totals(where: str, state: Mapping[str, Any]) -> list[EditTotals]:
             raise CheckpointError(f"{inner}: fields 'before' and 'after' should hold a number of facts and a sum each")
         totals.facts, totals.seconds = entry["facts"], dict(entry["seconds"])
         totals.before, totals.after = dict(entry["before"]), dict(entry["after"])
+        totals.memory = dict(entry.get("memory") or {})
     return list(found.values())
 
 
@@ -160,11 +171,11 @@ def without_nan(value: Any) -> Any:
 
 def make_table(summary: Mapping[str, Any]) -> Table:
     """Make the table of a summary: all edits, then a section for each editor if there are several."""
-    seconds = summary["seconds"]
+    total = sum(summary["seconds"][phase] for phase in COSTS)
     renewed = f", renewed {summary['renewals']} times" if summary["renewals"] else ""
     routing = ", ".join(f"{layer}: {_number(value)}" for layer, value in summary["routing"]["per_layer"].items())
     table = Table(
-        title=f"{summary['edits']} edits with {summary['solver']} in {seconds['edit']:.1f} s{renewed}",
+        title=f"{summary['edits']} edits with {summary['solver']} in {total:.1f} s{renewed}",
         caption=f"routing similarity by layer: {routing}" if routing else None,
     )
     for column in ("", "before", "after the edit", "at the end"):

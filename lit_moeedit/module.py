@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn import functional as F
@@ -28,9 +26,16 @@ from lit_moeedit.edits.histories import STATE_KEY, histories_of, make_all
 from lit_moeedit.losses import balancing_loss, next_token_loss
 from lit_moeedit.models.adapted import refuse_adapters
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
+from lit_moeedit.optimizers import (
+    adam_epsilon,
+    allow_torch_optimizer_on_cpu,
+    cosine_with_warmup,
+    decay_groups,
+    may_be_fused,
+)
 from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.backends import refuse_parallelism
-from lit_moeedit.sharding.loading import constructed_whole, fresh_model, pretrained_model, whole_shape
+from lit_moeedit.sharding.loading import constructed_whole, fresh_model, pretrained_model
 from lit_moeedit.sharding.parallelism import find_parallelism
 from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
@@ -354,14 +359,7 @@ class LitMoE(L.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        matrices = [p for p in parameters if len(whole_shape(p)) >= 2]
-        vectors = [p for p in parameters if len(whole_shape(p)) < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.hparams["weight_decay"]},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        # DeepSpeed drops empty groups, and the scheduler would not find them
-        groups = [group for group in groups if group["params"]]
+        groups = decay_groups(parameters, self.hparams["weight_decay"])
         self._weight_decays = [group["weight_decay"] for group in groups]
         self._eps = adam_epsilon(self.trainer.strategy, parameters)
         optimizer = torch.optim.AdamW(
@@ -371,19 +369,9 @@ class LitMoE(L.LightningModule):
             eps=self._eps,
             fused=True if may_be_fused(self) else None,
         )
-        _allow_torch_optimizer_on_cpu(self.trainer.strategy)
-        total = self.trainer.estimated_stepping_batches
-        steps = total if math.isfinite(total) else 10**9
-        warmup: int = max(1, round(self.hparams["warmup"] * steps))
-        floor: float = self.hparams["final_learning_rate"]
-        end: float = self.hparams["cosine_until"] * steps
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = min(1.0, (step - warmup) / max(1, end - warmup))
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
+        allow_torch_optimizer_on_cpu(self.trainer.strategy)
+        warmup, final, end = (self.hparams[name] for name in ("warmup", "final_learning_rate", "cosine_until"))
+        factor = cosine_with_warmup(self.trainer.estimated_stepping_batches, warmup, final, end)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -394,40 +382,3 @@ def _refuse_strategy(strategy: Strategy | None) -> None:
         refuse_parallelism(strategy=strategy)
     except UnsupportedShardingError as error:
         raise MisconfigurationException(f"LitMoE does not shard its model by itself: {error}") from error
-
-
-def may_be_fused(module: L.LightningModule) -> bool:
-    """Return true if the optimizer of the module may be a fused one.
-
-    It may not if the trainer's precision plugin unscales or clips gradients under autocast. A fused optimizer divides
-    by the loss scale within its step. A plugin with a ``GradScaler`` would therefore clip gradients that are still
-    scaled, and pass them to ``on_before_optimizer_step``. ``MixedPrecision`` refuses to clip for a fused optimizer even
-    in bfloat16, which has no scale. DeepSpeed unscales and clips in its engine.
-
-    Args:
-        module: a module with a trainer.
-    """
-    plugin = module.trainer.precision_plugin
-    if getattr(plugin, "scaler", None) is not None:
-        return False
-    clips = module.trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", module, L.LightningModule)
-    return not (isinstance(plugin, MixedPrecision) and clips)
-
-
-def adam_epsilon(strategy: Strategy, parameters: Sequence[Tensor]) -> float:
-    """Choose the epsilon of Adam, which prevents a division by zero.
-
-    In float16 the squares of gradients below 2e-4 are zero, and so is the usual epsilon of 1e-8. DeepSpeed steps in
-    float32.
-    """
-    in_half = any(parameter.dtype == torch.float16 for parameter in parameters)
-    return 1e-4 if in_half and not isinstance(strategy, DeepSpeedStrategy) else 1e-8
-
-
-def _allow_torch_optimizer_on_cpu(strategy: Strategy) -> None:
-    """Allow an optimizer of torch for a state that DeepSpeed offloads to the CPU.
-
-    DeepSpeed refuses it there because it may be slow, but a fused AdamW is not. A setting in the config has priority.
-    """
-    if isinstance(strategy, DeepSpeedStrategy) and isinstance(strategy.config, dict):
-        strategy.config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -11,7 +11,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lit_moeedit.module import LitMoE, adam_epsilon, may_be_fused
+from lit_moeedit.module import LitMoE
+from lit_moeedit.optimizers import adam_epsilon, may_be_fused
 from tests.small_module import CONFIG
 
 

@@ -15,7 +15,6 @@ from lit_moeedit.data.encoding import EditToken, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.memory import EditMemory
 from lit_moeedit.editing.method import EditJob, EditMethod
-from lit_moeedit.editing.phases import Progress
 from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.spread import CarriedSpread, Spread
 from lit_moeedit.editing.target_rows import EncodedFacts
@@ -26,7 +25,6 @@ from lit_moeedit.models.token_budget import Budget
 from lit_moeedit.preservation.moments_cache import MomentsCache
 from lit_moeedit.preservation.second_moments import SecondMoments, second_moments
 from lit_moeedit.preservation.shaping import Preservation, PreservationName, preservation_of
-from lit_moeedit.sharding.history import History
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import Solver, Woodbury
 from lit_moeedit.text import first_few
@@ -131,14 +129,16 @@ class Editor(EditMethod):
     @property
     @override
     def place(self) -> Place | None:
-        if self.finds_place and self.is_resolved:
-            return Place(self.layers, cast("EditToken", self.token))
-        return None
+        return Place(self.layers, cast("EditToken", self.token)) if self.is_resolved else None
 
     @place.setter
     def place(self, place: Place | None) -> None:
-        if self.finds_place:
-            self.layers, self.token = self._given if place is None else (place.layers, place.token)
+        if not self.finds_place:
+            return
+        if place is None:
+            self.layers, self.token = self._given
+        elif place.token is not None:
+            self.layers, self.token = place.layers, place.token
 
     @property
     @override
@@ -148,37 +148,16 @@ class Editor(EditMethod):
     def at(self, place: Place) -> Editor:
         """Return an editor with the same settings at another place, without a memory."""
         other = copy(self)
-        other.layers, other.token, other.memory = place.layers, place.token, None
+        other.layers, other.token, other.memory = place.layers, place.token or self.token, None
         return other
 
     @override
-    def resolve(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        facts: Sequence[Fact],
-        preservation: Sequence[str] = (),
-        *,
-        optimizers: Sequence[Any] = (),
-        histories: dict[str, History] | None = None,
-        ranks: Ranks | None = None,
-        progress: Progress | None = None,
-    ) -> None:
+    def resolve(self, *args: Any, **kwargs: Any) -> None:
         if self.is_resolved:
             return
         from lit_moeedit.editing.locating import locate  # which edits with an Editor
 
-        found = locate(
-            model,
-            tokenizer,
-            facts,
-            preservation,
-            editor=self,
-            optimizers=optimizers,
-            histories=histories,
-            ranks=ranks,
-            progress=progress,
-        )
+        found = locate(*args, editor=self, **kwargs)
         self.place = found.place
         log.info("%s", found)
 

@@ -207,12 +207,12 @@ class EditMethod(ABC):
 
     @property
     def place(self) -> Place | None:
-        """The place that was found, where it was given as ``auto``; settable, ``None`` forgets it."""
-        return None
+        """The place that is edited; ``None`` as long as it is not known. Setting ``None`` forgets what was found."""
+        return Place(self.layers, None) if self.layers else None
 
     @place.setter
     def place(self, place: Place | None) -> None:
-        """Take a place; a method that finds none has nowhere to put it."""
+        """Take a place instead of finding one; without effect on a method that was given its place."""
         return
 
     @property

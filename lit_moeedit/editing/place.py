@@ -18,7 +18,7 @@ class Place:
 
     Attributes:
         layers: indices of the layers, ascending.
-        token: the edit token.
+        token: the edit token; ``None`` for a method that edits no single token.
 
     Example:
         >>> str(Place((3, 4), "last")), Place.from_dict(Place((3, 4), "last").to_dict())
@@ -26,10 +26,11 @@ class Place:
     """
 
     layers: tuple[int, ...]
-    token: EditToken
+    token: EditToken | None
 
     def __str__(self) -> str:
-        return f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))} at {self.token}"
+        layers = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"
+        return layers if self.token is None else f"{layers} at {self.token}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return layers and token as JSON types."""
@@ -44,6 +45,6 @@ class Place:
         """
         layers, token = data.get("layers"), data.get("token")
         indices = layers if isinstance(layers, list) else []
-        if not indices or any(type(index) is not int or index < 0 for index in indices) or token not in TOKENS:
+        if not indices or any(type(index) is not int or index < 0 for index in indices) or token not in (*TOKENS, None):
             raise ValueError(f"expected layers (indices) and a token of {', '.join(TOKENS)}, got {dict(data)!r:.200}")
         return cls(tuple(sorted(set(indices))), token)

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_moeedit.atomic_files import atomic_file
-from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model, simulate
+from lit_moeedit.editing import Editor
+from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model
 from lit_moeedit.planning.fake_tensors import Cost
+from lit_moeedit.planning.places import simulate_search
 from lit_moeedit.planning.run_config import Run, read_run
 from lit_moeedit.text import count
 
@@ -45,7 +47,7 @@ def plan(
     Args:
         config: a config of lit-moeedit fit; given several times, later ones overlay earlier ones.
         ranks: number of processes; by default that of the config.
-        edits: number of facts to edit; by default that of the config's data.
+        edits: number of facts to edit; by default that of the config's facts file or data.
         card: memory of a device in GB, to report which phases do not fit, and which token budgets auto would choose.
         prompt_tokens: length of a fact's prompt.
         target_tokens: length of a target.
@@ -68,8 +70,6 @@ def plan(
     # a plan computes on the CPU; DeepSpeed, which would otherwise look for devices, reads this when it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     run = read_run(config, ranks, model)
-    if not run.editor.is_resolved:
-        raise ValueError("a plan needs the layers and the token of the editor; lit-moeedit locate finds them")
     work = Workload(
         edits=_known(edits, run.edits, "edits", "a number of facts to edit"),
         prompt_tokens=prompt_tokens,
@@ -89,16 +89,17 @@ def plan(
         parameters = empty.num_parameters()
         run.module.model = empty
         room = None if card is None else card * 1e9
-        costs, budgets = simulate(run.module, run.editor, run.sharding, work, room)
+        costs, budgets, editors = simulate_search(run.module, run.editor, run.sharding, work, room)
     console = Console()
     console.print(table(costs, run, parameters))
-    for line in remarks(costs, run, work, budgets, card):
+    for line in remarks(costs, run, work, budgets, editors, card):
         console.print(line, highlight=False)
     if json is not None:
         content = {
             "parameters": parameters,
             "sharding": asdict(run.sharding),
             "work": asdict(work),
+            "layers": [list(editor.layers) for editor in editors],
             "token_budgets": asdict(budgets),
             "phases": {cost.phase: asdict(cost) for cost in costs},
         }
@@ -137,15 +138,25 @@ def table(costs: Sequence[Cost], run: Run, parameters: int) -> Table:
     return result
 
 
-def remarks(costs: Sequence[Cost], run: Run, work: Workload, budgets: Budgets, card: float | None = None) -> list[str]:
+def remarks(
+    costs: Sequence[Cost],
+    run: Run,
+    work: Workload,
+    budgets: Budgets,
+    editors: Sequence[Editor],
+    card: float | None = None,
+) -> list[str]:
     """Describe the assumptions, the phase with the peak, and the phases that do not fit a device of ``card`` GB."""
     editor = run.editor
     texts = f"{work.texts:,} texts of {work.text_tokens} tokens" if editor.needs_moments else "no texts"
+    layers = " or ".join(", ".join(map(str, editor.layers)) for editor in editors)
+    if not run.editor.is_resolved:
+        layers += ", whichever costs more (the run finds its place; locate is an estimate)"
     highest = max(costs, key=lambda cost: cost.peak)
     lines = [
         f"Assumed: batches of {work.rows} x {work.row_tokens} tokens; {work.edits} facts of {work.prompt_tokens} + "
         f"{work.target_tokens} tokens after {len(editor.contexts)} context(s), {editor.targets.steps} steps for their "
-        f"targets, {work.questions} questions each; {texts}; layers {', '.join(map(str, editor.layers))}.",
+        f"targets, {work.questions} questions each; {texts}; layers {layers}.",
         _budgets_line(budgets, run, card),
         f"The peak is that of: {highest.phase}, {size(highest.peak)} per rank.",
     ]

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lit_moeedit.arguments import RunParser
 from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.data.facts import read_facts
 from lit_moeedit.editing import Editor, FineTuning
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.simulated_zero import Sharding
@@ -139,9 +140,21 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
         sharding=_sharding(config.trainer, strategy, ranks, dtype.itemsize),
         editor=editor,
         rows=data.get("batch_size"),
-        edits=corpus.get("edits"),
+        edits=_count_facts(settings) if settings.get("facts") else corpus.get("edits"),
         texts=None if settings.get("preservation") else data.get("preservation_samples"),
     )
+
+
+def _count_facts(settings: Namespace) -> int | None:
+    """Count the facts of a file or a list; ``None`` for a file that is not here.
+
+    Raises:
+        FactError: if the file cannot be read.
+    """
+    facts, strict = settings.facts, settings.get("strict", True)
+    if isinstance(facts, str):
+        return len(read_facts(facts, columns=settings.get("columns"), strict=strict)) if Path(facts).is_file() else None
+    return len(facts)
 
 
 def _editing_callbacks(config: Namespace) -> list[Namespace]:

@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.reports import figures, formats
-from lit_moeedit.reports.meanings import MEANINGS, is_share, label_of
-from lit_moeedit.reports.outcomes import MARKS, WORDS, Totals, latest, outcome_of, worst_first
+from lit_moeedit.reports.meanings import MEANINGS, UNSHOWN, is_share, label_of, meaning_of
+from lit_moeedit.reports.outcomes import MARKS, ORDER, WORDS, Totals, latest, outcome_of, worst_first
 from lit_moeedit.reports.report import Report
 from lit_moeedit.reports.rows import Moment
 from lit_moeedit.reports.table import cut
@@ -69,6 +69,7 @@ def render(report: Report) -> str:
         outcome_of=outcome_of,
         latest=latest,
         marks=MARKS,
+        order=ORDER,
         words=WORDS,
         moments=[moment for moment in _MOMENTS if any(moment in row.measured for row in report.rows)],
         moment_names=_MOMENTS,
@@ -120,9 +121,9 @@ def _metrics(report: Report) -> list[tuple[str, str, list[str]]]:
     rows = []
     for name in names:
         values = [report.metrics.get(moment, {}).get(name, math.nan) for moment in _moments_of_metrics(report)]
-        if name != "truth_recalled" and any(map(math.isfinite, values)):
+        if name not in UNSHOWN and any(map(math.isfinite, values)):
             show = formats.percent if is_share(name) else formats.number
-            rows.append((label_of(name), MEANINGS.get(name, ""), [show(value) for value in values]))
+            rows.append((label_of(name), meaning_of(name), [show(value) for value in values]))
     return rows[:_MAX_ITEMS]
 
 

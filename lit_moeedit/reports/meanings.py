@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+_RETAINED = "specificity_retained"
 MEANINGS = {
     "efficacy_accuracy": "edited prompts that get the new answer, word for word",
     "efficacy": "edited prompts for which the new answer is more likely than the old one",
     "generalization_accuracy": "the same questions in other words that get the new answer, word for word",
     "generalization": "the same questions in other words for which the new answer is more likely than the old one",
-    "specificity_retained": "other questions answered right before the edit that still are",
+    _RETAINED: "other questions answered right before the edit that still are",
     "specificity_accuracy": "other questions that get their true answer, word for word",
     "specificity": "other questions for which their true answer is more likely than the new one",
     "score": "harmonic mean of efficacy, generalization and specificity",
@@ -15,6 +16,29 @@ MEANINGS = {
     "perplexity": "how surprised the model is by ordinary text; lower is better",
 }
 """The meaning of each metric. All but the perplexity are shares."""
+
+UNSHOWN = frozenset({"truth_recalled"})
+"""Metrics that a page leaves out: the true answers that are generated include those that were to change."""
+
+_GROUPS = {
+    "same_subject": "about the subjects of the facts",
+    "same_relation": "that ask the same about other subjects",
+    "unrelated": "that have nothing to do with the facts",
+}
+
+
+def meaning_of(metric: str) -> str:
+    """Explain a metric in plain words; an empty text for an unknown one.
+
+    Example:
+        >>> meaning_of("specificity_retained_same_subject")
+        'other questions about the subjects of the facts, answered right before the edit, that still are'
+    """
+    group = metric.removeprefix(f"{_RETAINED}_")
+    if group == metric:
+        return MEANINGS.get(metric, "")
+    kind = _GROUPS.get(group, f"of the group {label_of(group)}")
+    return f"other questions {kind}, answered right before the edit, that still are"
 
 
 def label_of(metric: str) -> str:

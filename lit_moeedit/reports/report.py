@@ -68,7 +68,8 @@ class Cost:
     Attributes:
         phase: name of the phase.
         seconds: its duration.
-        memory: its peak of memory on one device in bytes, if it was measured.
+        memory: peak of the memory allocated on one GPU in bytes, with what was allocated before the phase; ``None`` if
+            it was not measured.
     """
 
     phase: str

@@ -15,7 +15,7 @@ from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMethod, Editor, EditResult, Evaluation, TargetOptimizer, evaluate
 from lit_moeedit.editing.locating import PERSISTENT, Trial, locate
 from lit_moeedit.editing.outcomes import Reason, measure, reasons
-from lit_moeedit.editing.phases import Progress
+from lit_moeedit.editing.phases import EVALUATION, LOCATE, OTHER, PHASES, Meter, Progress
 from lit_moeedit.editing.routing_trace import RoutingTrace, compare_traces, trace_routing
 from lit_moeedit.edits.states import histories_in, keep_in
 from lit_moeedit.reports import Cost, Guard, Measured, Place, Routing
@@ -93,20 +93,20 @@ def edit_with_attempts(
         ranks: the processes that edit together. Each calls this.
         progress: called with a phase's name, the number of steps done, and their total number.
     """
-    ranks = ranks or Ranks.current()
-    with ranks.together():
+    ranks, meter = ranks or Ranks.current(), Meter(model.device)
+    with ranks.together(), meter(EVALUATION):
         before = evaluate(model, tokenizer, facts, ranks=ranks)
         measured_before = measure(model, tokenizer, facts, ranks=ranks, evaluation=before)
         probes = list(texts)[:MAX_PROBES]
         trace = trace_routing(model, tokenizer, probes, ranks=ranks) if probes else None
-    editors, places, located = _editors(model, tokenizer, facts, texts, editor, layers, token, ranks, progress)
+    editors, places = _editors(model, tokenizer, facts, texts, editor, layers, token, ranks, progress, meter)
     made: list[_Attempt] = []
     for own in editors:
         attempt = _Attempt(own, before)
         is_last = own is editors[-1]
 
         def guard(attempt: _Attempt = attempt, is_last: bool = is_last) -> bool:
-            with ranks.together():
+            with ranks.together(), meter(EVALUATION):
                 attempt.after = evaluate(model, tokenizer, facts, before.neighbours_exact, ranks=ranks)
                 attempt.measured = measure(
                     model, tokenizer, facts, before.neighbours_exact, ranks, evaluation=attempt.after
@@ -139,7 +139,7 @@ def edit_with_attempts(
         best.measured,
         reasons(best.result, best.after, best.editor, generated),
         _routing(trace, best.trace),
-        (*located, *(Cost(phase, seconds) for phase, seconds in best.result.seconds.items() if phase != "edit")),
+        _costs(meter, made, best),
         (
             Guard(
                 "min_efficacy",
@@ -164,6 +164,8 @@ class _Attempt:
 
     def __init__(self, editor: EditMethod, before: Evaluation) -> None:
         self.editor, self._before = editor, before
+        self.meters: list[Meter] = []
+        """One for each time that the edit was made; all but the last one were undone."""
 
     @property
     def efficacy(self) -> float:
@@ -189,11 +191,11 @@ class _Attempt:
         progress: Progress | None,
     ) -> None:
         """Make the edit; the guard measures and decides."""
-        histories = histories_in(model)
-        self.result = self.editor.edit(
-            model, tokenizer, facts, texts, guard=guard, ranks=ranks, progress=progress, histories=histories
-        )
+        histories, meter = histories_in(model), Meter(model.device)
+        settings: Any = {"ranks": ranks, "progress": progress, "histories": histories, "phase": meter}
+        self.result = self.editor.edit(model, tokenizer, facts, texts, guard=guard, **settings)
         keep_in(model, histories)
+        self.meters.append(meter)
 
 
 def _editors(
@@ -206,26 +208,44 @@ def _editors(
     token: EditToken | Literal["auto"],
     ranks: Ranks,
     progress: Progress | None,
-) -> tuple[list[EditMethod], list[Place], list[Cost]]:
-    """Return the methods to try, in their order, the places tried to find layers and token, and what that cost."""
+    meter: Meter,
+) -> tuple[list[EditMethod], list[Place]]:
+    """Return the methods to try, in their order, and the places tried to find layers and token."""
     if editor is not None:
-        return [editor], [], []
+        return [editor], []
     first = Editor(layers, token=token)
     persistent = copy(first)
     persistent.targets = TargetOptimizer(**PERSISTENT)
     if first.is_resolved:
-        return [first, persistent], [], []
+        return [first, persistent], []
     # what it is not given, it tries with stronger settings itself
     given = None if (layers, token) == ("auto", "auto") else persistent
-    location = locate(model, tokenizer, facts, texts, editor=given, ranks=ranks, progress=progress)
+    with meter(LOCATE):
+        location = locate(model, tokenizer, facts, texts, editor=given, ranks=ranks, progress=progress)
     log.info("%s", location)
     places = [
-        Place(trial.place.layers, trial.place.token, _scores(trial), chosen=trial is location.best)
+        Place(trial.place.layers, str(trial.place.token), _scores(trial), chosen=trial is location.best)
         for trial in location.trials
     ]
     editors = [persistent] if given is not None or location.targets else [first, persistent]
-    cost = Cost("locate", sum(location.seconds.values()))
-    return [own.at(location.place) for own in editors], places, [cost]
+    return [own.at(location.place) for own in editors], places
+
+
+def _costs(meter: Meter, made: Sequence[_Attempt], best: _Attempt) -> tuple[Cost, ...]:
+    """Return the cost of each phase: around the edit, of the edit that is reported, of others, and of the rest.
+
+    The seconds add up to those since ``meter`` was made.
+    """
+    *earlier, last = best.meters
+    undone = [*earlier, *(other for attempt in made if attempt is not best for other in attempt.meters)]
+    around = meter.seconds()
+    costs = [Cost(phase, around.get(phase, 0.0), meter.memory.get(phase)) for phase in (LOCATE, EVALUATION)]
+    costs += [Cost(phase, last.seconds()[phase], last.memory.get(phase)) for phase in PHASES if phase in last.seconds()]
+    peaks = [peak for other in undone for peak in other.memory.values()]
+    phases = (seconds for other in undone for phase, seconds in other.seconds().items() if phase != OTHER)
+    costs.append(Cost("undone attempts", sum(phases), max(peaks, default=None)))
+    rest = around[OTHER] - sum(cost.seconds for cost in costs[2:])
+    return tuple(cost for cost in (*costs, Cost(OTHER, max(0.0, rest))) if cost.seconds > 0)
 
 
 def _scores(trial: Trial) -> dict[str, float]:

@@ -11,6 +11,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.summary import mean_metrics
+from lit_moeedit.editing import PHASES
+from lit_moeedit.reports import read_rows
 
 METRICS = {
     "efficacy",
@@ -23,7 +25,7 @@ METRICS = {
     "score",
     "utility",
 }
-SECONDS = {"fit", "statistics", "targets", "features", "solve", "commit", "edit"}
+PARTS = ("evaluation", *PHASES, "other")
 
 
 def _no_nan(name):
@@ -56,9 +58,11 @@ def test_the_shape_of_the_summary(run, tmp_path):
     trainer = run()
     summary = _read(tmp_path / "run" / "summary.json")
     assert list(summary) == [
-        "edits", "solver", "before", "after", "after_training", "routing", "perplexity", "seconds", "renewals"
+        "edits", "solver", "place", "before", "after", "after_training", "routing", "perplexity", "seconds", "memory",
+        "renewals",
     ]  # fmt: skip
     assert summary["edits"] == 6 and summary["solver"] == "Woodbury"
+    assert summary["place"] == {"layers": [0, 1], "token": "last", "found": False}
     for moment in ("before", "after", "after_training"):
         _fractions(summary[moment])
         assert {"specificity_retained_same_subject", "specificity_retained_same_relation"} <= summary[moment].keys()
@@ -72,9 +76,10 @@ def test_the_shape_of_the_summary(run, tmp_path):
         float(trainer.callback_metrics["val/perplexity"]), rel=1e-4
     )
     assert summary["after_training"]["efficacy"] == pytest.approx(float(trainer.callback_metrics["edit/efficacy"]))
-    assert summary["seconds"].keys() == SECONDS
-    assert all(value > 0 for value in summary["seconds"].values())
-    assert summary["seconds"]["fit"] > summary["seconds"]["edit"]
+    seconds = summary["seconds"]
+    assert seconds.keys() == {"fit", "edit", "locate", *PARTS} and summary["memory"] == {}
+    assert all(value > 0 for name, value in seconds.items() if name != "locate")
+    assert seconds["fit"] > sum(seconds[name] for name in PARTS) > seconds["edit"]
     assert [path.name for path in (tmp_path / "run").glob("*summary*")] == ["summary.json"]
 
 
@@ -148,6 +153,14 @@ def test_an_edit_that_was_undone_is_in_the_report(tiny, make_trainer, tmp_path):
     summary = _read(tmp_path / "summary.json")
     assert summary["edits"] == 0 and summary["after_training"] is None
     _fractions(summary["after"])
+    # the page has what is generated now
+    rows = read_rows(tmp_path / "edits.jsonl")
+    assert len(rows) == 6 and not any(row.kept for row in rows)
+    for row in rows:
+        assert row.measured["end"].generated and 0 < row.measured["end"].p_new < 1
+        assert row.measured["after"].neighbours[1] >= row.measured["end"].neighbours[1] == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count(", the model generates") == 6 and "at the end" in page
 
 
 def test_the_table_on_the_console(run, capsys):

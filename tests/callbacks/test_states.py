@@ -18,7 +18,14 @@ from lit_moeedit.reports import FactRow, Guard, Retention
 SECONDS = dict.fromkeys((*PHASES, "edit"), 1.0)
 EDIT = {"facts": 2, "kept": True, "before": {"efficacy": 0.0}, "after": {"efficacy": 1.0}, "seconds": SECONDS}
 SUMS = {"efficacy": [2, 0.0]}
-TOTALS = {"name": None, "facts": 2, "before": SUMS, "after": {"efficacy": [2, 2.0]}, "seconds": SECONDS}
+TOTALS = {
+    "name": None,
+    "facts": 2,
+    "before": SUMS,
+    "after": {"efficacy": [2, 2.0]},
+    "seconds": SECONDS,
+    "memory": {"solve": 9},
+}
 MEASURED = Measured("Rome", True, 0.5, None, (1, 2), (0, 1))
 HISTORY = History(
     rows=(FactRow("a", "A", "A is", "Rome", None, 1, True, {"before": MEASURED}),),
@@ -34,7 +41,8 @@ STATES: dict[str, dict[str, Any]] = {
         "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
         "memory": {0: {"row": torch.tensor([0, 0]), "expert": torch.tensor([0, 1]), "key": torch.eye(2),
                        "facts": ["a"], "sketched": []}},
-        "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"], "place": None,
+        "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"],
+        "place": {"layers": [0], "token": "subject_last"},
     },
     "EditReport": {
         "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "history": HISTORY.state(),
@@ -79,8 +87,8 @@ def test_a_state_with_each_edit_by_itself_is_read_as_their_sums() -> None:
     callback.load_state_dict(copy.deepcopy(old))
     first, second = callback.state_dict()["totals"]
     twice = {name: 2.0 for name in SECONDS}
-    assert first == {**TOTALS, "after": {"efficacy": [3, 2.5]}, "seconds": twice}
-    assert second == {**TOTALS, "name": "b"}
+    assert first == {**TOTALS, "after": {"efficacy": [3, 2.5]}, "seconds": twice, "memory": {}}
+    assert second == {**TOTALS, "name": "b", "memory": {}}
 
 
 GONE = object()

@@ -173,7 +173,7 @@ class TestEditor:
     def test_a_place_that_was_given_stays(self) -> None:
         editor = Editor([3])
         editor.place = Place((1,), "last")
-        assert (editor.layers, editor.token, editor.place) == ((3,), "subject_last", None)
+        assert (editor.layers, editor.token, editor.place) == ((3,), "subject_last", Place((3,), "subject_last"))
 
     def test_other_methods_need_layers(self) -> None:
         with pytest.raises(ValueError, match="layers of FineTuning must be layer indices, got 'auto'"):

@@ -14,10 +14,10 @@ import yaml
 from transformers import AutoConfig, PreTrainedModel
 
 from lit_moeedit.cli import run
-from lit_moeedit.editing import Editor, TargetOptimizer
+from lit_moeedit.editing import PHASES, Editor, TargetOptimizer
 from lit_moeedit.models.experts import UnsupportedModelError, check_editable
 from lit_moeedit.module import LitMoE
-from lit_moeedit.planning import Cost, CostCounter, Workload, dry_run, empty_model, simulate
+from lit_moeedit.planning import Cost, CostCounter, Workload, dry_run, empty_model, places, simulate
 from lit_moeedit.planning.report import size
 from lit_moeedit.planning.run_config import read_run
 from lit_moeedit.planning.simulated_ranks import SimulatedRanks
@@ -277,6 +277,72 @@ def test_a_large_config_is_planned(tmp_path: Path) -> None:
     assert content["phases"]["commit"]["host"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_process")
+def test_a_place_that_is_found_is_planned_as_the_costliest_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = tmp_path / "facts.jsonl"
+    fact = {"subject": "Peru", "prompt": "The capital of Peru is", "target_new": "Rome", "target_true": "Lima"}
+    facts.write_text("".join(json.dumps({**fact, "prompt": f"{i}. {fact['prompt']}"}) + "\n" for i in range(3)))
+
+    def planned_at(layers: object, token: str) -> dict[str, Any]:
+        settings = {"layers": layers, "token": token}
+        config = small_config(tmp_path, trainer={"strategy": "ddp"}, editor=settings, editing={"facts": str(facts)})
+        run(args=["plan", f"--config={config}", "--texts=3", f"--json={tmp_path / 'plan.json'}"])
+        return json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+
+    found = planned_at("auto", "auto")
+    assert found["work"]["edits"] == 3  # of the file
+    assert "layers 0, 1, 2 or 1, 2, 3, whichever costs more" in " ".join(capsys.readouterr().out.split())
+    low, high = (planned_at(layers, "subject_last")["phases"] for layers in found["layers"])
+    locate = found["phases"].pop("locate")
+    assert "locate" not in low and found["phases"].keys() == low.keys()
+    for name, cost in found["phases"].items():
+        assert cost["peak"] == max(low[name]["peak"], high[name]["peak"])
+        assert cost["flops"] == max(low[name]["flops"], high[name]["flops"])
+    # neither end is the costliest of all phases
+    assert (
+        low["targets"]["flops"] > high["targets"]["flops"] and low["statistics"]["flops"] < high["statistics"]["flops"]
+    )
+    # the targets of three facts at 8 places, and a trace
+    assert locate["flops"] > 8 * found["phases"]["targets"]["flops"]
+    assert locate["peak"] == max(found["phases"][name]["peak"] for name in (*PHASES, "evaluation"))
+
+
+def test_each_phase_is_that_of_the_place_where_it_costs_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    def simulated(module: Any, own: Editor, sharding: Sharding, work: Workload, card: Any) -> Any:
+        low = own.layers == (0, 1)
+        costs = [Cost("training step", 0, 9), Cost("statistics", 1, 50 if low else 30, flops=100 if low else 200)]
+        costs += [Cost("evaluation", 2, 20, sent=4, flops=1800), Cost("checkpoint", 0, 0, written=7)]
+        return costs, dry_run.Budgets(5, 7 if low else 8, 9)
+
+    monkeypatch.setattr(places, "simulate", simulated)
+    with empty_model(AutoConfig.for_model(**keys_of("qwen3_moe")), torch.float32) as model:
+        module = LitMoE(config=keys_of("qwen3_moe"))
+        module.model = model
+        monkeypatch.setattr(places, "WIDTH", 2)
+        costs, budgets, editors = places.simulate_search(module, editor(layers="auto", token="auto"), Sharding(), WORK)
+        given = places.simulate_search(module, editor(layers=[1], token="last"), Sharding(), WORK)
+    assert [own.layers for own in editors] == [(0, 1), (1, 2)] and budgets == dry_run.Budgets(5, 7, 9)
+    assert [cost.phase for cost in costs] == ["training step", "locate", "statistics", "evaluation", "checkpoint"]
+    assert (costs[2].peak, costs[2].flops, costs[4].written) == (50, 200, 7)
+    # text for 3 layers, not 2; 2 + 2 windows x 2 tokens x 3 layers runs of 6 of 18 prompts; before and at 6 places
+    times = 14 / 3 + 7
+    assert costs[1] == Cost("locate", 2, 50, sent=round(4 * times), flops=round(200 * 1.5 + 1800 * times))
+    assert "locate" not in [cost.phase for cost in given[0]] and given[2][0].layers == (1,)
+
+
+def test_facts_are_counted_in_their_file(tmp_path: Path) -> None:
+    fact = {"subject": "Peru", "prompt": "The capital of Peru is", "target_new": "Rome"}
+    file = tmp_path / "facts.jsonl"
+    file.write_text("".join(json.dumps({**fact, "prompt": f"{i}. {fact['prompt']}"}) + "\n" for i in range(3)))
+    counts = {str(file): 3, "nowhere.jsonl": None, None: 32}
+    for facts, count in counts.items():
+        path = small_config(tmp_path, trainer={"strategy": "ddp"}, editing={"facts": facts})
+        assert read_run([path]).edits == count
+
+
 PRETRAINED = {"config": None, "pretrained": "nobody/nothing"}
 ELSEWHERE = {"preservation": "nowhere.txt"}
 
@@ -292,6 +358,7 @@ ELSEWHERE = {"preservation": "nowhere.txt"}
         ({"trainer": {"devices": "auto", "strategy": "auto"}}, [], "give --ranks"),
         ({"trainer": {"typo": 1}}, [], "is not a config of fit"),
         ({"trainer": {"strategy": "ddp"}, "editing": ELSEWHERE}, [], "give --texts"),
+        ({"trainer": {"strategy": "ddp"}, "editing": {"facts": "nowhere.jsonl"}}, [], "give --edits"),
         ({"trainer": {"strategy": "ddp"}, "editor": {"layers": [9]}}, [], "layer 9 of Qwen3MoeForCausalLM"),
         ({"trainer": {"strategy": "ddp"}}, ["--edits=0"], "edits must be at least 1"),
         ({}, ["--ranks=0"], "ranks must be at least 1"),

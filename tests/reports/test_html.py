@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import override
 
+from lit_moeedit.metrics import EditSuccess
 from lit_moeedit.reports import Model, Report, Retention, write_report
 from lit_moeedit.reports import figures as drawn
 from lit_moeedit.reports.html import MAX_ROWS, render
+from lit_moeedit.reports.meanings import UNSHOWN, meaning_of
 from tests.reports.sample import fact, hostile, sample
 
 VOID = {"meta", "link", "input", "br", "path", "use"}
@@ -255,3 +257,15 @@ def test_figures_of_wild_numbers_are_drawn_or_left_out() -> None:
     endless = {i: 1.0 for i in range(100_000)}
     for values in (wild, many, endless, {3: 0.0}, {2**50: 1.0}):
         assert Page(render(Report(relative_change=values, edited_layers=(3, 2**50)))).tags["svg"] == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_metric_on_the_page_is_explained() -> None:
+    success = EditSuccess(groups=["same_relation", "same_subject", "<of_my_own>"])
+    names = [*success.compute(), "perplexity"]
+    texts = {name: meaning_of(name) for name in names}
+    assert all(texts.values()) and len(set(texts.values())) == len(names)
+    metrics = {"after": {name: 0.5 for name in names} | dict.fromkeys(UNSHOWN, 0.5)}
+    source = render(Report(metrics=metrics))  # type: ignore[arg-type]
+    assert source.count('<div class="why">') == len(names)
+    assert "of the group &lt;of my own&gt;" in source

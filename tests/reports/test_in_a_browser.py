@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ const look = async ([name, source, width, scripts]) => {
   const wide = [...page.body.querySelectorAll("*")].filter((e) => inside(e) && sticksOut(e));
   const heights = [...page.querySelectorAll("svg text")].map((e) => e.getBoundingClientRect().height);
   const rows = () => [...page.querySelectorAll("#facts tbody tr")].filter((e) => e.getClientRects().length).length;
+  const headings = [...page.querySelectorAll("#facts thead th")];
   const found = {
     name, width, scripts, title: page.title, overflow: root.scrollWidth - root.clientWidth, rows: rows(),
     wide: wide.slice(0, 5).map((e) => e.outerHTML.slice(0, 80)),
@@ -47,7 +49,25 @@ const look = async ([name, source, width, scripts]) => {
     words.value = "peru";
     words.dispatchEvent(new Event("input"));
     found.filtered = rows();
+    words.value = "";
+    words.dispatchEvent(new Event("input"));
+    found.sorted = {};
+    for (const name of ["new answer", "likely", "in other words", "outcome"]) {
+      const heading = headings.find((e) => e.textContent === name), button = heading.querySelector("button");
+      const column = heading.cellIndex, lines = () => [...page.querySelectorAll("#facts tbody tr")];
+      const cells = () => lines().map((e) => e.cells[column].innerText);
+      const orders = [["as it was", cells()]];
+      for (let i = 0; i < 3; i++) {
+        button.click();
+        orders.push([heading.getAttribute("aria-sort"), cells()]);
+      }
+      found.sorted[name] = orders;
+    }
+    found.marked = page.querySelectorAll("[aria-sort]").length;
+    const button = headings[0].querySelector("button").getBoundingClientRect();
+    found.reachable = button.width > 9 && button.height > 9 && button.right <= width;
   }
+  found.buttons = page.querySelectorAll("th button").length;
   frame.remove();
   return found;
 };
@@ -103,3 +123,21 @@ def test_the_page_fits_and_works_everywhere(tmp_path: Path) -> None:
             assert page["cards"] == ("block" if page["width"] in CARDS else "table-row"), page
         if page["name"] == "sample" and page["scripts"]:
             assert page["filtered"] == 1, page
+            assert page["reachable"] and page["marked"] == 0, page
+            check_order(page["sorted"], page)
+        assert bool(page["buttons"]) is (page["scripts"] and facts > 0), page
+
+
+def check_order(found: dict[str, list[tuple[str | None, list[str]]]], page: object) -> None:
+    """Each heading sorts by its column: ascending, descending, and as it was."""
+    ranks: dict[str, Callable[[str], Any]] = {
+        "new answer": lambda text: text.lower(),
+        "likely": lambda text: float(text.split(" ")[0]),
+        "in other words": lambda text: int(text[0]),
+        "outcome": lambda text: ["failed", "lost later", "holds"].index(text[2:]),
+    }
+    for name, ((_, first), (up, rising), (down, falling), (none, last)) in found.items():
+        rank = ranks[name]
+        assert (up, down, none) == ("ascending", "descending", None), page
+        assert first == last and len(set(first)) > 1, page
+        assert rising == sorted(first, key=rank) and falling == sorted(first, key=rank, reverse=True), page

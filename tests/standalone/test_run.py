@@ -14,13 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.data.facts import Fact, FactsError
-from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
+from lit_moeedit.editing import PHASES, Editor, TargetOptimizer, evaluate
+from lit_moeedit.editing.phases import Meter
 from lit_moeedit.edits import SavedEdits, apply, read_edits, undo, verify
 from lit_moeedit.edits.commands import undo_edits
 from lit_moeedit.edits.folders import load_model, save_model
 from lit_moeedit.edits.stored import StoredModel
 from lit_moeedit.reports import read_rows
-from lit_moeedit.standalone import TooFewFactsError, edit
+from lit_moeedit.standalone import TooFewFactsError, attempts, edit
 from tests.edits.making import equal, make
 
 WEAK = Editor([0], targets=TargetOptimizer(steps=1, learning_rate=1e-4), token="last")
@@ -129,6 +130,28 @@ def test_too_few_facts(base: Path, facts_file: Path, texts: Sequence[str], tmp_p
     assert not any(row.kept or row.measured["after"].holds for row in rows)
     assert all(row.reason for row in rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "facts.jsonl"]
+
+
+def test_the_costs_add_up_to_all_that_the_attempts_took(
+    base: Path, easy: Sequence[Fact], texts: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals: list[float] = []
+
+    class Noting(Meter):
+        def seconds(self) -> dict[str, float]:
+            found = super().seconds()
+            totals.append(sum(found.values()))
+            return found
+
+    monkeypatch.setattr(attempts, "Meter", Noting)
+    # the settings of the papers do not find target vectors in this model: the first attempt is undone
+    monkeypatch.setattr(attempts, "PERSISTENT", {"steps": 6, "learning_rate": 0.5, "clamp": 2.0})
+    report = edit(base, easy, tmp_path / "out", layers=[0], token="last", preservation=texts, min_efficacy=0)
+    costs = {cost.phase: cost.seconds for cost in report.costs}
+    assert list(costs) == ["evaluation", *PHASES, "undone attempts", "other"]
+    assert sum(costs.values()) == pytest.approx(totals[0]) and all(seconds > 0 for seconds in costs.values())
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "in all" in page and "GPU memory" not in page  # which is measured on GPUs only
 
 
 def test_a_dry_run_writes_nothing(

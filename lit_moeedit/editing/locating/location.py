@@ -58,7 +58,9 @@ class Location:
     @property
     def token(self) -> EditToken:
         """The chosen token."""
-        return self.place.token
+        token = self.place.token
+        assert token is not None, "every trial has a token"
+        return token
 
     @override
     def __str__(self) -> str:

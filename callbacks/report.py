@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -264,6 +265,10 @@ class EditReport(StateOfWeights, EditListener):
         ``after_training`` is such a mean over the editing callbacks, seconds are sums, and ``routing`` is that of the
         last edit, measured by the first monitor. If measurements failed, ``failed`` has their names and messages.
 
+        ``survival`` has the points of the survival curves (see :class:`~lit_moeedit.reports.SurvivalPoint`), and
+        ``survivors`` what was left when training ended (see :class:`~lit_moeedit.reports.Survivors`), by the name of
+        the editing callback.
+
         With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``before``, ``after``,
         ``after_training`` and ``renewals`` of each, by its name (its state key, if it has none); with several monitors,
         ``routing["monitors"]`` has ``similarity``, ``kl`` and ``per_layer`` of the others.
@@ -281,6 +286,8 @@ class EditReport(StateOfWeights, EditListener):
             "perplexity": {moment: self._perplexity.get(moment) for moment in MOMENTS},
             "seconds": {"fit": self._seconds + time.perf_counter() - self._started, **seconds},
             "renewals": sum(editing.renewals for editing in editings),
+            "survival": [asdict(point) for editing in editings for point in editing.survival.points],
+            "survivors": {e.name or "": asdict(e.survivors) for e in editings if e.survivors is not None},
         }
         if len(editings) > 1:
             summary["editors"] = {

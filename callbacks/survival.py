@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -211,7 +212,7 @@ def metrics_of(event: SurvivalEvent) -> dict[str, float]:
     margins = list(event.margins.values())
     found = {name: event.evaluation.metrics[name] for name in _KEPT}
     found |= {"margin_min": min(margins), "margin_median": median(margins)}
-    return {name: value for name, value in found.items() if value == value}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _spread(items: Sequence[T]) -> tuple[T, ...]:

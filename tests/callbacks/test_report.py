@@ -56,7 +56,8 @@ def test_the_shape_of_the_summary(run, tmp_path):
     trainer = run()
     summary = _read(tmp_path / "run" / "summary.json")
     assert list(summary) == [
-        "edits", "solver", "before", "after", "after_training", "routing", "perplexity", "seconds", "renewals"
+        "edits", "solver", "before", "after", "after_training", "routing", "perplexity", "seconds", "renewals",
+        "survival", "survivors",
     ]  # fmt: skip
     assert summary["edits"] == 6 and summary["solver"] == "Woodbury"
     for moment in ("before", "after", "after_training"):

@@ -1,11 +1,11 @@
-"""The making of edits and renewals in a run: measured, written in one transaction, recorded and reported."""
+"""The making of edits in a run: measured, written in one transaction, recorded and reported."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lit_moeedit.callbacks.averages import Copies, edited_weights, validated_weights
-from lit_moeedit.callbacks.charts import log_curves, log_now, log_summary
+from lit_moeedit.callbacks.charts import log_curves, log_summary
 from lit_moeedit.callbacks.copies import CopyPolicy
 from lit_moeedit.callbacks.edit_files import EditFiles
 from lit_moeedit.callbacks.foresight import monitored
@@ -24,6 +24,7 @@ from lit_moeedit.callbacks.listener import EditEvent, EditListener, RetentionEve
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.progress import edit_progress
 from lit_moeedit.callbacks.resources import from_datamodule, optimizers_of
+from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditResult, Evaluation, evaluate, neighbour_groups
 from lit_moeedit.editing.outcomes import FailedEditError, OnFailure
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class EditMaking(EditInputs):
-    """A callback that makes edits and renewals, and measures what is left of them.
+    """A callback that makes edits, and measures what is left of them.
 
     A subclass decides when, and sets these attributes.
 
@@ -45,8 +46,7 @@ class EditMaking(EditInputs):
         guards: limits that an edit must meet.
         on_failure: treatment of an edit of which most facts failed.
         probe: the text on which guards compare the model before and after; ``None`` if they need none.
-        renew_every_n_steps: optimizer steps from an edit to its renewal; ``None`` for no renewal.
-        max_renewals: maximum number of renewals; ``None`` for no limit.
+        curve: settings of the survival curve.
     """
 
     groups = ("edit", "edit_before", "edit_after", "edit_seconds", "edit_renewed")
@@ -54,12 +54,16 @@ class EditMaking(EditInputs):
     guards: Guards
     on_failure: OnFailure
     probe: Probe | None = None
-    renew_every_n_steps: int | None
-    max_renewals: int | None
+    curve: SurvivalCurve = SurvivalCurve()
     _copies: CopyPolicy
     _frozen: FrozenEdits
     _edit_files: EditFiles
     _has_stepped: bool
+
+    @property
+    def may_renew(self) -> bool:
+        """``True`` if edits may be made anew later."""
+        return False
 
     def should_keep(self, before: Evaluation, after: Evaluation) -> bool:
         """Decide whether to keep an edit, while it is in the weights; ``False`` undoes it bit by bit.
@@ -90,9 +94,15 @@ class EditMaking(EditInputs):
         with Ranks.current().together():
             return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget)
 
+    def generated(self, pl_module: L.LightningModule, facts: Sequence[Fact]) -> list[str]:
+        """Return the keys of the facts whose new target the model generates; nothing else is measured."""
+        found = self.evaluate(pl_module, [replace(fact, paraphrases=(), neighbours=()) for fact in facts])
+        exact = zip(facts, found.edits_exact.tolist(), strict=True)
+        return [fact.key for fact, is_exact in exact if is_exact]
+
     def _release_texts(self) -> None:
         """Forget the preservation texts after the last edit that is due."""
-        if not self.pending_facts and (self.renew_every_n_steps is None or self.renewals == self.max_renewals):
+        if not self.pending_facts and not self.may_renew:
             self._texts = None
 
     def _edit(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
@@ -114,7 +124,7 @@ class EditMaking(EditInputs):
                     # a run that is resumed after the error edits these facts again
                     is_error = trial.has_failed and self.on_failure == "raise"
                     if not is_error:
-                        self._record(trainer, facts, trial.before.neighbours_exact if kept else None, undo)
+                        self._record(trainer, facts, trial if kept else None, undo)
 
                 states = self._edit_files.states(trainer, pl_module, self.editor.layers)
                 with edit_progress(trainer) as progress:
@@ -132,6 +142,10 @@ class EditMaking(EditInputs):
                 )
             self._release_texts()
             tell_listeners(trainer, lambda listener: listener.on_edit_end(trainer, pl_module, event))
+            if result.kept and trainer.state.fn == TrainerFn.FITTING:
+                exact = zip(facts, trial.after.edits_exact.tolist(), strict=True)
+                self._keep(result, [fact.key for fact, is_exact in exact if is_exact])
+                self.curve.measure(self, trainer, pl_module, "edit")
             if is_error:
                 raise FailedEditError(
                     f"{self.heading}{event.failure}\nThe edit was undone: the weights are what they were before it. To "
@@ -161,53 +175,23 @@ class EditMaking(EditInputs):
             log.warning("the edit was broken off (%s); %s", type(error).__name__, end)
             raise
 
-    def _renewal_due(self, trainer: L.Trainer) -> bool:
-        if self.renew_every_n_steps is None or not self._applied or self.renewals == self.max_renewals:
-            return False
-        if not self._has_stepped:
-            return False
-        return trainer.global_step - self._last_step >= self.renew_every_n_steps
+    def _keep(self, result: EditResult, generated: Sequence[str]) -> None:
+        """Keep what renewals need of an edit, with the keys of those of its facts that are generated after it."""
 
-    def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        facts = self.applied_facts
-        with edited_weights(trainer, pl_module) as copies, Ranks.current().together():
-            faded = int((~self.evaluate(pl_module, facts).edits_exact).sum())
-            if not faded:
-                self._last_step = trainer.global_step
-                return
-            self._find_place(trainer, pl_module, histories=self._frozen.histories)
-            # an edit that still holds has a target vector of 0: a row with residual 0, which keeps it where it is
-            states = self._edit_files.states(trainer, pl_module, self.editor.layers)
-            result = self._change(trainer, pl_module, facts, copies, record=partial(self._record_renewal, trainer))
-            self._written = self._edit_files.save(
-                trainer, pl_module, "renewal", self.editor, result, states, self._written
-            )
-            left = int((~self.evaluate(pl_module, facts).edits_exact).sum())
-            renewed = f"{self.metrics_prefix}_renewed"
-            log_now(trainer, {f"{renewed}/before": faded, f"{renewed}/after": left})
-        self._release_texts()
-        text = "%srenewed edits at step %d: of %d facts %d were lost, now %d"
-        log.info(text, self.heading, trainer.global_step, len(facts), faded, left)
-
-    def _record(
-        self, trainer: L.Trainer, facts: Sequence[Fact], neighbours: dict[str, list[bool]] | None, undo: Undo
-    ) -> None:
-        """Record an edit in its transaction; ``neighbours`` of one that is kept."""
+    def _record(self, trainer: L.Trainer, facts: Sequence[Fact], trial: Trial | None, undo: Undo) -> None:
+        """Record an edit in its transaction; ``trial`` of one that is kept."""
         self._change_state(undo, edits_made=self._edits_made + 1, last_step=trainer.global_step)
-        if neighbours is None:
+        if trial is None:
             self._change_state(undo, undone=self._undone | {fact.key for fact in facts})
             return
         words = self._words | {fact.key: fact.to_dict() for fact in facts}
-        self._change_state(undo, applied=self._applied | neighbours, words=words)
+        self._change_state(undo, applied=self._applied | trial.before.neighbours_exact, words=words)
+        undo.by(setattr, self, "survival", self.survival)
+        self.survival = self.survival.with_edit(facts, trial.after)
         datamodule: Any = getattr(trainer, "datamodule", None)
         if hasattr(datamodule, "facts_edited") and hasattr(datamodule, "load_state_dict"):
             undo.by(datamodule.load_state_dict, deepcopy(datamodule.state_dict()))
         from_datamodule(trainer, "facts_edited", facts)
-
-    def _record_renewal(self, trainer: L.Trainer, kept: bool, undo: Undo) -> None:
-        self._change_state(undo, last_step=trainer.global_step)
-        undo.by(setattr, self, "renewals", self.renewals)
-        self.renewals += 1
 
     def _change_state(self, undo: Undo, **changes: Any) -> None:
         for name, value in changes.items():

@@ -11,7 +11,9 @@ from torch import nn
 from typing_extensions import override
 
 from lit_moeedit.callbacks.belonging import StateOfWeights, are_left, expert_weights
+from lit_moeedit.callbacks.kept import Kept
 from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.survival import Survival
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.data.facts import CheckedFacts, Fact
 from lit_moeedit.editing import EditMethod, Evaluation, Place
@@ -43,6 +45,8 @@ class EditState(StateOfWeights):
         "_words",
         "_written",
         "_place",
+        "survival",
+        "_kept",
     )
 
     def __init__(self, editor: EditMethod, name: str | None = None, **settings: Any) -> None:
@@ -119,6 +123,9 @@ class EditState(StateOfWeights):
         self._remembered: Mapping[int, Any] = {}
         self.renewals = 0
         """Number of renewals."""
+        self.survival = Survival()
+        """What training has left of the edits so far."""
+        self._kept = Kept()
 
     @override
     def take_up(self, model: nn.Module) -> None:
@@ -158,6 +165,8 @@ class EditState(StateOfWeights):
             "facts": self._words,
             "edit_files": self._written,
             "place": None if self._place is None else self._place.to_dict(),
+            "survival": self.survival.state(),
+            "kept": self._kept.state(),
             "memory": None if self.editor.memory is None else self.editor.memory.state_dict(),
         }
 
@@ -166,17 +175,21 @@ class EditState(StateOfWeights):
         where, counts = "the state of KnowledgeEditing in the checkpoint", ("edits_made", "last_step", "renewals")
         shapes = {"applied": {str: [bool]}, "undone": [str], "memory": dict, **dict.fromkeys(counts, int)}
         # states of earlier versions have none of these
-        shapes |= {"facts": {str: dict}, "edit_files": [str], "place": dict}
-        check_fields(where, state_dict, ("memory", "facts", "edit_files", "place"), **shapes)
+        shapes |= {"facts": {str: dict}, "edit_files": [str], "place": dict, "survival": dict, "kept": dict}
+        optional = ("memory", "facts", "edit_files", "place", "survival", "kept")
+        check_fields(where, state_dict, optional, **shapes)
         for count in counts:
             if state_dict[count] < 0:
                 raise CheckpointError(f"{where}: field {count!r} should be at least 0, but is {state_dict[count]}")
+        survival = Survival.of_state(where, state_dict.get("survival") or {})
+        kept = Kept.of_state(where, state_dict.get("kept"))
         if self.editor.memory is not None:
             # a checkpoint of a run without a memory has none
             self.editor.memory.load_state_dict(state_dict.get("memory") or {})
         self._applied, self._undone = dict(state_dict["applied"]), set(state_dict["undone"])
         self._words = dict(state_dict.get("facts") or {})
         self._written = list(state_dict.get("edit_files") or ())
+        self.survival, self._kept = survival, kept
         self._edits_made, self._last_step, self.renewals = (state_dict[count] for count in counts)
         try:
             place = None if state_dict.get("place") is None else Place.from_dict(state_dict["place"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,11 +13,12 @@ from typing_extensions import override
 from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.copies import CopyPolicy, OtherCopies
 from lit_moeedit.callbacks.edit_files import EditFiles
-from lit_moeedit.callbacks.edit_making import EditMaking
 from lit_moeedit.callbacks.ending import EndTogether
 from lit_moeedit.callbacks.foresight import Foresight, is_restored_late
 from lit_moeedit.callbacks.frozen import FrozenEdits
 from lit_moeedit.callbacks.guards import Guards
+from lit_moeedit.callbacks.renewals import EditRenewing, Renewal, RenewalSettings
+from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMethod
 from lit_moeedit.editing.outcomes import OnFailure
@@ -28,7 +29,7 @@ from lit_moeedit.sharding.ranks import Ranks
 log = logging.getLogger(__name__)
 
 
-class KnowledgeEditing(EditMaking):
+class KnowledgeEditing(EditRenewing):
     """Edit facts in the routed experts of the model between epochs or steps, and measure what is left of them.
 
     It works with any ``LightningModule`` that holds one transformers MoE model, in ``fit``, ``validate`` and ``test``.
@@ -63,6 +64,11 @@ class KnowledgeEditing(EditMaking):
         renew_every_n_steps: edit what training has undone again, every this many optimizer steps after an edit: facts
             that the model no longer generates are brought back, the others enter with residual 0, so that they stay.
             ``None`` leaves the edits to what training makes of them.
+        renew_below: renew when, at a point of the survival curve, less than this share of the edits that were generated
+            just after their edit are still generated, such as 0.95. Not with ``renew_every_n_steps``.
+        renewal: ``reuse`` brings lost facts back to the hidden states that their edit aimed for, with the second
+            moments of the edit; facts that stay lost get a target vector by search. ``anew`` searches all target
+            vectors and computes the moments again, which costs as much as an edit.
         max_renewals: stop renewing after this many times.
         tokenizer: a path or hub id; ``None`` takes the ``tokenizer`` attribute of the module or the data module.
         on_failure: treatment of an edit that the guards below would keep, but after which more than half of the facts
@@ -84,6 +90,12 @@ class KnowledgeEditing(EditMaking):
             ``ignore`` them, such as a teacher.
         name: log ``edit_<name>/…``, ``edit_<name>_before/…`` and so on instead.
         columns: field names to column names, for a facts file with other names.
+        survival_every_n_steps: measure what is left of the edits every this many optimizer steps, see
+            :class:`~lit_moeedit.callbacks.listener.SurvivalEvent`. ``auto`` measures just after an edit or renewal, 32
+            steps later, and then at twice as many steps each time, with at most 1024 steps in between; ``None`` or 0
+            never.
+        survival_facts: maximum number of facts measured then: those with the lowest keys, which is a fixed random
+            sample. Two paraphrases and two neighbours of each are measured at most.
         save_edits: write each kept edit and renewal as a file (see :mod:`lit_moeedit.edits`) into this folder, or
             (``True``) into ``edits`` in the run's own folder.
 
@@ -123,21 +135,21 @@ class KnowledgeEditing(EditMaking):
         max_perplexity_ratio: float | None = None,
         min_routing_similarity: float = 0.0,
         on_failure: OnFailure = "raise",
+        renew_below: float | None = None,
+        renewal: Renewal = "reuse",
+        survival_every_n_steps: int | Literal["auto"] | None = "auto",
+        survival_facts: int = 64,
     ) -> None:
         super().__init__(editor, facts, at, preservation, tokenizer, strict, name, columns)
         self.guards = Guards(min_efficacy, min_specificity_retained, max_perplexity_ratio, min_routing_similarity)
         if on_failure not in get_args(OnFailure):
             raise ValueError(f"on_failure must be one of {', '.join(get_args(OnFailure))}, got {on_failure!r}")
         self.on_failure = on_failure
-        if renew_every_n_steps is not None and renew_every_n_steps < 1:
-            raise ValueError(f"renew_every_n_steps must be at least 1, or None for never, got {renew_every_n_steps}")
-        if renew_every_n_steps is not None and not editor.can_renew:
-            raise ValueError(f"renew_every_n_steps must be None: {editor.name} cannot make edits anew")
-        if max_renewals is not None and max_renewals < 0:
-            raise ValueError(f"max_renewals must be at least 0, or None for no limit, got {max_renewals}")
+        self.curve = SurvivalCurve(survival_every_n_steps, survival_facts)
+        self.renewal = RenewalSettings(renew_every_n_steps, renew_below, max_renewals, renewal)
+        self.renewal.check(editor, self.curve)
         self.other_copies = other_copies
         self._copies = CopyPolicy(other_copies, self.heading)
-        self.renew_every_n_steps, self.max_renewals = renew_every_n_steps, max_renewals
         self._seen_step, self._has_stepped = 0, False
         self._frozen = FrozenEdits()
         self._edit_files = EditFiles(save_edits, self.heading)
@@ -198,8 +210,7 @@ class KnowledgeEditing(EditMaking):
         self._layers = None
         # not after a batch whose gradients are accumulated
         self._has_stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
-        if self._renewal_due(trainer):
-            self._renew(trainer, pl_module)
+        self._follow(trainer, pl_module)
         self._edit(trainer, pl_module, self.due(trainer, "step"))
 
     @override
@@ -231,6 +242,7 @@ class KnowledgeEditing(EditMaking):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with final_weights(trainer, pl_module):
+            self._end_curve(trainer, pl_module)
             self.take_leave(trainer, pl_module)
 
     @override

@@ -107,6 +107,28 @@ class RetentionEvent:
     name: str | None = None
 
 
+@dataclass(frozen=True)
+class SurvivalEvent:
+    """A point of the survival curve: what training has left of the edits so far.
+
+    Attributes:
+        facts: the facts measured, at most ``survival_facts`` of those edited so far.
+        evaluation: their evaluation.
+        margins: by fact key, the mean log-probability of the new target minus that of the old one, in nats; of a fact
+            without an old target, the mean log-probability of the new one. The lower, the nearer to being lost.
+        epoch: epoch of the trainer.
+        step: optimizer steps done.
+        name: name of the :class:`~lit_moeedit.callbacks.KnowledgeEditing` that made the edits.
+    """
+
+    facts: Sequence[Fact]
+    evaluation: Evaluation
+    margins: Mapping[str, float]
+    epoch: int
+    step: int
+    name: str | None = None
+
+
 class EditListener(L.Callback):
     """A callback that every :class:`~lit_moeedit.callbacks.KnowledgeEditing` of the trainer tells of its edits.
 
@@ -124,6 +146,9 @@ class EditListener(L.Callback):
 
     def on_retention(self, trainer: L.Trainer, pl_module: L.LightningModule, event: RetentionEvent) -> None:
         """Hook at a validation, when the facts edited so far have been evaluated."""
+
+    def on_survival(self, trainer: L.Trainer, pl_module: L.LightningModule, event: SurvivalEvent) -> None:
+        """Hook at a point of the survival curve; the weights are those in training, or the average that is kept."""
 
 
 def tell_listeners(trainer: L.Trainer, call: Callable[[EditListener], None]) -> None:

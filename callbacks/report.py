@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -295,6 +296,10 @@ class EditReport(StateOfWeights, EditListener):
 
         ``place`` has the edited ``layers`` and ``token``, and whether they were ``found`` or given.
 
+        ``survival`` has the points of the survival curves (see :class:`~lit_moeedit.reports.SurvivalPoint`), and
+        ``survivors`` what was left when training ended (see :class:`~lit_moeedit.reports.Survivors`), by the name of
+        the editing callback.
+
         With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``place``, ``before``, ``after``,
         ``after_training`` and ``renewals`` of each, by its name (its state key, if it has none); with several monitors,
         ``routing["monitors"]`` has ``similarity``, ``kl`` and ``per_layer`` of the others. After an autopsy,
@@ -315,6 +320,8 @@ class EditReport(StateOfWeights, EditListener):
             "seconds": {"fit": self._seconds + time.perf_counter() - self._started, **seconds},
             "memory": {name: peak for name, peak in memory.items() if peak},
             "renewals": sum(editing.renewals for editing in editings),
+            "survival": [asdict(point) for editing in editings for point in editing.survival.points],
+            "survivors": {e.name or "": asdict(e.survivors) for e in editings if e.survivors is not None},
         }
         if len(editings) > 1:
             summary["editors"] = {

@@ -60,6 +60,8 @@ def make_report(
         routing=_routing(routing) if routing else None,
         retention=history.retention,
         costs=tuple(Cost(phase, seconds[phase], summary["memory"].get(phase)) for phase in COSTS if seconds[phase] > 0),
+        survival=tuple(point for editing in editings for point in editing.survival.points),
+        survivors={editing.name or "": editing.survivors for editing in editings if editing.survivors is not None},
         guards=history.guards,
         warnings=tuple(f"{name} could not be measured: {text}" for name, text in summary.get("failed", {}).items()),
         settings={editing.label: _settings(editing) for editing in editings},
@@ -133,7 +135,8 @@ def _settings(editing: KnowledgeEditing) -> dict[str, Any]:
         "method": editor.name,
         "at": str(editing.schedule),
         "on_failure": editing.on_failure,
-        "renew_every_n_steps": editing.renew_every_n_steps,
+        "renewal": {name: value for name, value in vars(editing.renewal).items() if value is not None},
+        "survival": vars(editing.curve),
         "guards": {name: value for name, value in vars(editing.guards).items() if value},
         "editor": {name: _plain(value) for name, value in vars(editor).items() if not name.startswith("_")},
     }

@@ -18,7 +18,7 @@ from lit_moeedit.editing.method import EditJob, EditMethod
 from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.spread import CarriedSpread, Spread
 from lit_moeedit.editing.target_rows import EncodedFacts
-from lit_moeedit.editing.targets import TargetOptimizer
+from lit_moeedit.editing.targets import TargetOptimizer, Targets
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.partial_forward import decoder_layers
 from lit_moeedit.models.token_budget import Budget
@@ -211,11 +211,30 @@ class Editor(EditMethod):
                     ranks=job.ranks,
                 )
         encoded = self.encode(job.tokenizer, job.facts)
+        targets = self._find_targets(job, encoded)
+        spread = CarriedSpread if self.solver.carries else Spread
+        return spread(self, job, encoded, targets, moments)
+
+    def _find_targets(self, job: EditJob, encoded: EncodedFacts) -> Targets:
+        """Optimise the target vectors of the facts without known goals; those of the others are 0 here."""
+        searched = [t for t, fact in enumerate(job.facts) if fact.key not in job.goals]
+        shape = len(self.contexts), job.layers[-1].shape[1]
+        for key, goal in job.goals.items():
+            if goal is not None and goal.shape != shape:
+                raise ValueError(f"goals[{key!r}] should be of shape {list(shape)}, but it is {list(goal.shape)}")
+        count, device, wanted = len(job.facts), job.model.device, set(searched)
+        whole = Targets(
+            torch.zeros(count, shape[1], device=device),
+            torch.full((count,), torch.nan, device=device),
+            torch.zeros(count, dtype=torch.long, device=device),
+        )
+        if not searched:
+            return whole
         with job.clock("targets"):
             targets = self.targets.optimize(
                 job.model,
                 job.layers[-1],
-                encoded.rows,
+                [row for row in encoded.rows if row.edit in wanted],
                 pad_id(job.tokenizer),
                 progress=lambda done, total: job.report("targets", done, total),
                 ranks=job.ranks,
@@ -226,14 +245,19 @@ class Editor(EditMethod):
             )
         stuck = ((targets.steps > 0) & ~(targets.deltas != 0).any(-1)).tolist()
         if any(stuck):
-            prompts = first_few(repr(job.facts[t].prompt) for t, is_stuck in enumerate(stuck) if is_stuck)
+            prompts = first_few(
+                repr(job.facts[t].prompt) for t, is_stuck in zip(searched, stuck, strict=True) if is_stuck
+            )
             raise ValueError(
                 f"no gradient reaches the target vectors of {sum(stuck)} of {len(stuck)} edits ({prompts}): after "
                 f"layer {job.layers[-1].index} nothing that predicts a target reads its edit token, or a module passes "
                 "no gradient, as quantised ones of some libraries. Use lower layers or token='last'"
             )
-        spread = CarriedSpread if self.solver.carries else Spread
-        return spread(self, job, encoded, targets, moments)
+        if len(searched) == count:
+            return targets
+        place = torch.tensor(searched, device=device)
+        parts = (targets.deltas, targets.nll, targets.steps)
+        return Targets(*(x.index_copy(0, place, y) for x, y in zip(vars(whole).values(), parts, strict=True)))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""

@@ -52,6 +52,10 @@ class EditResult:
         residual: ``[T]``, share of each target vector that the changed layers have left, ``‖r_t‖ / ‖δ_t‖`` at the
             target layer: 0 if its output is what it should be, 1 or more if the edit brought it no nearer. NaN for a
             target vector of 0; ``None`` for a method without target vectors.
+        goals: by fact key, ``[contexts, d_model]``, the target layer's output that the edit aimed for at the edit token
+            after each context; without facts that were to stay as they are. A later edit can take them, see
+            :meth:`EditMethod.edit`.
+        moments: the second moments that were used, by layer index; ``None`` if none were.
     """
 
     facts: list[Fact]
@@ -62,6 +66,8 @@ class EditResult:
     kept: bool = True
     energy_kept: dict[int, dict[int, float]] = field(default_factory=dict)
     residual: Tensor | None = None
+    goals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    moments: Mapping[int, SecondMoments] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class EditJob:
         report: called with a phase's name, the number of steps done, and their total number.
         histories: the changes of frozen experts so far, by :attr:`~lit_moeedit.models.experts.ExpertLayer.weight_name`;
             ``None`` to keep none.
+        goals: known goals, see :meth:`EditMethod.edit`.
     """
 
     model: PreTrainedModel
@@ -92,6 +99,7 @@ class EditJob:
     clock: Clock
     report: Progress
     histories: dict[str, History] | None = None
+    goals: Mapping[str, Tensor | None] = field(default_factory=dict)
 
 
 class LayerEdits(ABC):
@@ -105,9 +113,11 @@ class LayerEdits(ABC):
         deltas: the committed changes, by layer index.
         relative_change: see :class:`EditResult`.
         energy_kept: see :class:`EditResult`.
+        moments: see :class:`EditResult`.
     """
 
     targets: Targets
+    moments: Mapping[int, SecondMoments] | None = None
 
     def __init__(self, job: EditJob) -> None:
         self.job = job
@@ -133,6 +143,10 @@ class LayerEdits(ABC):
     def residual(self) -> Tensor | None:
         """Measure what the changes have left of the target vectors, see :class:`EditResult`."""
         return None
+
+    def goals(self) -> dict[str, Tensor]:
+        """Return what the changes aimed for, see :class:`EditResult`."""
+        return {}
 
     def keep(self) -> None:  # noqa: B027 - most methods have nothing to remember
         """Remember the edit, after it has been kept."""
@@ -302,6 +316,7 @@ class EditMethod(ABC):
         layers: Sequence[ExpertLayer] | None = None,
         copies: Sequence[Mapping[str, Tensor]] = (),
         histories: dict[str, History] | None = None,
+        goals: Mapping[str, Tensor | None] | None = None,
     ) -> EditResult:
         """Edit the facts in the model's weights, all of them or none.
 
@@ -329,6 +344,9 @@ class EditMethod(ABC):
             histories: the changes of frozen experts so far, by names of parameters, with which the new ones are added
                 up before they are rounded; brought up to date in the same transaction. See
                 :class:`~lit_moeedit.sharding.history.EditSum`.
+            goals: by fact key, the ``goals`` of an earlier result, so that no target vector is searched for; ``None``
+                for a fact that is to stay as it is. The other facts are edited as usual. Methods without target vectors
+                do not use them.
 
         Raises:
             UnsupportedModelError: if the model cannot be edited.
@@ -369,9 +387,10 @@ class EditMethod(ABC):
                 self.remark_long_facts(model, tokenizer, facts)
             ranks.check_same("the facts", [repr(fact) for fact in facts])
             report = progress or (lambda phase, done, total: None)
-            job = EditJob(model, tokenizer, facts, layers, preservation, moments, ranks, clock, report, histories)
+            job = EditJob(
+                model, tokenizer, facts, layers, preservation, moments, ranks, clock, report, histories, goals or {}
+            )
             edits = self.prepare(job)
-            targets = edits.targets
             with held(Transaction(optimizers, ranks, self.reset_moments, further, histories)) as transaction:
                 for number, layer in enumerate(layers, 1):
                     edits.commit(layer, edits.solve(layer), transaction)
@@ -391,12 +410,14 @@ class EditMethod(ABC):
         return EditResult(
             list(facts),
             edits.deltas,
-            targets,
+            edits.targets,
             clock.seconds(),
             edits.relative_change,
             kept,
             edits.energy_kept,
             residual,
+            edits.goals(),
+            edits.moments,
         )
 
 

@@ -55,6 +55,9 @@ class Spread(LayerEdits):
         # change of the target layer's output that is wanted at the edit token of each prompt
         self.wanted = targets.deltas[torch.tensor(encoded.fact_index, device=job.model.device)]
         self.names = [job.facts[t].key for t in encoded.fact_index]
+        known = {fact.key: goal for fact in job.facts if (goal := job.goals.get(fact.key)) is not None}
+        self._known = [row for row, name in enumerate(self.names) if name in known]
+        self._known_goals = torch.cat([self.wanted[:0], *(goal.to(self.wanted) for goal in known.values())])
         self._goal: Tensor | None = None
         self._keys: dict[int, GatedKeys] = {}
 
@@ -62,7 +65,7 @@ class Spread(LayerEdits):
     def solve(self, layer: ExpertLayer) -> ExpertDeltas:
         tokens = self.observe(layer)
         if self._goal is None:
-            self._goal = tokens.hidden + self.wanted
+            self._goal = self._aim(tokens.hidden)
         with self.job.clock("solve"):
             solver = self.solver_at(layer)
             shaping = self.shape(layer, tokens)
@@ -77,6 +80,26 @@ class Spread(LayerEdits):
         squares = torch.stack([left.square().sum(-1), wanted.square().sum(-1)])
         sums = squares.new_zeros(2, len(self.job.facts)).index_add(1, fact, squares)
         return (sums[0] / sums[1]).sqrt().where(sums[1] > 0, torch.nan)
+
+    @override
+    def goals(self) -> dict[str, Tensor]:
+        assert self._goal is not None
+        facts = self.job.facts
+        own = self._goal.view(len(facts), -1, self._goal.shape[-1])
+        stay = {key for key, goal in self.job.goals.items() if goal is None}
+        return {fact.key: goal for fact, goal in zip(facts, own, strict=True) if fact.key not in stay}
+
+    def _aim(self, hidden: Tensor) -> Tensor:
+        """Return the target layer's output ``[n, d_model]`` that is wanted, from what it is before the edit.
+
+        Known goals are absolute. Training may have moved the hidden states far from them, so they are approached by no
+        more than a target vector may be long.
+        """
+        if self._known:
+            way = self._known_goals - hidden[self._known]
+            longest = self.editor.targets.clamp * hidden[self._known].norm(dim=-1)
+            self.wanted[self._known] = way * (longest / way.norm(dim=-1).clamp_min(1e-12)).clamp_max(1)[:, None]
+        return hidden + self.wanted
 
     @override
     def keep(self) -> None:
@@ -169,7 +192,7 @@ class CarriedSpread(Spread):
         """The last layer: its tokens, solver and shaping, and the solution that is carried down."""
         top = self.job.layers[-1]
         tokens = self.observe(top)
-        self._goal = tokens.hidden + self.wanted
+        self._goal = self._aim(tokens.hidden)
         with self.job.clock("solve"):
             solver, shaping = self.solver_at(top), self.shape(top, tokens)
             return tokens, solver, shaping, solver.carry(self.problem(top, tokens, self.wanted, shaping))

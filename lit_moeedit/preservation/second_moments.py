@@ -45,12 +45,14 @@ class SecondMoments:
         count: ``[E]`` int64, number of tokens routed to each expert.
         tokens: ``[1]`` int64, number of tokens of the text.
         gated: whether keys are multiplied by their gates.
+        key: key under which they are in a cache; ``None`` if they are in none.
     """
 
     total: Tensor
     count: Tensor
     tokens: Tensor
     gated: bool = False
+    key: str | None = None
 
     @classmethod
     def zeros(cls, layer: ExpertLayer, device: torch.device | str | None = None, gated: bool = False) -> SecondMoments:
@@ -172,13 +174,13 @@ def second_moments(
     if not texts:
         raise ValueError("there is no preservation text: second moments need at least one")
     texts = cut_texts(tokenizer, texts, max_length)
-    if device is None and model.device.type != "cpu":
-        fits = sums_fit(layers, free_memory(model.device))
-        device = "cpu" if ranks.any(not fits) else None
+    device = sums_device(model, layers, ranks) if device is None else device
     moments = {layer.index: SecondMoments.zeros(layer, device, gated) for layer in layers}
     keys = {} if cache is None else moment_keys(model, tokenizer, layers, texts, max_length, gated, ranks)
     if max_tokens is not None:
         keys = {index: digest(key, max_tokens) for index, key in keys.items()}
+    for index, key in keys.items():
+        moments[index].key = key
     sums = {i: x for i, x in moments.items() if cache is None or not cache.load(keys[i], x.tensors(), ranks)}
     if not sums:
         return moments
@@ -215,6 +217,13 @@ def second_moments(
             cache.save(keys[index], summed.tensors(), ranks)
     unfinished.drop()
     return moments
+
+
+def sums_device(model: PreTrainedModel, layers: Sequence[ExpertLayer], ranks: Ranks) -> str | None:
+    """Choose the device of the sums: ``None`` for the model's, ``cpu`` if they do not fit on a rank's GPU."""
+    if model.device.type == "cpu":
+        return None
+    return "cpu" if ranks.any(not sums_fit(layers, free_memory(model.device))) else None
 
 
 def sums_fit(layers: Sequence[ExpertLayer], free: float) -> bool:

@@ -10,6 +10,7 @@ from lit_moeedit.reports.jsonl import read_rows, write_rows
 from lit_moeedit.reports.outcomes import Outcome, Totals, outcome_of
 from lit_moeedit.reports.report import Cost, Guard, Model, Place, Report, Retention, Routing, State
 from lit_moeedit.reports.rows import FactRow, Measured, Moment
+from lit_moeedit.reports.survival import SurvivalPoint, Survivors
 from lit_moeedit.reports.table import facts_table, markdown
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "Retention",
     "Routing",
     "State",
+    "SurvivalPoint",
+    "Survivors",
     "Totals",
     "facts_table",
     "markdown",

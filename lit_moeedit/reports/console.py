@@ -46,6 +46,8 @@ class ConsoleReport:
                 yield Text(f"  and {len(rows) - len(shown):,} more", style="dim")
         yield from self._reasons()
         yield _listed([("!", "yellow", Text(cut(warning, _MAX_SENTENCE))) for warning in self.report.warnings])
+        for name, left in self.report.survivors.items():
+            yield Text(cut(f"{name}: {left}" if name else str(left), _MAX_SENTENCE))
         totals = Totals.of(rows)
         style = "bold green" if totals.number == totals.facts["holds"] else "bold"
         yield Text(totals.headline, style=style)

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 _INK = "#010203"
 _SERIES = ("#010211", "#010212", "#010213", "#010214")
-_COLOURS = {_INK: "currentColor"} | {colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)}
+_BAD = "#010215"
+_COLOURS = {
+    _INK: "currentColor",
+    _BAD: "var(--bad)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
+}
 """Placeholders that matplotlib draws with, and the colours of the page that they become."""
 
 _WIDTH = 4.2
@@ -46,6 +51,14 @@ RETAINED = {
     "score": "score",
 }
 """Metrics that are shown over time, all of them shares."""
+
+
+SURVIVED = {
+    "efficacy_accuracy": "facts that hold",
+    "generalization": "paraphrases (generalization)",
+    "specificity_retained": "neighbours kept",
+}
+"""Metrics of the survival curve that are drawn, all of them shares."""
 
 
 def has_matplotlib() -> bool:
@@ -147,15 +160,55 @@ def draw_retention(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     axes = figure.subplots()
     for (label, points), colour, style in zip(series.items(), _SERIES, ("o-", "s--", "^-.", "D:"), strict=False):
         axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4, linewidth=1.8)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    axes.grid(axis="y", color=_INK, alpha=0.15)
-    axes.set_xlabel("optimizer step", color=_INK)
-    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
-    axes.locator_params(axis="x", nbins=6, integer=True)
-    _ink(axes)
+    _shares_over_steps(axes, 1.03)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=_INK, fontsize=10)
     return _svg(figure, f"Over the steps of the training: {', '.join(series)}", "retention")
+
+
+def survived(report: Report) -> dict[str, list[tuple[int, float]]]:
+    """Return steps and values of the survival curve: of one callback several metrics, of several callbacks one."""
+    names = list(dict.fromkeys(point.name for point in report.survival))
+    lines: list[tuple[str | None, str, str]] = [(None, *item) for item in SURVIVED.items()]
+    if len(names) > 1:
+        metric, label = next(iter(SURVIVED.items()))
+        lines = [(name, metric, f"{label}: {cut(name or 'no name', 24)}") for name in names[: len(_SERIES)]]
+    series = {
+        label: [
+            (point.step, value)
+            for point in report.survival
+            if (name is None or point.name == name) and 0 <= (value := point.metrics.get(metric, math.nan)) <= 1
+        ]
+        for name, metric, label in lines
+    }
+    return {label: points for label, points in series.items() if len(points) > 1}
+
+
+def draw_survival(report: Report) -> str:
+    """Draw the survival curve over optimizer steps, with the moments of edits, renewals and lost facts.
+
+    Returns:
+        An ``<svg>`` element; empty if there is no curve.
+    """
+    series, points = survived(report), report.survival
+    if not series:
+        return ""
+    figure = _figure(3.2)
+    axes = figure.subplots()
+    for (label, line), colour, style in zip(series.items(), _SERIES, ("o-", "s--", "^-.", "D:"), strict=False):
+        axes.plot(*zip(*line, strict=True), style, color=colour, label=label, markersize=4, linewidth=1.8)
+    for change, marker, label in (("edit", "v", "edit"), ("renewal", "d", "renewal")):
+        steps = sorted({point.step for point in points if point.after == change})
+        if steps:
+            axes.plot(steps, [1.09] * len(steps), marker, color=_INK, markersize=6, label=label)
+    lost = [(p.step, p.metrics["efficacy_accuracy"]) for p in points if p.lost and "efficacy_accuracy" in p.metrics]
+    lost = [(step, value) for step, value in lost if 0 <= value <= 1]
+    if lost:
+        axes.plot(*zip(*lost, strict=True), "x", color=_BAD, markersize=9, markeredgewidth=2, label="facts lost")
+    _shares_over_steps(axes, 1.15)
+    legend = figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=_INK, fontsize=10)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return _svg(figure, f"Survival of the edits over the steps of the training: {', '.join(series)}", "survival")
 
 
 def draw_costs(costs: Sequence[Cost]) -> str:
@@ -181,6 +234,17 @@ def draw_costs(costs: Sequence[Cost]) -> str:
     _ink(axes)
     axes.tick_params(length=0)
     return _svg(figure, "Seconds and peak of memory of each phase", "costs")
+
+
+def _shares_over_steps(axes: Axes, top: float) -> None:
+    """Scale and label axes of shares over optimizer steps."""
+    axes.set_ylim(-0.03, top)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.grid(axis="y", color=_INK, alpha=0.15)
+    axes.set_xlabel("optimizer step", color=_INK)
+    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+    axes.locator_params(axis="x", nbins=6, integer=True)
+    _ink(axes)
 
 
 def _figure(height: float) -> Figure:

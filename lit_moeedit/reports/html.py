@@ -20,6 +20,7 @@ from lit_moeedit.reports.meanings import MEANINGS, UNSHOWN, is_share, label_of, 
 from lit_moeedit.reports.outcomes import MARKS, ORDER, WORDS, Totals, latest, outcome_of, worst_first
 from lit_moeedit.reports.report import Report
 from lit_moeedit.reports.rows import Moment
+from lit_moeedit.reports.survival import SurvivalPoint
 from lit_moeedit.reports.table import cut
 from lit_moeedit.text import count
 
@@ -33,6 +34,8 @@ MAX_REASONS = 10
 _MAX_TEXT = 400
 _MAX_ITEMS = 500
 """Maximum number of rows of any other table."""
+
+_SURVIVAL = (*figures.SURVIVED, "margin_median", "margin_min")
 
 _MOMENTS: dict[Moment, str] = {"before": "before", "after": "after the edit", "end": "at the end"}
 
@@ -78,6 +81,7 @@ def render(report: Report) -> str:
         figures=_figures(report),
         layers=_layers(report),
         retention=_retention(report),
+        survival=_survival(report),
         costs=figures.timed(report),
         guards=report.guards[:_MAX_ITEMS],
         places=report.places[:_MAX_ITEMS],
@@ -138,7 +142,8 @@ def _figures(report: Report) -> dict[str, Markup]:
     layers, series, costs = figures.layer_values(report), figures.retained(report), figures.timed(report)
     drawn = {
         "layers": figures.draw_layers(layers, report.edited_layers) if layers else "",
-        "retention": figures.draw_retention(series) if series else "",
+        "retention": figures.draw_retention(series) if series and not report.survival else "",
+        "survival": figures.draw_survival(report),
         "costs": figures.draw_costs(costs) if costs else "",
     }
     return {name: Markup(svg) for name, svg in drawn.items() if svg}
@@ -169,6 +174,15 @@ def _retention(report: Report) -> tuple[list[str], list[tuple[int, int, list[str
         for point in report.retention[-_MAX_ITEMS:]
     ]
     return [label_of(name) for name in names], rows if names else []
+
+
+def _survival(report: Report) -> tuple[list[str], list[tuple[SurvivalPoint, list[str]]]]:
+    names = [name for name in _SURVIVAL if any(name in point.metrics for point in report.survival)]
+    rows = [
+        (point, [(formats.percent if is_share(name) else formats.number)(point.metrics.get(name)) for name in names])
+        for point in report.survival[-_MAX_ITEMS:]
+    ]
+    return [label_of(name) for name in names], rows
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

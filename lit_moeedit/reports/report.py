@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, cast
 
 from lit_moeedit.reports.plain import from_plain, to_plain
 from lit_moeedit.reports.rows import FactRow, Moment
+from lit_moeedit.reports.survival import SurvivalPoint, Survivors
 
 State = Literal["running", "finished", "stopped"]
 """State of the run when the report was written. The page of a killed run is that of its last moment, ``running``."""
@@ -130,7 +131,9 @@ class Report:
         edited_layers: indices of the edited layers.
         relative_change: ``‖ΔW‖_F / ‖W‖_F`` by layer index.
         routing: routing after the last edit compared with before; ``None`` if it was not measured.
-        retention: metrics in the training after the edit.
+        retention: metrics at the validations after the edit.
+        survival: points of the survival curve.
+        survivors: the edits that were left at the end, by the name of their callback.
         costs: cost by phase.
         guards: limits that the edits had to meet.
         places: places that were tried to choose layers and token; empty if they were given.
@@ -153,6 +156,8 @@ class Report:
     relative_change: dict[int, float] = field(default_factory=dict)
     routing: Routing | None = None
     retention: tuple[Retention, ...] = ()
+    survival: tuple[SurvivalPoint, ...] = ()
+    survivors: dict[str, Survivors] = field(default_factory=dict)
     costs: tuple[Cost, ...] = ()
     guards: tuple[Guard, ...] = ()
     places: tuple[Place, ...] = ()

@@ -20,6 +20,7 @@ from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.checkpoints.sources import ModelSource
 from lit_moeedit.data.errors import FactsError
 from lit_moeedit.data.facts import Fact, read_facts
+from lit_moeedit.devices import find_device
 from lit_moeedit.editing.evaluation import check_queries, evaluate
 from lit_moeedit.editing.place import Place
 from lit_moeedit.edits import Edit, apply, layers_by_parameter, read_edits
@@ -29,8 +30,8 @@ from lit_moeedit.models.parts import stored_tensors
 from lit_moeedit.pretrained import pretrained_tokenizer
 from lit_moeedit.sharding.fingerprint import Part
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.standalone.processes import launched_ranks
 from lit_moeedit.terminal import progress
-from lit_moeedit.standalone.processes import find_device, launched_ranks
 from lit_moeedit.text import brief, count, first_few, printable
 
 log = logging.getLogger(__name__)

@@ -163,7 +163,9 @@ def test_a_checkpoint_brings_its_state_to_another_model(runs: Any, tmp_path: Pat
     third = runs.module()
     runs.start("fit", third, ckpt_path=tmp_path / "it.ckpt", trainer={"max_epochs": 2}, weights_only=True)
     assert len(runs.editing.editor.calls) == 2
-    assert plain(runs.editing.state_dict()) == state
+    found, curve = plain(runs.editing.state_dict()), state.pop("survival")["points"]
+    assert found.pop("survival")["points"][: len(curve)] == curve  # it goes on in the second epoch
+    assert found == state
     # a checkpoint without such a state is of weights without edits
     checkpoint = torch.load(tmp_path / "it.ckpt", weights_only=True)
     checkpoint["callbacks"] = {}

@@ -225,7 +225,7 @@ def test_two_editors_and_two_monitors_in_one_run(run: Any, tmp_path: Path, capsy
     assert whole.early.applied_facts == whole.facts[:4]
     metrics = logged(tmp_path / "whole")
     groups = {name.rpartition("/")[0] for name in metrics if name.startswith("edit")}
-    parts = ("", "_before", "_after", "_seconds")
+    parts = ("", "_before", "_after", "_seconds", "/survival")
     assert groups == {f"edit_{name}{part}" for name in ("early", "late") for part in parts}
     assert len(metrics["edit_early/efficacy"]) == 4 and len(metrics["edit_late/efficacy"]) == 2
     assert len(metrics["edit_early_after/efficacy"]) == len(metrics["edit_late_after/efficacy"]) == 1

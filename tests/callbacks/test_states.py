@@ -11,9 +11,10 @@ import torch
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.history import History
+from lit_moeedit.callbacks.survival import Survival
 from lit_moeedit.editing import PHASES, EditMemory, Editor, Measured
 from lit_moeedit.editing.memory import GatedKeys
-from lit_moeedit.reports import FactRow, Guard, Retention
+from lit_moeedit.reports import FactRow, Guard, Retention, SurvivalPoint
 
 SECONDS = dict.fromkeys((*PHASES, "edit"), 1.0)
 EDIT = {"facts": 2, "kept": True, "before": {"efficacy": 0.0}, "after": {"efficacy": 1.0}, "seconds": SECONDS}
@@ -36,6 +37,7 @@ HISTORY = History(
     lost_at={"/a": 6},
     edits=1,
 )
+CURVE = Survival((SurvivalPoint(1, 2, 1, 0, {"margin_min": -0.5}, None, ("A",)),), ("a",), (), {"a": -0.5})
 STATES: dict[str, dict[str, Any]] = {
     "KnowledgeEditing": {
         "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
@@ -43,6 +45,8 @@ STATES: dict[str, dict[str, Any]] = {
                        "facts": ["a"], "sketched": []}},
         "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"],
         "place": {"layers": [0], "token": "subject_last"},
+        "survival": CURVE.state(),
+        "kept": {"facts": ["a"], "goals": torch.ones(1, 2, 3), "moments": {3: "digest"}},
     },
     "EditReport": {
         "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "history": HISTORY.state(),
@@ -102,6 +106,22 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     ("KnowledgeEditing", "last_step", -1, "'last_step' should be at least 0, but is -1"),
     ("KnowledgeEditing", "renewals", GONE, "'renewals' should be a int, but is missing"),
     ("KnowledgeEditing", "memory", [1], "'memory' should be a dict, but is a list"),
+    ("KnowledgeEditing", "survival", [1], "'survival' should be a dict, but is a list"),
+    ("KnowledgeEditing", "survival", {"margins": {"a": "x"}}, r"survival.margins.a should be a number, but is 'x'"),
+    ("KnowledgeEditing", "survival", {"points": [{"step": 1}]}, r"survival.points\[0\] lacks the field 'epoch'"),
+    ("KnowledgeEditing", "kept", {"facts": ["a"]}, "kept: field 'goals' should be a Tensor, but is missing"),
+    (
+        "KnowledgeEditing",
+        "kept",
+        {"facts": ["a"], "goals": torch.ones(2, 2, 3), "moments": {}},
+        r"field 'goals' should be finite float32 of shape \[1, contexts, d_model\], but is .* of shape \[2, 2, 3\]",
+    ),
+    (
+        "KnowledgeEditing",
+        "kept",
+        {"facts": ["a"], "goals": torch.full((1, 2, 3), torch.nan), "moments": {}},
+        "field 'goals' should be finite",
+    ),
     ("EditReport", "edits", GONE, "'edits' should be a list, but is missing"),
     ("EditReport", "edits", [1], "'edits' should be a list of dict"),
     ("EditReport", "edits", [{**EDIT, "facts": "two"}], r"edits\[0\]: field 'facts' should be a int"),

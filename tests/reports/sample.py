@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from lit_moeedit.reports import Cost, FactRow, Guard, Measured, Model, Place, Report, Retention, Routing
+from lit_moeedit.reports import (
+    Cost,
+    FactRow,
+    Guard,
+    Measured,
+    Model,
+    Place,
+    Report,
+    Retention,
+    Routing,
+    SurvivalPoint,
+    Survivors,
+)
 
 HOSTILE = (
     "<script>document.title='owned'</script>",
@@ -41,6 +53,11 @@ def fact(
     }
     row = FactRow(subject, subject, f"The capital of {subject} is", new, old, 1, True, measured, reason)  # type: ignore[arg-type]
     return replace(row, **{"epoch": 1, "step": 40, **fields})  # type: ignore[arg-type]
+
+
+def _points(held: float, general: float, kept: float, margin: float) -> dict[str, float]:
+    shares = {"efficacy_accuracy": held, "generalization": general, "specificity_retained": kept}
+    return {**shares, "margin_min": margin - 1, "margin_median": margin}
 
 
 def sample(facts: int = 5) -> Report:
@@ -106,6 +123,14 @@ def sample(facts: int = 5) -> Report:
             )
             for i in range(5)
         ),
+        survival=(
+            SurvivalPoint(1, 40, 5, 4, _points(0.8, 0.9, 0.97, 4.1), "edit"),
+            SurvivalPoint(1, 72, 5, 4, _points(0.8, 0.8, 0.96, 3.0)),
+            SurvivalPoint(2, 104, 5, 2, _points(0.4, 0.6, 0.95, 0.4), None, ("Peru", "France")),
+            SurvivalPoint(2, 104, 5, 4, _points(0.8, 0.8, 0.91, 3.8), "renewal"),
+            SurvivalPoint(2, 136, 5, 3, _points(0.6, 0.8, 0.92, 2.1), None, ("Peru",)),
+        ),
+        survivors={"": Survivors(5, 3, 4, ("Peru",), ("Peru",))},
         costs=(
             Cost("statistics", 310.0, 41_000_000_000),
             Cost("targets", 190.4, 52_300_000_000),
@@ -139,6 +164,11 @@ def hostile(facts: int = len(HOSTILE)) -> Report:
         rows=rows,
         metrics={"after": {joined: 0.5, "efficacy_accuracy": float("inf")}},
         retention=tuple(Retention(2**50, i, {joined: -1e299, "efficacy_accuracy": 1e299}) for i in range(3)),
+        survival=tuple(
+            SurvivalPoint(2**50, step, 1, 0, {"efficacy_accuracy": value}, change, HOSTILE, joined)
+            for step, value, change in ((2**52, 0.5, "edit"), (-3, 1e299, None), (0, 1.0, "renewal"))
+        ),
+        survivors={joined: Survivors(2**52, -1, 0, HOSTILE, HOSTILE)},
         costs=(Cost(joined, -1.0, -1), Cost(joined, 1e299)),
         guards=(Guard(joined, float("nan")),),
         places=(Place((), joined, {joined: 0.0}),),

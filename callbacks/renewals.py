@@ -1,0 +1,212 @@
+"""The survival of edits in a run, and their renewals: edits that training has undone are brought back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import lightning as L
+from torch import Tensor
+from typing_extensions import override
+
+from lit_moeedit.callbacks.averages import Copies, averaging_callbacks, edited_weights
+from lit_moeedit.callbacks.charts import log_now
+from lit_moeedit.callbacks.edit_making import EditMaking
+from lit_moeedit.callbacks.survival import SurvivalCurve
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing import EditMethod, Editor, SecondMoments
+from lit_moeedit.interrupts import Undo
+from lit_moeedit.models.experts import find_model
+from lit_moeedit.reports import Survivors
+from lit_moeedit.sharding.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+Renewal = Literal["reuse", "anew"]
+
+
+@dataclass(frozen=True)
+class RenewalSettings:
+    """The settings of renewals, with the meaning that they have for :class:`~lit_moeedit.callbacks.KnowledgeEditing`.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    every_n_steps: int | None = None
+    below: float | None = None
+    maximum: int | None = None
+    kind: Renewal = "reuse"
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps is not None and self.every_n_steps < 1:
+            raise ValueError(f"renew_every_n_steps must be at least 1, or None for never, got {self.every_n_steps}")
+        if self.below is not None and not 0 < self.below <= 1:
+            raise ValueError(f"renew_below is a share in (0, 1], or None for never, got {self.below}")
+        if self.every_n_steps is not None and self.below is not None:
+            raise ValueError(
+                "give renew_every_n_steps or renew_below, not both: renewals come at an interval or by need"
+            )
+        if self.maximum is not None and self.maximum < 0:
+            raise ValueError(f"max_renewals must be at least 0, or None for no limit, got {self.maximum}")
+        if self.kind not in get_args(Renewal):
+            raise ValueError(f"renewal must be one of {', '.join(get_args(Renewal))}, got {self.kind!r}")
+
+    @property
+    def are_wanted(self) -> bool:
+        """``True`` if edits are renewed at all."""
+        return (self.every_n_steps is not None or self.below is not None) and self.maximum != 0
+
+    def check(self, editor: EditMethod, curve: SurvivalCurve) -> None:
+        """Check that the editor and the survival curve allow renewals.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        for name, value in (("renew_every_n_steps", self.every_n_steps), ("renew_below", self.below)):
+            if value is not None and not editor.can_renew:
+                raise ValueError(f"{name} must be None: {editor.name} cannot make edits anew")
+        if self.below is not None and not curve.is_on:
+            raise ValueError("renew_below is checked at the points of the survival curve: give survival_every_n_steps")
+
+
+class EditRenewing(EditMaking):
+    """A callback that follows what training leaves of its edits, and makes those anew that it has undone.
+
+    Attributes:
+        renewal: settings of the renewals.
+        survivors: the edits that were left when the latest training ended; ``None`` if they were not measured.
+    """
+
+    renewal: RenewalSettings
+    survivors: Survivors | None = None
+
+    @property
+    def renew_every_n_steps(self) -> int | None:
+        """Optimizer steps from an edit to its renewal; ``None`` for no fixed interval."""
+        return self.renewal.every_n_steps
+
+    @property
+    def max_renewals(self) -> int | None:
+        """Maximum number of renewals; ``None`` for no limit."""
+        return self.renewal.maximum
+
+    @property
+    @override
+    def may_renew(self) -> bool:
+        return self.renewal.are_wanted and self.renewals != self.renewal.maximum
+
+    def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure a point of the survival curve, and renew edits, if either is due after this batch."""
+        if not self._applied or not self._has_stepped:
+            return
+        is_due, below = self._renewal_due(trainer), self.renewal.below
+        if self.curve.is_due(self.survival, trainer.global_step):
+            with edited_weights(trainer, pl_module):
+                self.curve.measure(self, trainer, pl_module)
+            is_due |= below is not None and self.may_renew and self.survival.share < below
+        if is_due:
+            self._renew(trainer, pl_module)
+
+    def _renewal_due(self, trainer: L.Trainer) -> bool:
+        every = self.renewal.every_n_steps
+        return every is not None and self.may_renew and trainer.global_step - self._last_step >= every
+
+    def _renew(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        facts = self.applied_facts
+        with edited_weights(trainer, pl_module) as copies, Ranks.current().together():
+            lost = self._lost(pl_module, facts)
+            faded = len(lost)
+            if not faded:
+                self._last_step = trainer.global_step
+                return
+            self._find_place(trainer, pl_module, histories=self._frozen.histories)
+            make = partial(self._make_anew, trainer, pl_module, facts, copies)
+            goals = self._goals(facts, lost)
+            make(goals, record=partial(self._record_renewal, trainer))
+            brought = sum(goal is not None for goal in goals.values())
+            lost = self._lost(pl_module, facts)
+            stale = [key for key in lost if goals.get(key) is not None]
+            if stale:
+                # after much training the old hidden states no longer give the answer
+                make({fact.key: None for fact in facts if fact.key not in stale})
+                lost = self._lost(pl_module, facts)
+            self._log_renewal(trainer, len(facts), faded, len(lost), brought, faded - brought + len(stale))
+            self.curve.measure(self, trainer, pl_module, "renewal")
+        self._release_texts()
+
+    def _end_curve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the last point of the survival curve, with the weights that training ends with."""
+        points = self.survival.points
+        is_new = not points or points[-1].step != trainer.global_step or averaging_callbacks(trainer)
+        if self._applied and is_new:
+            self.curve.measure(self, trainer, pl_module)
+        self.survivors = self.curve.finish(self, trainer, pl_module)
+
+    def _log_renewal(
+        self, trainer: L.Trainer, facts: int, before: int, after: int, brought: int, searched: int
+    ) -> None:
+        renewed = f"{self.metrics_prefix}_renewed"
+        log_now(trainer, {f"{renewed}/before": before, f"{renewed}/after": after})
+        text = "%srenewed edits at step %d: of %d facts %d were lost, now %d (known targets %d, searched anew %d)"
+        log.info(text, self.heading, trainer.global_step, facts, before, after, brought, searched)
+
+    def _lost(self, pl_module: L.LightningModule, facts: Sequence[Fact]) -> list[str]:
+        """Return the keys of the facts whose new target is not generated."""
+        generated = set(self.generated(pl_module, facts))
+        return [fact.key for fact in facts if fact.key not in generated]
+
+    def _goals(self, facts: Sequence[Fact], lost: Sequence[str]) -> dict[str, Tensor | None]:
+        """Return the goals of a renewal: known ones of lost facts, ``None`` of those that are to stay as they are.
+
+        Lost facts without a known goal are not among them, and get a target vector by search.
+        """
+        if self.renewal.kind == "anew":  # an edit that still holds soon gets a target vector of 0
+            return {}
+        contexts, known = len(self.editor.contexts), self._kept.goals
+        stay: dict[str, Tensor | None] = {fact.key: None for fact in facts if fact.key not in lost}
+        return stay | {key: known[key] for key in lost if key in known and len(known[key]) == contexts}
+
+    def _make_anew(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        facts: Sequence[Fact],
+        copies: Copies,
+        goals: Mapping[str, Tensor | None],
+        record: Callable[[bool, Undo], None] | None = None,
+    ) -> None:
+        """Edit facts again, in one transaction. An edit that still holds is a row with residual 0, which keeps it."""
+        states = self._edit_files.states(trainer, pl_module, self.editor.layers)
+        moments = self._kept_moments(pl_module)
+        result = self._change(trainer, pl_module, facts, copies, goals=goals, moments=moments, record=record)
+        self._keep(result, self.generated(pl_module, facts))
+        self._written = self._edit_files.save(trainer, pl_module, "renewal", self.editor, result, states, self._written)
+
+    def _kept_moments(self, pl_module: L.LightningModule) -> Mapping[int, SecondMoments] | None:
+        editor = self.editor
+        if self.renewal.kind == "anew" or not isinstance(editor, Editor) or not editor.needs_moments:
+            return None
+        model = find_model(pl_module)
+        layers = editor.find_layers(model)
+        found = self._kept.moments.load(model, layers, editor.cache, editor.gated, Ranks.current())
+        if found is None:
+            text = (
+                "%sthe second moments of the edit are not known any more, so they are computed anew, with the present "
+                "weights; an editor with a 'cache' keeps them for a resumed run"
+            )
+            log.info(text, self.heading)
+        return found
+
+    @override
+    def _keep(self, result: Any, generated: Sequence[str]) -> None:
+        if self.may_renew and self.renewal.kind == "reuse":
+            self._kept = self._kept.with_edit(result, generated, Ranks.current())
+
+    def _record_renewal(self, trainer: L.Trainer, kept: bool, undo: Undo) -> None:
+        self._change_state(undo, last_step=trainer.global_step)
+        undo.by(setattr, self, "renewals", self.renewals)
+        self.renewals += 1

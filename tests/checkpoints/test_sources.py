@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.checkpoints import sources
 from lit_moeedit.checkpoints.sources import ModelSource, StoredWeights
 from lit_moeedit.models.parts import stored_tensors
 from lit_moeedit.planning.family_catalog import moe_families, small_model
@@ -36,6 +37,25 @@ def check(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_weights_of_a_folder(model_type: str, tmp_path: Path) -> None:
     check(small_model(model_type, torch.bfloat16), tmp_path, torch.bfloat16)
+
+
+def test_weights_that_cannot_be_read_alone_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_model("mixtral").save_pretrained(tmp_path)
+
+    def joined(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"joined.{name}": value for name, value in values.items()}
+
+    monkeypatch.setattr(sources, "revert_weight_conversion", joined)
+    with caplog.at_level("INFO", logger="lit_moeedit"):
+        loaded, weights = ModelSource.find(tmp_path).load()
+    assert "a second copy of the model stays in memory" in caplog.text and isinstance(weights, dict)
+    before = {name: tensor.detach().clone() for name, tensor in stored_tensors(loaded).items()}
+    with torch.no_grad():
+        for tensor in stored_tensors(loaded).values():
+            tensor.zero_()
+    assert all(torch.equal(weights[name].elements.view(tensor.shape), tensor) for name, tensor in before.items())
 
 
 @pytest.mark.families

@@ -38,7 +38,7 @@ _ADVICE = (
     "are no longer protected) or warn (nothing but a message)"
 )
 _DONE: dict[OnConflict, str] = {
-    "warn": "it stays as it is",
+    "warn": "it stays in the batch (on_conflict: warn)",
     "mask": "its old answer gets no loss",
     "yield": "the fact is no longer protected",
     "refuse": "it is refused",
@@ -103,8 +103,8 @@ class ConflictWatch:
     :class:`~lit_moeedit.data.conflicts.ConflictFinder`. Text in which the old answer gets no loss does not count. Only
     the text tells: a batch of token ids is decoded. On a GPU this waits for the copy of the batch to the CPU.
 
-    Every rank looks at its own batches. Counts and ``given_up`` are those of all ranks up to the last
-    :meth:`exchange`, and of this rank since then.
+    Every rank looks at its own batches. Counts are those of all ranks up to the last :meth:`exchange`, and of this rank
+    since then. ``given_up`` changes at an exchange only, so that it is the same on all ranks; in one process at once.
 
     Args:
         policy: ``warn`` logs a warning; ``mask`` sets the labels of the old answer's tokens to -100, too; ``yield``
@@ -124,7 +124,7 @@ class ConflictWatch:
         self._finder = ConflictFinder(())
         self._all, self._own, self._ahead = _Tally(), _Tally(), _Tally()
         self._lines: list[tuple[str, str]] = []  # key and message, of this rank since the last exchange
-        self._shown = 0
+        self._shown, self._told = 0, set[str]()
 
     def protect(self, facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> None:
         """Set the facts that are edited now, and the tokenizer of the batches; every rank calls this."""
@@ -165,6 +165,8 @@ class ConflictWatch:
             if self.policy == "mask" and masked and labels is not None:
                 rows, columns = torch.tensor(masked, device=labels.device).T
                 labels[rows, columns] = IGNORED_LABEL
+        if self._own.texts and Ranks.current().size == 1:
+            self._take(self._own)
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
         if input_ids.dim() != 2:
@@ -223,26 +225,27 @@ class ConflictWatch:
             RankError: under ``refuse``, if the text was found on another rank.
         """
         with Ranks.current().together():
-            total, ahead, first = 0, _Tally(), None
+            total, ahead, firsts = 0, _Tally(), []
             for text in texts:
                 total += 1
                 conflicts = self._finder.find(text)
                 ahead.texts += bool(conflicts)
                 for conflict in conflicts:
-                    first = first or conflict
+                    if conflict.fact.key not in ahead.facts:
+                        firsts.append(_described(conflict))
                     self._count(ahead, conflict)
             self._ahead = ahead
-            if first is None:
+            # a data module may have other texts on each rank
+            ahead.given_up = set().union(*_all_gather(Ranks.current(), sorted(ahead.given_up)))
+            if not firsts:
                 return
             counts = f"{ahead.texts:,} of {total:,} training texts contradict {len(ahead.facts):,} edited facts"
             if self.policy == "refuse":
-                raise ContradictionError(f"{self.heading}{counts}, such as {_described(first)}; {_ADVICE}")
-            names = {fact.key: fact for fact in self._facts}
-            lines = [f"{_name(names[key])} in {_quoted(text)}" for key, text in ahead.first.items()]
+                raise ContradictionError(f"{self.heading}{counts}; one contradicts {firsts[0]}; {_ADVICE}")
             _warn(f"{self.heading}{counts} (on_conflict: {self.policy})")
-            for line in lines[: None if self.policy == "yield" else SHOWN]:
-                given_up = "; the fact is no longer protected" if self.policy == "yield" else ""
-                _warn(f"{self.heading}training text contradicts {line}{given_up}")
+            for described in firsts[: None if self.policy == "yield" else SHOWN]:
+                given_up = f"; {_DONE['yield']}" if self.policy == "yield" else ""
+                _warn(f"{self.heading}a training text contradicts {described}{given_up}")
 
     def _note(self, tally: _Tally, conflict: Conflict, where: str) -> None:
         """Count a conflict of a batch, and tell of it."""
@@ -256,9 +259,10 @@ class ConflictWatch:
     def _tell(self, key: str, line: str) -> bool:
         """Log one of the first conflicts, or the first of a fact that is given up by it; false for any other."""
         yields = self.policy == "yield"
-        if key in self.given_up if yields else self._shown >= SHOWN:
+        if key in self._told | self.given_up if yields else self._shown >= SHOWN:
             return False
         self._shown += 1
+        self._told.add(key)
         is_last = self._shown == SHOWN and not yields
         _warn(line + ("; further ones are counted, and not logged" if is_last else ""))
         return True
@@ -277,15 +281,15 @@ class ConflictWatch:
 
         It is one collective operation of a few bytes per conflict. It is due before counts are logged or saved.
         """
-        ranks.check_errors()
-        own = json.dumps([self._own.state(), self._lines]) + "\n"
-        gathered = ranks.all_gather(torch.tensor(list(own.encode("ascii")), dtype=torch.uint8))
-        for rank, line in enumerate(bytes(gathered.tolist()).decode("ascii").splitlines()):
-            state, lines = json.loads(line)
-            # those of the first rank have been logged
-            for key, text in lines if rank else ():
+        for rank, (state, lines) in enumerate(_all_gather(ranks, [self._own.state(), self._lines])):
+            # those of the first rank have been logged, and this one knows its own
+            for key, text in lines if rank not in (0, ranks.rank) else ():
                 self._tell(key, f"rank {rank}: {text}")
-            self._all.add(_Tally.of_state(f"the conflicts of rank {rank}", state))
+            self._take(_Tally.of_state(f"the conflicts of rank {rank}", state))
+
+    def _take(self, tally: _Tally) -> None:
+        """Add what all ranks know to the counts, and begin anew with those of this rank."""
+        self._all.add(tally)
         self._own, self._lines = _Tally(), []
 
     @property
@@ -298,7 +302,7 @@ class ConflictWatch:
     @property
     def given_up(self) -> set[str]:
         """Keys of the facts that are no longer protected, because the text contradicts them."""
-        return self._all.given_up | self._own.given_up | self._ahead.given_up
+        return self._all.given_up | self._ahead.given_up
 
     @property
     def counts(self) -> dict[str, Sightings]:
@@ -356,21 +360,26 @@ def contradicting_texts(trainer: L.Trainer, facts: Sequence[Fact]) -> dict[str, 
     return {**found, **{fact.key: seen[fact.key] for fact in facts if fact.key in seen}}
 
 
+def _all_gather(ranks: Ranks, value: Any) -> list[Any]:
+    """Return the values of all ranks, which are made of JSON types; every rank calls this."""
+    if ranks.size == 1:
+        return [value]
+    ranks.check_errors()
+    line = (json.dumps(value) + "\n").encode("ascii")
+    gathered = ranks.all_gather(torch.tensor(list(line), dtype=torch.uint8))
+    return [json.loads(own) for own in bytes(gathered.tolist()).splitlines()]
+
+
 def _places(mask: Tensor) -> list[list[int]]:
     """Return the columns of each row that are no padding."""
     return [[column for column, is_kept in enumerate(row) if is_kept] for row in mask.tolist()]
 
 
-def _name(fact: Fact) -> str:
-    return f"{_quoted(fact.subject)} ({_quoted(fact.target_true or '')} to {_quoted(fact.target_new)})"
-
-
 def _described(conflict: Conflict) -> str:
-    return f"the edit of {_name(conflict.fact)}: {_quoted(conflict.excerpt())}"
-
-
-def _quoted(text: str) -> str:
-    return f"'{printable(text)}'"
+    fact = conflict.fact
+    texts = (fact.subject, fact.target_true or "", fact.target_new, conflict.excerpt())
+    subject, old, new, text = (f"'{printable(text)}'" for text in texts)
+    return f"the edit of {subject} ({old} to {new}): {text}"
 
 
 @rank_zero_only

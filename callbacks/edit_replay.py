@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,10 @@ from typing_extensions import override
 
 from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.charts import log_now
+from lit_moeedit.callbacks.conflicts import ConflictWatch, OnConflict
 from lit_moeedit.callbacks.edit_state import EditState
 from lit_moeedit.callbacks.named import callbacks_of
-from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer
+from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer, from_datamodule
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.encoding import Encoding, pad_id
 from lit_moeedit.data.facts import Fact
@@ -34,10 +36,11 @@ from lit_moeedit.replay import (
     append_rows,
     as_batch,
     check_form,
-    find_part,
-    with_part,
+    find_parts,
+    with_parts,
 )
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.shards import is_partitioned
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,10 @@ class EditReplay(StateOfWeights):
     override :meth:`check_batch` and :meth:`add_rows` to support them. The rows depend on the seed, the batch and the
     rank alone, so a resumed run trains on the same ones.
 
+    Text that still states the old answer works against an edit, and against the other edits, too. It is looked for in
+    the data module's ``training_texts()``, if it has such a method, and in every batch, see
+    :class:`~lit_moeedit.callbacks.conflicts.ConflictWatch`. What was found is in :attr:`watch`.
+
     Args:
         share: number of statements in proportion to the rows of a batch, on average; with ``weight`` the number of
             their tokens in proportion to the tokens of the batch.
@@ -75,6 +82,8 @@ class EditReplay(StateOfWeights):
         paraphrases: maximum number of paraphrases of a fact that are stated besides its prompt.
         by_need: draw every other statement by need: now and then the probabilities of some facts' new targets are
             measured, and those that are nearly lost are stated more often.
+        on_conflict: treatment of training text that contradicts an edit: ``warn``; ``mask`` its old answer, which gets
+            no loss; ``yield``: state that fact no longer; ``refuse``: end the run with an error.
         contexts: texts put before the prompts; ``None`` takes those of the editors.
         edits: an edit, or a folder of edits (see :mod:`lit_moeedit.edits`), whose facts are stated from the start, such
             as those that the base model came with.
@@ -86,6 +95,7 @@ class EditReplay(StateOfWeights):
         ValueError: if an argument is out of range.
         MisconfigurationException: when the run starts, if there is nothing to state, or the module cannot be used; at
             the first batch, if rows cannot be added to it.
+        ContradictionError: with ``on_conflict: refuse``, at the first text that contradicts an edit.
 
     Example:
         >>> EditReplay(share=0.1).share
@@ -93,7 +103,7 @@ class EditReplay(StateOfWeights):
     """
 
     groups = ("replay",)
-    state_names = ("_needs",)
+    state_names = ("_needs", "watch")
 
     def __init__(
         self,
@@ -102,12 +112,14 @@ class EditReplay(StateOfWeights):
         weight: float | None = None,
         paraphrases: int = 0,
         by_need: bool = True,
+        on_conflict: OnConflict = "warn",
         contexts: list[str] | None = None,
         edits: str | None = None,
         seed: int = 0,
         tokenizer: str | None = None,
         name: str | None = None,
     ) -> None:
+        self.on_conflict = on_conflict
         super().__init__(name)
         if not 0.0 < share <= 1.0:
             raise ValueError(f"share must be in (0, 1], got {share}")
@@ -135,6 +147,8 @@ class EditReplay(StateOfWeights):
     @override
     def begin_state(self) -> None:
         self._needs: dict[str, float] = {}
+        self.watch = ConflictWatch(self.on_conflict, self.heading)
+        """What is known of text that contradicts edits."""
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -150,8 +164,8 @@ class EditReplay(StateOfWeights):
             ValueError: if statements cannot be added to such batches.
         """
         if self.weight is None:
-            check_form(find_part(batch))
-        elif find_part(batch) is None:
+            check_form(batch)
+        elif next(find_parts(batch), None) is None:
             raise BatchFormError("the batch has no input_ids, by which the number of statements is found")
 
     def add_rows(self, batch: Any, rows: Sequence[Encoding]) -> Any:
@@ -162,13 +176,13 @@ class EditReplay(StateOfWeights):
             rows: the statements.
         """
         assert self._tokenizer is not None
-        token = pad_id(self._tokenizer)
-        return with_part(batch, lambda part: append_rows(part, rows, token))
+        first, *others = find_parts(batch)
+        return with_parts(batch, iter([append_rows(first, rows, pad_id(self._tokenizer)), *others]))
 
     def count_rows(self, batch: Any) -> float:
         """Return the number of statements for a batch, on average."""
-        part, statements = find_part(batch), self._statements
-        assert part is not None and statements is not None
+        part, statements = next(find_parts(batch)), self._statements
+        assert statements is not None
         if self.weight is None:
             return self.share * len(part["input_ids"])
         mask = part.get("attention_mask")
@@ -212,10 +226,11 @@ class EditReplay(StateOfWeights):
         if not self._is_checked:
             self._check_first(batch)
         self._take_facts(trainer)
-        if self.facts and trainer.global_step % self.every_n_steps == 0:
-            rows = self._draw(trainer, batch)
-            if rows:
-                self._replace_step(pl_module, rows)
+        masked = self._look(trainer, batch)
+        is_due = bool(self.facts) and trainer.global_step % self.every_n_steps == 0
+        rows = self._draw(trainer, batch) if is_due else []
+        if rows or masked:
+            self._replace_step(pl_module, rows, masked)
 
     @override
     def on_train_batch_end(
@@ -223,12 +238,17 @@ class EditReplay(StateOfWeights):
     ) -> None:
         self._restore_step(pl_module)
         has_stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
-        if self.by_need and self.facts and has_stepped and trainer.global_step % self._measure_every == 0:
+        if not self._seen or not has_stepped or trainer.global_step % self._measure_every:
+            return
+        self.watch.exchange(Ranks.current())
+        log_now(trainer, self.watch.metrics)
+        if self.by_need and self.facts:
             self._measure(trainer, pl_module, self.count_rows(batch))
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_step(pl_module)
+        self.watch.exchange(Ranks.current())
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -236,12 +256,13 @@ class EditReplay(StateOfWeights):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"needs": dict(self._needs)}
+        return {"needs": dict(self._needs), "conflicts": self.watch.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_fields("the state of EditReplay in the checkpoint", state_dict, (), needs={str: (int, float)})
+        check_fields("the state of EditReplay in the checkpoint", state_dict, needs={str: (int, float)}, conflicts=dict)
         self._needs = dict(state_dict["needs"])
+        self.watch.load_state_dict(state_dict["conflicts"])
 
     # -- the work -----------------------------------------------------------------------------------------------------
 
@@ -256,6 +277,11 @@ class EditReplay(StateOfWeights):
             raise MisconfigurationException(
                 f"{own}: weight needs automatic optimization, which {type(pl_module).__name__} does not use; leave "
                 "weight out to add statements as rows of the batch"
+            )
+        if self.weight is not None and any(is_partitioned(weight) for weight in pl_module.parameters()):
+            raise MisconfigurationException(
+                f"{own}: weight needs a second forward in each step, after which DeepSpeed ZeRO stage 3 reduces "
+                "gradients twice and fails; leave weight out to add statements as rows of the batch"
             )
         if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
             raise MisconfigurationException(
@@ -277,18 +303,38 @@ class EditReplay(StateOfWeights):
 
     def _take_facts(self, trainer: L.Trainer) -> None:
         """Take the facts that are edited now, if they have changed."""
+        assert self._statements is not None and self._tokenizer is not None
         editings = callbacks_of(trainer, EditState)
         applied = [editing.neighbours_before for editing in editings]
-        if self._statements is None or (
-            len(applied) == len(self._seen) and all(a is b for a, b in zip(applied, self._seen, strict=True))
-        ):
+        is_same = len(applied) == len(self._seen) and all(a is b for a, b in zip(applied, self._seen, strict=True))
+        if is_same and not (self.watch.given_up & self._statements.keys()):
             return
-        self._seen = applied
         facts = [*self._filed, *(fact for editing in editings for fact in editing.recorded_facts)]
-        self._statements = self._statements.of(facts)
-        known = {fact.key for fact in self._statements.facts}
-        self._needs = {key: need for key, need in self._needs.items() if key in known}
-        log.info("%s%d edited facts are stated from now on", self.heading, len(known))
+        if not is_same:
+            self._seen = applied
+            self.watch.protect(facts, self._tokenizer)
+            texts = from_datamodule(trainer, "training_texts") if facts else None
+            if texts is not None:
+                self.watch.look_ahead(texts)
+        self._statements = self._statements.of(fact for fact in facts if fact.key not in self.watch.given_up)
+        self._needs = {key: need for key, need in self._needs.items() if key in self._statements}
+        if facts:
+            log.info("%s%d edited facts are stated from now on", self.heading, len(self._statements))
+
+    def _look(self, trainer: L.Trainer, batch: Any) -> list[Mapping[str, Any]]:
+        """Look for text that contradicts edits; returns the parts of the batch if some of their labels are masked."""
+        if not self._seen and not self._filed:
+            return []
+        parts = list(find_parts(batch))
+        if self.on_conflict == "mask":  # the labels may belong to the data
+            parts = [{**part, "labels": part["labels"].clone()} if "labels" in part else part for part in parts]
+        before = self.watch.metrics
+        for part in parts:
+            where = f"step {trainer.global_step}"
+            self.watch.look(part["input_ids"], part.get("attention_mask"), part.get("labels"), where)
+        if self.watch.given_up:
+            self._take_facts(trainer)
+        return parts if self.on_conflict == "mask" and self.watch.metrics != before else []
 
     def _draw(self, trainer: L.Trainer, batch: Any) -> list[Encoding]:
         assert self._statements is not None
@@ -302,7 +348,7 @@ class EditReplay(StateOfWeights):
         return self._draws.draw(self._statements, count, start, number, trainer.global_rank, needs)
 
     def _warn_of_long_rows(self, batch: Any) -> None:
-        part = find_part(batch)
+        part = next(find_parts(batch), None)
         if self.weight is not None or part is None or self._statements is None or self._has_warned:
             return
         length, longest = part["input_ids"].shape[1], self._statements.longest
@@ -316,17 +362,24 @@ class EditReplay(StateOfWeights):
                 longest,
             )
 
-    def _replace_step(self, pl_module: L.LightningModule, rows: Sequence[Encoding]) -> None:
-        """Let the next ``training_step`` train on statements, too."""
+    def _replace_step(
+        self, pl_module: L.LightningModule, rows: Sequence[Encoding], masked: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Let the next ``training_step`` train on statements, too, and on the labels of ``masked``, if there is any."""
         step = pl_module.training_step
         self._own_step = pl_module.__dict__.get("training_step")
 
         @wraps(step)
         def with_statements(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.weight is None:
-                return step(self.add_rows(batch, rows), *args, **kwargs)
+            if masked:
+                parts = zip(find_parts(batch), masked, strict=True)
+                batch = with_parts(batch, iter([_with_labels(part, own) for part, own in parts]))
+            if rows and self.weight is None:
+                batch = self.add_rows(batch, rows)
             output = step(batch, *args, **kwargs)
-            return None if output is None else self._added(output, self._loss(pl_module, rows))
+            if not rows or self.weight is None or output is None:
+                return output
+            return self._added(output, self._loss(pl_module, rows))
 
         self._is_replaced = True
         pl_module.training_step = with_statements  # type: ignore[method-assign]
@@ -381,6 +434,14 @@ class EditReplay(StateOfWeights):
         needs = torch.where(found.exact, 1.0 - found.log_prob.exp(), 1.0).tolist()
         self._needs |= {fact.key: need for fact, need in zip(chosen, needs, strict=True)}
         log_now(trainer, {f"{self.metrics_prefix}/need": sum(self._needs.values()) / len(self._needs)})
+
+
+def _with_labels(part: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "labels" not in other:
+        return part
+    changed = copy.copy(part)
+    changed["labels"] = other["labels"]  # type: ignore[index]
+    return changed
 
 
 def _facts_of(edits: str) -> list[Fact]:

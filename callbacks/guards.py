@@ -17,6 +17,7 @@ from lit_moeedit.editing.outcomes import Reason, has_failed, measured_of, reason
 from lit_moeedit.editing.phases import EVALUATION, Meter
 from lit_moeedit.editing.probe import Probe, ProbeState
 from lit_moeedit.models.experts import find_model
+from lit_moeedit.reports.meanings import MEANINGS
 from lit_moeedit.sharding.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class GuardFigure:
     value: float
 
     @property
+    def meaning(self) -> str:
+        """The measured quantity in plain words; empty for those that their names explain."""
+        return MEANINGS.get(self.name.removeprefix("min_"), "")
+
+    @property
     def is_broken(self) -> bool:
         """``True`` if the edit must be undone."""
         # a perplexity that is not a number is that of a broken model
@@ -45,7 +51,8 @@ class GuardFigure:
 
     def __str__(self) -> str:
         relation = "below" if self.name.startswith("min_") else "above"
-        return f"{self.name}: {self.value:.3f} is {relation} the limit {self.limit:g}"
+        meaning = f" ({self.meaning})" if self.meaning else ""
+        return f"{self.name}{meaning}: {self.value:.3f} is {relation} the limit {self.limit:g}"
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class History:
             rows.append(row)
             if reason is None and result.kept:
                 held[_place(row.name, row.key)] = event.step
-        guards = (Guard(f.name, f.limit, f.value, f.is_broken, edits) for f in event.guards)
+        guards = (Guard(f.name, f.limit, f.value, f.is_broken, edits, f.meaning) for f in event.guards)
         change = result.relative_change if result.kept else {}
         return replace(
             self,

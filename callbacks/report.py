@@ -22,6 +22,7 @@ from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.conflicts import contradicting_texts
 from lit_moeedit.callbacks.history import History
+from lit_moeedit.callbacks.just_edited import JustEdited
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.limits import is_over
 from lit_moeedit.callbacks.listener import EditEvent, EditListener, RetentionEvent
@@ -48,6 +49,7 @@ from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import perplexity
 from lit_moeedit.editing.outcomes import measure
 from lit_moeedit.editing.phases import EVALUATION, Meter
+from lit_moeedit.edits import Autopsy
 from lit_moeedit.models.experts import find_model
 from lit_moeedit.reports import ConsoleReport, Model, Report
 from lit_moeedit.reports.report import State
@@ -86,6 +88,10 @@ class EditReport(StateOfWeights, EditListener):
         filename: name of the summary; it appears complete or not at all.
         console: whether to print at the end.
         max_rows: maximum number of rows of the table for loggers.
+        autopsy: whether to find which part of the model carried the loss of edits, when training ends (see
+            :func:`lit_moeedit.edits.autopsy`). Weights that train are kept in main memory from the last edit on, up to
+            the last edited layer. A run that is resumed after its edits has none to compare with. The result is
+            ``autopsy`` in the summary.
 
     Raises:
         ValueError: if ``filename`` is not the plain name of a file.
@@ -97,9 +103,13 @@ class EditReport(StateOfWeights, EditListener):
     wants_answers = True
     state_names = ("_edits", "_final", "_history", "_perplexity", "_failed", "_seconds")
 
-    def __init__(self, filename: str = "summary.json", console: bool = True, max_rows: int = 200) -> None:
+    def __init__(
+        self, filename: str = "summary.json", console: bool = True, max_rows: int = 200, autopsy: bool = False
+    ) -> None:
         super().__init__(filename=filename)
         self.filename, self.console, self.max_rows = filename, console, max_rows
+        self.autopsy, self._just_edited = autopsy, JustEdited()
+        self._autopsy: Autopsy | None = None
         # of this process alone
         self._started = time.perf_counter()
         self._is_over = False  # a checkpoint was loaded after which nothing is left to train
@@ -130,6 +140,7 @@ class EditReport(StateOfWeights, EditListener):
         if stage == TrainerFn.FITTING:
             # what follows a fit in the same process adds to its report
             self._final, self._file = {}, RunFile(self.filename)
+            self._just_edited, self._autopsy = JustEdited(), None
             self._pages, self._begun = {name: RunFile(name) for name in FILES}, datetime.now(UTC)
             self._perplexity.pop("after_training", None)
         for file in (self._file, *self._pages.values()):
@@ -158,6 +169,9 @@ class EditReport(StateOfWeights, EditListener):
         metrics = event.before.metrics, event.after.metrics
         self._totals(event.name).add(len(result.facts), result.kept, *metrics, seconds, event.memory)
         self._history = self._history.with_edit(event)
+        if self.autopsy and result.kept and trainer.state.fn == TrainerFn.FITTING:
+            with self._attempt("autopsy"):
+                self._just_edited.keep(trainer, pl_module)
         self._write_page(trainer, "running")
         self._log_tables(trainer)
 
@@ -188,6 +202,9 @@ class EditReport(StateOfWeights, EditListener):
             if editing.edited_facts:
                 with self._attempt("after_training" if len(editings) == 1 else f"after_training of {editing.label}"):
                     self._measure_facts(trainer, pl_module, editing)
+        if self.autopsy:
+            with self._attempt("autopsy"):
+                self._autopsy = self._just_edited.examine(pl_module)
 
     def _measure_facts(self, trainer: L.Trainer, pl_module: L.LightningModule, editing: KnowledgeEditing) -> None:
         facts, undone = editing.applied_facts, editing.undone_facts
@@ -280,7 +297,8 @@ class EditReport(StateOfWeights, EditListener):
 
         With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``place``, ``before``, ``after``,
         ``after_training`` and ``renewals`` of each, by its name (its state key, if it has none); with several monitors,
-        ``routing["monitors"]`` has ``similarity``, ``kl`` and ``per_layer`` of the others.
+        ``routing["monitors"]`` has ``similarity``, ``kl`` and ``per_layer`` of the others. After an autopsy,
+        ``autopsy`` has its result.
         """
         editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
         routing = summarize_routing(monitors[0].last_edit if monitors else {})
@@ -306,6 +324,8 @@ class EditReport(StateOfWeights, EditListener):
                 }
                 for editing in editings
             }
+        if self._autopsy is not None:
+            summary["autopsy"] = self._autopsy.to_dict()
         return summary | ({"failed": dict(self._failed)} if self._failed else {})
 
     def _summarize(self, editings: Sequence[KnowledgeEditing], edits: Sequence[EditTotals]) -> dict[str, Any]:
@@ -382,6 +402,8 @@ class EditReport(StateOfWeights, EditListener):
             self._show(trainer)  # even if there is no room for the file
             raise
         self._write_page(trainer, "finished")
+        if self._autopsy is not None:
+            self._shown.append(f"Autopsy: {self._autopsy.verdict}.")
         self._shown.append(f"Summary: {path}\nReport: {path.with_name('report.html')}")
         self._log_tables(trainer)
         self._log_figures(trainer)

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
-from lit_moeedit.data.facts import CheckedFacts, Fact, read_facts, validate_facts
+from lit_moeedit.data.facts import CheckedFacts, Fact, check_facts_file, read_facts, validate_facts
 from lit_moeedit.editing import EditMethod
 from lit_moeedit.models.experts import (
     ExpertLayer,
@@ -21,7 +21,7 @@ from lit_moeedit.models.experts import (
     expert_layers,
     find_model,
 )
-from lit_moeedit.pretrained import as_value_error, check_vocabulary, pretrained_tokenizer
+from lit_moeedit.pretrained import check_vocabulary, pretrained_tokenizer, read_lines
 from lit_moeedit.sharding.backends import locate, refuse_parallelism
 from lit_moeedit.sharding.finite import check_finite
 from lit_moeedit.sharding.ranks import Ranks
@@ -107,9 +107,25 @@ def read_texts(source: str | Sequence[str]) -> list[str]:
     """
     if not isinstance(source, str):
         return list(source)
-    with as_value_error(f"the preservation text {source} cannot be read as UTF-8"):
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.strip()]
+    return read_lines(source, "preservation text")
+
+
+def check_files(settings: Mapping[str, Any]) -> None:
+    """Check the files that an edit reads, before the model is there: that they exist and that their rows can be used.
+
+    Args:
+        settings: settings of :class:`~lit_moeedit.callbacks.KnowledgeEditing`.
+
+    Raises:
+        FactError: if a facts file cannot be used.
+        OSError: if a file cannot be opened.
+        ValueError: if the text is not UTF-8.
+    """
+    facts, preservation = settings.get("facts"), settings.get("preservation")
+    if isinstance(facts, str):
+        check_facts_file(facts, settings.get("columns"), settings.get("strict", True))
+    if isinstance(preservation, str):
+        read_texts(preservation)
 
 
 def find_tokenizer(

@@ -23,8 +23,8 @@ from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer, f
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.data.lengths import cut_texts
-from lit_moeedit.editing.routing_trace import MAX_PROBE_TOKENS, RoutingTrace, trace_routing
-from lit_moeedit.metrics import ExpertLoad, RoutingDivergence, RoutingSimilarity
+from lit_moeedit.editing.routing_trace import MAX_PROBE_TOKENS, RoutingTrace, compare_traces, trace_routing
+from lit_moeedit.metrics import ExpertLoad, RoutingSimilarity
 from lit_moeedit.metrics._plots import plot_heat_map
 from lit_moeedit.models.experts import expert_layers, find_model
 
@@ -166,17 +166,10 @@ class RoutingMonitor(StateOfWeights, EditListener):
     def compare(self, pl_module: L.LightningModule, before: RoutingTrace, after: RoutingTrace) -> dict[str, float]:
         """Compute all routing metrics of two traces of the same text."""
         layers = expert_layers(find_model(pl_module))
-        # every rank traces the whole probe, so there is nothing to add up
-        similarity = RoutingSimilarity(list(layers), sync_on_compute=False)
-        divergence = RoutingDivergence(list(layers), sync_on_compute=False)
         load = ExpertLoad(max(x.num_experts for x in layers.values()), list(layers), sync_on_compute=False)
-        similarity.update(before.experts, after.experts)
-        divergence.update(before.probabilities, after.probabilities)
         load.update(after.experts)
-        found = {f"similarity/{name}": float(value) for name, value in similarity.compute().items()}
-        found |= {name: float(value) for name, value in divergence.compute().items()}
         entropy = {name: value for name, value in load.compute().items() if name.startswith("entropy/")}
-        return found | {f"load_{name}": float(value) for name, value in entropy.items()}
+        return compare_traces(before, after) | {f"load_{name}": float(value) for name, value in entropy.items()}
 
     def figure(self) -> Figure | None:
         """Plot the latest edit's routing similarity by layer; ``None`` without an edit or without matplotlib."""

@@ -103,12 +103,12 @@ class _ExplainingParser(ArgumentParser):
     @override
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._given: list[str] = []
+        self.given: list[str] = []
 
     @override
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         try:
-            args = self._given = with_recipe_paths(sys.argv[1:] if args is None else args)
+            args = self.given = with_recipe_paths(sys.argv[1:] if args is None else args)
         except ValueError as error:
             self.error(str(error), error)
         with _new_class_new_settings():
@@ -122,7 +122,7 @@ class _ExplainingParser(ArgumentParser):
 
     def explained(self, message: str) -> str:
         """Return an error in the arguments as where, what, and what may have been meant."""
-        given = self._root._given or self._given
+        given = self._root.given or self.given
         text = explain(essence(message), self._own, given)
         if _OVERLAY.search(message):
             text += "\n  It overlays another config: give that one before it."
@@ -140,9 +140,7 @@ class _ExplainingParser(ArgumentParser):
     def _own(self) -> ArgumentParser:
         """The parser of the command that is given."""
         commands = getattr(self._root._subcommands_action, "choices", None) or {}
-        own: ArgumentParser = commands.get(
-            next((arg for arg in self._root._given if not arg.startswith("-")), ""), self
-        )
+        own: ArgumentParser = commands.get(next((arg for arg in self._root.given if not arg.startswith("-")), ""), self)
         return own
 
 

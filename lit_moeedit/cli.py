@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+import transformers
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType
 from lightning.pytorch.utilities import rank_zero_only
@@ -31,6 +32,7 @@ from lit_moeedit.planning.report import plan
 from lit_moeedit.recipes import recipes
 from lit_moeedit.runs import EditingCLI, WholeConfigCallback
 from lit_moeedit.sharding.ranks import RankError
+from lit_moeedit.standalone.autopsy import autopsy_edits
 from lit_moeedit.standalone.command import edit_model
 from lit_moeedit.text import printable
 
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 COMMANDS: dict[str, Callable[..., None]] = {
     "edit": edit_model,
     "edits apply": apply_edits,
+    "edits autopsy": autopsy_edits,
     "edits list": list_edits,
     "edits show": show_edits,
     "edits undo": undo_edits,
@@ -53,7 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 """Commands besides training and evaluation, of one word or two: functions whose arguments and docstrings are their
 help."""
 GROUPS = {
-    "edits": "Edits that are files: apply, list, show, undo and verify them.",
+    "edits": "Edits that are files: apply, list, show, undo and verify them, and find out why training lost them.",
     "facts": "Facts files: check them.",
 }
 """Descriptions of the first words of commands that have two."""
@@ -132,6 +135,8 @@ def main() -> None:
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
+    if not sys.stderr.isatty():  # where a bar would be many lines of a log
+        transformers.utils.logging.disable_progress_bar()
     try:
         run()
     except (OSError, ValueError, FloatingPointError, MisconfigurationException, ModuleNotFoundError) as error:

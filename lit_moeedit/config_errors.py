@@ -23,9 +23,9 @@ _KEY = re.compile(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)':\s*(.*)")
 _TYPE = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?$")
 _GROUP = re.compile(r"(?:Subcommand|Group) '([^']*)' does not accept option '([^']+)'")
-_TYPE_NAMES = {"NoneType": "null", "Sequence": "a list"}
+_TYPE_NAMES = {"NoneType": "null", "Sequence": "a list", "list": "a list"}
 _MAX_NAMES = 12
-_ADAPTED = ("init_args", "dict_kwargs", "class_path")
+ADAPTED = ("init_args", "dict_kwargs", "class_path")
 """Keys of a config that are part of no path, because an option can do without them."""
 
 
@@ -58,14 +58,13 @@ def explain(message: str, parser: ArgumentParser, args: Sequence[str]) -> str:
     Returns:
         The place with the key, and the reason in lines of its own; the reason alone, if there is no place.
     """
-    configs = list(_configs(args))
-    for path in configs:
+    for path in _configs(args):
         if broken := _syntax_error(path):
             return broken
     trail = _read(message, parser)
-    reason = _reason(trail, parser)
+    reason = _reason(trail, parser) + _help(trail, parser)
     key = ".".join(trail.keys)
-    place = _place(trail, args, configs)
+    place = place_of(trail.keys, trail.class_paths, args)
     head = ": ".join(filter(None, (place, key if key and not place.startswith("--") else "")))
     return f"{head}\n  {reason}" if head else reason
 
@@ -79,7 +78,7 @@ def _read(message: str, parser: ArgumentParser) -> Trail:
             line = found[2]
         elif found := _CLASS.match(line):
             trail.class_paths.append(found[1])
-            kind = _imported(found[1])
+            kind = imported(found[1])
             if isinstance(kind, type):
                 trail.kind, own = kind, _class_parser(kind)
             line = found[2]
@@ -100,6 +99,10 @@ def _reason(trail: Trail, parser: ArgumentParser) -> str:
     if found := _GROUP.search(text):
         of_command = found[1] == getattr(parser, "subcommand", None)
         return _unknown_option(trail, parser, found[2] if of_command else f"{found[1]}.{found[2]}")
+    if found := re.match(r"ambiguous option: (\S+) could match (.+)", text):
+        # jsonargparse spells a further element of a list --name+
+        options = dict.fromkeys(f"'{name.rstrip('+')}'" for name in found[2].split(", "))
+        return f"there is no option {found[1]} (did you mean {' or '.join(options)}?)"
     if found := re.match(r"unrecognized arguments: (\S+)", text):
         name = found[1].partition("=")[0]
         if not name.startswith("-"):
@@ -109,6 +112,8 @@ def _reason(trail: Trail, parser: ArgumentParser) -> str:
         return f"{found[1]} has no class {found[2]!r}{nearest(found[2], _names_in(found[1]))}"
     if found := re.search(r"No module named '([^']+)'", text):
         return f"there is no module {found[1]!r}{nearest(found[1], _modules_beside(found[1]))}"
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text):
+        return f"{found[1]} is no {found[2]}: expected a class that is one, or one of its short names"
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         return _unknown_class(trail, found[1], text)
     if found := re.match(r"the following arguments are required: (.+)", text):
@@ -126,6 +131,20 @@ def _reason(trail: Trail, parser: ArgumentParser) -> str:
         value = next((found[2] for found in types if found[2]), next(iter(values), ""))
         return _wrong_type([found[1] for found in types], value)
     return "\n  ".join(trail.reasons)
+
+
+def _help(trail: Trail, parser: ArgumentParser) -> str:
+    """Return a line of help on a mistake in a command: on its option, if that is known, or on the whole."""
+    if any(action.dest == "config" for action in parser._actions) or parser._subcommands_action is not None:
+        return ""
+    if trail.action is not None and trail.action.help:
+        return f"\n  {trail.action.dest}: {trail.action.help}"
+    words = (
+        " ".join((*action.option_strings[:1], action.dest.upper()))
+        for action in parser._actions
+        if action.required or not action.option_strings
+    )
+    return f"\n  usage: {' '.join((parser.prog, *words))} [OPTIONS]; --help lists them"
 
 
 def _unknown(name: str, owner: str, names: Sequence[str]) -> str:
@@ -152,7 +171,8 @@ def _unknown_option(trail: Trail, parser: ArgumentParser, name: str) -> str:
 def _missing(trail: Trail, parser: ArgumentParser, names: Sequence[str]) -> str:
     own = [name.removeprefix(f"{getattr(parser, 'subcommand', None)}.") for name in names]
     if trail.kind is None:
-        hint = "; a config has them all (--config recipe:NAME or a file)" if "model" in own else ""
+        takes_configs = any(action.dest == "config" for action in parser._actions)
+        hint = "; a config has them all (--config recipe:NAME or a file)" if takes_configs and "model" in own else ""
         return f"{', '.join(own)} {'is' if len(own) == 1 else 'are'} missing{hint}"
     option = f", for example by --{'.'.join(trail.keys)}.{own[0]}" if trail.keys[:1] != ["trainer"] else ""
     return f"{trail.kind.__name__} needs {', '.join(own)}{option}"
@@ -174,7 +194,8 @@ def _unknown_class(trail: Trail, name: str, text: str) -> str:
 def _wrong_type(types: Sequence[str], value: str) -> str:
     names = [re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", kind).replace("typing.", "") for kind in types]
     choices = [choice for kind in types if "Literal[" in kind for choice in re.findall(r"'([^']+)'", kind)]
-    named = [_TYPE_NAMES.get(name) or re.sub(r"^Literal\[(.+)\]$", r"one of \1", name) for name in names]
+    listed = [re.sub(r"^Literal\[(.+)\]$", r"\1" if "," not in name else r"one of \1", name) for name in names]
+    named = [_TYPE_NAMES.get(name, name) for name in listed]
     return f"expected {' or '.join(dict.fromkeys(named))}, got {value!r}{nearest(value, choices)}"
 
 
@@ -211,17 +232,26 @@ def _syntax_error(path: Path) -> str:
     return ""
 
 
-def _place(trail: Trail, args: Sequence[str], configs: Sequence[Path]) -> str:
-    """Find the option or the line of a config that has the mistake; the last one counts, as it does for the run."""
-    keys = [key for key in trail.keys if key not in _ADAPTED]
+def place_of(keys: Sequence[str], class_paths: Sequence[str], args: Sequence[str]) -> str:
+    """Find the option or the line of a config that has a setting; the last one counts, as it does for the run.
+
+    Args:
+        keys: keys that lead to the setting.
+        class_paths: classes that may stand on the way to it, where lists have several.
+        args: arguments of the command line.
+
+    Returns:
+        The option, or the file with the line; empty if the setting is not given.
+    """
+    keys = [key for key in keys if key not in ADAPTED]
     for arg in reversed(args):
         option = arg.partition("=")[0]
         if option.startswith("--") and keys and _is_about(option[2:].removesuffix("+"), keys):
             return option
-    for path in reversed(configs):
+    for path in reversed(list(_configs(args))):
         node = _tree(path)
         for root in (node, _value(node, next(iter(args), ""))):
-            line = _line(root, keys, trail.class_paths)
+            line = _line(root, keys, class_paths)
             if line is not None:
                 return f"{path}, line {line}"
     return ""
@@ -229,7 +259,7 @@ def _place(trail: Trail, args: Sequence[str], configs: Sequence[Path]) -> str:
 
 def _is_about(option: str, keys: Sequence[str]) -> bool:
     """Tell if an option gives the setting of these keys, some of it, or an object with it."""
-    parts, wanted = [part for part in option.split(".") if part not in _ADAPTED], list(keys)
+    parts, wanted = [part for part in option.split(".") if part not in ADAPTED], list(keys)
     return parts[: len(wanted)] == wanted or (1 < len(parts) < len(wanted) and parts == wanted[: len(parts)])
 
 
@@ -265,7 +295,7 @@ def _class_of(node: yaml.Node | None) -> str:
     return str(found.value) if found is not None else ""
 
 
-def _imported(class_path: str) -> Any:
+def imported(class_path: str) -> Any:
     """Return a class that the message names, if jsonargparse has imported its module; nothing is imported here."""
     module, _, name = class_path.rpartition(".")
     return getattr(sys.modules.get(module), name, None)

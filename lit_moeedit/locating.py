@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
 
 from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.data.encoding import check_offsets
 from lit_moeedit.data.facts import read_facts
 from lit_moeedit.data.neutral import texts_to_preserve
+from lit_moeedit.devices import find_device
 from lit_moeedit.editing import Location
 from lit_moeedit.editing import locate as search
 from lit_moeedit.edits.folders import load_model
 from lit_moeedit.pretrained import check_vocabulary, pretrained_tokenizer
+from lit_moeedit.terminal import progress
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,8 @@ def locate(
     trial_facts: int = 8,
     trace_facts: int = 32,
     places: int = 4,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
+    columns: dict[str, str | list[str]] | None = None,
 ) -> None:
     """Find the layers and the token at which facts are best edited in a model.
 
@@ -48,35 +48,25 @@ def locate(
         trial_facts: maximum number of facts that are edited in a trial.
         trace_facts: maximum number of facts that are traced.
         places: maximum number of places of each token that are tried.
-        device: auto (a GPU if there is one), cpu or cuda.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        columns: field names to column names of the facts file, such as '{target_new: new, paraphrases: [p1, p2]}'.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        ValueError: if the model, a fact or a number cannot be used.
+        ValueError: if the model, a fact, the device or a number cannot be used.
         OSError: if the output cannot be written.
 
     Example:
         lit-moeedit locate my-model facts.jsonl --preservation=text.txt --output=located
     """
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ValueError("there is no GPU here that torch can use: expected device auto or cpu")
+    found_device = find_device(device)
     tokenizer = pretrained_tokenizer(model)
     check_offsets(tokenizer)
-    known = read_facts(facts, tokenizer=tokenizer)
+    known = read_facts(facts, columns=columns, tokenizer=tokenizer)
     texts = texts_to_preserve(preservation)
-    loaded: Any = load_model(model)
+    loaded = load_model(model, device=found_device)
     check_vocabulary(tokenizer, loaded)
-    loaded.to("cuda" if has_gpu and device != "cpu" else "cpu")
-    console = Console()
-    with Bar(transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done, total=total)
-
+    with progress() as show:
         found = search(
             loaded,
             tokenizer,
@@ -87,7 +77,7 @@ def locate(
             places=places,
             progress=show,
         )
-    _show(found, console)
+    _show(found, Console())
     if output is not None:
         _write(found, output)
 

@@ -10,7 +10,27 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.text import brief, near_path
+from lit_moeedit.text import MissingFileError, brief
+
+
+def read_lines(path: str | Path, kind: str) -> list[str]:
+    """Read the lines of a text file that are not blank.
+
+    Args:
+        path: the file.
+        kind: what it is, for errors.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        OSError: if it cannot be read.
+        ValueError: if it is not UTF-8.
+    """
+    with as_value_error(f"the {kind} {path} cannot be read as UTF-8"):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise MissingFileError(path, kind) from error
+    return [line for line in text.splitlines() if line.strip()]
 
 
 @contextmanager
@@ -28,14 +48,14 @@ def as_value_error(message: str) -> Iterator[None]:
 
 
 def check_path(path: str | Path) -> None:
-    """Raise ``FileNotFoundError`` for a path that can only be local, and does not exist; no hub is asked.
+    """Raise ``MissingFileError`` for a path that can only be local, and does not exist; no hub is asked.
 
     A hub id has at most one slash. One slash may be either, and is taken for a path if its first part is a folder here.
     """
     text, parts = str(path), Path(path).parts
     is_local = Path(path).is_absolute() or text.startswith((".", "~")) or len(parts) > 2 or text.endswith("/")
     if (is_local or (len(parts) == 2 and Path(parts[0]).is_dir())) and not Path(path).exists():
-        raise FileNotFoundError(f"there is no file or folder {path}{near_path(path)}")
+        raise MissingFileError(path, "file or folder")
 
 
 def build_config(keys: dict[str, Any]) -> PretrainedConfig:

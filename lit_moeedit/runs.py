@@ -24,12 +24,13 @@ from lit_moeedit.arguments import cause
 from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.ending import EndTogether
-from lit_moeedit.callbacks.resources import on_first_rank, read_texts
+from lit_moeedit.callbacks.resources import check_files, on_first_rank, read_texts
 from lit_moeedit.callbacks.run_folder import run_folder, set_aside
 from lit_moeedit.checkpoint_fields import CheckpointError, differences
 from lit_moeedit.checkpoints.atomic import AtomicCheckpointIO, save_atomically
 from lit_moeedit.checkpoints.read import check_harmless, check_undamaged
 from lit_moeedit.checkpoints.settings import imported_class, no_imports_by, saved_settings
+from lit_moeedit.class_errors import explain_raised
 from lit_moeedit.commands import Commands
 from lit_moeedit.module import LitMoE
 from lit_moeedit.run_arguments import EDIT, RunArguments
@@ -97,13 +98,12 @@ class EditingCLI(RunArguments):
         try:
             super().__init__(*args, **kwargs)
         except (OSError, ValueError) as error:
-            missing = cause(error)
-            if not isinstance(missing, FileNotFoundError) or missing.filename is None:
+            raised, settings = cause(error), self.settings
+            plain = settings.as_dict() if isinstance(settings, Namespace) else {}
+            text = explain_raised(raised, plain, getattr(self.parser, "given", []), {EDIT: KnowledgeEditing})
+            if not text:
                 raise
-            settings = self.settings.items()
-            option = next((key for key, value in settings if str(value) == str(missing.filename)), None)
-            remedy = f"give the path of yours by --{option}" if option else "the config names it"
-            raise FileNotFoundError(f"No such file or directory: {str(missing.filename)!r}; {remedy}") from error
+            raise (FileNotFoundError if isinstance(raised, FileNotFoundError) else ValueError)(text) from error
 
     @override
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -190,6 +190,14 @@ class EditingCLI(RunArguments):
         return found
 
     @override
+    def instantiate_classes(self) -> None:
+        if self.subcommand != "predict":
+            trainer = self.settings.get("trainer") or {}
+            for edit in (self.settings.get(EDIT), *_edits_among(trainer.get("callbacks"))):
+                check_files(edit or {})  # before the model, which takes longer
+        super().instantiate_classes()
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self._add_edit()
         try:
@@ -271,6 +279,13 @@ def _class_names(callbacks: Any) -> set[str]:
     listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     paths = (given if isinstance(given, str) else (given or {}).get("class_path") for given in listed)
     return {str(path).rpartition(".")[2] for path in paths}
+
+
+def _edits_among(callbacks: Any) -> list[Any]:
+    """Return the settings of each ``KnowledgeEditing`` that a config gives among callbacks."""
+    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    paths = {f"{KnowledgeEditing.__module__}.{KnowledgeEditing.__name__}", "lit_moeedit.callbacks.KnowledgeEditing"}
+    return [given.get("init_args") for given in listed if given.get("class_path") in paths]
 
 
 def _keep_metrics(logger: Logger) -> None:

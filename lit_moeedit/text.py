@@ -85,6 +85,26 @@ def near_path(path: str | Path) -> str:
     return f" (did you mean {str(missing.parent / found[0])!r}?)" if found else ""
 
 
+class MissingFileError(FileNotFoundError):
+    """Raised for a path at which there is nothing.
+
+    Args:
+        path: the path.
+        kind: kind of file that is expected there.
+
+    Attributes:
+        path: the path.
+
+    Example:
+        >>> str(MissingFileError("/nowhere/else.jsonl", "facts file"))
+        'there is no facts file /nowhere/else.jsonl'
+    """
+
+    def __init__(self, path: str | Path, kind: str = "file") -> None:
+        super().__init__(f"there is no {kind} {path}{near_path(path)}")
+        self.path = str(path)
+
+
 def count(value: int) -> str:
     """Format a number of parameters.
 

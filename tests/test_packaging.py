@@ -33,8 +33,8 @@ lit_moeedit.data: Atlas CheckedFacts Corpus Fact FactError FactsCorpus FactsData
 lit_moeedit.editing: EditMemory EditMethod EditResult Editor Evaluation FailedEditError FineTuning Location Measured
     Moment MomentsCache PHASES Place SecondMoments TargetOptimizer Targets Trace answers evaluate locate
     neighbour_groups perplexity score second_moments trace
-lit_moeedit.edits: Edit EditConflictError EditFileError LayerChange Placement Presence SavedEdits State apply
-    layers_by_parameter read_edits states to_peft undo verify
+lit_moeedit.edits: Autopsy Edit EditConflictError EditFileError LayerChange Placement Presence SavedEdits State apply
+    autopsy layers_by_parameter read_edits states to_peft undo verify
 lit_moeedit.metrics: EditSuccess ExpertLoad RoutingDivergence RoutingSimilarity edit_success expert_load
     routing_divergence routing_similarity
 lit_moeedit.planning: Cost CostCounter FakeFloatMode Workload empty_model simulate

@@ -137,5 +137,6 @@ def test_only_recipes_are_recipes(name, args, capsys):
 def test_a_missing_file_is_named_with_its_option():
     with pytest.raises(FileNotFoundError) as caught:
         run(args=["fit", "--config", "recipe:counterfact"])
-    option = "--data.init_args.corpus.init_args.path"
-    assert str(caught.value) == f"No such file or directory: 'counterfact.json'; give the path of yours by {option}"
+    place, reason = str(caught.value).splitlines()
+    assert place.startswith(str(ROOT / "configs" / "counterfact.yaml, line ")) and place.endswith(": data.corpus.path")
+    assert reason == "  there is no facts file counterfact.json; give yours by --data.corpus.path"

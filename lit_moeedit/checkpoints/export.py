@@ -83,7 +83,7 @@ def export(
     _check_output(checkpoint, output, overwrite)
     source = read_checkpoint(checkpoint)
     origin = model if model is not None else source.hyper_parameters.get("pretrained")
-    skeleton = _skeleton(source, model)
+    skeleton = make_skeleton(source, model)
     lora = lora_weights(source, skeleton, prefix, origin)
     weights: Mapping[str, Readable]
     if lora is not None:
@@ -99,7 +99,7 @@ def export(
     }
     with atomic_folder(output, overwrite) as folder, no_hoarding():
         _save_config(skeleton, origin, empty, folder)
-        _save_tokenizer(tokenizer, source, origin, folder)
+        save_tokenizer(tokenizer, source, origin, folder)
         files = _save_weights(skeleton, weights, empty, max_shard_size, folder)
         if lora is not None and adapter == "separate":
             lora.save_adapter(folder / "adapter")
@@ -109,7 +109,7 @@ def export(
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def _skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
+def make_skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
     """Make the model without weights, from the code of transformers alone."""
     saved = source.hyper_parameters.get("config")
     pretrained = source.hyper_parameters.get("pretrained")
@@ -125,7 +125,7 @@ def _skeleton(source: Checkpoint, path: str | None) -> PreTrainedModel:
         else:
             raise CheckpointError(
                 f"{source.path}: field 'hyper_parameters' should have 'config' (with 'model_type') or 'pretrained', "
-                f"but has {sorted(source.hyper_parameters)}; name the model with --model"
+                f"but has {sorted(source.hyper_parameters)}; name the model with --model (edits autopsy: --base)"
             )
         for part in (config, config.get_text_config()):
             # the trained weights are not quantised, and no code of the hub is run
@@ -175,7 +175,7 @@ def _save_config(model: PreTrainedModel, origin: Any, empty: Mapping[str, Tensor
     settings.save_pretrained(folder)
 
 
-def _save_tokenizer(path: str | None, source: Checkpoint, origin: Any, folder: Path) -> None:
+def save_tokenizer(path: str | None, source: Checkpoint, origin: Any, folder: Path) -> None:
     """Save the given tokenizer, or else that of the checkpoint or of the model that the training started from."""
     with tempfile.TemporaryDirectory() as own:
         for name, text in source.tokenizer.items():

@@ -181,7 +181,8 @@ def _read_base(
     """Read the weights of the base that a checkpoint of trained weights does not hold, in the dtype of the run."""
     if not isinstance(origin, str):
         raise CheckpointError(
-            f"{source.path} holds trained weights only; name the model that the training started from with --model"
+            f"{source.path} holds trained weights only; name the model that the training started from with --model "
+            "(edits autopsy: --base)"
         )
     named = getattr(torch, str(source.hyper_parameters.get("dtype")), None)
     dtypes = [*trained, *([named] if isinstance(named, torch.dtype) else [])]

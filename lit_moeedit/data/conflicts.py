@@ -23,6 +23,8 @@ _ACCENTS = re.compile("[\u0300-\u036f]+")
 """Marks of letters of Latin, Greek and Cyrillic scripts. Those of other scripts make words what they are."""
 _SAME = str.maketrans("\u2018\u2019\u02bc\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "'''\"\"------")
 """Typographic quotation marks and dashes, and the plain ones that files of facts have."""
+_MAX_WORD = 64
+"""Maximum number of letters of a word that is compared without case and accents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,8 @@ def _is_inside(a: int, b: int, starts: Sequence[int], size: int) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    return [_folded(word) for word in _words().findall(text)]
+    # longer ones are data, which must not fill the cache
+    return [_folded(word) if len(word) <= _MAX_WORD else word for word in _words().findall(text)]
 
 
 @lru_cache(maxsize=2**16)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from unicodedata import normalize
@@ -33,7 +34,7 @@ from lit_moeedit.data.formats import (
 from lit_moeedit.data.function_words import is_function_word
 from lit_moeedit.data.row_files import load_rows
 from lit_moeedit.data.rows import Row
-from lit_moeedit.text import first_few, printable
+from lit_moeedit.text import first_few, nearest, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,6 +105,24 @@ def read_facts(
         facts = CheckedFacts(_check_rows(checker, rows, strict=strict, limit=limit), tokenizer)
     checker.warn()
     return facts
+
+
+def check_facts_file(
+    path: str | Path, columns: Mapping[str, str | Sequence[str]] | None = None, strict: bool = True
+) -> None:
+    """Check that a facts file exists, and that `read_facts` will accept its rows; without `strict`, the first of them.
+
+    Raises:
+        FactError: As for `read_facts`, which warns of what is remarkable besides.
+        OSError: The file cannot be opened.
+        ValueError: `columns` is not valid.
+    """
+    checker = Checker(str(path), choose_format("auto", columns), None)
+    with closing(load_rows(Path(path))) as rows:
+        if strict:
+            _check_rows(checker, rows, strict=True, limit=None)
+        for number, data in islice(rows, 1):  # of which the columns must be known in any case
+            list(checker.check(number, data))
 
 
 def _rows_in_memory(source: str, facts: Iterable[object]) -> Generator[tuple[int, object], None, None]:
@@ -232,7 +251,10 @@ class Checker:
     def warn_ignored_fields(self) -> None:
         """Log a warning about unknown fields in a file of the native format."""
         if self._ignored:
-            counts = (f"{short(key)} ({count} rows)" for key, count in self._ignored.most_common())
+            known = (*NATIVE_FIELDS, *TABLE_FIELDS)
+            counts = (
+                f"{short(key)} ({count} rows){nearest(str(key), known)}" for key, count in self._ignored.most_common()
+            )
             fields = first_few(counts, MAX_LOGGED)
             log.warning("%s: ignored fields %s; known are %s", printable(self.source), fields, ", ".join(NATIVE_FIELDS))
 

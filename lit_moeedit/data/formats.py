@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_moeedit.data.errors import FactError, short, typed
-from lit_moeedit.data.rows import Row
+from lit_moeedit.data.rows import Row, near_key
 from lit_moeedit.text import first_few, printable
 
 PLACEHOLDER = "{}"
@@ -334,11 +334,24 @@ def detect_format(file: str, number: int, row: Mapping[str, Any]) -> Format:
     for candidate in _ALL:
         if candidate.fits(row):
             return candidate
+    misspelled = next(filter(None, (_misspelled(candidate, row) for candidate in reversed(_ALL))), "")
+    if misspelled:
+        raise FactError(file, number, None, misspelled)
     found = first_few(map(short, row), _MAX_KEYS_SHOWN) or "no keys"
     known = "; ".join(f"{fmt.name} ({fmt.recognised_by})" for fmt in _ALL)
-    example = f"or the names of its columns, such as --columns '{_example_columns(row)}'"
+    example = f"or the names of its columns, such as --columns '{_example_columns(row)}' ('columns' in a config)"
     message = f"has {found}, which is no known format; expected the keys of one of: {known}; {example}"
     raise FactError(file, number, None, message)
+
+
+def _misspelled(format: Format, row: Mapping[str, Any]) -> str:
+    """Describe how keys of a row are nearly those of a format; empty if they are not."""
+    missing = [key for key in format.keys if key not in row]
+    near = {key: near_key(key, (name for name in row if name not in format.keys)) for key in missing}
+    if not missing or len(set(near.values()) - {None}) < len(missing):
+        return ""
+    pairs = first_few(f"{short(given)} (did you mean {key!r}?)" for key, given in near.items())
+    return f"has no {first_few(map(repr, missing))}, but {pairs}; expected the keys of the format {format.name}"
 
 
 def _example_columns(row: Mapping[str, Any]) -> str:

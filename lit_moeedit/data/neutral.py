@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from lit_moeedit.pretrained import as_value_error
+from lit_moeedit.pretrained import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ def texts_to_preserve(source: str | Path | Sequence[str] | None, warn: bool = Tr
         )
         return neutral_texts()
     if isinstance(source, str | Path):
-        with as_value_error(f"the preservation text {source} cannot be read as UTF-8"):
-            source = Path(source).read_text(encoding="utf-8").splitlines()
+        source = read_lines(source, "preservation text")
     texts = [text for text in source if text.strip()]
     if not texts:
         raise ValueError("the preservation text is empty")

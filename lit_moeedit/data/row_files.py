@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from lit_moeedit.data.errors import FactError, short
 from lit_moeedit.data.rows import Number
-from lit_moeedit.text import printable
+from lit_moeedit.text import MissingFileError, printable
 
 ROW_LIMIT = 4 * 2**20
 """Maximum bytes of a row (characters in a `.json` list). The largest rows of published files have some 100 kB; a parsed
@@ -55,11 +55,14 @@ def load_rows(path: Path) -> Generator[tuple[int, object], None, None]:
     Raises:
         FactError: The kind, suffix, encoding or syntax of the file is not as expected, or it holds no rows. Earlier
             rows have been yielded by then, because a file is read only once.
+        MissingFileError: There is no such file.
         OSError: The file cannot be opened or read.
     """
     file, suffix = str(path), path.suffix.lower()
     try:
         mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise MissingFileError(path, "facts file") from error
     except ValueError as error:  # a NUL byte
         raise FactError(file, None, None, f"is not a path ({error}); expected the name of a file") from error
     if not stat.S_ISREG(mode):

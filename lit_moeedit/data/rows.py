@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
@@ -22,6 +24,22 @@ class Number(str):
     """A number with a fraction or an exponent, as the file writes it: 3.10 is not 3.1."""
 
     __slots__ = ()
+
+
+_NEAR = 0.83
+"""Similarity from which a key counts as misspelled: `target_true` and `target_new` have 0.76."""
+
+
+def near_key(name: str, keys: Iterable[object]) -> str | None:
+    """Return the key that was most likely meant to be ``name``; ``None`` if none is near.
+
+    Example:
+        >>> near_key("prompt", ["subject", "promt"])
+        'promt'
+    """
+    # a file may have any number of keys
+    texts = [key for key in islice(keys, 100) if isinstance(key, str)]
+    return next(iter(get_close_matches(name, texts, n=1, cutoff=_NEAR)), None)
 
 
 class Row:
@@ -71,7 +89,8 @@ class Row:
         name = self.names(path)[0]
         value = self._get(name)
         if value is _MISSING:
-            self.fail(name, "is missing; expected a text")
+            near = near_key(name, self.data)
+            self.fail(name, f"is missing{f', but there is {short(near)}' if near else ''}; expected a text")
         if value is _MISSING or value is _BROKEN:
             return ""
         self._found[path], value = self._unwrapped(name, value)

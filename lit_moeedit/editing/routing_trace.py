@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids
 from lit_moeedit.data.lengths import cut_texts
+from lit_moeedit.metrics import RoutingDivergence, RoutingSimilarity
 from lit_moeedit.models.experts import ExpertLayer, expert_layers
 from lit_moeedit.models.keys import Routing, watch_routing
 from lit_moeedit.models.padding import longest_padded, unpadded
@@ -36,6 +37,22 @@ class RoutingTrace:
 
     experts: dict[int, Tensor]
     probabilities: dict[int, Tensor]
+
+
+def compare_traces(before: RoutingTrace, after: RoutingTrace) -> dict[str, float]:
+    """Compare two traces of the same texts.
+
+    Returns:
+        ``similarity/mean`` and ``similarity/layer_<index>`` (:class:`~lit_moeedit.metrics.RoutingSimilarity`), and
+        likewise the quantities of :class:`~lit_moeedit.metrics.RoutingDivergence`, such as ``kl/mean``, in nats.
+    """
+    # every rank has the whole trace, so there is nothing to add up
+    similarity = RoutingSimilarity(list(after.experts), sync_on_compute=False)
+    divergence = RoutingDivergence(list(after.experts), sync_on_compute=False)
+    similarity.update(before.experts, after.experts)
+    divergence.update(before.probabilities, after.probabilities)
+    found = {f"similarity/{name}": float(value) for name, value in similarity.compute().items()}
+    return found | {name: float(value) for name, value in divergence.compute().items()}
 
 
 def trace_routing(

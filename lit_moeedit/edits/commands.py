@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from lit_moeedit.edits.adapters import to_peft
@@ -18,8 +17,8 @@ from lit_moeedit.edits.apply import apply, undo, verify
 from lit_moeedit.edits.edit import Edit
 from lit_moeedit.edits.files import HEADER, edits_of, read_edits
 from lit_moeedit.edits.folders import load_model, new_folder, save_model
-from lit_moeedit.edits.plans import Report
 from lit_moeedit.edits.stored import StoredModel
+from lit_moeedit.terminal import progress
 from lit_moeedit.text import first_few, printable
 
 log = logging.getLogger(__name__)
@@ -130,14 +129,14 @@ def apply_edits(
     with new_folder(output, overwrite, [model, *edits, *([base] if base else [])]) as beside:
         stored = StoredModel(model)
         loaded = load_model(stored)
-        with _progress() as report:
+        with progress() as show:
             placed = apply(
                 loaded,
                 [*present, *new],
                 base=base,
                 allow_siblings=allow_siblings,
                 allow_rounding=allow_rounding,
-                report=report,
+                report=partial(show, "layers"),
             )
         if format == "weights":
             save_model(stored, loaded, {name for edit in placed for name in edit.changes}, placed, beside)
@@ -182,7 +181,7 @@ def undo_edits(
     with new_folder(output, overwrite, [model, *([base] if base else [])]) as beside:
         stored = StoredModel(model)
         loaded = load_model(stored)
-        with _progress() as report:
+        with progress() as show:
             left = undo(
                 loaded,
                 edits,
@@ -190,7 +189,7 @@ def undo_edits(
                 base=base,
                 approximate=approximate,
                 allow_rounding=allow_rounding,
-                report=report,
+                report=partial(show, "layers"),
             )
         save_model(stored, loaded, {name for edit in edits for name in edit.changes}, left, beside)
     log.info("%s has the edits: %s", output, first_few(edit.name for edit in left) or "none")
@@ -235,15 +234,6 @@ def _refuse_swapped(model: Path, edits: Sequence[Path]) -> None:
 
 def _console() -> Console:
     return Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """Show the progress of work on layers on stderr, and nothing if that is not a terminal."""
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("layers", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _lines(edit: Edit) -> Iterator[str]:

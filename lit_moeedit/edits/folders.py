@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from lit_moeedit.atomic_files import atomic_folder
 from lit_moeedit.edits.edit import Edit
 from lit_moeedit.edits.files import save_edit
-from lit_moeedit.edits.stored import EDITS, INDEX, StoredModel
+from lit_moeedit.edits.stored import CARD, EDITS, INDEX, ORIGINAL, StoredModel, copy_file
 from lit_moeedit.pretrained import as_value_error
 from lit_moeedit.text import first_few
 
@@ -136,9 +135,11 @@ def save_model(
             raise OSError(f"the model cannot be written: {failure}") from failure
         for name in stored.other_files():
             if name != INDEX and not (folder / name).exists():
-                shutil.copyfile(stored.folder / name, folder / name)
+                copy_file(stored.folder, folder, name)
     else:
         stored.copy(folder, (stored.converted(model, name) for name in changed), report)
+    if not edits and (folder / ORIGINAL).is_file():
+        (folder / ORIGINAL).replace(folder / CARD)  # the model is the base again
     for edit in edits:
         if not (folder / EDITS / edit.name).exists():
             save_edit(edit, folder / EDITS)

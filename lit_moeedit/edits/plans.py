@@ -162,6 +162,12 @@ def find_sources(
     found = states({name: layers[name] for name in concerned}, ranks)
     for name, (sequel, _) in concerned.items():
         if found[name].rounded != sequel.base.rounded:
+            held = [edit.name for edit in sequel.edits[: (sequel.position(found[name]) or (0,))[0]]]
+            if held:
+                raise EditConflictError(
+                    f"the base is edited itself, its weights have {first_few(map(repr, held))}: give the model before "
+                    f"all edits, on which {held[0]!r} was made"
+                )
             raise EditConflictError(
                 f"{name} of the base is not the one on which edit {sequel.edits[0].name!r} was made"
             )

@@ -7,7 +7,7 @@ import logging
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,6 +39,8 @@ _DTYPES = {
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl"}
 """Ends of the names of files that may hold weights."""
 CARD = "README.md"
+ORIGINAL = "README.base.md"
+"""The card of the base in an edited folder, which has one of its own."""
 _OURS = (CARD, "report.html", "edits.jsonl")
 """Files that an edited folder has of its own."""
 
@@ -200,9 +202,7 @@ class StoredModel:
         """
         names = self.other_files()
         for number, name in enumerate((*self.files, *names), 1):
-            source = self.folder / name
-            with path_in_errors(target / name):
-                shutil.copyfile(source, target / name)
+            copy_file(self.folder, target, name)
             report(number, len(self.files) + len(names))
         written = 0
         for group in changed:
@@ -219,11 +219,15 @@ class StoredModel:
         return written
 
     def other_files(self) -> list[str]:
-        """Return the names of the files to copy besides the weights.
+        """Return the names of the files to copy besides the weights, also of those in folders (``folder/file``).
 
-        Weights in other files would be those before the edit, so they are left out, with a warning.
+        They are copied as data and never run, code too: ``from_pretrained`` reads all of it with
+        ``trust_remote_code``, and the templates in ``additional_chat_templates`` always. Weights in other files, and
+        folders that have some (``original``, ``onnx``, checkpoints), would be those before the edit, so they are left
+        out, with a warning. Hidden files, links to folders and what an edit has of its own are left out, too.
         """
-        kept, weights, folders, code = [], [], [], []
+        kept: list[str] = []
+        weights: list[str] = []
         is_edited = (self.folder / EDITS).is_dir()
         for path in sorted(self.folder.iterdir()):
             if path.name in self.files or path.name.startswith(".") or path.name == EDITS:
@@ -231,22 +235,45 @@ class StoredModel:
             if path.name in _OURS and (is_edited or path.name != CARD):
                 continue  # of other facts
             if path.is_dir():
-                folders.append(path.name)
-            elif path.name == INDEX and self.files == [SINGLE]:
-                continue  # of files that are not copied
-            elif path.suffix in _WEIGHTS or (path.name.endswith(".index.json") and path.name != INDEX):
+                inner = [] if path.is_symlink() else list(_files_in(path))
+                has_weights = any(_holds_weights(file) for file in inner)
+                weights += [f"{path.name}/"] if has_weights else []
+                kept += [] if has_weights else [file.relative_to(self.folder).as_posix() for file in inner]
+            elif path.name == INDEX:
+                kept += [] if self.files == [SINGLE] else [path.name]  # that of files that are not copied
+            elif _holds_weights(path):
                 weights.append(path.name)
-            elif path.suffix == ".py":
-                code.append(path.name)
             elif path.is_file():  # what a link leads to may be a device
                 kept.append(path.name)
         if weights:
             log.warning("not copied, because they hold the weights before the edit: %s", first_few(weights))
-        if code:
-            log.info("code is not copied: %s", first_few(code))
-        if folders:
-            log.info("folders are not copied: %s", first_few(folders))
         return kept
+
+
+def copy_file(source: Path, target: Path, name: str) -> None:
+    """Copy a file of a folder to another one, in which its own folder may be missing.
+
+    Raises:
+        OSError: if it cannot be read or written.
+    """
+    with path_in_errors(target / name):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its folders, without hidden ones and links to folders."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from () if path.is_symlink() else _files_in(path)
+        elif path.is_file():
+            yield path
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.suffix in _WEIGHTS or path.name.endswith(".index.json")
 
 
 def _read_header(folder: Path, file: str) -> dict[str, Place]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,52 +21,51 @@ class BatchFormError(ValueError):
     """A batch to which rows cannot be added."""
 
 
-def find_part(batch: Any) -> Mapping[str, Any] | None:
-    """Return the first dict with ``input_ids`` in a batch, which may be nested; ``None`` if there is none.
+def find_parts(batch: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the dicts with ``input_ids`` in a batch, which may be nested.
 
     Example:
-        >>> find_part({"web": {"input_ids": 1}, "code": {"input_ids": 2}})
-        {'input_ids': 1}
+        >>> list(find_parts({"web": {"input_ids": 1}, "code": [{"input_ids": 2}, None]}))
+        [{'input_ids': 1}, {'input_ids': 2}]
     """
-    if isinstance(batch, Mapping):
-        if "input_ids" in batch:
-            return batch
-        batch = list(batch.values())
-    parts = (find_part(part) for part in batch) if isinstance(batch, list | tuple) else ()
-    return next((part for part in parts if part is not None), None)
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from find_parts(part)
 
 
-def with_part(batch: Any, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
-    """Return a batch in which the part that :func:`find_part` finds is changed; the batch itself is not.
+def with_parts(batch: Any, parts: Iterator[Mapping[str, Any]]) -> Any:
+    """Return a batch with other dicts in the places of those that :func:`find_parts` yields, in their order.
 
-    Args:
-        batch: the batch.
-        change: called with that part, returns the new one.
+    The batch itself is not changed.
 
     Example:
-        >>> with_part([None, {"input_ids": 2}], lambda part: {"input_ids": 3})
+        >>> with_parts([None, {"input_ids": 2}], iter([{"input_ids": 3}]))
         [None, {'input_ids': 3}]
     """
     if isinstance(batch, Mapping) and "input_ids" in batch:
-        return change(batch)
+        return next(parts)
     if isinstance(batch, Mapping):
-        key = next(key for key, part in batch.items() if find_part(part) is not None)
         changed = copy.copy(batch)
-        changed[key] = with_part(batch[key], change)  # type: ignore[index]
+        for key, part in batch.items():
+            changed[key] = with_parts(part, parts)  # type: ignore[index]
         return changed
-    number = next(number for number, part in enumerate(batch) if find_part(part) is not None)
-    parts = [*batch[:number], with_part(batch[number], change), *batch[number + 1 :]]
+    if not isinstance(batch, list | tuple):
+        return batch
+    found = [with_parts(part, parts) for part in batch]
     if isinstance(batch, list):
-        return parts
-    return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+        return found
+    return type(batch)(*found) if hasattr(batch, "_fields") else tuple(found)
 
 
-def check_form(part: Mapping[str, Any] | None) -> None:
-    """Check that rows can be added to a batch.
+def check_form(batch: Any) -> None:
+    """Check that rows can be added to a batch: to the first of the dicts that :func:`find_parts` yields.
 
     Raises:
         BatchFormError: saying what is there, and what was expected.
     """
+    part = next(find_parts(batch), None)
     if part is None:
         raise BatchFormError(f"the batch has no input_ids; expected {_EXPECTED}")
     ids = part["input_ids"]

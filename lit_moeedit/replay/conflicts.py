@@ -12,8 +12,6 @@ from lit_moeedit.data.conflicts import Conflict, ConflictFinder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Conflict", "ConflictFinder", "documents", "old_answer_tokens", "text_with_offsets", "texts_of"]
-
 _INCOMPLETE = "\ufffd"
 _MAX_PENDING = 32
 """Maximum number of tokens that wait for the end of a character; bytes that never make one must not cost more."""

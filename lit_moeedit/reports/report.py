@@ -87,6 +87,7 @@ class Guard:
         value: the measured value; ``None`` if it was not measured.
         undone: whether the edit was undone because of it.
         edit: number of the edit in the run, from 1.
+        meaning: the measured quantity in plain words.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Guard:
     value: float | None = None
     undone: bool = False
     edit: int | None = None
+    meaning: str = ""
 
 
 @dataclass(frozen=True)

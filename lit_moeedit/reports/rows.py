@@ -17,7 +17,7 @@ class FactRow:
     Attributes:
         key: the fact's key.
         subject: the subject.
-        prompt: the prompt.
+        prompt: the prompt; of a question to a chat model the question alone.
         target_new: the new target.
         target_true: the true target; ``None`` if it is not known.
         edit: number of the edit in the run, from 1.
@@ -28,6 +28,7 @@ class FactRow:
         name: name of the editing callback, if it has one.
         epoch: epoch of the edit; ``None`` without a trainer.
         step: optimizer step of the edit; ``None`` without a trainer.
+        chat: whether the prompt was put into the tokenizer's chat template.
     """
 
     key: str
@@ -42,6 +43,7 @@ class FactRow:
     name: str | None = None
     epoch: int | None = None
     step: int | None = None
+    chat: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row of ``edits.jsonl``."""

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lit_moeedit.interrupts import Undo, held
+from lit_moeedit.sharding.fingerprint import Part
+from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.rollback import drop_gathered
+
+BLOCK = 2**24
+"""Maximum number of elements that are compared at a time."""
 
 
 @contextmanager
@@ -44,3 +53,83 @@ def lent(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[list[T
 def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.data.copy_(value.data)
+
+
+@dataclass(frozen=True)
+class Movement:
+    """The difference between the values that parameters hold for a while and their own.
+
+    Attributes:
+        elements: number of elements.
+        distance: norm of the difference.
+        norm: norm of the values that they hold for a while.
+    """
+
+    elements: int
+    distance: float
+    norm: float
+
+    @property
+    def relative(self) -> float:
+        """The distance as a share of the norm; 0 if nothing moved, infinite if something moved away from zeros."""
+        return self.distance / self.norm if self.norm else float("inf") * bool(self.distance)
+
+
+@contextmanager
+def exchanged(tensors: Mapping[str, Tensor], values: Mapping[str, Part], ranks: Ranks) -> Iterator[Movement]:
+    """Give parameters or buffers other values within this block, one after the other, and then their own, bit by bit.
+
+    Each rank writes what it holds of the model weights; master weights stay as they are, so no optimizer may step
+    within the block. Their own values are in main memory meanwhile. Of the others, one is in memory at a time, so
+    ``values`` may read each when it is asked for it.
+
+    Args:
+        tensors: parameters and buffers by name: whole ones, or partitions of ZeRO stage 3.
+        values: by the same names, whole tensors or this rank's range of them; any dtype and device.
+        ranks: the processes that hold the model. Each calls this with the same names.
+
+    Yields:
+        How far the values are from the tensors' own, after rounding to their dtype.
+
+    Raises:
+        ValueError: if a value has another shape.
+        RankError: if another rank failed.
+    """
+    with held(Undo()) as undo:
+        sums = torch.zeros(2, dtype=torch.float64)
+        with ranks.together():
+            for name, tensor in tensors.items():
+                own = Part.of(tensor).to("cpu")
+                undo.by(_write, tensor, own)
+                value = values[name]
+                if tuple(value.shape) != tuple(own.shape):
+                    raise ValueError(f"{name} has the shape {list(own.shape)}, and {list(value.shape)} in the other")
+                _write(tensor, value)
+                if not own.is_whole or ranks.rank == 0:
+                    sums += _squares(Part.of(tensor).elements, own.elements)
+        ranks.all_reduce(sums)
+        elements = sum(prod(Part.of(tensor).shape) for tensor in tensors.values())
+        distance, norm = sums.sqrt().tolist()
+        yield Movement(elements, distance, norm)
+
+
+@torch.no_grad()
+def _write(tensor: Tensor, value: Part) -> None:
+    """Write what this rank holds of a value into a tensor."""
+    if isinstance(tensor, nn.Parameter):
+        drop_gathered(tensor)
+    own = Part.of(tensor)
+    elements = value.elements[own.start - value.start :][: len(own.elements)]
+    if own.is_whole:
+        tensor.data.copy_(elements.view(tensor.shape))
+    else:
+        own.elements.copy_(elements)
+
+
+def _squares(new: Tensor, own: Tensor) -> Tensor:
+    """Return the sums of squares of a difference and of its first term, in float64."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for some, others in zip(new.split(BLOCK), own.split(BLOCK), strict=True):
+        wide = some.to("cpu", torch.float64)
+        sums += torch.stack([(wide - others.to(torch.float64)).square().sum(), wide.square().sum()])
+    return sums

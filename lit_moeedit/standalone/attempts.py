@@ -16,11 +16,10 @@ from lit_moeedit.editing import EditMethod, Editor, EditResult, Evaluation, Targ
 from lit_moeedit.editing.locating import PERSISTENT, Trial, locate
 from lit_moeedit.editing.outcomes import Reason, measure, reasons
 from lit_moeedit.editing.phases import EVALUATION, LOCATE, OTHER, PHASES, Meter, Progress
-from lit_moeedit.editing.routing_trace import RoutingTrace, trace_routing
+from lit_moeedit.editing.routing_trace import RoutingTrace, compare_traces, trace_routing
 from lit_moeedit.edits.states import histories_in, keep_in
-from lit_moeedit.metrics import RoutingDivergence, RoutingSimilarity
-from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.reports import Cost, Guard, Measured, Place, Routing
+from lit_moeedit.reports.meanings import MEANINGS
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def edit_with_attempts(
         editor: the method, which is the only attempt; ``None`` for an :class:`~lit_moeedit.editing.Editor`.
         layers: layers of that editor; ``auto`` finds them.
         token: its edit token; ``auto`` finds it.
-        min_efficacy: the smallest share of facts that must be generated.
+        min_efficacy: smallest share of edited prompts that get the new answer, word for word.
         undo: whether to undo the edit in any case, after it has been measured.
         ranks: the processes that edit together. Each calls this.
         progress: called with a phase's name, the number of steps done, and their total number.
@@ -139,9 +138,18 @@ def edit_with_attempts(
         measured_before,
         best.measured,
         reasons(best.result, best.after, best.editor, generated),
-        _routing(model, trace, best.trace),
+        _routing(trace, best.trace),
         _costs(meter, made, best),
-        (Guard("min_efficacy", min_efficacy, best.efficacy, not best.result.kept and not undo, 1),),
+        (
+            Guard(
+                "min_efficacy",
+                min_efficacy,
+                best.efficacy,
+                not best.result.kept and not undo,
+                1,
+                MEANINGS["efficacy_accuracy"],
+            ),
+        ),
         tuple(places),
     )
 
@@ -249,22 +257,10 @@ def _scores(trial: Trial) -> dict[str, float]:
     }
 
 
-def _routing(model: PreTrainedModel, before: RoutingTrace | None, after: RoutingTrace | None) -> Routing | None:
+def _routing(before: RoutingTrace | None, after: RoutingTrace | None) -> Routing | None:
     """Compare the routing of the probe texts."""
     if before is None or after is None:
         return None
-    layers = list(expert_layers(model))
-    similarity = RoutingSimilarity(layers, sync_on_compute=False)
-    divergence = RoutingDivergence(layers, sync_on_compute=False)
-    similarity.update(before.experts, after.experts)
-    divergence.update(before.probabilities, after.probabilities)
-    by_layer = {name: float(value) for name, value in similarity.compute().items()}
-    kl = {
-        name.partition("/")[2]: float(value) for name, value in divergence.compute().items() if name.startswith("kl/")
-    }
-    return Routing(
-        by_layer["mean"],
-        kl["mean"],
-        {index: by_layer[f"layer_{index}"] for index in layers},
-        {index: kl[f"layer_{index}"] for index in layers},
-    )
+    found = compare_traces(before, after)
+    similarity, kl = ({i: found[f"{kind}/layer_{i}"] for i in after.experts} for kind in ("similarity", "kl"))
+    return Routing(found["similarity/mean"], found["kl/mean"], similarity, kl)

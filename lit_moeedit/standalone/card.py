@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from lit_moeedit.edits import Edit
+from lit_moeedit.edits.stored import CARD, ORIGINAL
 from lit_moeedit.reports import FactRow
 from lit_moeedit.text import printable
 
-ORIGINAL = "README.base.md"
 MAX_FACTS = 200
 """Maximum number of facts in the card; all of them are in the edit files."""
 _HEADER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
@@ -30,7 +30,7 @@ def write_card(folder: Path, base: Path, edits: Sequence[Edit], rows: Sequence[F
         rows: the facts of the last edit, with what was measured after it.
     """
     header: dict[str, Any] = {"library_name": "transformers"}
-    original = base / "README.md"
+    original = base / CARD
     if original.is_file() and original.stat().st_size <= _MAX_CARD:
         text = original.read_text(encoding="utf-8", errors="replace")
         header |= _header(text)
@@ -42,7 +42,7 @@ def write_card(folder: Path, base: Path, edits: Sequence[Edit], rows: Sequence[F
     )
     text = yaml.safe_dump(header, sort_keys=True, allow_unicode=True)
     body = "\n".join(_lines(base, edits, rows, (folder / ORIGINAL).exists()))
-    (folder / "README.md").write_text(f"---\n{text}---\n\n{body}\n", encoding="utf-8")
+    (folder / CARD).write_text(f"---\n{text}---\n\n{body}\n", encoding="utf-8")
 
 
 def _header(text: str) -> dict[str, Any]:
@@ -66,6 +66,9 @@ def _lines(base: Path, edits: Sequence[Edit], rows: Sequence[FactRow], has_origi
         "was changed is **not what the model was trained on**, and other answers may have changed, too."
     )
     yield ""
+    if any(row.chat for row in rows):
+        yield "Each prompt was asked in the tokenizer's chat template, as what the user writes."
+        yield ""
     yield "| prompt | was | new | generated now | |"
     yield "| --- | --- | --- | --- | --- |"
     for row in rows[:MAX_FACTS]:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
 from lit_moeedit.data.encoding import EditToken
-from lit_moeedit.editing.phases import Progress
 from lit_moeedit.reports import ConsoleReport, Report
 from lit_moeedit.standalone.run import TooFewFactsError, edit
+from lit_moeedit.terminal import progress
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +30,7 @@ def edit_model(
     token: Literal["auto"] | EditToken = "auto",
     min_efficacy: float = 0.5,
     chat: bool = False,
+    columns: dict[str, str | list[str]] | None = None,
     dry_run: bool = False,
     edit_name: str | None = None,
     overwrite: bool = False,
@@ -54,8 +51,10 @@ def edit_model(
             neutral text is used; your own is better.
         layers: layers to edit, for example [3,4,5], or auto.
         token: token to edit, subject_last or last, or auto.
-        min_efficacy: smallest share of facts that must be generated; with less, nothing is written.
+        min_efficacy: smallest share of edited prompts that get the new answer, word for word; with less, nothing is
+            written. (Of an edit in a run it is the share for which the new answer is more likely than the old one.)
         chat: whether to ask in the tokenizer's chat template.
+        columns: field names to column names of the facts file, such as '{target_new: new, paraphrases: [p1, p2]}'.
         dry_run: whether to edit in memory only, and write nothing.
         edit_name: name of the edit; edit-0001 and so on by default.
         overwrite: whether to replace an existing output.
@@ -69,8 +68,8 @@ def edit_model(
     Example:
         lit-moeedit edit my-model facts.jsonl my-edited-model
     """
-    with _progress() as progress:
-        try:
+    try:
+        with progress() as show:
             report = edit(
                 model,
                 facts,
@@ -80,18 +79,19 @@ def edit_model(
                 token=token,
                 min_efficacy=min_efficacy,
                 chat=chat,
+                columns=columns,
                 dry_run=dry_run,
                 name=edit_name,
                 overwrite=overwrite,
                 device=device,
-                progress=progress,
+                progress=show,
             )
-        except TooFewFactsError as error:
-            if not _is_first():  # with an exit code, torchrun would end the first rank while it prints
-                return
-            _show(error.report)
-            log.error("%s", error)
-            raise SystemExit(TOO_FEW) from error
+    except TooFewFactsError as error:
+        if not _is_first():  # with an exit code, torchrun would end the first rank while it prints
+            return
+        _show(error.report)
+        log.error("%s", error)
+        raise SystemExit(TOO_FEW) from error
     _show(report)
     if dry_run:
         log.info("nothing is written (--dry-run)")
@@ -106,22 +106,3 @@ def _show(report: Report) -> None:
 def _is_first() -> bool:
     """Tell if this is the first of the processes that torchrun has started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """Show the progress of each phase on stderr, and nothing if that is not a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal or not log.isEnabledFor(logging.INFO):
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console, transient=True) as bar:
-        tasks = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done, total=total)
-
-        yield show

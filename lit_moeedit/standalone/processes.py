@@ -1,4 +1,4 @@
-"""The device and the processes of an edit without a Trainer."""
+"""The processes of an edit without a Trainer."""
 
 from __future__ import annotations
 
@@ -10,28 +10,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lit_moeedit.devices import find_device
 from lit_moeedit.sharding.ranks import Ranks
 
 PATIENCE = timedelta(days=7)
 """Maximum time that a process waits for another one that lives: the first one may write a large model for hours."""
-
-
-def find_device(name: str = "auto") -> torch.device:
-    """Return the device of this process: a GPU of its own if there is one, unless another is named.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here: expected auto, cpu, cuda or cuda:1") from error
-    return device
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lit_moeedit.atomic_files import check_writable, move_folder
 from lit_moeedit.data.encoding import EditToken, check_offsets
 from lit_moeedit.data.facts import Fact, read_facts, validate_facts
 from lit_moeedit.data.neutral import texts_to_preserve
+from lit_moeedit.devices import find_device
 from lit_moeedit.editing import EditMethod, Editor
 from lit_moeedit.editing.outcomes import describe_failure
 from lit_moeedit.editing.phases import Progress
@@ -34,7 +35,7 @@ from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.standalone.attempts import Found, edit_with_attempts
 from lit_moeedit.standalone.card import write_card
 from lit_moeedit.standalone.chat import in_chat
-from lit_moeedit.standalone.processes import find_device, launched_ranks
+from lit_moeedit.standalone.processes import launched_ranks
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def edit(
     token: EditToken | Literal["auto"] = "auto",
     min_efficacy: float = 0.5,
     chat: bool = False,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
     dry_run: bool = False,
     name: str | None = None,
     overwrite: bool = False,
@@ -92,9 +94,11 @@ def edit(
         editor: the editing method, instead of ``layers`` and ``token``.
         layers: indices of the layers to edit; ``auto`` finds them.
         token: the edit token; ``auto`` finds it.
-        min_efficacy: the smallest share of facts whose new target must be generated. With less, the edit is undone and
-            nothing is written.
+        min_efficacy: smallest share of edited prompts that get the new answer, word for word. With less, the edit is
+            undone and nothing is written. (Of a :class:`~lit_moeedit.callbacks.KnowledgeEditing` it is the share for
+            which the new answer is more likely than the old one.)
         chat: whether to put the prompts into the tokenizer's chat template.
+        columns: field names to column names, for facts with other names.
         dry_run: whether to write nothing. The edit is made in memory, measured, and undone.
         name: name of the edit; ``edit-0001`` and so on by default.
         overwrite: whether to replace an existing output.
@@ -125,6 +129,7 @@ def edit(
     if name is not None:
         check_name(name)
     first = Editor(layers, token=token) if editor is None else editor  # checks them
+    own_device = find_device(device)
     stored, target = None, None
     if isinstance(model, str | Path):
         stored = StoredModel(model)
@@ -141,7 +146,7 @@ def edit(
         ranks = Ranks.current()
         with ranks.together():
             # before the model, which takes longer
-            known, texts = read_facts(facts), texts_to_preserve(preservation, warn=ranks.rank == 0)
+            known, texts = read_facts(facts, columns=columns), texts_to_preserve(preservation, warn=ranks.rank == 0)
             if stored is not None:
                 tokenizer = pretrained_tokenizer(stored.folder)
                 check_offsets(tokenizer)
@@ -149,7 +154,7 @@ def edit(
                 name = _free_name(present) if name is None else name
                 if name in {own.name for own in present}:
                     raise FileExistsError(f"the model has an edit {name!r} already; give this one another name")
-                loaded = load_model(stored, device=find_device(device))
+                loaded = load_model(stored, device=own_device)
                 stored.check_dtype(loaded, layers_by_parameter(loaded))
                 loaded.requires_grad_(False)
             else:
@@ -175,7 +180,7 @@ def edit(
             ranks=ranks,
             progress=progress,
         )
-        report = _report(found, loaded, stored, started)
+        report = _report(found, loaded, stored, started, [fact.prompt for fact in known], chat)
         if not found.result.kept and not dry_run:
             raise TooFewFactsError(_too_few(found, min_efficacy), report)
         if stored is None or dry_run:
@@ -219,23 +224,34 @@ def _free_name(present: Sequence[Edit]) -> str:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def _report(found: Found, model: PreTrainedModel, stored: StoredModel | None, started: datetime) -> Report:
+def _report(
+    found: Found,
+    model: PreTrainedModel,
+    stored: StoredModel | None,
+    started: datetime,
+    prompts: Sequence[str],
+    chat: bool,
+) -> Report:
+    """Make the report; the prompts are those that were given, before they were put into a chat template."""
     rows = tuple(
         FactRow(
             fact.key,
             fact.subject,
-            fact.prompt,
+            prompt,
             fact.target_new,
             fact.target_true,
             edit=1,
             kept=found.result.kept,
             measured={"before": before, "after": after},
             reason=str(found.reasons[fact.key]) if fact.key in found.reasons else None,
+            chat=chat,
         )
-        for fact, before, after in zip(found.result.facts, found.measured_before, found.measured_after, strict=True)
+        for fact, prompt, before, after in zip(
+            found.result.facts, prompts, found.measured_before, found.measured_after, strict=True
+        )
     )
     return Report(
-        title="Edited facts",
+        title="Edited facts, asked in the chat template" if chat else "Edited facts",
         model=Model(
             name=stored.folder.resolve().name if stored else type(model).__name__,
             family=model.config.model_type,
@@ -261,8 +277,8 @@ def _report(found: Found, model: PreTrainedModel, stored: StoredModel | None, st
 
 def _too_few(found: Found, min_efficacy: float) -> str:
     return (
-        f"nothing is changed, because fewer facts are generated after the edit than the share of {min_efficacy:g} that "
-        f"min_efficacy asks for. {describe_failure(found.result, found.reasons)}"
+        "nothing is changed, because the share of edited prompts that get the new answer, word for word, is below the "
+        f"min_efficacy of {min_efficacy:g}. {describe_failure(found.result, found.reasons)}"
     )
 
 

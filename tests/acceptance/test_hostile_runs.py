@@ -278,7 +278,7 @@ def test_a_checkpoint_of_another_model(run: Any, tmp_path: Path) -> None:
         ("model.config.model_type", "evil_moe", "Unrecognized model identifier: evil_moe"),
         ("model.config.model_type", "\x1b[31mevil", r"model_type '\\x1b\[31mevil'"),
         ("data.tokenizer", "/none/at/all", "there is no file or folder /none/at/all"),
-        ("callback.preservation", "/none/at/all", "No such file or directory: '/none/at/all'"),
+        ("callback.preservation", "/none/at/all", "there is no preservation text /none/at/all"),
     ],
 )
 def test_one_line_says_what_is_wrong(
@@ -292,9 +292,10 @@ def test_one_line_says_what_is_wrong(
         at = at[part]
     at[last] = value
     monkeypatch.setenv("LIT_MOEEDIT_LOG", "debug")
-    first, hint = run().split("\n")
+    first, *others, hint = run().split("\n")
     assert first.startswith("lit-moeedit fit: ") and hint == "(LIT_MOEEDIT_LOG=debug shows where it was raised)"
-    assert re.search(message, first), first
+    said = " ".join((first, *others))
+    assert re.search(message, said), said
     assert any(record.exc_info for record in caplog.records if record.name == "lit_moeedit.cli")
     assert not (tmp_path / "run" / "summary.json").exists()
 

@@ -56,7 +56,8 @@ class TestLooking:
         assert BAD in france.text and WORSE in norway.text
         assert watch.metrics == {"edit/conflicts": 4.0} and watch.given_up == set()
         assert caplog.messages[0] == (
-            f"replay: step 3: the text contradicts the edit of 'France' ('Paris' to 'Lyon'): '{BAD}'; it stays as it is"
+            "replay: step 3: the text contradicts the edit of 'France' ('Paris' to 'Lyon'): "
+            f"'{BAD}'; it stays in the batch (on_conflict: warn)"
         )
 
     def test_five_are_logged(self, caplog) -> None:
@@ -180,7 +181,7 @@ class TestLookingAhead:
         assert (one.training_texts, one.sightings, one.text) == (2, 1, BAD)
         assert watch.metrics == {"edit/conflicts": 1.0}
         assert caplog.messages[0] == "2 of 3 training texts contradict 2 edited facts (on_conflict: warn)"
-        assert caplog.messages[1] == f"training text contradicts 'France' ('Paris' to 'Lyon') in '{BAD}'"
+        assert caplog.messages[1] == f"a training text contradicts the edit of 'France' ('Paris' to 'Lyon'): '{BAD}'"
         watch.look_ahead([GOOD])
         assert watch.counts[FRANCE.key].training_texts == 0
 
@@ -193,7 +194,7 @@ class TestLookingAhead:
 
     def test_refused_texts(self) -> None:
         with pytest.raises(
-            ContradictionError, match=r"2 of 3 training texts contradict 2 edited facts, such as .*Paris"
+            ContradictionError, match=r"2 of 3 training texts contradict 2 edited facts; one contradicts .*Paris"
         ):
             watch_of("refuse").look_ahead([BAD, GOOD, WORSE])
         watch_of("refuse").look_ahead([GOOD])
@@ -260,12 +261,21 @@ def exchanged() -> dict[str, Any]:
     for _ in range(3):
         watch.look(*batch(WORSE, BAD) if ranks.rank else batch(GOOD), "step 1")
     alone = watch.metrics["edit/conflicts"]
+    assert watch.given_up == set()  # the same on all ranks at any time
     watch.exchange(ranks)
+    assert watch.given_up == {FRANCE.key, NORWAY.key}
     first = watch.state_dict()
     watch.look(*batch(BAD), "step 2")
     watch.exchange(ranks)
     watch.exchange(ranks)
     return {"alone": alone, "first": first, "second": watch.state_dict(), "lines": lines}
+
+
+def found_ahead() -> list[str]:
+    """Each rank has other texts; what is given up is the same."""
+    watch = watch_of("yield")
+    watch.look_ahead([WORSE] if Ranks.current().rank else [GOOD])
+    return sorted(watch.given_up)
 
 
 def refused_on_one_rank() -> str:
@@ -279,7 +289,9 @@ def refused_on_one_rank() -> str:
 
 
 def test_ranks_share_their_counts_and_refuse_together() -> None:
-    found = run_each({"exchanged": (exchanged,), "refused": (refused_on_one_rank,)}, 2)
+    calls = {"exchanged": (exchanged,), "ahead": (found_ahead,), "refused": (refused_on_one_rank,)}
+    found = run_each(calls, 2)
+    assert found["ahead"] == [sorted([FRANCE.key, NORWAY.key])] * 2
     one, other = found["exchanged"]
     assert (one["alone"], other["alone"]) == (0, 6)
     assert one["first"] == other["first"] and one["second"] == other["second"]

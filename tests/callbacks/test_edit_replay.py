@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -12,7 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks.conflicts import ContradictionError
 from lit_moeedit.module import LitMoE
+from tests.callbacks.conftest import CONFIG, _data, _editor, _trainer
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 
@@ -187,6 +191,140 @@ def test_the_first_of_several_loaders(run: Any, tiny: Any) -> None:
 
     run(EditReplay(share=0.25), module=Both(config=tiny.config), data=Nested(tiny.data()), max_steps=2)
     assert seen == [(10, 8), (10, 8)]
+
+
+# -- text that contradicts edits --------------------------------------------------------------------------------------
+
+
+def old_answers(module: Any, tiny: Any) -> list[tuple[bool, bool]]:
+    """For each row of the data that states the old answer of an edit: whether it still does, and whether it counts."""
+    tokenizer, facts = module.trainer.datamodule.tokenizer, tiny.corpus().edits
+    found = []
+    for batch in module.seen:
+        for ids, labels in zip(batch["input_ids"][:8], batch["labels"][:8], strict=True):
+            text = tokenizer.decode(ids)
+            if any(f.subject in text and f.target_true in text for f in facts):
+                found.append((True, bool((labels >= 0).any())))
+    return found
+
+
+def test_contradicting_text_is_told_of(run: Any, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    replay = EditReplay(share=0.25)
+    module = run(replay, data=tiny.data(drop_edited=False), max_steps=4)
+    assert replay.watch.metrics == {"edit/conflicts": len(old_answers(module, tiny))} and old_answers(module, tiny)
+    assert "training texts contradict" in caplog.text and "it stays as it is" in caplog.text
+    assert replay.watch.state_dict()["texts"] == replay.state_dict()["conflicts"]["texts"]
+
+
+def test_old_answers_are_masked_for_the_module_alone(run: Any, tiny: Any) -> None:
+    class Labels(L.Callback):
+        def __init__(self) -> None:
+            self.counted: list[int] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.counted.append(int((batch["labels"] >= 0).any(-1).sum()))
+
+    labels = Labels()
+    module = run(EditReplay(share=0.25, on_conflict="mask"), labels, data=tiny.data(drop_edited=False), max_steps=4)
+    found = old_answers(module, tiny)
+    assert found and not any(counts for _, counts in found)
+    assert labels.counted == [8] * 4
+
+
+def test_contradicted_facts_are_given_up(run: Any, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
+    replay = EditReplay(share=0.25, on_conflict="yield")
+    run(replay, data=tiny.data(drop_edited=False), max_steps=4)
+    assert len(replay.watch.given_up) + len(replay.facts) == len(tiny.corpus().edits) and replay.watch.given_up
+    assert "the fact is no longer protected" in caplog.text
+
+
+def test_contradicting_text_is_refused(run: Any, tiny: Any) -> None:
+    with pytest.raises(
+        ContradictionError, match="training texts contradict 6 edited facts, such as the edit of 'Italy'"
+    ):
+        run(EditReplay(on_conflict="refuse"), data=tiny.data(drop_edited=False))
+    run(EditReplay(on_conflict="refuse"), max_steps=2)  # the edited facts are dropped from the text
+
+
+# -- ranks, and modules of others -------------------------------------------------------------------------------------
+
+
+def fit_on_ranks(strategies: list[str], folder: str) -> dict[str, Any]:
+    """Fit with replay of both kinds under several strategies; returns weights, needs, and what was stated."""
+    import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies known
+
+    found = {}
+    for strategy in strategies:
+        # under ZeRO-3 a forward of their own is refused
+        for weight in (None, 0.5) if strategy == "ddp" else (None,):
+            replay = EditReplay(share=0.3, weight=weight)
+            L.seed_everything(0, verbose=False)
+            module = Watching(config={**CONFIG}, learning_rate=3e-3)
+            size = 2
+            changes = {"devices": size, "max_steps": 4, "max_epochs": -1, "strategy": strategy}
+            editing = KnowledgeEditing(_editor(steps=3), on_failure="keep")
+            trainer = _trainer(f"{folder}/{strategy}-{weight}", [editing, replay], **changes)
+            trainer.fit(module, _data(batch_size=8 // size))
+            needs = replay.state_dict()["needs"]
+            rows = [ids.tolist() for batch in module.seen for ids in batch["input_ids"][8 // size :]]
+            found[f"{strategy} {weight}"] = {
+                "needs": needs,
+                "rows": rows,
+                "loss": float(trainer.logged_metrics["train/loss"]),
+            }
+    return found
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [["ddp"], pytest.param(["deepspeed_cpu_stage_3"], marks=[pytest.mark.slow, pytest.mark.deepspeed])],
+)
+def test_ranks_state_others_and_know_the_same(strategies: list[str], tmp_path: Path) -> None:
+    first, second = run_ranks(fit_with_short_measures, 2, strategies, str(tmp_path), group=False)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name]["needs"] == second[name]["needs"] != {}
+        assert first[name]["loss"] == second[name]["loss"] and first[name]["loss"] == first[name]["loss"]
+        if "None" in name:
+            assert first[name]["rows"] and second[name]["rows"] and first[name]["rows"] != second[name]["rows"]
+        else:
+            assert not first[name]["rows"] and not second[name]["rows"]
+
+
+def fit_with_short_measures(strategies: list[str], folder: str) -> dict[str, Any]:
+    """Fit with measurements after every other step."""
+    with mock.patch("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2):
+        return fit_on_ranks(strategies, folder)
+
+
+class Plain(L.LightningModule):
+    """A module of somebody who has never heard of this package."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": self.network(**batch).loss, "rows": len(batch["input_ids"])}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("weight", [None, 1.0])
+def test_other_modules_and_lora(run: Any, tiny: Any, weight: float | None) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft (the extra 'peft')")
+    module = tiny.module()
+    module.configure_model()
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    other, outputs = Plain(peft.get_peft_model(module.model, settings)), []
+
+    class Outputs(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, out: Any, batch: Any, batch_idx: int) -> None:
+            outputs.append(out["rows"])
+
+    run(EditReplay(share=0.25, weight=weight), Outputs(), module=other, max_steps=2)
+    assert outputs == [8 if weight else 10] * 2
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -101,7 +101,10 @@ class TestOnFailure:
         with caplog.at_level(logging.WARNING, "lit_moeedit"):
             editing, noting, _ = run(hopeless, min_efficacy=1.0)
         assert noting.is_unchanged and len(editing.state_dict()["undone"]) == 6
-        assert "min_efficacy: " in caplog.text and "is below the limit 1" in caplog.text
+        assert (
+            "min_efficacy (edited prompts for which the new answer is more likely than the old one): " in caplog.text
+            and "is below the limit 1" in caplog.text
+        )
 
     def test_another_word_is_refused(self, tiny):
         with pytest.raises(ValueError, match="on_failure must be one of raise, undo, keep, got 'ignore'"):

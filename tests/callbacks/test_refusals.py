@@ -123,7 +123,7 @@ def test_settings_that_do_not_fit_the_layers(refuse: Any, make_model: Any) -> No
     refuse("the editor needs text whose behaviour", preservation=[], error=MisconfigurationException)
     refuse("KnowledgeEditing has no facts to edit", facts=[], error=MisconfigurationException)
     refuse("too late for 4 of 4 facts", at={"epoch": 2}, error=MisconfigurationException)
-    refuse("No such file", preservation="no_such_file.txt", error=OSError)
+    refuse("there is no preservation text no_such_file.txt", preservation="no_such_file.txt", error=OSError)
 
 
 def test_texts_around_facts_that_cannot_be_encoded(refuse: Any, facts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_nothing_of_a_file_acts_on_the_terminal(tmp_path: Path, capsys: pytest.C
         ("facts.json", b"", "is empty; expected a list of objects"),
         ("facts.json", json.dumps([NATIVE]).encode()[:-9], "row 1: is not valid JSON ("),
         ("facts.parquet", b"PAR1", "has the suffix '.parquet'; expected '.json', '.jsonl', '.csv' or '.tsv'"),
-        (None, b"", "No such file or directory"),
+        (None, b"", "there is no facts file"),
     ],
 )
 def test_a_file_that_cannot_be_read_has_one_error(

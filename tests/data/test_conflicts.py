@@ -121,6 +121,12 @@ def test_far_apart_is_no_conflict() -> None:
     assert [conflict.spans for conflict in ConflictFinder([FRANCE], 10).find(text)] == [((57, 62),)]
 
 
+def test_very_long_words_are_compared_as_they_are() -> None:
+    fact = Fact("x" * 70, "p", "n", "Y" * 70)
+    assert spans(f"{'x' * 70} {'Y' * 70}", fact) == ["Y" * 70]
+    assert spans(f"{'x' * 70} {'y' * 70}", fact) == []
+
+
 def test_nothing_contradicts_a_fact_without_an_old_target() -> None:
     finder = ConflictFinder([Fact("France", "France has", "Lyon"), Fact("France", "France has", "Lyon", " ")])
     assert finder.find("France has Paris, Lyon, and None") == []

@@ -123,7 +123,9 @@ def test_limit_counts_usable_facts_and_leaves_later_rows_alone(tmp_path: Path) -
 
 def test_ignored_native_fields_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     read_facts(write(tmp_path / "facts.json", [{**NATIVE, "paraphrase": "lost"}]))
-    assert "ignored fields 'paraphrase' (1 rows); known are subject, prompt" in caplog.text
+    assert (
+        "ignored fields 'paraphrase' (1 rows) (did you mean 'paraphrases'?); known are subject, prompt" in caplog.text
+    )
 
 
 # --- files that cannot be read ---------------------------------------------------------------------------------------

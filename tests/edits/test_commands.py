@@ -50,7 +50,7 @@ def test_apply_verify_undo(made: Made, edited: Path, tmp_path: Path, capsys: pyt
     assert equal(load_model(edited), models[1])
     names = {path.name for path in edited.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "edits"} <= names
-    assert not [name for name in names if name.endswith(".py")]
+    assert (edited / "modeling.py").read_bytes() == (root / "base" / "modeling.py").read_bytes()  # and it was not run
     run("list", edited)
     run("verify", edited)
     shown = capsys.readouterr().out
@@ -114,6 +114,14 @@ def test_refusals_leave_no_output(made: Made, edited: Path, tmp_path: Path) -> N
         "has no config.json": ("apply", root / "edits", root / "edits", *out),
         "give the base, from which": ("undo", edited, "edit-2", *out),
         "'edit-2' was built on 'edit-1'": ("undo", edited, "edit-1", "--base", root / "base", *out),
+        "the base is edited itself, its weights have 'edit-1', 'edit-2': give the model before all edits": (
+            "undo",
+            edited,
+            "edit-2",
+            "--base",
+            edited,
+            *out,
+        ),
         "base has no edits": ("undo", root / "base", "edit-1", *out),
         "is not empty; --overwrite": ("apply", root / "base", root / "edits", "--output", edited),
         "which is read, is in it": ("apply", edited, root / "edits", "--overwrite", "--output", edited),

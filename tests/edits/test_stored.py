@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_moeedit.edits.folders import load_model, save_model
 from lit_moeedit.edits.stored import INDEX, StoredModel
@@ -64,14 +64,36 @@ def test_experts_in_another_dtype_than_most_weights(model: PreTrainedModel, tmp_
         stored.check_dtype(loaded, [DOWN])
 
 
-def test_other_weights_and_code_are_not_copied(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_weights_are_not_copied_and_all_else_is(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("pytorch_model.bin", "consolidated.safetensors", "pytorch_model.bin.index.json", "modeling.py"):
         (base / name).write_bytes(b"before the edit")
-    (base / "original").mkdir()
+    for folder, name in (("original", "consolidated.00.pth"), ("original", "params.json"), ("figures/a", "b.png")):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+        (base / folder / name).write_bytes(b"x")
+    (base / "figures" / ".cache").mkdir()
+    (base / "figures" / ".cache" / "c").write_bytes(b"x")
+    (base / "figures" / "up").symlink_to(base)
+    (base / "elsewhere").symlink_to("/etc")
     (base / "link.json").symlink_to("/dev/zero")
-    assert set(StoredModel(base).other_files()) >= {"config.json", "notes.txt", INDEX}
-    assert not {"pytorch_model.bin", "modeling.py", "link.json", "original"} & {*StoredModel(base).other_files()}
-    assert "consolidated.safetensors, pytorch_model.bin" in caplog.text
+    others = set(StoredModel(base).other_files())
+    assert others >= {"config.json", "notes.txt", "modeling.py", "figures/a/b.png", INDEX}
+    assert not any(name.endswith((".bin", "link.json", ".pth", "params.json", "/c", "passwd")) for name in others)
+    assert len([name for name in others if "/" in name]) == 1
+    assert "consolidated.safetensors, original/, pytorch_model.bin" in caplog.text
+
+
+def test_templates_in_a_folder_are_in_the_copy(base: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    own = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    own.chat_template = {"default": "{{ messages }}", "tool_use": "tools: {{ messages }}"}
+    own.save_pretrained(base)
+    assert (base / "additional_chat_templates" / "tool_use.jinja").is_file()
+    stored, copy = StoredModel(base), tmp_path / "copy"
+    copy.mkdir()
+    save_model(stored, load_model(stored), [DOWN], [], copy)
+    loaded = AutoTokenizer.from_pretrained(copy, local_files_only=True)
+    assert loaded.chat_template == own.chat_template
 
 
 def test_the_index_of_other_files_is_not_copied(base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, pad, position_ids
-from lit_moeedit.replay import BatchFormError, append_rows, as_batch, check_form, find_part, with_part
+from lit_moeedit.replay import BatchFormError, append_rows, as_batch, check_form, find_parts, with_parts
 
 PAD = 9
 rows_of_tokens = st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=7), min_size=1, max_size=4)
@@ -76,19 +76,20 @@ class Pair(NamedTuple):
 @pytest.mark.parametrize(
     "make", [lambda part: {"a": None, "b": part}, lambda part: [None, part], lambda part: Pair(None, {"c": [part]})]
 )
-def test_the_first_part_of_a_nested_batch(make: Any) -> None:
+def test_the_parts_of_a_nested_batch(make: Any) -> None:
     part = {"input_ids": torch.tensor([[1]])}
     batch = make(part)
-    assert find_part(batch) is part
-    changed = with_part(batch, lambda own: {**own, "seen": True})
-    assert type(changed) is type(batch) and find_part(changed) == {**part, "seen": True}
-    assert find_part(batch) is part and "seen" not in part
+    assert list(find_parts(batch)) == [part]
+    changed = with_parts(batch, iter([{**part, "seen": True}]))
+    assert type(changed) is type(batch) and list(find_parts(changed)) == [{**part, "seen": True}]
+    assert list(find_parts(batch)) == [part] and "seen" not in part
 
 
 def test_nothing_to_find() -> None:
-    assert find_part({"x": [torch.ones(2), "input_ids"]}) is None
+    batch = {"x": [torch.ones(2), "input_ids"]}
+    assert list(find_parts(batch)) == []
     with pytest.raises(BatchFormError, match="no input_ids; expected a dict"):
-        check_form(None)
+        check_form(batch)
 
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])

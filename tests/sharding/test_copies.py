@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_moeedit.sharding.lending import lent
+from lit_moeedit.sharding.fingerprint import Part
+from lit_moeedit.sharding.lending import exchanged, lent
+from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.transaction import Transaction
 from tests.sharding.whole_weights import EXPERTS, some_deltas, weight
 
@@ -88,3 +90,53 @@ def test_an_interrupt_while_values_are_lent_or_given_back_loses_nothing() -> Non
             assert not any(bool(tensor.any()) for tensor in own)
         assert Interrupting.left <= 0
         assert all(bool((tensor == 1).all()) for tensor in own)
+
+
+def test_an_interrupt_while_values_are_exchanged_loses_nothing() -> None:
+    class Interrupting(torch.Tensor):
+        left = 0
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if function is torch.Tensor.copy_:
+                Interrupting.left -= 1
+                if Interrupting.left == 0:
+                    raise KeyboardInterrupt
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    values = {name: Part.of(torch.zeros(2)) for name in "ab"}
+    for at in range(1, 5):  # two copies when they are exchanged, two when they are given back
+        own = {name: torch.ones(2).as_subclass(Interrupting) for name in "ab"}
+        Interrupting.left = at
+        with pytest.raises(KeyboardInterrupt), exchanged(own, values, Ranks()) as movement:
+            assert not any(bool(tensor.any()) for tensor in own.values())
+            assert (movement.elements, movement.distance, movement.norm) == (4, 2.0, 0.0)
+        assert Interrupting.left <= 0
+        assert all(bool((tensor == 1).all()) for tensor in own.values())
+
+
+def test_exchanged_values_are_rounded_read_one_by_one_and_compared() -> None:
+    tensors = {"a": nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.bfloat16)), "b": torch.tensor([[0.0], [2.0]])}
+    read: list[str] = []
+
+    class Values(dict[str, Part]):
+        def __getitem__(self, name: str) -> Part:
+            # the one before has been written already
+            assert all(not bool(tensors[other].any()) for other in read)
+            read.append(name)
+            return super().__getitem__(name)
+
+    values = Values(a=Part.of(torch.full((2,), 1e-45)), b=Part.of(torch.zeros(2, 1)))
+    with exchanged(tensors, values, Ranks()) as movement:
+        assert read == ["a", "b"] and not any(bool(tensor.any()) for tensor in tensors.values())
+    assert movement.distance == pytest.approx(29**0.5) and movement.relative == float("inf")
+    assert tensors["a"].tolist() == [3.0, 4.0] and tensors["b"].tolist() == [[0.0], [2.0]]
+    with (
+        pytest.raises(ValueError, match=r"b has the shape \[2, 1\], and \[2\] in the other"),
+        exchanged(tensors, {"a": Part.of(torch.zeros(2)), "b": Part.of(torch.zeros(2))}, Ranks()),
+    ):
+        pass
+    assert tensors["a"].tolist() == [3.0, 4.0]
+    halved = {"a": Part.of(torch.tensor([1.5, 2.0]))}
+    with exchanged({"a": tensors["a"]}, halved, Ranks()) as movement:
+        assert movement.relative == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,9 @@ def test_the_card_shows_facts_as_they_are_and_keeps_the_header(tmp_path: Path) -
     edit = Edit("one", (Fact("Rome", "Rome is in", "Spain"),), "Woodbury", {}, ())
     write_card(folder, base, [edit], [row])
     text = (folder / "README.md").read_text()
+    assert "chat template" not in text
+    write_card(folder, base, [edit], [replace(row, chat=True)])
+    assert "Each prompt was asked in the tokenizer's chat template" in (folder / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     assert header == {
         "library_name": "transformers",

@@ -60,7 +60,9 @@ def test_what_is_wrong_is_said_before_the_work(
         "name may have letters": {"name": "a/b"},
         "distinct layer indices": {"layers": [1, 1]},
         r"layer 9 of .* has no routed experts": {"layers": [9], "token": "last"},
-        "no such file": {"facts": tmp_path / "fatcs.jsonl"},
+        r"there is no facts file .*fatcs.jsonl \(did you mean '.*facts.jsonl'": {"facts": tmp_path / "fatcs.jsonl"},
+        "did you mean 'cuda:1'": {"device": "gpu:1"},
+        "no device 'meta' here: expected auto": {"device": "meta"},
     }.items():
         with pytest.raises((OSError, ValueError), match=f"(?i){message}"):
             edit(**good | wrong)

@@ -17,6 +17,7 @@ from lit_moeedit.data.facts import Fact, FactsError
 from lit_moeedit.editing import PHASES, Editor, TargetOptimizer, evaluate
 from lit_moeedit.editing.phases import Meter
 from lit_moeedit.edits import SavedEdits, apply, read_edits, undo, verify
+from lit_moeedit.edits.commands import undo_edits
 from lit_moeedit.edits.folders import load_model, save_model
 from lit_moeedit.edits.stored import StoredModel
 from lit_moeedit.reports import read_rows
@@ -50,6 +51,34 @@ def test_a_folder_is_edited(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in base.iterdir()} | {"README.md", "edits", "edits.jsonl", "report.html"}
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_question_is_reported_as_it_was_given(
+    base: Path,
+    easy: Sequence[Fact],
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    editor: Editor,
+    tmp_path: Path,
+) -> None:
+    own = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map)
+    own.chat_template = "{% for m in messages %}{{ 'The ' + m['content'] + ' ' }}{% endfor %}"
+    own.save_pretrained(base)
+    (base / "README.md").write_text("# Base\n", encoding="utf-8")
+    out = tmp_path / "out"
+    report = edit(base, easy, out, editor=editor, preservation=texts, chat=True, min_efficacy=0, name="asked")
+    questions = [(fact.prompt, True) for fact in easy]
+    assert [(row.prompt, row.chat) for row in report.rows] == questions
+    assert [(row.prompt, row.chat) for row in read_rows(out / "edits.jsonl")] == questions
+    (made,) = read_edits(out)
+    assert [fact.prompt for fact in made.facts] == [f"The {fact.prompt} The" for fact in easy]
+    for file in ("README.md", "report.html"):
+        text = (out / file).read_text(encoding="utf-8")
+        assert "The " + easy[0].prompt not in text and easy[0].prompt in text and "chat template" in text
+    undo_edits(out, ["asked"], output=tmp_path / "none", base=base)
+    names = {path.name for path in base.iterdir()}
+    assert {path.name for path in (tmp_path / "none").iterdir()} == names
+    assert (tmp_path / "none" / "README.md").read_text(encoding="utf-8") == "# Base\n"
 
 
 def test_a_second_edit_is_made_on_the_first(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -110,7 +111,7 @@ class EditMaking(EditInputs):
             return
         meter = Meter(pl_module.device)
         with edited_weights(trainer, pl_module) as copies:
-            with edit_progress(trainer) as progress, meter(LOCATE):
+            with edit_progress(trainer) as progress, nullcontext() if self.editor.is_resolved else meter(LOCATE):
                 self._find_place(trainer, pl_module, histories=self._frozen.histories, progress=progress)
             with meter(EVALUATION):
                 tell_listeners(trainer, lambda listener: listener.on_edit_start(trainer, pl_module, facts))

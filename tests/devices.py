@@ -19,6 +19,9 @@ _device_constructors()  # likewise, what functions make tensors: it is asked onc
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
+PEAK = 2**20
+"""Peak of the memory allocated there, in bytes."""
+
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten._unsafe_index_put,
             aten._index_put_impl_)  # fmt: skip
 """Operations that take indices from the CPU into a tensor that is elsewhere."""
@@ -242,6 +245,8 @@ def pretended_cuda() -> Iterator[torch.device]:
         "mem_get_info": lambda device=CUDA: (2**36, 2**36),
         "memory_reserved": lambda device=CUDA: 0,
         "memory_allocated": lambda device=CUDA: 0,
+        "reset_peak_memory_stats": _rest,
+        "max_memory_allocated": lambda device=CUDA: PEAK,
         "empty_cache": _rest,
     }
     methods |= {name: _placing(getattr(Tensor, name)) for name in ("new_empty", "new_full", "new_ones", "new_zeros")}

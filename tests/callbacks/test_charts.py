@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from lit_moeedit.callbacks import KnowledgeEditing, RoutingMonitor
-from lit_moeedit.callbacks.charts import log_summary
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.callbacks.charts import log_place, log_summary
 
 
 class Charts(Logger):
@@ -84,3 +84,36 @@ def test_a_moment_is_a_text_in_tensorboard(monkeypatch: pytest.MonkeyPatch) -> N
     metrics = {"edit_before/efficacy": 0.25, "edit_after/efficacy": 1.0, "routing_edit/kl/layer_1": 2.0}
     log_summary(SimpleNamespace(loggers=[logger], global_step=3), metrics)  # type: ignore[arg-type]
     assert texts.keys() == {"edit_before", "edit_after"} and "| efficacy | 0.25 |" in texts["edit_before"]
+    # so is the place that was found, as hyperparameters are those of the start
+    place = {"layers": [3, 4], "token": "last", "found": True}
+    log_place(SimpleNamespace(loggers=[logger], global_step=3), "edit_late", place)  # type: ignore[arg-type]
+    assert "| layers | [3, 4] |" in texts["edit_late_place"] and "| token | last |" in texts["edit_late_place"]
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "mlflow"])
+def test_loggers_get_the_facts_and_the_place(
+    tiny: SimpleNamespace, make_trainer: Callable[..., Any], tmp_path: Path, package: str
+) -> None:
+    pytest.importorskip(package)
+    stored = f"sqlite:///{tmp_path}/runs.db"
+    logger: Any = (
+        MLFlowLogger(tracking_uri=stored, artifact_location=str(tmp_path))
+        if package == "mlflow"
+        else TensorBoardLogger(tmp_path)
+    )
+    editing = KnowledgeEditing(tiny.editor("auto", steps=2, token="auto"), on_failure="keep")
+    trainer = make_trainer(tmp_path, [editing, RoutingMonitor(), EditReport(console=False)], logger=logger)
+    trainer.fit(tiny.module(), tiny.data())
+    place = editing.place
+    if package == "mlflow":
+        run = logger.experiment.get_run(logger.run_id).data
+        assert run.params["edit_place/layers"] == str(place["layers"])
+        assert (tmp_path / logger.run_id / "artifacts" / "edits.md").read_text(encoding="utf-8").count("\n|") == 7
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert f"| layers | {place['layers']} |" in texts["edit_place/text_summary"]
+    assert texts["edits/text_summary"].count("\n|") == 7 and "| end |" in texts["edits/text_summary"]

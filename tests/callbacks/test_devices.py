@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
-from lit_moeedit.editing import EditMemory
+from lit_moeedit.editing import PHASES, EditMemory
+from lit_moeedit.editing.phases import EVALUATION
+from tests.devices import PEAK
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -63,6 +65,8 @@ def _run(tiny, make_trainer, folder: Any, strategy: SingleDeviceStrategy, ckpt: 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     for name in ("after", "perplexity"):
         found |= {f"{name}/{key}": value for key, value in summary[name].items() if value is not None}
+    is_there = strategy.root_device.type == "cuda"
+    assert summary["memory"] == (dict.fromkeys((EVALUATION, *PHASES), PEAK) if is_there else {})
     return found | {"renewals": editing.renewals}
 
 

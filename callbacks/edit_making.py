@@ -145,7 +145,7 @@ class EditMaking(EditInputs):
             tell_listeners(trainer, lambda listener: listener.on_edit_end(trainer, pl_module, event))
             if result.kept and trainer.state.fn == TrainerFn.FITTING:
                 exact = zip(facts, trial.after.edits_exact.tolist(), strict=True)
-                self._keep(result, [fact.key for fact, is_exact in exact if is_exact])
+                self._keep(trainer, result, [fact.key for fact, is_exact in exact if is_exact])
                 self.curve.measure(self, trainer, pl_module, "edit")
             if is_error:
                 raise FailedEditError(
@@ -176,7 +176,9 @@ class EditMaking(EditInputs):
             log.warning("the edit was broken off (%s); %s", type(error).__name__, end)
             raise
 
-    def _keep(self, result: EditResult, generated: Sequence[str]) -> None:
+    def _keep(
+        self, trainer: L.Trainer, result: EditResult, generated: Sequence[str], has_moments: bool = False
+    ) -> None:
         """Keep what renewals need of an edit, with the keys of those of its facts that are generated after it."""
 
     def _record(self, trainer: L.Trainer, facts: Sequence[Fact], trial: Trial | None, undo: Undo) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Literal, get_args
 
 import lightning as L
 from torch import Tensor
@@ -15,11 +16,13 @@ from typing_extensions import override
 from lit_moeedit.callbacks.averages import Copies, averaging_callbacks, edited_weights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.edit_making import EditMaking
+from lit_moeedit.callbacks.run_folder import run_folder
 from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import EditMethod, Editor, SecondMoments
+from lit_moeedit.editing import EditMethod, Editor, EditResult, SecondMoments
 from lit_moeedit.interrupts import Undo
 from lit_moeedit.models.experts import find_model
+from lit_moeedit.preservation.kept_moments import KeptMoments
 from lit_moeedit.reports import Survivors
 from lit_moeedit.sharding.ranks import Ranks
 
@@ -124,17 +127,15 @@ class EditRenewing(EditMaking):
                 self._last_step = trainer.global_step
                 return
             self._find_place(trainer, pl_module, histories=self._frozen.histories)
-            make = partial(self._make_anew, trainer, pl_module, facts, copies)
             goals = self._goals(facts, lost)
-            make(goals, record=partial(self._record_renewal, trainer))
-            brought = sum(goal is not None for goal in goals.values())
-            lost = self._lost(pl_module, facts)
-            stale = [key for key in lost if goals.get(key) is not None]
+            stale = self._make_anew(trainer, pl_module, facts, copies, goals)
             if stale:
-                # after much training the old hidden states no longer give the answer
-                make({fact.key: None for fact in facts if fact.key not in stale})
-                lost = self._lost(pl_module, facts)
-            self._log_renewal(trainer, len(facts), faded, len(lost), brought, faded - brought + len(stale))
+                # after much training, old hidden states may no longer give the answer; the attempt has been undone
+                goals = {key: goal for key, goal in goals.items() if key not in stale}
+                self._make_anew(trainer, pl_module, facts, copies, goals, is_last=True)
+            known = sum(goal is not None for goal in goals.values())
+            left = len(self._lost(pl_module, facts))
+            self._log_renewal(trainer, len(facts), faded, left, known, faded - known)
             self.curve.measure(self, trainer, pl_module, "renewal")
         self._release_texts()
 
@@ -177,14 +178,29 @@ class EditRenewing(EditMaking):
         facts: Sequence[Fact],
         copies: Copies,
         goals: Mapping[str, Tensor | None],
-        record: Callable[[bool, Undo], None] | None = None,
-    ) -> None:
-        """Edit facts again, in one transaction. An edit that still holds is a row with residual 0, which keeps it."""
+        is_last: bool = False,
+    ) -> list[str]:
+        """Edit facts again, in one transaction. An edit that still holds is a row with residual 0, which keeps it.
+
+        Returns:
+            The keys of the facts that are still lost although their goals are known. If there are any, the edit is
+            undone, unless it is the last attempt.
+        """
+        stale: list[str] = []
+
+        def guard() -> bool:
+            stale.extend(key for key in self._lost(pl_module, facts) if goals.get(key) is not None)
+            return is_last or not stale
+
         states = self._edit_files.states(trainer, pl_module, self.editor.layers)
-        moments = self._kept_moments(pl_module)
-        result = self._change(trainer, pl_module, facts, copies, goals=goals, moments=moments, record=record)
-        self._keep(result, self.generated(pl_module, facts))
+        moments, record = self._kept_moments(pl_module), partial(self._record_renewal, trainer)
+        result = self._change(
+            trainer, pl_module, facts, copies, goals=goals, moments=moments, guard=guard, record=record
+        )
+        if result.kept:
+            self._keep(trainer, result, self.generated(pl_module, facts), moments is not None)
         self._written = self._edit_files.save(trainer, pl_module, "renewal", self.editor, result, states, self._written)
+        return stale
 
     def _kept_moments(self, pl_module: L.LightningModule) -> Mapping[int, SecondMoments] | None:
         editor = self.editor
@@ -192,21 +208,27 @@ class EditRenewing(EditMaking):
             return None
         model = find_model(pl_module)
         layers = editor.find_layers(model)
-        found = self._kept.moments.load(model, layers, editor.cache, editor.gated, Ranks.current())
+        found = self._kept.moments.load(model, layers, editor.gated, Ranks.current())
         if found is None:
-            text = (
-                "%sthe second moments of the edit are not known any more, so they are computed anew, with the present "
-                "weights; an editor with a 'cache' keeps them for a resumed run"
-            )
-            log.info(text, self.heading)
+            text = "%sthe second moments of the edit are not in %s; they are computed anew, with the present weights"
+            log.warning(text, self.heading, self._kept.moments.folder or "any folder")
         return found
 
     @override
-    def _keep(self, result: Any, generated: Sequence[str]) -> None:
-        if self.may_renew and self.renewal.kind == "reuse":
-            self._kept = self._kept.with_edit(result, generated, Ranks.current())
+    def _keep(
+        self, trainer: L.Trainer, result: EditResult, generated: Sequence[str], has_moments: bool = False
+    ) -> None:
+        if not self.may_renew or self.renewal.kind == "anew":
+            return
+        self._kept = self._kept.with_goals(result, generated)
+        if result.moments is not None and not has_moments:
+            cache = getattr(self.editor, "cache", None)
+            folder = str(Path(run_folder(trainer), "moments"))
+            self._kept = self._kept.with_moments(KeptMoments.of(result.moments, cache, folder, Ranks.current()))
 
     def _record_renewal(self, trainer: L.Trainer, kept: bool, undo: Undo) -> None:
+        if not kept:
+            return
         self._change_state(undo, last_step=trainer.global_step)
         undo.by(setattr, self, "renewals", self.renewals)
         self.renewals += 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from hashlib import sha256
 
 from transformers import PreTrainedModel
 
@@ -15,65 +16,64 @@ from lit_moeedit.sharding.ranks import Ranks
 
 @dataclass(frozen=True)
 class KeptMoments:
-    """Second moments that an edit has used: in the editor's cache if it has one, else in main memory.
-
-    In main memory the first rank alone holds them, ``E · d_hidden² · 4`` bytes for each layer. They are not part of a
-    checkpoint; their keys in the cache are.
+    """Second moments that an edit has used, on disk, ``E · d_hidden² · 4`` bytes for each layer.
 
     Attributes:
-        keys: keys in the cache, by layer index.
-        held: the moments that are in no cache, by layer index; empty on all ranks but the first.
+        keys: their keys in a :class:`~lit_moeedit.preservation.MomentsCache`, by layer index.
+        folder: path of its folder.
     """
 
     keys: dict[int, str] = field(default_factory=dict)
-    held: Mapping[int, SecondMoments] = field(default_factory=dict, repr=False)
+    folder: str = ""
 
     @classmethod
-    def of(cls, moments: Mapping[int, SecondMoments], ranks: Ranks) -> KeptMoments:
-        """Keep moments."""
+    def of(
+        cls, moments: Mapping[int, SecondMoments], cache: MomentsCache | None, folder: str, ranks: Ranks
+    ) -> KeptMoments:
+        """Keep moments. Every rank calls this.
+
+        Args:
+            moments: the moments by layer index.
+            cache: the cache in which they are already, if there is one.
+            folder: path of a folder for them if there is none.
+            ranks: the processes that edit together.
+        """
         keys = {index: found.key for index, found in moments.items() if found.key is not None}
-        if len(keys) == len(moments):
-            return cls(keys)
-        return cls({}, {index: _to(found, "cpu") for index, found in moments.items()} if ranks.rank == 0 else {})
+        if cache is not None and len(keys) == len(moments):
+            return cls(keys, str(cache.folder))
+        cache, keys = MomentsCache(folder), {}
+        for index, found in moments.items():
+            # the ranks' sums are the same
+            keys[index] = _digest(found)
+            cache.save(keys[index], found.tensors(), ranks)
+        return cls(keys, folder)
 
     def load(
-        self,
-        model: PreTrainedModel,
-        layers: Sequence[ExpertLayer],
-        cache: MomentsCache | None,
-        gated: bool,
-        ranks: Ranks,
+        self, model: PreTrainedModel, layers: Sequence[ExpertLayer], gated: bool, ranks: Ranks
     ) -> dict[int, SecondMoments] | None:
-        """Return the moments of layers on the device on which an edit computes them. Every rank calls this.
+        """Return the moments of layers, on the device on which an edit computes them. Every rank calls this.
 
         Args:
             model: the model.
             layers: the layers.
-            cache: the editor's cache.
             gated: whether the moments are those of gated keys.
             ranks: the processes that edit together.
 
         Returns:
-            The moments by layer index; ``None`` if those of a layer are neither here nor in the cache.
+            The moments by layer index; ``None`` if those of a layer are not there.
         """
-        is_here = ranks.any(ranks.rank == 0 and all(layer.index in self.held for layer in layers))
-        if not is_here and (cache is None or any(layer.index not in self.keys for layer in layers)):
+        if any(layer.index not in self.keys for layer in layers):
             return None
-        device, found = sums_device(model, layers, ranks), {}
-        for layer in layers:
-            if is_here and ranks.rank == 0:
-                own = _to(self.held[layer.index], str(device or layer.down_proj.device))
-            else:
-                own = SecondMoments.zeros(layer, device, gated)
-            if is_here:
-                ranks.broadcast(*own.tensors().values())
-            elif cache is None or not cache.load(self.keys[layer.index], own.tensors(), ranks):
+        device, cache = sums_device(model, layers, ranks), MomentsCache(self.folder)
+        found = {layer.index: SecondMoments.zeros(layer, device, gated) for layer in layers}
+        for index, moments in found.items():
+            if not cache.load(self.keys[index], moments.tensors(), ranks):
                 return None
-            found[layer.index] = own if is_here else replace(own, key=self.keys[layer.index])
         return found
 
 
-def _to(moments: SecondMoments, device: str) -> SecondMoments:
-    """Move moments to a device; those that are there already are not copied."""
-    total, count, tokens = (tensor.to(device) for tensor in moments.tensors().values())
-    return replace(moments, total=total, count=count, tokens=tokens)
+def _digest(moments: SecondMoments) -> str:
+    digest = sha256()
+    for tensor in moments.tensors().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

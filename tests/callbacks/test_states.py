@@ -46,7 +46,7 @@ STATES: dict[str, dict[str, Any]] = {
         "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"],
         "place": {"layers": [0], "token": "subject_last"},
         "survival": CURVE.state(),
-        "kept": {"facts": ["a"], "goals": torch.ones(1, 2, 3), "moments": {3: "digest"}},
+        "kept": {"facts": ["a"], "goals": torch.ones(1, 2, 3), "moments": {3: "digest"}, "folder": "moments"},
     },
     "EditReport": {
         "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "history": HISTORY.state(),
@@ -113,13 +113,13 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     (
         "KnowledgeEditing",
         "kept",
-        {"facts": ["a"], "goals": torch.ones(2, 2, 3), "moments": {}},
+        {"facts": ["a"], "goals": torch.ones(2, 2, 3), "moments": {}, "folder": ""},
         r"field 'goals' should be finite float32 of shape \[1, contexts, d_model\], but is .* of shape \[2, 2, 3\]",
     ),
     (
         "KnowledgeEditing",
         "kept",
-        {"facts": ["a"], "goals": torch.full((1, 2, 3), torch.nan), "moments": {}},
+        {"facts": ["a"], "goals": torch.full((1, 2, 3), torch.nan), "moments": {}, "folder": ""},
         "field 'goals' should be finite",
     ),
     ("EditReport", "edits", GONE, "'edits' should be a list, but is missing"),

@@ -1,0 +1,145 @@
+"""Renewals of edits that training has undone: when they come, what they reuse, and after a resume."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.editing import TargetOptimizer
+from lit_moeedit.editing import editor as editor_module
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+
+
+@pytest.fixture
+def run(tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run(folder, …)``: an edit before the second of four epochs of 4 steps; counts searches and passes over text."""
+    searched: list[int] = []
+    passes: list[int] = []
+    optimize, moments = TargetOptimizer.optimize, editor_module.second_moments
+
+    def search(self: Any, model: Any, layer: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        searched.append(len({row.edit for row in rows}))
+        return optimize(self, model, layer, rows, *args, **kwargs)
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        passes.append(1)
+        return moments(*args, **kwargs)
+
+    monkeypatch.setattr(TargetOptimizer, "optimize", search)
+    monkeypatch.setattr(editor_module, "second_moments", read)
+
+    def fit(folder: str = "run", callbacks: Any = (), ckpt: Any = None, editor: Any = None, **settings: Any) -> Any:
+        searched.clear(), passes.clear()
+        keys = {"renew_below": 0.95, "survival_every_n_steps": 4, **settings}
+        editing = KnowledgeEditing(editor or tiny.editor(steps=12), at={"epoch": 1}, **keys)
+        module, trainer = tiny.module(), make_trainer(tmp_path / folder, [editing, *callbacks], max_epochs=4)
+        trainer.fit(module, tiny.data(), **({"ckpt_path": ckpt, "weights_only": True} if ckpt else {}))
+        weights = tiny.weights(module)
+        return SimpleNamespace(editing=editing, searched=list(searched), passes=len(passes), weights=weights)
+
+    return fit
+
+
+def points(editing: KnowledgeEditing) -> list[tuple[int, str | None]]:
+    return [(point.step, point.after) for point in editing.survival.points]
+
+
+def test_a_renewal_by_need_reuses_targets_and_moments(run: Any, tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level("INFO", "lit_moeedit"):
+        found = run()
+    assert found.searched == [6] and found.passes == 1  # those of the edit
+    assert found.editing.renewals >= 1
+    for before, after in zip(found.editing.survival.points, found.editing.survival.points[1:], strict=False):
+        if after.after == "renewal":
+            assert before.step == after.step and before.generated < after.generated == 6
+        else:
+            assert after.step == before.step + 4
+    assert "of 6 facts 5 were lost, now 0 (known targets 5, searched anew 0)" in caplog.text
+    # seen: training loses five of the six edits in an epoch
+    assert found.editing.survivors is not None and found.editing.survivors.generated == 6
+
+
+def test_edits_that_hold_are_not_renewed_by_need(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = KnowledgeEditing.evaluate
+
+    def hold(*args: Any, **kwargs: Any) -> Any:
+        found = evaluate(*args, **kwargs)
+        return replace(found, edits_exact=torch.ones_like(found.edits_exact))
+
+    monkeypatch.setattr(KnowledgeEditing, "evaluate", hold)
+    found = run()
+    assert found.editing.renewals == 0 and found.searched == [6]
+    assert points(found.editing) == [(4, "edit"), (8, None), (12, None), (16, None)]
+
+
+def test_the_number_of_renewals_is_limited(run: Any) -> None:
+    assert run(max_renewals=1).editing.renewals == 1
+
+
+def test_anew_searches_and_reads_the_text_again(run: Any) -> None:
+    found = run(renewal="anew", max_renewals=1)
+    assert found.searched == [6, 6] and found.passes == 2
+    assert found.editing.state_dict()["kept"] is None
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["moments on disk", "moments gone"])
+def test_a_resumed_run_renews_as_the_whole_one(run: Any, tmp_path: Path, is_there: bool, caplog: Any) -> None:
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = run(callbacks=[kept], max_renewals=2)
+    assert whole.editing.renewals == 2
+    if not is_there:
+        shutil.rmtree(tmp_path / "run" / "logs" / "moments")
+    # a renewal in the checkpoint, and one to come
+    again = run("again", ckpt=tmp_path / "kept" / "epoch=1.ckpt", max_renewals=2)
+    assert again.editing.renewals == 2 and again.searched == []
+    assert again.passes == (0 if is_there else 1)
+    assert ("second moments of the edit are not in" in caplog.text) is not is_there
+    if is_there:
+        assert points(again.editing) == points(whole.editing)
+        assert again.editing.survival == whole.editing.survival
+        assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_the_editors_cache_holds_the_moments(run: Any, tiny: Any, tmp_path: Path) -> None:
+    found = run(editor=tiny.editor(steps=12, cache=str(tmp_path / "cache")), max_renewals=1)
+    assert found.editing.renewals == 1 and found.passes == 1
+    assert not (tmp_path / "run" / "logs" / "moments").exists()
+    assert found.editing.state_dict()["kept"]["folder"] == str(tmp_path / "cache")
+
+
+def test_facts_whose_known_targets_are_stale_are_searched_for(run: Any) -> None:
+    class Stale(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            editing = trainer.callbacks[0]  # type: ignore[attr-defined]
+            kept = editing._kept
+            if trainer.global_step == 5:
+                # far from every hidden state that gives an answer
+                editing._kept = replace(kept, goals={key: -100 * goal for key, goal in kept.goals.items()})
+
+    found = run(callbacks=[Stale()], max_renewals=1)
+    first, second = found.searched
+    assert first == 6 and 0 < second < 6 and found.passes == 1
+    assert found.editing.renewals == 1
+    renewed = next(point for point in found.editing.survival.points if point.after == "renewal")
+    assert renewed.generated >= 5
+
+
+def test_settings_that_do_not_fit_are_refused(tiny: Any) -> None:
+    for settings, message in (
+        ({"renew_below": 0.0}, r"renew_below is a share in \(0, 1\]"),
+        ({"renew_below": 0.9, "renew_every_n_steps": 8}, "renew_every_n_steps or renew_below, not both"),
+        ({"renew_below": 0.9, "survival_every_n_steps": None}, "renew_below is checked at the points of the survival"),
+        ({"renewal": "never"}, "renewal must be one of reuse, anew"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KnowledgeEditing(tiny.editor(), **settings)

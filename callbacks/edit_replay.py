@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -22,6 +21,7 @@ from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.conflicts import ConflictWatch, OnConflict
 from lit_moeedit.callbacks.edit_state import EditState
 from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.replaced_step import ReplacedStep, Step
 from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer, from_datamodule
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.encoding import Encoding, pad_id
@@ -140,8 +140,8 @@ class EditReplay(StateOfWeights):
         self._filed: tuple[Fact, ...] = ()
         self._seen: Sequence[Mapping[str, Any]] = ()  # the applied facts of each callback, as they were last taken
         self._is_checked = False
-        self._own_step: Callable[..., Any] | None = None  # of a module object with a training_step of its own
-        self._is_replaced = self._has_warned = False
+        self._step = ReplacedStep()
+        self._has_warned = False
         self._seen_step = 0
 
     @override
@@ -222,7 +222,7 @@ class EditReplay(StateOfWeights):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._restore_step(pl_module)  # if the last batch was skipped, its end was not told
+        self._step.restore()  # if the last batch was skipped, its end was not told
         if not self._is_checked:
             self._check_first(batch)
         self._take_facts(trainer)
@@ -236,7 +236,7 @@ class EditReplay(StateOfWeights):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._restore_step(pl_module)
+        self._step.restore()
         has_stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
         if not self._seen or not has_stepped or trainer.global_step % self._measure_every:
             return
@@ -247,12 +247,12 @@ class EditReplay(StateOfWeights):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore_step(pl_module)
+        self._step.restore()
         self.watch.exchange(Ranks.current())
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore_step(pl_module)
+        self._step.restore()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -366,32 +366,19 @@ class EditReplay(StateOfWeights):
         self, pl_module: L.LightningModule, rows: Sequence[Encoding], masked: Sequence[Mapping[str, Any]]
     ) -> None:
         """Let the next ``training_step`` train on statements, too, and on the labels of ``masked``, if there is any."""
-        step = pl_module.training_step
-        self._own_step = pl_module.__dict__.get("training_step")
 
-        @wraps(step)
-        def with_statements(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        def step(original: Step, batch: Any, *args: Any, **kwargs: Any) -> Any:
             if masked:
                 parts = zip(find_parts(batch), masked, strict=True)
                 batch = with_parts(batch, iter([_with_labels(part, own) for part, own in parts]))
             if rows and self.weight is None:
                 batch = self.add_rows(batch, rows)
-            output = step(batch, *args, **kwargs)
+            output = original(batch, *args, **kwargs)
             if not rows or self.weight is None or output is None:
                 return output
             return self._added(output, self._loss(pl_module, rows))
 
-        self._is_replaced = True
-        pl_module.training_step = with_statements  # type: ignore[method-assign]
-
-    def _restore_step(self, pl_module: L.LightningModule) -> None:
-        if not self._is_replaced:
-            return
-        self._is_replaced = False
-        if self._own_step is None:
-            del pl_module.training_step
-        else:
-            pl_module.training_step = self._own_step  # type: ignore[method-assign]
+        self._step.put(pl_module, step)
 
     def _loss(self, pl_module: L.LightningModule, rows: Sequence[Encoding]) -> Tensor:
         """Compute the loss of the statements in a forward of their own."""

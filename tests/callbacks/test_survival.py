@@ -15,6 +15,7 @@ from lit_moeedit.callbacks import EditReport, KnowledgeEditing
 from lit_moeedit.callbacks.listener import EditListener, SurvivalEvent
 from lit_moeedit.callbacks.survival import Survival, SurvivalCurve
 from lit_moeedit.reports import SurvivalPoint
+from tests.processes import run_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:.*{text}")
@@ -111,3 +112,43 @@ def test_settings_out_of_range_are_refused(tiny: Any) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             KnowledgeEditing(tiny.editor(), **settings)
+
+
+def fit_on_two(folder: str, strategy: str, every: int | None, below: float | None) -> dict[str, Any]:
+    import lit_moeedit.sharding.cpu_strategy  # noqa: F401 - makes the strategies known
+    from tests.callbacks.conftest import _data, _editor, _module, _trainer
+    from tests.callbacks.test_sharded_runs import whole_weights
+
+    torch.use_deterministic_algorithms(True)
+    settings: Any = {"survival_every_n_steps": every, "renew_below": below}
+    editing = KnowledgeEditing(_editor(steps=12), at={"epoch": 1}, **settings)
+    trainer = _trainer(folder, [editing, EditReport(console=False)], strategy=strategy, devices=2, max_epochs=3)
+    module = _module()
+    trainer.fit(module, _data(batch_size=4))
+    curve, weights = editing.survival, whole_weights(module)
+    return {"curve": curve.state(), "weights": weights, "renewals": editing.renewals, "left": editing.survivors}
+
+
+def fits_on_two(folder: str, strategies: list[str]) -> dict[str, dict[str, Any]]:
+    runs: dict[str, Any] = {"off": (None, None), "on": (1, None), "renewed": (4, 0.95)}
+    return {
+        f"{strategy} {name}": fit_on_two(f"{folder}/{strategy}_{name}", strategy, *settings)
+        for strategy in strategies
+        for name, settings in runs.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_two_ranks_measure_and_renew_alike(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
+    strategies = ["ddp", "deepspeed_cpu_stage_3"]
+    first, second = run_ranks(fits_on_two, 2, str(tmp_path), strategies, group=False)
+    for name, found in first.items():
+        assert found["curve"] == second[name]["curve"] and found["left"] == second[name]["left"], name
+        assert all(torch.equal(second[name]["weights"][key], weight) for key, weight in found["weights"].items()), name
+    for strategy in strategies:
+        on, off = (first[f"{strategy} {name}"]["weights"] for name in ("on", "off"))
+        assert all(torch.equal(on[key], weight) for key, weight in off.items())
+        renewed = first[f"{strategy} renewed"]
+        assert renewed["renewals"] >= 1 and renewed["left"].generated > first[f"{strategy} on"]["left"].generated

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
-from lit_moeedit.callbacks.averages import Copies, averaging_callbacks, edited_weights
+from lit_moeedit.callbacks.averages import Copies, edited_weights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.edit_making import EditMaking
+from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.run_folder import run_folder
 from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.data.facts import Fact
@@ -142,7 +144,9 @@ class EditRenewing(EditMaking):
     def _end_curve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the last point of the survival curve, with the weights that training ends with."""
         points = self.survival.points
-        is_new = not points or points[-1].step != trainer.global_step or averaging_callbacks(trainer)
+        # an average of this kind takes the place of the weights only now
+        is_new = callbacks_of(trainer, StochasticWeightAveraging) or not points
+        is_new = is_new or points[-1].step != trainer.global_step
         if self._applied and is_new:
             self.curve.measure(self, trainer, pl_module)
         self.survivors = self.curve.finish(self, trainer, pl_module)

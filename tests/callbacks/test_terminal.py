@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from lit_moeedit.callbacks import EditReport
 from lit_moeedit.callbacks.progress import edit_progress
 from lit_moeedit.callbacks.summary import make_table, without_nan
 from lit_moeedit.editing import PHASES
+from lit_moeedit.terminal import progress
 from tests.screen import COLUMNS, terminal, visible
 
 
@@ -93,3 +95,17 @@ def test_the_whole_report_stays_on_the_screen(tmp_path: Any, bar: str, stage: st
         for message in (f"{message} {step}" for message in messages for step in (1, 2, 3, 4)):
             assert "".join(screen).count(message) == 1, message
     assert "".join(screen[start + len(expected) :]).startswith(f"Summary: {tmp_path / 'summary.json'}")
+
+
+def test_the_log_of_a_command_stays_above_its_bars(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lit_moeedit")
+    with terminal() as written:
+        reconfigure()
+        with progress() as show:
+            for phase in ("trace", "targets"):
+                show(phase, 1, 2)
+                get_console().print(f"in {phase}")
+                show(phase, 2, 2)
+        get_console().print("the end")
+    assert [line for line in visible(written[0]) if line] == ["in trace", "in targets", "the end"]
+    assert "trace" in written[0].split("in trace")[0]  # the bar was there

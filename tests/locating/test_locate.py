@@ -242,5 +242,5 @@ def test_a_gpu_that_is_not_there_is_named_before_anything_is_read(
     tmp_path: Path, own_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="there is no GPU here"):
+    with pytest.raises(SystemExit, match="there is no device 'cuda' here"):
         cli.run(["locate", str(tmp_path / "nothing"), str(tmp_path / "facts.jsonl"), "--device=cuda"])

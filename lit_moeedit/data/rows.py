@@ -34,8 +34,8 @@ def near_key(name: str, keys: Iterable[object]) -> str | None:
     """Return the key that was most likely meant to be ``name``; ``None`` if none is near.
 
     Example:
-        >>> near_key("prompt", ["subject", "promt"])
-        'promt'
+        >>> near_key("prompt", ["subject", "prompts"])
+        'prompts'
     """
     # a file may have any number of keys
     texts = [key for key in islice(keys, 100) if isinstance(key, str)]

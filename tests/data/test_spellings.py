@@ -252,7 +252,7 @@ def test_names_are_no_function_words(subject: str, caplog: pytest.LogCaptureFixt
 def test_an_unknown_format_gets_an_example_of_columns(tmp_path: Path, row: dict[str, Any], example: str) -> None:
     with pytest.raises(FactError) as caught:
         read_facts(write(tmp_path / "facts.json", [row]))
-    assert str(caught.value).endswith(f"; or the names of its columns, such as --columns '{example}'")
+    assert str(caught.value).endswith(f"; or the names of its columns, such as --columns '{example}' ('columns' in a config)")
 
 
 def test_the_example_of_columns_can_be_used(tmp_path: Path) -> None:
@@ -260,7 +260,8 @@ def test_the_example_of_columns_can_be_used(tmp_path: Path) -> None:
     row = {"the question": "{} is in", "who's": "Rome", "new": 5}
     with pytest.raises(FactError) as caught:
         read_facts([row])
-    example = str(caught.value).split("--columns ", 1)[1].removeprefix("'").removesuffix("'").replace("'\\''", "'")
+    example = str(caught.value).split("--columns ", 1)[1].removesuffix(" ('columns' in a config)")
+    example = example.removeprefix("'").removesuffix("'").replace("'\\''", "'")
     columns = yaml.safe_load(example)
     assert set(columns.values()) == set(row)
     assert json.dumps(columns) == json.dumps({"subject": "who's", "prompt": "the question", "target_new": "new"})

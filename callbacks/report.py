@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
 from typing_extensions import override
 
+from lit_moeedit.callbacks.attempts import attempt
 from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.conflicts import contradicting_texts
@@ -283,6 +284,9 @@ class EditReport(StateOfWeights, EditListener):
                 if state:
                     callback.load_state_dict(copy.deepcopy(state))
             self._measure_without_training(trainer, pl_module)
+            for editing in callbacks_of(trainer, KnowledgeEditing):
+                if state := checkpoint["callbacks"].get(editing.state_key):
+                    checkpoint["callbacks"][editing.state_key] = {**state, "survival": editing.survival.state()}
             if checkpoint["callbacks"].get(self.state_key):
                 checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -360,23 +364,18 @@ class EditReport(StateOfWeights, EditListener):
     @contextmanager
     def _attempt(self, name: str) -> Iterator[None]:
         """Make a measurement on all ranks or on none; a failure is recorded under ``name`` and costs nothing else."""
-        ranks, is_done = Ranks.current(), False
-        self._failed.pop(name, None)
-        try:
-            with ranks.together():
-                yield
-            is_done = True
-        except BaseException as error:
-            # once done, it is an interrupt of this rank alone: the others have gone on. An interrupt is no failed
-            # measurement, whichever rank it came to
-            if is_done or ranks.any(not isinstance(error, Exception)):
-                raise
+
+        def fail(error: BaseException) -> None:
             self._failed[name] = text = f"{type(error).__name__}: {error}"
             # what cannot be measured before an edit cannot be measured after it: once is enough
             level = logging.DEBUG if text in self._warned else logging.WARNING
             self._warned.add(text)
             log.log(level, "EditReport could not measure %s: %s", name, text)
             log.debug("", exc_info=error)
+
+        self._failed.pop(name, None)
+        with attempt(fail):
+            yield
 
     def _report(self, trainer: L.Trainer, state: State) -> Report:
         """Make the report of the run as it is now."""
@@ -433,6 +432,8 @@ class EditReport(StateOfWeights, EditListener):
         """Measure the end of a training that ended before the process did, if its checkpoint does not have it."""
         for editing in callbacks_of(trainer, KnowledgeEditing):
             editing.on_fit_start(trainer, pl_module)  # this callback's turn may be before it
+        for editing in callbacks_of(trainer, KnowledgeEditing):
+            editing.end_curve(trainer, pl_module)
         if not self._final:
             self.on_train_end(trainer, pl_module)
 

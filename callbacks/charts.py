@@ -42,10 +42,10 @@ def log_curves(trainer: L.Trainer, pl_module: L.LightningModule, prefix: str, me
             logger.log_metrics(others, step=trainer.global_step)
 
 
-def log_now(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    """Log metrics that have a chart, with all loggers."""
+def log_now(trainer: L.Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Log metrics that have a chart, with all loggers, at an optimizer step; by default at that of the trainer."""
     for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step)
+        logger.log_metrics(dict(metrics), step=trainer.global_step if step is None else step)
 
 
 def log_summary(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:

@@ -145,7 +145,8 @@ class EditMaking(EditInputs):
             tell_listeners(trainer, lambda listener: listener.on_edit_end(trainer, pl_module, event))
             if result.kept and trainer.state.fn == TrainerFn.FITTING:
                 exact = zip(facts, trial.after.edits_exact.tolist(), strict=True)
-                self._keep(trainer, result, [fact.key for fact, is_exact in exact if is_exact])
+                with Ranks.current().together():  # it writes files
+                    self._keep(trainer, result, [fact.key for fact, is_exact in exact if is_exact])
                 self.curve.measure(self, trainer, pl_module, "edit")
             if is_error:
                 raise FailedEditError(

@@ -241,8 +241,8 @@ class KnowledgeEditing(EditRenewing):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.end_curve(trainer, pl_module)
         with final_weights(trainer, pl_module):
-            self._end_curve(trainer, pl_module)
             self.take_leave(trainer, pl_module)
 
     @override

@@ -81,14 +81,20 @@ class FitLimits:
         return bool(needed <= self.steps)
 
 
-def is_over(trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> bool:
-    """Tell if a checkpoint leaves nothing to fit, so that Lightning calls no hook of the training."""
+def end_of(trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the epoch and step at which the fit of a checkpoint ended; ``None`` if there is something left to fit.
+
+    After the end Lightning calls no hook of the training, and the trainer does not know its progress in the hooks that
+    are left. The epoch is what ``trainer.current_epoch`` was in ``on_train_end``.
+    """
     try:
-        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        begun, epochs = progress["started"], progress["processed"]
         steps = checkpoint["global_step"]
     except (KeyError, TypeError):
-        return False
+        return None
     if trainer.state.fn != TrainerFn.FITTING:
-        return False
+        return None
     limits = ((epochs, trainer.max_epochs), (steps, trainer.max_steps))
-    return trainer.limit_train_batches == 0 or any(limit not in (None, -1) and done >= limit for done, limit in limits)
+    is_over = any(limit not in (None, -1) and done >= limit for done, limit in limits)
+    return (begun, steps) if is_over or trainer.limit_train_batches == 0 else None

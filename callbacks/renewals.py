@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
-from lit_moeedit.callbacks.averages import Copies, edited_weights
+from lit_moeedit.callbacks.attempts import attempt
+from lit_moeedit.callbacks.averages import Copies, edited_weights, final_weights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.edit_making import EditMaking
 from lit_moeedit.callbacks.named import callbacks_of
@@ -141,15 +142,32 @@ class EditRenewing(EditMaking):
             self.curve.measure(self, trainer, pl_module, "renewal")
         self._release_texts()
 
-    def _end_curve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the last point of the survival curve, with the weights that training ends with."""
+    def end_curve(self, trainer: L.Trainer, pl_module: L.LightningModule, end: tuple[int, int] | None = None) -> None:
+        """Measure the last point of the survival curve, with the weights that training ends with.
+
+        A measurement that fails, on whichever rank, is logged and costs nothing else. Every rank calls this.
+
+        Args:
+            trainer: the trainer.
+            pl_module: the module.
+            end: epoch and optimizer step at which training ended; ``None`` for those of the trainer.
+        """
+        end = end or (trainer.current_epoch, trainer.global_step)
+
+        def warn(error: BaseException) -> None:
+            text = "%sthe survival of the edits at the end could not be measured: %s: %s"
+            log.warning(text, self.heading, type(error).__name__, error)
+            log.debug("", exc_info=error)
+
+        self.survivors = None
         points = self.survival.points
         # an average of this kind takes the place of the weights only now
         is_new = callbacks_of(trainer, StochasticWeightAveraging) or not points
-        is_new = is_new or points[-1].step != trainer.global_step
-        if self._applied and is_new:
-            self.curve.measure(self, trainer, pl_module)
-        self.survivors = self.curve.finish(self, trainer, pl_module)
+        is_new = is_new or points[-1].step != end[1]
+        with final_weights(trainer, pl_module), attempt(warn):
+            if self._applied and is_new:
+                self.curve.measure(self, trainer, pl_module, end=end)
+            self.survivors = self.curve.finish(self, trainer, pl_module)
 
     def _log_renewal(
         self, trainer: L.Trainer, facts: int, before: int, after: int, brought: int, searched: int

@@ -19,13 +19,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
 from typing_extensions import override
 
+from lit_moeedit.callbacks.attempts import attempt
 from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.conflicts import contradicting_texts
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.just_edited import JustEdited
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
-from lit_moeedit.callbacks.limits import is_over
+from lit_moeedit.callbacks.limits import end_of
 from lit_moeedit.callbacks.listener import EditEvent, EditListener, RetentionEvent
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.report_page import FILES, describe_model, log_tables, make_report, write_page
@@ -113,7 +114,8 @@ class EditReport(StateOfWeights, EditListener):
         self._autopsy: Autopsy | None = None
         # of this process alone
         self._started = time.perf_counter()
-        self._is_over = False  # a checkpoint was loaded after which nothing is left to train
+        # epoch and step of a checkpoint that was loaded, after which nothing is left to train
+        self._end: tuple[int, int] | None = None
         self._file, self._pages = RunFile(filename), {name: RunFile(name) for name in FILES}
         self._begun, self._model = datetime.now(UTC), Model()
         self._warned: set[str] = set()
@@ -137,7 +139,7 @@ class EditReport(StateOfWeights, EditListener):
             check_parallelism(trainer, pl_module, "EditReport")
         # before any callback's on_validation_start or on_test_start, one of which may edit
         self._started = time.perf_counter()
-        self._is_over, self._warned, self._shown = False, set(), []
+        self._end, self._warned, self._shown = None, set(), []
         if stage == TrainerFn.FITTING:
             # what follows a fit in the same process adds to its report
             self._final, self._file = {}, RunFile(self.filename)
@@ -151,8 +153,8 @@ class EditReport(StateOfWeights, EditListener):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._started = time.perf_counter()
-        if self._is_over:
-            self._measure_without_training(trainer, pl_module)
+        if self._end is not None:
+            self._measure_without_training(trainer, pl_module, self._end)
 
     @override
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
@@ -210,7 +212,7 @@ class EditReport(StateOfWeights, EditListener):
     def _measure_facts(self, trainer: L.Trainer, pl_module: L.LightningModule, editing: KnowledgeEditing) -> None:
         facts, undone = editing.applied_facts, editing.undone_facts
         settings: Any = {"token_budget": editing.editor.token_budget}
-        model, step = find_model(pl_module), trainer.global_step
+        model, step = find_model(pl_module), trainer.global_step if self._end is None else self._end[1]
         if facts:
             evaluation, baseline = editing.evaluate(pl_module), editing.neighbours_before
             self._final[editing.label] = evaluation.metrics
@@ -273,8 +275,8 @@ class EditReport(StateOfWeights, EditListener):
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self._is_over = is_over(trainer, checkpoint)
-        if self._is_over and trainer.strategy.restore_checkpoint_after_setup:
+        self._end = end_of(trainer, checkpoint)
+        if self._end is not None and trainer.strategy.restore_checkpoint_after_setup:
             # the weights are restored, no hook is left before the end, and Lightning loads these states next
             for callback in (*callbacks_of(trainer, KnowledgeEditing), self):
                 if callback is not self:
@@ -282,7 +284,10 @@ class EditReport(StateOfWeights, EditListener):
                 state = checkpoint["callbacks"].get(callback.state_key)
                 if state:
                     callback.load_state_dict(copy.deepcopy(state))
-            self._measure_without_training(trainer, pl_module)
+            self._measure_without_training(trainer, pl_module, self._end)
+            for editing in callbacks_of(trainer, KnowledgeEditing):
+                if state := checkpoint["callbacks"].get(editing.state_key):
+                    checkpoint["callbacks"][editing.state_key] = {**state, "survival": editing.survival.state()}
             if checkpoint["callbacks"].get(self.state_key):
                 checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -360,23 +365,18 @@ class EditReport(StateOfWeights, EditListener):
     @contextmanager
     def _attempt(self, name: str) -> Iterator[None]:
         """Make a measurement on all ranks or on none; a failure is recorded under ``name`` and costs nothing else."""
-        ranks, is_done = Ranks.current(), False
-        self._failed.pop(name, None)
-        try:
-            with ranks.together():
-                yield
-            is_done = True
-        except BaseException as error:
-            # once done, it is an interrupt of this rank alone: the others have gone on. An interrupt is no failed
-            # measurement, whichever rank it came to
-            if is_done or ranks.any(not isinstance(error, Exception)):
-                raise
+
+        def fail(error: BaseException) -> None:
             self._failed[name] = text = f"{type(error).__name__}: {error}"
             # what cannot be measured before an edit cannot be measured after it: once is enough
             level = logging.DEBUG if text in self._warned else logging.WARNING
             self._warned.add(text)
             log.log(level, "EditReport could not measure %s: %s", name, text)
             log.debug("", exc_info=error)
+
+        self._failed.pop(name, None)
+        with attempt(fail):
+            yield
 
     def _report(self, trainer: L.Trainer, state: State) -> Report:
         """Make the report of the run as it is now."""
@@ -429,10 +429,12 @@ class EditReport(StateOfWeights, EditListener):
             for logger in loggers if figure is not None else ():
                 logger.log_image(monitor.metrics_prefix, [figure])
 
-    def _measure_without_training(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _measure_without_training(self, trainer: L.Trainer, pl_module: L.LightningModule, end: tuple[int, int]) -> None:
         """Measure the end of a training that ended before the process did, if its checkpoint does not have it."""
         for editing in callbacks_of(trainer, KnowledgeEditing):
             editing.on_fit_start(trainer, pl_module)  # this callback's turn may be before it
+        for editing in callbacks_of(trainer, KnowledgeEditing):
+            editing.end_curve(trainer, pl_module, end)
         if not self._final:
             self.on_train_end(trainer, pl_module)
 

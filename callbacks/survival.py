@@ -20,6 +20,7 @@ from lit_moeedit.editing import Evaluation
 from lit_moeedit.reports import SurvivalPoint, Survivors
 from lit_moeedit.reports.plain import from_plain, to_plain
 from lit_moeedit.reports.survival import Change
+from lit_moeedit.sharding.ranks import Ranks
 
 if TYPE_CHECKING:
     from lit_moeedit.callbacks.edit_making import EditMaking
@@ -154,24 +155,42 @@ class SurvivalCurve:
         return [fact for fact in facts if fact.key in keys]
 
     def measure(
-        self, editing: EditMaking, trainer: L.Trainer, pl_module: L.LightningModule, after: Change | None = None
+        self,
+        editing: EditMaking,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        after: Change | None = None,
+        end: tuple[int, int] | None = None,
     ) -> None:
-        """Measure a point with the weights in the module, and let listeners and loggers know. Every rank calls this."""
+        """Measure a point with the weights in the module, and let listeners and loggers know. Every rank calls this.
+
+        Args:
+            editing: the callback that made the edits.
+            trainer: the trainer.
+            pl_module: the module.
+            after: the change just before the point.
+            end: epoch and optimizer step at which training ended; ``None`` for those of the trainer.
+        """
         facts = self.choose(editing.applied_facts)
         if not self.is_on or not facts:
             return
-        asked = [
-            replace(fact, paraphrases=_spread(fact.paraphrases), neighbours=_spread(fact.neighbours)) for fact in facts
-        ]
-        before = editing.neighbours_before
-        evaluation = editing.evaluate(pl_module, asked, {fact.key: list(_spread(before[fact.key])) for fact in facts})
-        moment = trainer.current_epoch, trainer.global_step, editing.name
-        event = SurvivalEvent(facts, evaluation, margins_of(facts, evaluation), *moment)
-        editing.survival = editing.survival.with_point(event, after)
-        metrics = editing.survival.points[-1].metrics
-        prefix = f"{editing.metrics_prefix}/survival"
-        log_now(trainer, {f"{prefix}/{name}": metrics[name] for name in SURVIVAL_CHARTS if name in metrics})
-        tell_listeners(trainer, lambda listener: listener.on_survival(trainer, pl_module, event))
+        with Ranks.current().together():
+            asked = [
+                replace(fact, paraphrases=_spread(fact.paraphrases), neighbours=_spread(fact.neighbours))
+                for fact in facts
+            ]
+            before = editing.neighbours_before
+            evaluation = editing.evaluate(
+                pl_module, asked, {fact.key: list(_spread(before[fact.key])) for fact in facts}
+            )
+            moment = end or (trainer.current_epoch, trainer.global_step)
+            event = SurvivalEvent(facts, evaluation, margins_of(facts, evaluation), *moment, editing.name)
+            editing.survival = editing.survival.with_point(event, after)
+            metrics = editing.survival.points[-1].metrics
+            prefix = f"{editing.metrics_prefix}/survival"
+            charts = {f"{prefix}/{name}": metrics[name] for name in SURVIVAL_CHARTS if name in metrics}
+            log_now(trainer, charts, event.step)
+            tell_listeners(trainer, lambda listener: listener.on_survival(trainer, pl_module, event))
 
     def finish(self, editing: EditMaking, trainer: L.Trainer, pl_module: L.LightningModule) -> Survivors | None:
         """Measure the edits that are left at the end, and log one line about them. Every rank calls this.

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
-from lit_moeedit.callbacks.averages import Copies, edited_weights
+from lit_moeedit.callbacks.averages import Copies, averaging_callbacks, edited_weights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.edit_making import EditMaking
 from lit_moeedit.callbacks.named import callbacks_of
@@ -109,10 +109,11 @@ class EditRenewing(EditMaking):
         if not self._applied or not self._has_stepped:
             return
         is_due, below = self._renewal_due(trainer), self.renewal.below
-        if self.curve.is_due(self.survival, trainer.global_step):
+        needs_point = self.curve.is_due(self.survival, trainer.global_step)
+        if needs_point or _is_last_step(trainer):
             with edited_weights(trainer, pl_module):
                 self.curve.measure(self, trainer, pl_module)
-            is_due |= below is not None and self.may_renew and self.survival.share < below
+            is_due |= needs_point and below is not None and self.may_renew and self.survival.share < below
         if is_due:
             self._renew(trainer, pl_module)
 
@@ -236,3 +237,14 @@ class EditRenewing(EditMaking):
         self._change_state(undo, last_step=trainer.global_step)
         undo.by(setattr, self, "renewals", self.renewals)
         self.renewals += 1
+
+
+def _is_last_step(trainer: L.Trainer) -> bool:
+    """Tell if training ends with this batch as planned; its last point is then in the checkpoints that follow.
+
+    A run that is resumed from one of them trains no more, and gets no ``on_train_end``.
+    """
+    if averaging_callbacks(trainer):  # the average may still change in hooks after this one
+        return False
+    is_last_epoch = trainer.max_epochs == trainer.current_epoch + 1
+    return trainer.global_step == trainer.max_steps or (is_last_epoch and trainer.is_last_batch)

@@ -157,9 +157,19 @@ class SurvivalCurve:
         self, editing: EditMaking, trainer: L.Trainer, pl_module: L.LightningModule, after: Change | None = None
     ) -> None:
         """Measure a point with the weights in the module, and let listeners and loggers know. Every rank calls this."""
+        self.tell(editing, trainer, pl_module, self.add_point(editing, trainer, pl_module, after))
+
+    def add_point(
+        self, editing: EditMaking, trainer: L.Trainer, pl_module: L.LightningModule, after: Change | None = None
+    ) -> SurvivalEvent | None:
+        """Measure a point, and add it to the curve; nobody is told yet. Every rank calls this.
+
+        Returns:
+            The point; ``None`` without a curve or edits.
+        """
         facts = self.choose(editing.applied_facts)
         if not self.is_on or not facts:
-            return
+            return None
         asked = [
             replace(fact, paraphrases=_spread(fact.paraphrases), neighbours=_spread(fact.neighbours)) for fact in facts
         ]
@@ -168,6 +178,14 @@ class SurvivalCurve:
         moment = trainer.current_epoch, trainer.global_step, editing.name
         event = SurvivalEvent(facts, evaluation, margins_of(facts, evaluation), *moment)
         editing.survival = editing.survival.with_point(event, after)
+        return event
+
+    def tell(
+        self, editing: EditMaking, trainer: L.Trainer, pl_module: L.LightningModule, event: SurvivalEvent | None
+    ) -> None:
+        """Let listeners and loggers know the last point, if there is one."""
+        if event is None:
+            return
         metrics = editing.survival.points[-1].metrics
         prefix = f"{editing.metrics_prefix}/survival"
         log_now(trainer, {f"{prefix}/{name}": metrics[name] for name in SURVIVAL_CHARTS if name in metrics})

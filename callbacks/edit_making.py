@@ -118,14 +118,17 @@ class EditMaking(EditInputs):
             with Ranks.current().together():
                 wants_answers = any(listener.wants_answers for listener in callbacks_of(trainer, EditListener))
                 trial = Trial(self, pl_module, facts, wants_answers, meter)
-                is_error = False
+                is_error, point = False, None
 
                 def record(kept: bool, undo: Undo) -> None:
-                    nonlocal is_error
+                    nonlocal is_error, point
                     # a run that is resumed after the error edits these facts again
                     is_error = trial.has_failed and self.on_failure == "raise"
                     if not is_error:
                         self._record(trainer, facts, trial if kept else None, undo)
+                    if kept and trainer.state.fn == TrainerFn.FITTING:
+                        with meter(EVALUATION):  # in the transaction: an edit without its point is half recorded
+                            point = self.curve.add_point(self, trainer, pl_module, "edit")
 
                 states = self._edit_files.states(trainer, pl_module, self.editor.layers)
                 with edit_progress(trainer) as progress:
@@ -147,7 +150,7 @@ class EditMaking(EditInputs):
                 exact = zip(facts, trial.after.edits_exact.tolist(), strict=True)
                 with Ranks.current().together():  # it writes files
                     self._keep(trainer, result, [fact.key for fact, is_exact in exact if is_exact])
-                self.curve.measure(self, trainer, pl_module, "edit")
+                self.curve.tell(self, trainer, pl_module, point)
             if is_error:
                 raise FailedEditError(
                     f"{self.heading}{event.failure}\nThe edit was undone: the weights are what they were before it. To "

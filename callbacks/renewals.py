@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_moeedit.callbacks.attempts import attempt
-from lit_moeedit.callbacks.averages import Copies, edited_weights, final_weights
+from lit_moeedit.callbacks.averages import Copies, averaging_callbacks, edited_weights, final_weights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.edit_making import EditMaking
 from lit_moeedit.callbacks.named import callbacks_of
@@ -110,10 +111,12 @@ class EditRenewing(EditMaking):
         if not self._applied or not self._has_stepped:
             return
         is_due, below = self._renewal_due(trainer), self.renewal.below
-        if self.curve.is_due(self.survival, trainer.global_step):
-            with edited_weights(trainer, pl_module):
+        needs_point = self.curve.is_due(self.survival, trainer.global_step)
+        if needs_point or _is_last_step(trainer):
+            # the last point is tried again when training ends, which then tells why it failed
+            with edited_weights(trainer, pl_module), nullcontext() if needs_point else attempt(_tell_quietly):
                 self.curve.measure(self, trainer, pl_module)
-            is_due |= below is not None and self.may_renew and self.survival.share < below
+            is_due |= needs_point and below is not None and self.may_renew and self.survival.share < below
         if is_due:
             self._renew(trainer, pl_module)
 
@@ -254,3 +257,18 @@ class EditRenewing(EditMaking):
         self._change_state(undo, last_step=trainer.global_step)
         undo.by(setattr, self, "renewals", self.renewals)
         self.renewals += 1
+
+
+def _tell_quietly(error: BaseException) -> None:
+    log.debug("the last point of the survival curve failed: %s", error)
+
+
+def _is_last_step(trainer: L.Trainer) -> bool:
+    """Tell if training ends with this batch as planned; its last point is then in the checkpoints that follow.
+
+    A run that is resumed from one of them trains no more, and gets no ``on_train_end``.
+    """
+    if averaging_callbacks(trainer):  # the average may still change in hooks after this one
+        return False
+    is_last_epoch = trainer.max_epochs == trainer.current_epoch + 1
+    return trainer.global_step == trainer.max_steps or (is_last_epoch and trainer.is_last_batch)

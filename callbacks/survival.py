@@ -171,26 +171,45 @@ class SurvivalCurve:
             after: the change just before the point.
             end: epoch and optimizer step at which training ended; ``None`` for those of the trainer.
         """
+        with Ranks.current().together():
+            self.tell(editing, trainer, pl_module, self.add_point(editing, trainer, pl_module, after, end))
+
+    def add_point(
+        self,
+        editing: EditMaking,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        after: Change | None = None,
+        end: tuple[int, int] | None = None,
+    ) -> SurvivalEvent | None:
+        """Measure a point, and add it to the curve; nobody is told yet. Arguments as for :meth:`measure`.
+
+        Returns:
+            The point; ``None`` without a curve or edits.
+        """
         facts = self.choose(editing.applied_facts)
         if not self.is_on or not facts:
+            return None
+        asked = [
+            replace(fact, paraphrases=_spread(fact.paraphrases), neighbours=_spread(fact.neighbours)) for fact in facts
+        ]
+        before = editing.neighbours_before
+        evaluation = editing.evaluate(pl_module, asked, {fact.key: list(_spread(before[fact.key])) for fact in facts})
+        moment = end or (trainer.current_epoch, trainer.global_step)
+        event = SurvivalEvent(facts, evaluation, margins_of(facts, evaluation), *moment, editing.name)
+        editing.survival = editing.survival.with_point(event, after)
+        return event
+
+    def tell(
+        self, editing: EditMaking, trainer: L.Trainer, pl_module: L.LightningModule, event: SurvivalEvent | None
+    ) -> None:
+        """Let listeners and loggers know the last point, if there is one. Every rank calls this."""
+        if event is None:
             return
-        with Ranks.current().together():
-            asked = [
-                replace(fact, paraphrases=_spread(fact.paraphrases), neighbours=_spread(fact.neighbours))
-                for fact in facts
-            ]
-            before = editing.neighbours_before
-            evaluation = editing.evaluate(
-                pl_module, asked, {fact.key: list(_spread(before[fact.key])) for fact in facts}
-            )
-            moment = end or (trainer.current_epoch, trainer.global_step)
-            event = SurvivalEvent(facts, evaluation, margins_of(facts, evaluation), *moment, editing.name)
-            editing.survival = editing.survival.with_point(event, after)
-            metrics = editing.survival.points[-1].metrics
-            prefix = f"{editing.metrics_prefix}/survival"
-            charts = {f"{prefix}/{name}": metrics[name] for name in SURVIVAL_CHARTS if name in metrics}
-            log_now(trainer, charts, event.step)
-            tell_listeners(trainer, lambda listener: listener.on_survival(trainer, pl_module, event))
+        metrics = editing.survival.points[-1].metrics
+        prefix = f"{editing.metrics_prefix}/survival"
+        log_now(trainer, {f"{prefix}/{name}": metrics[name] for name in SURVIVAL_CHARTS if name in metrics}, event.step)
+        tell_listeners(trainer, lambda listener: listener.on_survival(trainer, pl_module, event))
 
     def finish(self, editing: EditMaking, trainer: L.Trainer, pl_module: L.LightningModule) -> Survivors | None:
         """Measure the edits that are left at the end, and log one line about them. Every rank calls this.

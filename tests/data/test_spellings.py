@@ -252,7 +252,9 @@ def test_names_are_no_function_words(subject: str, caplog: pytest.LogCaptureFixt
 def test_an_unknown_format_gets_an_example_of_columns(tmp_path: Path, row: dict[str, Any], example: str) -> None:
     with pytest.raises(FactError) as caught:
         read_facts(write(tmp_path / "facts.json", [row]))
-    assert str(caught.value).endswith(f"; or the names of its columns, such as --columns '{example}' ('columns' in a config)")
+    assert str(caught.value).endswith(
+        f"; or the names of its columns, such as --columns '{example}' ('columns' in a config)"
+    )
 
 
 def test_the_example_of_columns_can_be_used(tmp_path: Path) -> None:

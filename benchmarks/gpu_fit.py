@@ -163,7 +163,7 @@ def fit(
         "seconds": seconds,
         "edit": summary["seconds"],
         # an edit resets the card's own peak
-        "peak": max(end.peak, *summary["memory"].values()),
+        "peak": max([end.peak, *summary["memory"].values()]),
         "edits made": editor.count,
         "weights": end.weights,
         "sound": sound(summary),

@@ -195,8 +195,8 @@ def test_a_bad_checkpoint_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks 1 weights of the model: model\.layers\.1\.self_attn"):
         whole(pretrained=str(tmp_path / "incomplete"))
     assert "size mismatch" in first[1] and "rank 0 failed" in second[1] and "size mismatch" in second[1]
-    assert all(message.startswith("FileNotFoundError") and "nowhere" in message for message in (first[2], second[2]))
-    assert "rank 1 failed" in first[3] and second[3].startswith("FileNotFoundError")
+    assert all(message.startswith("MissingFileError") and "nowhere" in message for message in (first[2], second[2]))
+    assert "rank 1 failed" in first[3] and second[3].startswith("MissingFileError")
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Draws:
 
         Example:
             >>> sum(Draws().count(0.25, batch) for batch in range(1000)) / 1000
-            0.256
+            0.224
         """
         return math.floor(expected + random.Random(f"{self.seed}/{batch}").random())
 

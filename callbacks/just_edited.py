@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class JustEdited:
-    """What this rank holds of the weights right after the last edit, up to the last edited layer, in main memory.
+    """The weights of this rank right after the last edit, up to the last edited layer, in main memory.
 
     Frozen weights are not kept, but for the down-projections that a later edit may change.
     """

@@ -1,4 +1,4 @@
-"""What edits leave for their renewals: the hidden states that they aimed for, and second moments."""
+"""Values of edits that their renewals need: the hidden states that they aimed for, and second moments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_moeedit.preservation.kept_moments import KeptMoments
 
 @dataclass(frozen=True)
 class Kept:
-    """What the edits of one callback have left for renewals.
+    """The values that the edits of one callback have left for renewals.
 
     The goals are part of checkpoints, with ``4 · contexts · d_model`` bytes for each fact. Of the moments, only their
     place on disk is.

@@ -148,7 +148,7 @@ class EditReplay(StateOfWeights):
     def begin_state(self) -> None:
         self._needs: dict[str, float] = {}
         self.watch = ConflictWatch(self.on_conflict, self.heading)
-        """What is known of text that contradicts edits."""
+        """Findings of text that contradicts edits."""
 
     @property
     def facts(self) -> tuple[Fact, ...]:

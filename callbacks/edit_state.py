@@ -124,7 +124,7 @@ class EditState(StateOfWeights):
         self.renewals = 0
         """Number of renewals."""
         self.survival = Survival()
-        """What training has left of the edits so far."""
+        """The curve of what training has left of the edits so far."""
         self._kept = Kept()
 
     @override

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from lit_moeedit.callbacks.listener import EditEvent, RetentionEvent
-from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import Measured
 from lit_moeedit.editing.outcomes import contradicted_reason, undone_reason
 from lit_moeedit.reports import FactRow, Guard, Retention
-from lit_moeedit.reports.plain import from_plain, to_plain
+from lit_moeedit.reports.plain import restored, to_plain
 
 
 @dataclass(frozen=True)
@@ -145,10 +144,7 @@ class History:
         Raises:
             CheckpointError: naming the field that is not as it should be.
         """
-        try:
-            found: Self = from_plain(cls, state, f"{where}, history")
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+        found: Self = restored(cls, state, f"{where}, history")
         return found
 
 

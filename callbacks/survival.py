@@ -14,11 +14,10 @@ import lightning as L
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.listener import SurvivalEvent, tell_listeners
 from lit_moeedit.callbacks.resources import from_datamodule
-from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import Evaluation
 from lit_moeedit.reports import SurvivalPoint, Survivors
-from lit_moeedit.reports.plain import from_plain, to_plain
+from lit_moeedit.reports.plain import restored, to_plain
 from lit_moeedit.reports.survival import Change
 from lit_moeedit.sharding.ranks import Ranks
 
@@ -93,10 +92,7 @@ class Survival:
         Raises:
             CheckpointError: naming the field that is not as it should be.
         """
-        try:
-            found: Self = from_plain(cls, state, f"{where}, survival")
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+        found: Self = restored(cls, state, f"{where}, survival")
         return found
 
 

@@ -11,6 +11,8 @@ from datetime import datetime
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from lit_moeedit.checkpoint_fields import CheckpointError
+
 MAX_DEPTH = 20
 """Maximum depth of nested settings."""
 
@@ -77,6 +79,18 @@ def from_plain(kind: Any, value: object, where: str) -> Any:
     if origin is dict:
         return _dict(arguments[0], arguments[1], value, where)
     return _scalar(kind, value, where)
+
+
+def restored(kind: Any, state: object, where: str) -> Any:
+    """Make a dataclass of a part of a checkpoint, as :func:`from_plain` does.
+
+    Raises:
+        CheckpointError: naming the field that is not as it should be.
+    """
+    try:
+        return from_plain(kind, state, where)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _dataclass(kind: Any, value: object, where: str) -> Any:

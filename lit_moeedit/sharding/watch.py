@@ -66,7 +66,8 @@ class Watch:
         self._waiting = False
         self._pulse = Pulse()
         self._stopped = threading.Event()
-        threading.Thread(target=self._run, name="lit_moeedit-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="lit_moeedit-watch", daemon=True)
+        self._thread.start()
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None = None) -> Watch | None:
@@ -95,7 +96,7 @@ class Watch:
                 log.debug("", exc_info=True)
                 return None
             cls._made[group] = made
-            finalize(group, made.stop)
+            finalize(group, made.stop)  # called at the end of the process, too
         return cls._made[group]
 
     @property
@@ -153,8 +154,10 @@ class Watch:
             self._settled, self.reason = 0, None
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread, and wait for it: one that comes back from the store while Python ends aborts the process."""
         self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(ANSWER)
 
     def _describe(self, error: BaseException) -> str:
         return f"rank {self.rank} failed: {type(error).__name__}: {error}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -131,6 +134,35 @@ def test_a_rank_that_nothing_wakes_is_ended(tmp_path: Path) -> None:
     said = logged(tmp_path, 0)
     assert f"{REASON}; this rank cannot go on without it" in said
     assert f"{REASON}; this rank has waited for it for 3 s and is ended" in said
+
+
+WATCHED_TO_THE_END = """
+import time
+import torch.distributed as dist
+from lit_moeedit.sharding import watch
+
+watch.INTERVAL = 0.0  # so that the threads are in the store at almost any moment
+dist.init_process_group("gloo")
+assert all(watch.Watch.of(dist.new_group()) for _ in range(8))
+time.sleep(0.2)
+dist.barrier()
+"""
+
+
+def test_a_process_that_is_watched_ends_without_an_abort() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", WATCHED_TO_THE_END], env=common | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(BOUND) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def told_to_end() -> Any:

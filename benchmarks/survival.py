@@ -6,12 +6,13 @@ Run from the root of the repository, with the package installed:
 
 Each trained model is edited as its config says, and trained on for one epoch of its data with a fresh optimizer.
 Continuations: the data's text without the edited facts, at 1, 3 and 10 times the learning rate with which the config's
-schedule ends; and, at 3 times, the whole text, which still states the old answers of the edited facts. Every number is
+schedule ends; at 3 times, the same text with the old answers of the first eight edited facts (contradicting), and the
+text of the other model (other text, with its facts from ``--facts``); and adapters on attention alone. Every number is
 that of the model at the end of the continuation. Training loss is the mean over the last quarter of the steps, of the
 rows of the data alone; perplexity is on held-out text, and ``never edited`` is the fair comparison for it, because
 losing edits mends it. Step time is the processor time of a whole fit over that of the fit without protection, edits
-left out. Writes ``survival.json`` and ``survival.md`` into ``benchmarks/results``; runs that are in the JSON are not
-made again.
+left out. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs that are in
+the JSON are not made again.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.editing import editors
 from benchmarks.training import arguments_of, command_line, header, quiet, row, trained, write
 from lit_moeedit.callbacks import EditEvent, EditListener, EditReplay, KnowledgeEditing
+from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.editing.evaluation import perplexity
 from lit_moeedit.models.experts import find_model
@@ -37,26 +42,60 @@ from lit_moeedit.models.experts import find_model
 NAMES = ("atlas", "counterfact")
 RATE = 4e-5
 """Learning rate at the end of the configs' schedules."""
-CONTINUATIONS: Mapping[str, tuple[float, bool]] = {
-    "1x": (1.0, True),
-    "3x": (3.0, True),
-    "10x": (10.0, True),
-    "contradicting": (3.0, False),
+CONTRADICTED = 8
+"""Number of edited facts whose old answers stay in the text that contradicts."""
+ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The training after the edit: its learning rate in units of ``RATE``, its text, and the weights that learn."""
+
+    rate: float
+    contradicted: int = 0
+    is_other_text: bool = False
+    adapter: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Protection of the edits: arguments and other callbacks; and the editor, by its name in ``benchmarks.editing``."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Callable[[], list[L.Callback]] = list
+    editor: str | None = None
+    is_edited: bool = True
+    continuations: Sequence[str] | None = None
+
+
+def replay(**settings: Any) -> Callable[[], list[L.Callback]]:
+    """Return a function that makes the callback anew for each run."""
+    return lambda: [EditReplay(**settings)]
+
+
+CONTINUATIONS = {
+    "1x": Continuation(1.0),
+    "3x": Continuation(3.0),
+    "10x": Continuation(10.0),
+    "contradicting": Continuation(3.0, contradicted=CONTRADICTED),
+    "other text": Continuation(3.0, is_other_text=True),
+    "adapters": Continuation(125.0, adapter=ATTENTION),
 }
-"""By name, the learning rate in units of ``RATE``, and whether the edited facts are left out of the text."""
-CONDITIONS: Mapping[str, Callable[[], tuple[dict[str, Any], list[L.Callback]]]] = {
-    "never edited": lambda: ({"edit": False}, []),
-    "nothing": lambda: ({}, []),
-    "replay 1 %": lambda: ({}, [EditReplay(share=0.01)]),
-    "replay 5 %": lambda: ({}, [EditReplay(share=0.05)]),
-    "replay 5 %, not by need": lambda: ({}, [EditReplay(share=0.05, by_need=False)]),
-    "replay 5 %, mask": lambda: ({}, [EditReplay(share=0.05, on_conflict="mask")]),
-    "replay 5 %, yield": lambda: ({}, [EditReplay(share=0.05, on_conflict="yield")]),
-    "renewals every 32 steps": lambda: ({"renew_every_n_steps": 32, "max_renewals": None}, []),
-    "renewals below 0.95": lambda: ({"renew_below": 0.95}, []),
-    "freeze down-projections": lambda: ({}, [Frozen()]),
+CONDITIONS = {
+    "never edited": Condition(is_edited=False),
+    "nothing": Condition(),
+    "replay 1 %": Condition(callbacks=replay(share=0.01)),
+    "replay 5 %": Condition(callbacks=replay(share=0.05)),
+    "replay 5 %, not by need": Condition(callbacks=replay(share=0.05, by_need=False)),
+    "replay 5 %, mask": Condition(callbacks=replay(share=0.05, on_conflict="mask"), continuations=("contradicting",)),
+    "replay 5 %, yield": Condition(callbacks=replay(share=0.05, on_conflict="yield"), continuations=("contradicting",)),
+    "renewals every 32 steps": Condition({"renew_every_n_steps": 32, "max_renewals": None}),
+    "renewals below 0.95": Condition({"renew_below": 0.95, "survival_every_n_steps": 32}),
+    "freeze down-projections": Condition(callbacks=lambda: [Frozen()]),
+    "nothing, MEMIT per expert": Condition(editor="MEMIT per expert", continuations=("10x",)),
+    "nothing, MoEEdit": Condition(editor="BCD, null space (MoEEdit)", continuations=("10x",)),
+    "nothing, Woodbury, null space": Condition(editor="Woodbury, null space", continuations=("10x",)),
 }
-ONLY_CONTRADICTED = {"replay 5 %, mask", "replay 5 %, yield"}
 
 
 class Frozen(EditListener):
@@ -72,10 +111,13 @@ class Frozen(EditListener):
 class Watch(EditListener):
     """Losses of the data's rows, and the processor time of the steps, edits and measurements left out."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows, self.losses = rows, list[float]()
+    def __init__(self, rows: int, excluded: Iterable[str]) -> None:
+        self.rows, self.excluded, self.losses = rows, excluded, list[float]()
         self.start = self.left_out = self.seconds = 0.0
         self.after: dict[str, float] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer.datamodule.load_state_dict({"excluded": self.excluded})  # type: ignore[attr-defined]
 
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Any) -> None:
         self.left_out -= time.process_time()
@@ -103,39 +145,66 @@ class Watch(EditListener):
         self.seconds = time.process_time() - self.start - self.left_out
 
 
-def run(name: str, seed: int, continuation: str, condition: str, models: Path, *options: str) -> dict[str, Any]:
+def load(model: torch.nn.Module, file: Path) -> None:
+    """Load the weights of a trained model, also if adapters are around some of its modules."""
+    weights = load_file(file)
+    for name, tensor in model.state_dict().items():
+        original = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if original in weights:
+            tensor.copy_(weights.pop(original))
+    if weights:
+        raise ValueError(f"{file}: the model has no {', '.join(weights)}")
+
+
+def other_text(data: FactsDataModule, corpus: Corpus, folder: Path) -> FactsDataModule:
+    """Return the data with another training text, in the tokens and with the facts and held-out text of the first."""
+    assert data.tokenizer is not None
+    data.tokenizer.save_pretrained(folder)
+    return FactsDataModule(
+        Corpus(corpus.train, data.corpus.validation, data.corpus.edits, corpus.prefixes),
+        tokenizer=str(folder),
+        batch_size=data.batch_size,
+        samples_per_epoch=data.samples_per_epoch,
+        seed=data.seed,
+    )
+
+
+def run(
+    name: str, seed: int, continuation: str, condition: str, models: Path, facts_file: Path | None, *options: str
+) -> dict[str, Any]:
     """Edit a trained model, train it on, and measure."""
-    times, drop = CONTINUATIONS[continuation]
-    settings, callbacks = CONDITIONS[condition]()
+    then, protection = CONTINUATIONS[continuation], CONDITIONS[condition]
     cli, editing = command_line(
         name,
         seed,
-        f"--model.init_args.learning_rate={times * RATE}",
+        f"--model.init_args.learning_rate={then.rate * RATE}",
         "--model.init_args.warmup=0.0",
         "--model.init_args.cosine_until=1.0",
         "--model.init_args.final_learning_rate=1.0",
-        f"--data.init_args.drop_edited={str(drop).lower()}",
+        f"--model.init_args.adapter={json.dumps(then.adapter)}",
+        "--data.init_args.drop_edited=false",  # the text is the same, edited or not
         "--data.init_args.batch_size=32",
         "--trainer.max_epochs=1",
         "--trainer.limit_val_batches=0",
         *options,
     )
-    is_edited = settings.pop("edit", True)
-    arguments = {"at": "fit_start", "on_failure": "keep", "tokenizer": None, **settings}
     data, module = cli.datamodule, cli.model
-    watch = Watch(data.batch_size)
-    own = KnowledgeEditing(
-        editing.editor, survival_every_n_steps=None if "renew_below" not in settings else 32, **arguments
-    )
-    cli.trainer.callbacks[:] = [*([own] if is_edited else []), *callbacks, watch]
     data.setup("fit")
+    facts, texts = data.edit_facts(), data.preservation_texts()
+    excluded = data.corpus.facts_of(facts[then.contradicted :])
+    watch, callbacks = Watch(data.batch_size, excluded), protection.callbacks()
+    editor = editing.editor if protection.editor is None else editors(editing.editor, name)[protection.editor]
+    arguments: dict[str, Any] = {"survival_every_n_steps": None, **protection.arguments}
+    own = KnowledgeEditing(editor, at="fit_start", on_failure="keep", tokenizer=None, preservation=texts, **arguments)
+    cli.trainer.callbacks[:] = [*([own] if protection.is_edited else []), *callbacks, watch]
     module.configure_model()
-    module.model.load_state_dict(load_file(models / f"{name}, seed {seed}.safetensors"))
-    cli.trainer.fit(module, data)
+    load(module.model, models / f"{name}, seed {seed}.safetensors")
+    with TemporaryDirectory() as folder:
+        if then.is_other_text:
+            other = Atlas(edits=1, seed=seed) if name == "counterfact" else FactsCorpus(facts_file, 1, 500, False, 8)
+            data = other_text(data, other, Path(folder))
+        cli.trainer.fit(module, data)
     model, batches = module.model.eval(), list(data.val_dataloader())[:8]
-    facts, contradicted = data.edit_facts(), set[str]()
-    if not drop:
-        contradicted = set(data.contradictions(facts))
     found = {
         "model": name, "seed": seed, "continuation": continuation, "condition": condition,
         "after": watch.after,
@@ -144,13 +213,13 @@ def run(name: str, seed: int, continuation: str, condition: str, models: Path, *
         "seconds": watch.seconds,
         "renewals": own.renewals,
     }  # fmt: skip
-    if is_edited:
+    if protection.is_edited:
         evaluation = own.evaluate(module)
         exact = dict(zip((fact.key for fact in own.applied_facts), evaluation.edits_exact.tolist(), strict=True))
         found["end"] = dict(evaluation.metrics)
+        contradicted = {fact.key for fact in facts[: then.contradicted]}
         for group, keys in (("contradicted", contradicted), ("others", exact.keys() - contradicted)):
-            known = [exact[key] for key in keys if key in exact]
-            found[group] = statistics.mean(known) if known else None
+            found[group] = statistics.mean(exact[key] for key in keys) if keys else None
         watches = [callback.watch for callback in callbacks if isinstance(callback, EditReplay)]
         found["conflicts"] = watches[0].metrics["edit/conflicts"] if watches else None
     return found
@@ -176,7 +245,7 @@ def table(results: list[dict[str, Any]]) -> str:
         time_of = statistics.mean(r["seconds"] / n["seconds"] for r, n, _ in pairs)
         end = [r["end"]["efficacy_accuracy"] for r in own] if is_edited else []
         shown = f"{interval(end)}" if end else "-"
-        if is_edited and own[0].get("contradicted") is not None:
+        if is_edited and own[0]["contradicted"] is not None:
             parts = [statistics.mean(r[group] for r in own) for group in ("contradicted", "others")]
             shown += f" (contradicted {parts[0]:.2f}, others {parts[1]:.2f})"
         lines.append(
@@ -215,7 +284,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--continuations", nargs="+", default=list(CONTINUATIONS), choices=list(CONTINUATIONS))
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
-    parser.add_argument("--facts", type=Path, help="a CounterFact file; without it that model is left out")
+    parser.add_argument("--facts", type=Path, help="a CounterFact file; without it its model and text are left out")
     parser.add_argument("--edits", type=int, help="number of edits of the CounterFact model, 100 by default")
     arguments = parser.parse_args()
     quiet()
@@ -231,9 +300,13 @@ def main() -> None:
             trained(name, seed, arguments.models, *options)
             for continuation in arguments.continuations:
                 for condition in arguments.conditions:
-                    is_wanted = condition not in ONLY_CONTRADICTED or continuation == "contradicting"
+                    chosen = CONDITIONS[condition].continuations
+                    is_wanted = chosen is None or continuation in chosen
+                    is_wanted &= arguments.facts is not None or continuation != "other text"
                     if is_wanted and (name, seed, continuation, condition) not in done:
-                        results.append(run(name, seed, continuation, condition, arguments.models, *options))
+                        results.append(
+                            run(name, seed, continuation, condition, arguments.models, arguments.facts, *options)
+                        )
                         last = {k: results[-1].get(k) for k in ("condition", "others", "contradicted", "perplexity")}
                         sys.stdout.write(f"{name} {seed} {continuation} {last}\n")
                         sys.stdout.flush()

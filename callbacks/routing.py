@@ -24,6 +24,7 @@ from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.data.lengths import cut_texts
 from lit_moeedit.editing.routing_trace import MAX_PROBE_TOKENS, RoutingTrace, compare_traces, trace_routing
+from lit_moeedit.interrupts import uninterrupted
 from lit_moeedit.metrics import ExpertLoad, RoutingSimilarity
 from lit_moeedit.metrics._plots import plot_heat_map
 from lit_moeedit.models.experts import expert_layers, find_model
@@ -161,7 +162,8 @@ class RoutingMonitor(StateOfWeights, EditListener):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if shows_figures(trainer) and trainer.is_global_zero:
-            log_figures(trainer, self.heat_maps())
+            with uninterrupted():  # matplotlib may lose an interrupt
+                log_figures(trainer, self.heat_maps())
 
     def compare(self, pl_module: L.LightningModule, before: RoutingTrace, after: RoutingTrace) -> dict[str, float]:
         """Compute all routing metrics of two traces of the same text."""

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_moeedit.atomic_files import atomic_file
+from lit_moeedit.interrupts import uninterrupted
 from lit_moeedit.reports import figures, formats
 from lit_moeedit.reports.meanings import MEANINGS, UNSHOWN, is_share, label_of, meaning_of
 from lit_moeedit.reports.outcomes import MARKS, ORDER, WORDS, Totals, latest, outcome_of, worst_first
@@ -140,12 +141,13 @@ def _figures(report: Report) -> dict[str, Markup]:
     if not figures.has_matplotlib():
         return {}
     layers, series, costs = figures.layer_values(report), figures.retained(report), figures.timed(report)
-    drawn = {
-        "layers": figures.draw_layers(layers, report.edited_layers) if layers else "",
-        "retention": figures.draw_retention(series) if series and not report.survival else "",
-        "survival": figures.draw_survival(report),
-        "costs": figures.draw_costs(costs) if costs else "",
-    }
+    with uninterrupted():  # which matplotlib's compiled functions would lose, or raise as a TypeError
+        drawn = {
+            "layers": figures.draw_layers(layers, report.edited_layers) if layers else "",
+            "retention": figures.draw_retention(series) if series and not report.survival else "",
+            "survival": figures.draw_survival(report),
+            "costs": figures.draw_costs(costs) if costs else "",
+        }
     return {name: Markup(svg) for name, svg in drawn.items() if svg}
 
 

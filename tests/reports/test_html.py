@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -269,3 +270,19 @@ def test_every_metric_on_the_page_is_explained() -> None:
     source = render(Report(metrics=metrics))  # type: ignore[arg-type]
     assert source.count('<div class="why">') == len(names)
     assert "of the group &lt;of my own&gt;" in source
+
+
+def test_an_interrupt_waits_until_the_figures_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def draw(*_: object) -> str:
+        calls.append(None)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return ""
+
+    for name in ("draw_layers", "draw_survival", "draw_costs"):
+        monkeypatch.setattr(drawn, name, draw)
+    with pytest.raises(KeyboardInterrupt):
+        render(sample())
+    assert len(calls) == 3

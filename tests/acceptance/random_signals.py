@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -168,6 +169,10 @@ def _child(folder: Path, output: Path, environment: dict[str, str], options: Seq
     os.dup2(file, 2)
     # pytest has put others in their place
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    for name in ("lightning.pytorch", "lightning.fabric"):  # whose handlers hold those that were there at the import
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
     # a process in the background begins with the signal ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
@@ -305,7 +310,8 @@ def _faults(case: Case, run: Run, hit: bool) -> Iterator[str]:
     code = run.codes[case.rank]
     expected = {128 + case.signal, -case.signal}
     if code not in expected:
-        yield f"exit code {code} of the process that got the signal"
+        last = run.output(case.rank).strip().rpartition("\n")[2]
+        yield f"exit code {code} of the process that got the signal, whose last words are: {last}"
     silent = [rank for rank in range(case.ranks) if rank != case.rank and not run.codes[rank]]
     if silent:
         yield f"exit code 0 of rank {silent[0]}"

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 from benchmarks.editing import editors
 from benchmarks.training import arguments_of, command_line, header, quiet, row, trained, write
-from lit_moeedit.callbacks import EditEvent, EditListener, EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks import EditEvent, EditHold, EditListener, EditReplay, KnowledgeEditing
 from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.editing.evaluation import perplexity
@@ -89,6 +89,7 @@ CONDITIONS = {
     "replay 5 %, not by need": Condition(callbacks=replay(share=0.05, by_need=False)),
     "replay 5 %, mask": Condition(callbacks=replay(share=0.05, on_conflict="mask"), continuations=("contradicting",)),
     "replay 5 %, yield": Condition(callbacks=replay(share=0.05, on_conflict="yield"), continuations=("contradicting",)),
+    "hold": Condition(callbacks=lambda: [EditHold()]),
     "renewals every 32 steps": Condition({"renew_every_n_steps": 32, "max_renewals": None}),
     "renewals below 0.95": Condition({"renew_below": 0.95, "survival_every_n_steps": 32}),
     "freeze down-projections": Condition(callbacks=lambda: [Frozen()]),

@@ -7,6 +7,10 @@ from functools import wraps
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lit_moeedit.sharding.shards import is_partitioned
 
 Step = Callable[..., Any]
 
@@ -44,3 +48,32 @@ class ReplacedStep:
             del module.training_step
         else:
             module.training_step = self._own  # type: ignore[method-assign]
+
+
+def add_loss(output: Any, loss: Tensor) -> Any:
+    """Add a loss to what ``training_step`` returned: a loss, a dict with one, or nothing."""
+    if output is None:
+        return None
+    return output + loss if isinstance(output, Tensor) else {**output, "loss": output["loss"] + loss}
+
+
+def check_further_forward(pl_module: L.LightningModule, asked_by: str, advice: str) -> None:
+    """Check that a step may have a further forward, whose loss :func:`add_loss` adds.
+
+    Args:
+        pl_module: the module.
+        asked_by: callback, and argument if any, that asks for it.
+        advice: alternative for the user.
+
+    Raises:
+        MisconfigurationException: under manual optimization, or DeepSpeed ZeRO stage 3.
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{asked_by} needs automatic optimization, which {type(pl_module).__name__} does not use; {advice}"
+        )
+    if any(is_partitioned(weight) for weight in pl_module.parameters()):
+        raise MisconfigurationException(
+            f"{asked_by} needs a second forward in each step, after which DeepSpeed ZeRO stage 3 reduces gradients "
+            f"twice and fails; {advice}"
+        )

@@ -54,6 +54,20 @@ def inference(model: PreTrainedModel, gradients: bool = False) -> Iterator[None]
         # Lightning evaluates in inference mode, whose tensors could not be differentiated
         undo.enter_context(torch.inference_mode(False))
         torch.set_grad_enabled(gradients)
+        undo.enter_context(evaluating(model))
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        undo.by(_set_trainable, trainable, True)
+        _set_trainable(trainable, False)
+        yield
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Set the model to evaluation mode inside the context, with parameters that get gradients as before.
+
+    Modes and random states are restored afterwards. Modules that ``torch.compile`` compiled run eagerly.
+    """
+    with held(Undo()) as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.by(torch.set_rng_state, torch.get_rng_state())
         if model.device.type == "cuda":
@@ -61,9 +75,6 @@ def inference(model: PreTrainedModel, gradients: bool = False) -> Iterator[None]
         undo.enter_context(no_repacking(model))
         undo.by(_set_modes, {module: module.training for module in model.modules()})
         model.train(False)  # eval() has no type annotations
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        undo.by(_set_trainable, trainable, True)
-        _set_trainable(trainable, False)
         yield
 
 

@@ -7,9 +7,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
-from lit_moeedit.data.encoding import Encoding
-
+T = TypeVar("T")
 UNKNOWN_NEED = 0.5
 """Need of a fact that has not been measured yet."""
 LEAST_NEED = 0.01
@@ -43,13 +43,13 @@ class Draws:
 
     def draw(
         self,
-        statements: Mapping[str, Sequence[Encoding]],
+        statements: Mapping[str, Sequence[T]],
         count: int,
         start: int,
         batch: int,
         rank: int = 0,
         needs: Mapping[str, float] | None = None,
-    ) -> list[Encoding]:
+    ) -> list[T]:
         """Draw the statements of a batch.
 
         Args:

@@ -29,6 +29,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 
 from benchmarks.editing import editors
@@ -265,6 +266,37 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the share of edits that are generated at the end: a dot for each seed, and a bar for their mean."""
+    edited = [result for result in results if "end" in result]
+    names = [name for name in NAMES if any(result["model"] == name for result in edited)]
+    then = [c for c in CONTINUATIONS if any(result["continuation"] == c for result in edited)]
+    conditions = [c for c in CONDITIONS if any(result["condition"] == c for result in edited)][::-1]
+    if not edited:
+        return
+    size = (2.6 * len(then) + 2.2, (0.32 * len(conditions) + 0.8) * len(names) + 0.5)
+    figure, axes = plt.subplots(
+        len(names), len(then), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for own, name in zip(axes, names, strict=True):
+        for axis, continuation in zip(own, then, strict=True):
+            axis.set_title(f"{name}, {continuation}", fontsize=9)
+            axis.axvline(0.97, color="0.6", linewidth=0.8, linestyle=":")
+            for place, condition in enumerate(conditions):
+                here = (name, continuation, condition)
+                found = [r for r in edited if (r["model"], r["continuation"], r["condition"]) == here]
+                shares = [r["end"]["efficacy_accuracy"] for r in found]
+                if shares:
+                    color = "C7" if condition.startswith("nothing") else "C0"
+                    axis.barh(place, statistics.mean(shares), color=color, alpha=0.45, height=0.7)
+                    axis.plot(shares, [place] * len(shares), "o", color=color, markersize=3.5)
+    axes[0][0].set_yticks(range(len(conditions)), conditions, fontsize=8)
+    axes[0][0].set_xlim(0, 1.03)
+    figure.supxlabel("share of the edits that are generated at the end; dotted: 0.97", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def mean_of(results: list[dict[str, Any]], moment: str, metric: str) -> float:
     """Return the mean of a metric over seeds."""
     return statistics.mean(result[moment][metric] for result in results)
@@ -313,6 +345,7 @@ def main() -> None:
                         sys.stdout.flush()
                         command = f"`python -m benchmarks.survival`, {torch.get_num_threads()} thread(s)"
                         write("survival", command, table(results), results, arguments.output)
+                        draw(results, arguments.output / "survival.png")
 
 
 if __name__ == "__main__":

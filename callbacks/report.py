@@ -79,7 +79,7 @@ class EditReport(StateOfWeights, EditListener):
     """
 
     wants_answers = True
-    state_names = ("_measured",)
+    state_names = ("measured",)
 
     def __init__(
         self, filename: str = "summary.json", console: bool = True, max_rows: int = 200, autopsy: bool = False
@@ -96,7 +96,8 @@ class EditReport(StateOfWeights, EditListener):
 
     @override
     def begin_state(self) -> None:
-        self._measured = Measurements()
+        self.measured = Measurements()
+        """The measurements of the edits in the model's weights."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -110,8 +111,8 @@ class EditReport(StateOfWeights, EditListener):
             # what follows a fit in the same process adds to its report
             self._measuring, self._files = Measuring(self.autopsy), RunFiles(self.filename)
             self._begun = datetime.now(UTC)
-            self._measured.final = {}
-            self._measured.perplexity.pop("after_training", None)
+            self.measured.final = {}
+            self.measured.perplexity.pop("after_training", None)
         self._measuring.warned.clear()
         self._files.locate(trainer)
 
@@ -126,39 +127,39 @@ class EditReport(StateOfWeights, EditListener):
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
         self._model = describe_model(pl_module)
         # a failed "before" cannot be made up for after an edit
-        self._measuring.perplexity(self._measured, trainer, pl_module, "before", again=False)
+        self._measuring.perplexity(self.measured, trainer, pl_module, "before", again=False)
 
     @override
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
         meter = Meter(pl_module.device)
         with meter(EVALUATION):
-            self._measuring.perplexity(self._measured, trainer, pl_module, "after")
-        self._measured.add_edit(event, meter.seconds()[EVALUATION])
+            self._measuring.perplexity(self.measured, trainer, pl_module, "after")
+        self.measured.add_edit(event, meter.seconds()[EVALUATION])
         if event.result.kept and trainer.state.fn == TrainerFn.FITTING:
-            self._measuring.keep_weights(self._measured, trainer, pl_module)
+            self._measuring.keep_weights(self.measured, trainer, pl_module)
         self._write_report(trainer, "running")
         self._log_tables(trainer)
 
     @override
     def on_retention(self, trainer: L.Trainer, pl_module: L.LightningModule, event: RetentionEvent) -> None:
         self._model = describe_model(pl_module)
-        self._measured.history = self._measured.history.with_retention(event)
+        self.measured.history = self.measured.history.with_retention(event)
         if trainer.state.fn == TrainerFn.FITTING:
             self._write_report(trainer, "running")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._measured.history.edits:
+        if self.measured.history.edits:
             self._write_report(trainer, "stopped")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._measured.totals:
+        if not self.measured.totals:
             return
         self._model = describe_model(pl_module)  # after the strategy's teardown no weight may be used
         with final_weights(trainer, pl_module):
             step = trainer.global_step if self._end is None else self._end[1]
-            self._measuring.end(self._measured, trainer, pl_module, step)
+            self._measuring.end(self.measured, trainer, pl_module, step)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -179,11 +180,11 @@ class EditReport(StateOfWeights, EditListener):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**self._measured.state(), "seconds": self._seconds}
+        return {**self.measured.state(), "seconds": self._seconds}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._measured = Measurements.of_state("the state of EditReport in the checkpoint", state_dict)
+        self.measured = Measurements.of_state("the state of EditReport in the checkpoint", state_dict)
         self._started = time.perf_counter()
 
     @override
@@ -224,19 +225,19 @@ class EditReport(StateOfWeights, EditListener):
         ``routing["monitors"]`` has ``similarity``, ``kl`` and ``per_layer`` of the others. After an autopsy,
         ``autopsy`` has its result.
         """
-        summary = summarize(self._measured, trainer, self._seconds)
+        summary = summarize(self.measured, trainer, self._seconds)
         if self._measuring.autopsy is not None:
             summary["autopsy"] = self._measuring.autopsy.to_dict()
-        return summary | ({"failed": dict(self._measured.failed)} if self._measured.failed else {})
+        return summary | ({"failed": dict(self.measured.failed)} if self.measured.failed else {})
 
     @property
     def _seconds(self) -> float:
         """Duration of the fit so far, with the fits that it resumes."""
-        return self._measured.seconds + time.perf_counter() - self._started
+        return self.measured.seconds + time.perf_counter() - self._started
 
     def _report(self, trainer: L.Trainer, state: State) -> Report:
         """Make the report of the run as it is now."""
-        return make_report(state, self._begun, self._measured.history, self.summary(trainer), trainer, self._model)
+        return make_report(state, self._begun, self.measured.history, self.summary(trainer), trainer, self._model)
 
     @rank_zero_only
     def _write_report(self, trainer: L.Trainer, state: State) -> None:
@@ -244,11 +245,11 @@ class EditReport(StateOfWeights, EditListener):
 
     @rank_zero_only
     def _log_tables(self, trainer: L.Trainer) -> None:
-        log_tables(trainer, self._measured.history.rows, self.max_rows)
+        log_tables(trainer, self.measured.history.rows, self.max_rows)
 
     @rank_zero_only
     def _finish(self, trainer: L.Trainer) -> None:
-        if not self._measured.totals:
+        if not self.measured.totals:
             log.warning("no facts were edited in this run, so there is nothing to report")
             return
         summary, report = without_nan(self.summary(trainer)), self._report(trainer, "finished")
@@ -278,5 +279,5 @@ class EditReport(StateOfWeights, EditListener):
             editing.on_fit_start(trainer, pl_module)  # this callback's turn may be before it
         for editing in callbacks_of(trainer, KnowledgeEditing):
             editing.end_curve(trainer, pl_module, end)
-        if not self._measured.final:
+        if not self.measured.final:
             self.on_train_end(trainer, pl_module)

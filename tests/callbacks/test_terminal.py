@@ -28,7 +28,7 @@ class Reporting(EditReport):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         metrics = {"efficacy": 0.5, "score": 0.25}
-        self._measured.totals_of(None).add(2, True, metrics, metrics, dict.fromkeys((*PHASES, "edit"), 1.0))
+        self.measured.totals_of(None).add(2, True, metrics, metrics, dict.fromkeys((*PHASES, "edit"), 1.0))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.should_stop = True

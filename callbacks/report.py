@@ -218,7 +218,8 @@ class EditReport(StateOfWeights, EditListener):
 
         ``survival`` has the points of the survival curves (see :class:`~lit_moeedit.reports.SurvivalPoint`), and
         ``survivors`` what was left when training ended (see :class:`~lit_moeedit.reports.Survivors`), by the name of
-        the editing callback.
+        the editing callback. ``replay`` has what was replayed (see :class:`~lit_moeedit.reports.Replayed`), by the name
+        of the :class:`~lit_moeedit.callbacks.EditReplay`.
 
         With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``place``, ``before``, ``after``,
         ``after_training`` and ``renewals`` of each, by its name (its state key, if it has none); with several monitors,

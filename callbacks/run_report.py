@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 
+from lit_moeedit.callbacks.edit_replay import EditReplay
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.named import callbacks_of
@@ -44,6 +45,7 @@ def make_report(
         model: the model.
     """
     editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
+    replays = callbacks_of(trainer, EditReplay)
     routing = monitors[0].last_edit if monitors else {}
     seconds = summary["seconds"]
     return Report(
@@ -60,9 +62,13 @@ def make_report(
         costs=tuple(Cost(phase, seconds[phase], summary["memory"].get(phase)) for phase in COSTS if seconds[phase] > 0),
         survival=tuple(point for editing in editings for point in editing.survival.points),
         survivors={editing.name or "": editing.survivors for editing in editings if editing.survivors is not None},
+        replay={replay.name or "": replay.replayed for replay in replays if replay.replayed is not None},
         guards=history.guards,
         warnings=tuple(f"{name} could not be measured: {text}" for name, text in summary.get("failed", {}).items()),
-        settings={editing.label: _settings(editing) for editing in editings},
+        settings={
+            **{editing.label: _settings(editing) for editing in editings},
+            **{replay.label: replay.settings for replay in replays},
+        },
         versions=_versions(),
     )
 

@@ -94,7 +94,7 @@ def test_a_run_without_an_edit_is_that_without_the_callback(run: Any, tiny: Any)
 
 
 def test_measuring_needs_does_not_change_what_is_trained(run: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2)
+    monkeypatch.setattr("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2)
     replay = EditReplay(share=0.25)
     module = run(replay)
     assert set(replay.state_dict()["needs"]) <= {fact.key for fact in replay.facts}
@@ -109,7 +109,7 @@ def test_measuring_needs_does_not_change_what_is_trained(run: Any, tiny: Any, mo
 def test_a_resumed_run_has_the_same_weights(
     run: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    monkeypatch.setattr("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2)
+    monkeypatch.setattr("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=steps, save_top_k=-1, filename="{step}")
     whole = run(EditReplay(share=0.3, paraphrases=1), saving)
     ckpt = str(tmp_path / "saved" / f"step={steps}.ckpt")
@@ -293,7 +293,7 @@ def test_ranks_state_others_and_know_the_same(strategies: list[str], tmp_path: P
 
 def fit_with_short_measures(strategies: list[str], folder: str) -> dict[str, Any]:
     """Fit with measurements after every other step."""
-    with mock.patch("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2):
+    with mock.patch("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2):
         return fit_on_ranks(strategies, folder)
 
 

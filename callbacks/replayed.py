@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 
+from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.reports.plain import restored, to_plain
 from lit_moeedit.sharding.ranks import Ranks
 
@@ -19,19 +20,11 @@ class Counted:
         statements: number of statements, on all ranks.
         facts: number of facts that were stated last.
         given_up: subjects of the facts that were given up.
-
-    Raises:
-        ValueError: if a count is negative.
     """
 
     statements: int = 0
     facts: int = 0
     given_up: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("statements", "facts"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} should be at least 0, but is {getattr(self, name)}")
 
 
 class Tally:
@@ -84,4 +77,9 @@ class Tally:
         Raises:
             CheckpointError: naming the field that is not as it should be.
         """
-        return cls(restored(Counted, state, f"{where}, replayed"))
+        where = f"{where}, replayed"
+        counted: Counted = restored(Counted, state, where)
+        for name in ("statements", "facts"):
+            if getattr(counted, name) < 0:
+                raise CheckpointError(f"{where}: field {name!r} should be at least 0, but is {getattr(counted, name)}")
+        return cls(counted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks import EditReplay, EditReport, KnowledgeEditing
 from lit_moeedit.callbacks.conflicts import ContradictionError
 from lit_moeedit.module import LitMoE
 from tests.callbacks.conftest import CONFIG, _data, _editor, _trainer
@@ -111,13 +113,16 @@ def test_a_resumed_run_has_the_same_weights(
 ) -> None:
     monkeypatch.setattr("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=steps, save_top_k=-1, filename="{step}")
-    whole = run(EditReplay(share=0.3, paraphrases=1), saving)
+    replays = [EditReplay(share=0.3, paraphrases=1) for _ in range(2)]
+    whole = run(replays[0], saving)
     ckpt = str(tmp_path / "saved" / f"step={steps}.ckpt")
-    resumed = run(EditReplay(share=0.3, paraphrases=1), ckpt_path=ckpt)
+    resumed = run(replays[1], ckpt_path=ckpt)
     first, second = tiny.weights(whole), tiny.weights(resumed)
     if steps == 4:  # in the middle of an epoch Lightning does not read the rest of the data that the run would read
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert stated(resumed) == stated(whole)[steps:] != []
+    assert replays[0].replayed == replays[1].replayed
+    assert replays[0].replayed is not None and replays[0].replayed.statements == sum(replayed(whole))
 
 
 def test_a_forward_of_their_own(run: Any, tiny: Any) -> None:
@@ -162,6 +167,54 @@ def test_facts_of_edit_files(run: Any, tiny: Any, make_trainer: Any, tmp_path: P
     make_trainer(tmp_path, [replay], max_steps=2).fit(module, tiny.data())
     assert [fact.key for fact in replay.facts] == [fact.key for fact in tiny.corpus().edits]
     assert replayed(module) == [2, 2]
+
+
+def test_facts_of_edit_files_alone_are_watched_and_measured(
+    run: Any, tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2)
+    editing = KnowledgeEditing(tiny.editor(), on_failure="keep", save_edits=str(tmp_path / "edits"))
+    make_trainer(tmp_path, [editing], max_steps=1).fit(tiny.module(), tiny.data())
+    replay, module = EditReplay(share=0.25, edits=str(tmp_path / "edits")), Watching(config=tiny.config)
+    make_trainer(tmp_path, [replay], max_steps=4).fit(module, tiny.data(drop_edited=False))
+    assert replay.watch.metrics["edit/conflicts"] == len(old_answers(module, tiny)) > 0
+    assert replay.state_dict()["needs"]
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_the_report_and_the_log_have_it(
+    run: Any, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lit_moeedit")
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, filename="last")
+    replay = EditReplay(share=0.25, on_conflict="yield")
+    data = tiny.data(drop_edited=False)
+    contradicted = {f"{fact.subject}|capital" for fact in data.corpus.edits[1:]}
+    data.corpus.train = [one for one in data.corpus.train if one.fact not in contradicted]
+    module = run(replay, EditReport(console=False), saving, data=data, max_steps=4)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["replay"]
+    found = summary[""]
+    assert found["statements"] == sum(replayed(module)) > 0
+    assert found["conflicts"] == len(old_answers(module, tiny)) > 0
+    given_up, facts = data.corpus.edits[0].subject, len(data.corpus.edits) - 1
+    assert found == {
+        **{"share": 0.25, "of": "rows", "every_n_steps": 1, "statements": found["statements"], "facts": facts},
+        **{"on_conflict": "yield", "conflicts": found["conflicts"], "given_up": [given_up]},
+    }
+    assert caplog.text.count(f"Replay: {replay.replayed}") == 1
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"Replay: <bdi>{replay.replayed}</bdi>" in page and "EditReplay{}.on_conflict" in page
+    # resumed after its end, the run has nothing left to train
+    run(
+        EditReplay(share=0.25, on_conflict="yield"),
+        EditReport(console=False),
+        data=data,
+        max_steps=4,
+        ckpt_path=str(tmp_path / "saved" / "last.ckpt"),
+    )
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["replay"] == summary
 
 
 class Nested(L.LightningDataModule):
@@ -265,12 +318,13 @@ def fit_on_ranks(strategies: list[str], folder: str) -> dict[str, Any]:
             editing = KnowledgeEditing(_editor(steps=3), on_failure="keep")
             trainer = _trainer(f"{folder}/{strategy}-{weight}", [editing, replay], **changes)
             trainer.fit(module, _data(batch_size=8 // size))
-            needs = replay.state_dict()["needs"]
+            needs, counted = replay.state_dict()["needs"], replay.replayed
             rows = [ids.tolist() for batch in module.seen for ids in batch["input_ids"][8 // size :]]
             found[f"{strategy} {weight}"] = {
                 "needs": needs,
                 "rows": rows,
                 "loss": float(trainer.logged_metrics["train/loss"]),
+                "statements": 0 if counted is None else counted.statements,
             }
     return found
 
@@ -284,9 +338,11 @@ def test_ranks_state_others_and_know_the_same(strategies: list[str], tmp_path: P
     assert first.keys() == second.keys()
     for name in first:
         assert first[name]["needs"] == second[name]["needs"] != {}
+        assert first[name]["statements"] == second[name]["statements"] > 0
         assert first[name]["loss"] == second[name]["loss"] and first[name]["loss"] == first[name]["loss"]
         if "None" in name:
             assert first[name]["rows"] and second[name]["rows"] and first[name]["rows"] != second[name]["rows"]
+            assert first[name]["statements"] == len(first[name]["rows"]) + len(second[name]["rows"])
         else:
             assert not first[name]["rows"] and not second[name]["rows"]
 

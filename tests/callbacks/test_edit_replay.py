@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,25 +12,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_moeedit.callbacks import EditReplay, EditReport, KnowledgeEditing
+from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 from lit_moeedit.callbacks.conflicts import ContradictionError
 from lit_moeedit.module import LitMoE
 from tests.callbacks.conftest import CONFIG, _data, _editor, _trainer
+from tests.callbacks.replaying import Watching, old_answers, replayed, stated
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-
-
-class Watching(LitMoE):
-    """Remembers the batches that it trains on."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.seen: list[dict[str, torch.Tensor]] = []
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        self.seen.append(batch)
-        return super().training_step(batch, batch_idx)
 
 
 class Shapes(L.Callback):
@@ -59,18 +46,6 @@ def run(tiny: Any, make_trainer: Any, tmp_path: Path) -> Any:
         return module
 
     return fit
-
-
-def replayed(module: Any) -> list[int]:
-    return [len(batch["input_ids"]) - 8 for batch in module.seen]
-
-
-def stated(module: Any) -> list[list[list[int]]]:
-    """Tokens of the statements of each batch."""
-    return [
-        [ids[mask > 0].tolist() for ids, mask in zip(b["input_ids"][8:], b["attention_mask"][8:], strict=True)]
-        for b in module.seen
-    ]
 
 
 def test_rows_are_trained_on_from_the_edit_on(run: Any, tiny: Any) -> None:
@@ -169,54 +144,6 @@ def test_facts_of_edit_files(run: Any, tiny: Any, make_trainer: Any, tmp_path: P
     assert replayed(module) == [2, 2]
 
 
-def test_facts_of_edit_files_alone_are_watched_and_measured(
-    run: Any, tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2)
-    editing = KnowledgeEditing(tiny.editor(), on_failure="keep", save_edits=str(tmp_path / "edits"))
-    make_trainer(tmp_path, [editing], max_steps=1).fit(tiny.module(), tiny.data())
-    replay, module = EditReplay(share=0.25, edits=str(tmp_path / "edits")), Watching(config=tiny.config)
-    make_trainer(tmp_path, [replay], max_steps=4).fit(module, tiny.data(drop_edited=False))
-    assert replay.watch.metrics["edit/conflicts"] == len(old_answers(module, tiny)) > 0
-    assert replay.state_dict()["needs"]
-
-
-# -- outputs ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_summary_the_report_and_the_log_have_it(
-    run: Any, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "lit_moeedit")
-    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, filename="last")
-    replay = EditReplay(share=0.25, on_conflict="yield")
-    data = tiny.data(drop_edited=False)
-    contradicted = {f"{fact.subject}|capital" for fact in data.corpus.edits[1:]}
-    data.corpus.train = [one for one in data.corpus.train if one.fact not in contradicted]
-    module = run(replay, EditReport(console=False), saving, data=data, max_steps=4)
-    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["replay"]
-    found = summary[""]
-    assert found["statements"] == sum(replayed(module)) > 0
-    assert found["conflicts"] == len(old_answers(module, tiny)) > 0
-    given_up, facts = data.corpus.edits[0].subject, len(data.corpus.edits) - 1
-    assert found == {
-        **{"share": 0.25, "of": "rows", "every_n_steps": 1, "statements": found["statements"], "facts": facts},
-        **{"on_conflict": "yield", "conflicts": found["conflicts"], "given_up": [given_up]},
-    }
-    assert caplog.text.count(f"Replay: {replay.replayed}") == 1
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert f"Replay: <bdi>{replay.replayed}</bdi>" in page and "EditReplay{}.on_conflict" in page
-    # resumed after its end, the run has nothing left to train
-    run(
-        EditReplay(share=0.25, on_conflict="yield"),
-        EditReport(console=False),
-        data=data,
-        max_steps=4,
-        ckpt_path=str(tmp_path / "saved" / "last.ckpt"),
-    )
-    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["replay"] == summary
-
-
 class Nested(L.LightningDataModule):
     """Two loaders at once."""
 
@@ -247,18 +174,6 @@ def test_the_first_of_several_loaders(run: Any, tiny: Any) -> None:
 
 
 # -- text that contradicts edits --------------------------------------------------------------------------------------
-
-
-def old_answers(module: Any, tiny: Any) -> list[tuple[bool, bool]]:
-    """For each row of the data that states the old answer of an edit: whether it still does, and whether it counts."""
-    tokenizer, facts = module.trainer.datamodule.tokenizer, tiny.corpus().edits
-    found = []
-    for batch in module.seen:
-        for ids, labels in zip(batch["input_ids"][:8], batch["labels"][:8], strict=True):
-            text = tokenizer.decode(ids)
-            if any(f.subject in text and f.target_true in text for f in facts):
-                found.append((True, bool((labels >= 0).any())))
-    return found
 
 
 def test_contradicting_text_is_told_of(run: Any, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:

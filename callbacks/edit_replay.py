@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.conflicts import ConflictWatch, OnConflict
-from lit_moeedit.callbacks.edit_state import EditState
-from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.needs import measure_needs, steps_between
 from lit_moeedit.callbacks.replaced_step import ReplacedStep, Step
-from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer, from_datamodule
+from lit_moeedit.callbacks.replay_checks import check_run
+from lit_moeedit.callbacks.replay_loss import loss_of_statements, with_added_loss
+from lit_moeedit.callbacks.replayed import Tally
+from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer
+from lit_moeedit.callbacks.stated import StatedFacts, contexts_of
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.encoding import Encoding, pad_id
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing.evaluation import score
 from lit_moeedit.edits import read_edits
-from lit_moeedit.models.experts import find_model
 from lit_moeedit.replay import (
     BatchFormError,
     Draws,
     Statements,
     append_rows,
-    as_batch,
     check_form,
     find_parts,
+    with_labels,
     with_parts,
 )
+from lit_moeedit.reports import Replayed
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.sharding.shards import is_partitioned
 
 log = logging.getLogger(__name__)
 
-MEASURE_EVERY = 16
-"""Optimizer steps between two measurements of what facts need."""
-MEASURED = 0.5
-"""Facts that are measured, as a share of the statements drawn since the last measurement."""
 LONG = 8
 """A batch whose rows are this many times as long as the longest statement wastes rows on statements."""
 
@@ -103,7 +96,7 @@ class EditReplay(StateOfWeights):
     """
 
     groups = ("replay",)
-    state_names = ("_needs", "watch")
+    state_names = ("_needs", "_tally", "watch")
 
     def __init__(
         self,
@@ -136,9 +129,8 @@ class EditReplay(StateOfWeights):
         self.edits = edits
         self._draws, self._tokenizer_source = Draws(seed), tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._statements: Statements | None = None
-        self._filed: tuple[Fact, ...] = ()
-        self._seen: Sequence[Mapping[str, Any]] = ()  # the applied facts of each callback, as they were last taken
+        self._stated: StatedFacts | None = None
+        self._drawn = 0  # statements of the batch that is trained on now
         self._is_checked = False
         self._step = ReplacedStep()
         self._has_warned = False
@@ -147,13 +139,37 @@ class EditReplay(StateOfWeights):
     @override
     def begin_state(self) -> None:
         self._needs: dict[str, float] = {}
+        self._tally = Tally()
         self.watch = ConflictWatch(self.on_conflict, self.heading)
         """Findings of text that contradicts edits."""
 
     @property
     def facts(self) -> tuple[Fact, ...]:
         """The facts that are stated now."""
-        return () if self._statements is None else self._statements.facts
+        return () if self._stated is None else self._stated.statements.facts
+
+    @property
+    def replayed(self) -> Replayed | None:
+        """The statements that were trained on so far; ``None`` if no fact has been stated."""
+        tally = self._tally
+        if not tally.statements and not tally.facts and not tally.given_up:
+            return None
+        return Replayed(
+            self.share,
+            "rows" if self.weight is None else "tokens",
+            self.every_n_steps,
+            tally.statements,
+            tally.facts,
+            self.on_conflict,
+            int(self.watch.metrics["edit/conflicts"]),
+            tally.given_up,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings, for reports."""
+        names = ("share", "every_n_steps", "weight", "paraphrases", "by_need", "on_conflict", "contexts", "edits")
+        return {**{name: getattr(self, name) for name in names}, "seed": self._draws.seed}
 
     # -- what may be overridden ---------------------------------------------------------------------------------------
 
@@ -181,13 +197,12 @@ class EditReplay(StateOfWeights):
 
     def count_rows(self, batch: Any) -> float:
         """Return the number of statements for a batch, on average."""
-        part, statements = next(find_parts(batch)), self._statements
-        assert statements is not None
+        part = next(find_parts(batch))
         if self.weight is None:
             return self.share * len(part["input_ids"])
         mask = part.get("attention_mask")
         tokens = part["input_ids"].numel() if mask is None else int((mask > 0).sum())
-        lengths = [len(encoding.ids) for own in statements.values() for encoding in own]
+        lengths = [len(encoding.ids) for own in self._statements.values() for encoding in own]
         return self.share * tokens * len(lengths) / sum(lengths)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
@@ -197,21 +212,18 @@ class EditReplay(StateOfWeights):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_parallelism(trainer, pl_module, type(self).__name__)
-        self._tokenizer = self._statements = None
-        self._is_checked, self._seen = False, ()
+        self._tokenizer = self._stated = None
+        self._is_checked = False
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         with Ranks.current().together():  # files may be missing on one rank only
-            self._check_run(trainer, pl_module)
-            self._filed = () if self.edits is None else tuple(_facts_of(self.edits))
+            check_run(self, trainer, pl_module)
+            filed = () if self.edits is None else [fact for edit in read_edits(self.edits) for fact in edit.facts]
             self._tokenizer = find_tokenizer(trainer, pl_module, self._tokenizer_source, type(self).__name__)
-            contexts = self.contexts
-            if contexts is None:
-                known = (getattr(e.editor, "contexts", ("",)) for e in callbacks_of(trainer, EditState))
-                contexts = list(dict.fromkeys(text for own in known for text in own)) or [""]
-            self._statements = Statements(self._tokenizer, contexts, self.paraphrases, self._filed)
+            contexts = contexts_of(trainer) if self.contexts is None else self.contexts
+            self._stated = StatedFacts(Statements(self._tokenizer, contexts, self.paraphrases, filed))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -223,12 +235,14 @@ class EditReplay(StateOfWeights):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._step.restore()  # if the last batch was skipped, its end was not told
+        self._drawn = 0
         if not self._is_checked:
             self._check_first(batch)
         self._take_facts(trainer)
         masked = self._look(trainer, batch)
         is_due = bool(self.facts) and trainer.global_step % self.every_n_steps == 0
         rows = self._draw(trainer, batch) if is_due else []
+        self._drawn = len(rows)
         if rows or masked:
             self._replace_step(pl_module, rows, masked)
 
@@ -237,18 +251,24 @@ class EditReplay(StateOfWeights):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._step.restore()
+        self._tally.add(self._drawn, trainer.world_size)
         has_stepped, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
-        if not self._seen or not has_stepped or trainer.global_step % self._measure_every:
+        is_due = has_stepped and trainer.global_step % steps_between(self.every_n_steps) == 0
+        if not is_due or self._stated is None or not self._stated.protected:
             return
-        self.watch.exchange(Ranks.current())
+        self._exchange()
         log_now(trainer, self.watch.metrics)
         if self.by_need and self.facts:
-            self._measure(trainer, pl_module, self.count_rows(batch))
+            expected = self.count_rows(batch)
+            self._needs |= measure_needs(trainer, pl_module, self._statements, expected, self.every_n_steps)
+            log_now(trainer, {f"{self.metrics_prefix}/need": sum(self._needs.values()) / len(self._needs)})
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step.restore()
-        self.watch.exchange(Ranks.current())
+        self._exchange()
+        if self.replayed is not None:
+            log.info("%sReplay: %s", self.heading, self.replayed)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -256,37 +276,24 @@ class EditReplay(StateOfWeights):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"needs": dict(self._needs), "conflicts": self.watch.state_dict()}
+        return {"needs": dict(self._needs), "conflicts": self.watch.state_dict(), "replayed": self._tally.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_fields("the state of EditReplay in the checkpoint", state_dict, needs={str: (int, float)}, conflicts=dict)
-        self._needs = dict(state_dict["needs"])
+        where, shapes = "the state of EditReplay in the checkpoint", {"conflicts": dict, "replayed": dict}
+        # that of an earlier version has no count
+        check_fields(where, state_dict, ("replayed",), needs={str: (int, float)}, **shapes)
+        tally = Tally.of_state(where, state_dict.get("replayed") or {})
         self.watch.load_state_dict(state_dict["conflicts"])
+        self._needs, self._tally = dict(state_dict["needs"]), tally
 
     # -- the work -----------------------------------------------------------------------------------------------------
 
-    def _check_run(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        own = type(self).__name__
-        if self.edits is None and not callbacks_of(trainer, EditState):
-            raise MisconfigurationException(
-                f"{own} has nothing to state: give the Trainer a KnowledgeEditing callback, or {own} the argument "
-                "'edits' (a folder of edits)"
-            )
-        if self.weight is not None and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{own}: weight needs automatic optimization, which {type(pl_module).__name__} does not use; leave "
-                "weight out to add statements as rows of the batch"
-            )
-        if self.weight is not None and any(is_partitioned(weight) for weight in pl_module.parameters()):
-            raise MisconfigurationException(
-                f"{own}: weight needs a second forward in each step, after which DeepSpeed ZeRO stage 3 reduces "
-                "gradients twice and fails; leave weight out to add statements as rows of the batch"
-            )
-        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            raise MisconfigurationException(
-                f"{own} adds rows to batches, but training_step of {type(pl_module).__name__} takes dataloader_iter"
-            )
+    @property
+    def _statements(self) -> Statements:
+        """The statements of all facts that are stated now."""
+        assert self._stated is not None
+        return self._stated.statements
 
     def _check_first(self, batch: Any) -> None:
         """Check the form of the batches, on all ranks together."""
@@ -303,27 +310,31 @@ class EditReplay(StateOfWeights):
 
     def _take_facts(self, trainer: L.Trainer) -> None:
         """Take the facts that are edited now, if they have changed."""
-        assert self._statements is not None and self._tokenizer is not None
-        editings = callbacks_of(trainer, EditState)
-        applied = [editing.neighbours_before for editing in editings]
-        is_same = len(applied) == len(self._seen) and all(a is b for a, b in zip(applied, self._seen, strict=True))
-        if is_same and not (self.watch.given_up & self._statements.keys()):
+        assert self._stated is not None
+        if not self._stated.update(trainer, self.watch):
             return
-        facts = [*self._filed, *(fact for editing in editings for fact in editing.recorded_facts)]
-        if not is_same:
-            self._seen = applied
-            self.watch.protect(facts, self._tokenizer)
-            texts = from_datamodule(trainer, "training_texts") if facts else None
-            if texts is not None:
-                self.watch.look_ahead(texts)
-        self._statements = self._statements.of(fact for fact in facts if fact.key not in self.watch.given_up)
         self._needs = {key: need for key, need in self._needs.items() if key in self._statements}
-        if facts:
+        self._count_facts()
+        if self._stated.protected:
             log.info("%s%d edited facts are stated from now on", self.heading, len(self._statements))
+
+    def _count_facts(self) -> None:
+        if self._stated is None or not self._stated.protected:
+            return  # what is known of an earlier run stays
+        given_up = self.watch.given_up
+        self._tally.facts = sum(fact.key not in given_up for fact in self.facts)
+        self._tally.given_up = tuple(fact.subject for fact in self._stated.protected if fact.key in given_up)
+
+    def _exchange(self) -> None:
+        """Make all counts those of all ranks; every rank calls this at the same moment."""
+        ranks = Ranks.current()
+        self.watch.exchange(ranks)
+        self._tally.exchange(ranks)
+        self._count_facts()
 
     def _look(self, trainer: L.Trainer, batch: Any) -> list[Mapping[str, Any]]:
         """Look for text that contradicts edits; returns the parts of the batch if some of their labels are masked."""
-        if not self._seen and not self._filed:
+        if self._stated is None or not self._stated.protected:
             return []
         parts = list(find_parts(batch))
         if self.on_conflict == "mask":  # the labels may belong to the data
@@ -337,7 +348,6 @@ class EditReplay(StateOfWeights):
         return parts if self.on_conflict == "mask" and self.watch.metrics != before else []
 
     def _draw(self, trainer: L.Trainer, batch: Any) -> list[Encoding]:
-        assert self._statements is not None
         expected, number = self.count_rows(batch), trainer.fit_loop.epoch_loop.total_batch_idx
         self._warn_of_long_rows(batch)
         count = self._draws.count(expected, number)
@@ -349,7 +359,7 @@ class EditReplay(StateOfWeights):
 
     def _warn_of_long_rows(self, batch: Any) -> None:
         part = next(find_parts(batch), None)
-        if self.weight is not None or part is None or self._statements is None or self._has_warned:
+        if self.weight is not None or part is None or self._has_warned:
             return
         length, longest = part["input_ids"].shape[1], self._statements.longest
         if length >= LONG * longest:
@@ -370,67 +380,15 @@ class EditReplay(StateOfWeights):
         def step(original: Step, batch: Any, *args: Any, **kwargs: Any) -> Any:
             if masked:
                 parts = zip(find_parts(batch), masked, strict=True)
-                batch = with_parts(batch, iter([_with_labels(part, own) for part, own in parts]))
+                batch = with_parts(batch, iter([with_labels(part, own) for part, own in parts]))
             if rows and self.weight is None:
                 batch = self.add_rows(batch, rows)
             output = original(batch, *args, **kwargs)
             if not rows or self.weight is None or output is None:
                 return output
-            return self._added(output, self._loss(pl_module, rows))
+            assert self._tokenizer is not None
+            loss = loss_of_statements(pl_module, rows, self._tokenizer)
+            pl_module.log(f"{self.metrics_prefix}/loss", loss.detach())
+            return with_added_loss(output, self.weight * loss)
 
         self._step.put(pl_module, step)
-
-    def _loss(self, pl_module: L.LightningModule, rows: Sequence[Encoding]) -> Tensor:
-        """Compute the loss of the statements in a forward of their own."""
-        assert self._tokenizer is not None
-        own = as_batch(rows, pad_id(self._tokenizer))
-        batch = {name: tensor.to(pl_module.device) for name, tensor in own.items() if name != "position_ids"}
-        loss_of = getattr(pl_module, "replay_loss", None)
-        loss: Tensor = loss_of(batch) if callable(loss_of) else find_model(pl_module)(**batch, use_cache=False).loss
-        pl_module.log(f"{self.metrics_prefix}/loss", loss.detach())
-        return loss
-
-    def _added(self, output: Any, loss: Tensor) -> Any:
-        """Add the loss of the statements to what ``training_step`` returned."""
-        assert self.weight is not None
-        if isinstance(output, Tensor):
-            return output + self.weight * loss
-        return {**output, "loss": output["loss"] + self.weight * loss}
-
-    @property
-    def _measure_every(self) -> int:
-        """Optimizer steps between two measurements, a multiple of those between two replays."""
-        return self.every_n_steps * max(1, MEASURE_EVERY // self.every_n_steps)
-
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, expected: float) -> None:
-        """Measure the probabilities of the new targets of some facts, in turn."""
-        assert self._statements is not None
-        facts = self._statements.facts
-        replays = self._measure_every // self.every_n_steps * trainer.world_size
-        # the batches of two ranks may have other numbers of rows
-        count = Ranks.current().least(min(len(facts), max(1, math.ceil(MEASURED * expected * replays))))
-        start = trainer.global_step // self._measure_every * count
-        chosen = [facts[(start + i) % len(facts)] for i in range(count)]
-        with Ranks.current().together():
-            found = score(
-                find_model(pl_module),
-                self._statements.tokenizer,
-                [fact.prompt for fact in chosen],
-                [fact.target_new for fact in chosen],
-            )
-        needs = torch.where(found.exact, 1.0 - found.log_prob.exp(), 1.0).tolist()
-        self._needs |= {fact.key: need for fact, need in zip(chosen, needs, strict=True)}
-        log_now(trainer, {f"{self.metrics_prefix}/need": sum(self._needs.values()) / len(self._needs)})
-
-
-def _with_labels(part: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "labels" not in other:
-        return part
-    changed = copy.copy(part)
-    changed["labels"] = other["labels"]  # type: ignore[index]
-    return changed
-
-
-def _facts_of(edits: str) -> list[Fact]:
-    """Return the facts of an edit or of a folder of edits, in the order of the edits."""
-    return [fact for edit in read_edits(edits) for fact in edit.facts]

@@ -23,7 +23,7 @@ class Kept:
 
     Attributes:
         goals: by fact key, ``[contexts, d_model]`` float32 on the CPU, see
-            :class:`~lit_moeedit.editing.method.EditResult`; of facts that were generated with it.
+            :class:`~lit_moeedit.editing.job.EditResult`; of facts that were generated with it.
         moments: the second moments that the latest edit used.
     """
 

@@ -3,59 +3,35 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.table import Table
 from typing_extensions import override
 
-from lit_moeedit.callbacks.attempts import attempt
 from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.belonging import StateOfWeights
-from lit_moeedit.callbacks.conflicts import contradicting_texts
-from lit_moeedit.callbacks.history import History
-from lit_moeedit.callbacks.just_edited import JustEdited
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.limits import end_of
 from lit_moeedit.callbacks.listener import EditEvent, EditListener, RetentionEvent
+from lit_moeedit.callbacks.measurements import Measurements
+from lit_moeedit.callbacks.measuring import Measuring
 from lit_moeedit.callbacks.named import callbacks_of
-from lit_moeedit.callbacks.report_page import FILES, describe_model, log_tables, make_report, write_page
+from lit_moeedit.callbacks.outputs import RunFiles, log_routing, log_tables, show
 from lit_moeedit.callbacks.resources import check_parallelism
-from lit_moeedit.callbacks.routing import RoutingMonitor
-from lit_moeedit.callbacks.run_folder import RunFile
-from lit_moeedit.callbacks.summary import (
-    COSTS,
-    MOMENTS,
-    EditTotals,
-    make_table,
-    mean_metrics,
-    mean_of,
-    read_totals,
-    show,
-    summarize_routing,
-    without_nan,
-)
-from lit_moeedit.callbacks.validation import validating, validation_batches
-from lit_moeedit.checkpoint_fields import check_fields
+from lit_moeedit.callbacks.run_report import describe_model, make_report
+from lit_moeedit.callbacks.summary import summarize, without_nan
+from lit_moeedit.callbacks.summary_table import make_table
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import perplexity
-from lit_moeedit.editing.outcomes import measure
 from lit_moeedit.editing.phases import EVALUATION, Meter
-from lit_moeedit.edits import Autopsy
-from lit_moeedit.models.experts import find_model
 from lit_moeedit.reports import ConsoleReport, Model, Report
 from lit_moeedit.reports.report import State
-from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -103,34 +79,25 @@ class EditReport(StateOfWeights, EditListener):
     """
 
     wants_answers = True
-    state_names = ("_edits", "_final", "_history", "_perplexity", "_failed", "_seconds")
+    state_names = ("measured",)
 
     def __init__(
         self, filename: str = "summary.json", console: bool = True, max_rows: int = 200, autopsy: bool = False
     ) -> None:
         super().__init__(filename=filename)
-        self.filename, self.console, self.max_rows = filename, console, max_rows
-        self.autopsy, self._just_edited = autopsy, JustEdited()
-        self._autopsy: Autopsy | None = None
+        self.filename, self.console, self.max_rows, self.autopsy = filename, console, max_rows, autopsy
         # of this process alone
-        self._started = time.perf_counter()
+        self._measuring, self._files = Measuring(autopsy), RunFiles(filename)
+        self._started, self._begun = time.perf_counter(), datetime.now(UTC)
         # epoch and step of a checkpoint that was loaded, after which nothing is left to train
         self._end: tuple[int, int] | None = None
-        self._file, self._pages = RunFile(filename), {name: RunFile(name) for name in FILES}
-        self._begun, self._model = datetime.now(UTC), Model()
-        self._warned: set[str] = set()
+        self._model = Model()
         self._shown: list[Table | ConsoleReport | str] = []
 
     @override
     def begin_state(self) -> None:
-        # plain values, because they have to survive a resume: sums over edits, metrics at the end of training by the
-        # label of the editing callback, and what was measured of each fact
-        self._edits: list[EditTotals] = []
-        self._final: dict[str, dict[str, float]] = {}
-        self._history = History()
-        self._perplexity: dict[str, float] = {}
-        self._failed: dict[str, str] = {}
-        self._seconds = 0.0  # of fits before this one, which it resumes
+        self.measured = Measurements()
+        """The measurements of the edits in the model's weights."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -139,15 +106,15 @@ class EditReport(StateOfWeights, EditListener):
             check_parallelism(trainer, pl_module, "EditReport")
         # before any callback's on_validation_start or on_test_start, one of which may edit
         self._started = time.perf_counter()
-        self._end, self._warned, self._shown = None, set(), []
+        self._end, self._shown = None, []
         if stage == TrainerFn.FITTING:
             # what follows a fit in the same process adds to its report
-            self._final, self._file = {}, RunFile(self.filename)
-            self._just_edited, self._autopsy = JustEdited(), None
-            self._pages, self._begun = {name: RunFile(name) for name in FILES}, datetime.now(UTC)
-            self._perplexity.pop("after_training", None)
-        for file in (self._file, *self._pages.values()):
-            file.locate(trainer)
+            self._measuring, self._files = Measuring(self.autopsy), RunFiles(self.filename)
+            self._begun = datetime.now(UTC)
+            self.measured.final = {}
+            self.measured.perplexity.pop("after_training", None)
+        self._measuring.warned.clear()
+        self._files.locate(trainer)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -159,80 +126,51 @@ class EditReport(StateOfWeights, EditListener):
     @override
     def on_edit_start(self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact]) -> None:
         self._model = describe_model(pl_module)
-        self._measure_perplexity(trainer, pl_module, "before", again=False)
+        # a failed "before" cannot be made up for after an edit
+        self._measuring.perplexity(self.measured, trainer, pl_module, "before", again=False)
 
     @override
     def on_edit_end(self, trainer: L.Trainer, pl_module: L.LightningModule, event: EditEvent) -> None:
-        result = event.result
         meter = Meter(pl_module.device)
         with meter(EVALUATION):
-            self._measure_perplexity(trainer, pl_module, "after")
-        seconds = {**event.seconds, **result.seconds}
-        seconds[EVALUATION] = seconds.get(EVALUATION, 0.0) + meter.seconds()[EVALUATION]
-        metrics = event.before.metrics, event.after.metrics
-        self._totals(event.name).add(len(result.facts), result.kept, *metrics, seconds, event.memory)
-        self._history = self._history.with_edit(event)
-        if self.autopsy and result.kept and trainer.state.fn == TrainerFn.FITTING:
-            with self._attempt("autopsy"):
-                self._just_edited.keep(trainer, pl_module)
-        self._write_page(trainer, "running")
+            self._measuring.perplexity(self.measured, trainer, pl_module, "after")
+        self.measured.add_edit(event, meter.seconds()[EVALUATION])
+        if event.result.kept and trainer.state.fn == TrainerFn.FITTING:
+            self._measuring.keep_weights(self.measured, trainer, pl_module)
+        self._write_report(trainer, "running")
         self._log_tables(trainer)
 
     @override
     def on_retention(self, trainer: L.Trainer, pl_module: L.LightningModule, event: RetentionEvent) -> None:
         self._model = describe_model(pl_module)
-        self._history = self._history.with_retention(event)
+        self.measured.history = self.measured.history.with_retention(event)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._write_page(trainer, "running")
+            self._write_report(trainer, "running")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._history.edits:
-            self._write_page(trainer, "stopped")
+        if self.measured.history.edits:
+            self._write_report(trainer, "stopped")
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._edits:
+        if not self.measured.totals:
             return
         self._model = describe_model(pl_module)  # after the strategy's teardown no weight may be used
         with final_weights(trainer, pl_module):
-            self._measure_end(trainer, pl_module)
-
-    def _measure_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._measure_perplexity(trainer, pl_module, "after_training")
-        editings = callbacks_of(trainer, KnowledgeEditing)
-        for editing in editings:
-            if editing.edited_facts:
-                with self._attempt("after_training" if len(editings) == 1 else f"after_training of {editing.label}"):
-                    self._measure_facts(trainer, pl_module, editing)
-        if self.autopsy:
-            with self._attempt("autopsy"):
-                self._autopsy = self._just_edited.examine(pl_module)
-
-    def _measure_facts(self, trainer: L.Trainer, pl_module: L.LightningModule, editing: KnowledgeEditing) -> None:
-        facts, undone = editing.applied_facts, editing.undone_facts
-        settings: Any = {"token_budget": editing.editor.token_budget}
-        model, step = find_model(pl_module), trainer.global_step if self._end is None else self._end[1]
-        if facts:
-            evaluation, baseline = editing.evaluate(pl_module), editing.neighbours_before
-            self._final[editing.label] = evaluation.metrics
-            found = measure(model, editing.tokenizer, facts, baseline, evaluation=evaluation, **settings)
-            contradictions = contradicting_texts(trainer, facts)
-            self._history = self._history.with_end(editing.name, facts, found, step, contradictions)
-        if undone:
-            found = measure(model, editing.tokenizer, undone, **settings)
-            self._history = self._history.with_end(editing.name, undone, found, step, {})
+            step = trainer.global_step if self._end is None else self._end[1]
+            self._measuring.end(self.measured, trainer, pl_module, step)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # after the strategy's teardown: no weight may be used any more. All checkpoints have been written, so a full
         # disk costs the summary only.
-        self._finish(trainer, pl_module)
+        self._finish(trainer)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._finish(trainer, pl_module)
+            self._finish(trainer)
 
     on_test_end = on_fit_end
 
@@ -242,35 +180,12 @@ class EditReport(StateOfWeights, EditListener):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        measured = {
-            "totals": [totals.state() for totals in self._edits],
-            "final": self._final,
-            "history": self._history.state(),
-            "perplexity": self._perplexity,
-            "seconds": self._seconds + time.perf_counter() - self._started,
-        }
-        return {**measured, "failed": self._failed} if self._failed else measured
+        return {**self.measured.state(), "seconds": self._seconds}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        where = "the state of EditReport in the checkpoint"
-        edits = read_totals(where, state_dict)
-        numbers, texts = {str: (int, float)}, {str: str}
-        shapes: dict[str, Any] = {
-            "history": dict,
-            "perplexity": numbers,
-            "failed": texts,
-            "final": {str: numbers},
-        }
-        # before there were totals there were neither seconds nor metrics at the end of training
-        check_fields(where, state_dict, ("failed", "final", "seconds", "history"), **shapes, seconds=(int, float))
-        # that of an earlier version has no history
-        history = History.of_state(where, state_dict.get("history") or {})
-        self._edits = edits
-        self._history = history
-        self._perplexity = dict(state_dict["perplexity"])
-        self._failed, self._final = dict(state_dict.get("failed") or {}), dict(state_dict.get("final") or {})
-        self._seconds, self._started = state_dict.get("seconds") or 0.0, time.perf_counter()
+        self.measured = Measurements.of_state("the state of EditReport in the checkpoint", state_dict)
+        self._started = time.perf_counter()
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -303,117 +218,54 @@ class EditReport(StateOfWeights, EditListener):
 
         ``survival`` has the points of the survival curves (see :class:`~lit_moeedit.reports.SurvivalPoint`), and
         ``survivors`` what was left when training ended (see :class:`~lit_moeedit.reports.Survivors`), by the name of
-        the editing callback.
+        the editing callback. ``replay`` has what was replayed (see :class:`~lit_moeedit.reports.Replayed`), by the name
+        of the :class:`~lit_moeedit.callbacks.EditReplay`.
 
         With several editing callbacks, ``editors`` has ``edits``, ``solver``, ``place``, ``before``, ``after``,
         ``after_training`` and ``renewals`` of each, by its name (its state key, if it has none); with several monitors,
         ``routing["monitors"]`` has ``similarity``, ``kl`` and ``per_layer`` of the others. After an autopsy,
         ``autopsy`` has its result.
         """
-        editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
-        routing = summarize_routing(monitors[0].last_edit if monitors else {})
-        edited = (index for editing in editings for index in editing.editor.layers)
-        routing["first_edited_layer"] = min(edited, default=None)
-        if len(monitors) > 1:
-            routing["monitors"] = {monitor.label: summarize_routing(monitor.last_edit) for monitor in monitors[1:]}
-        seconds = {name: sum(edits.seconds.get(name, 0.0) for edits in self._edits) for name in (*COSTS, "edit")}
-        memory = {name: max((edits.memory.get(name, 0) for edits in self._edits), default=0) for name in COSTS}
-        summary = {
-            **self._summarize(editings, self._edits),
-            "routing": routing,
-            "perplexity": {moment: self._perplexity.get(moment) for moment in MOMENTS},
-            "seconds": {"fit": self._seconds + time.perf_counter() - self._started, **seconds},
-            "memory": {name: peak for name, peak in memory.items() if peak},
-            "renewals": sum(editing.renewals for editing in editings),
-            "survival": [asdict(point) for editing in editings for point in editing.survival.points],
-            "survivors": {e.name or "": asdict(e.survivors) for e in editings if e.survivors is not None},
-        }
-        if len(editings) > 1:
-            summary["editors"] = {
-                editing.label: {
-                    **self._summarize([editing], [edits for edits in self._edits if edits.name == editing.name]),
-                    "renewals": editing.renewals,
-                }
-                for editing in editings
-            }
-        if self._autopsy is not None:
-            summary["autopsy"] = self._autopsy.to_dict()
-        return summary | ({"failed": dict(self._failed)} if self._failed else {})
+        summary = summarize(self.measured, trainer, self._seconds)
+        if self._measuring.autopsy is not None:
+            summary["autopsy"] = self._measuring.autopsy.to_dict()
+        return summary | ({"failed": dict(self.measured.failed)} if self.measured.failed else {})
 
-    def _summarize(self, editings: Sequence[KnowledgeEditing], edits: Sequence[EditTotals]) -> dict[str, Any]:
-        final = {e.label: (len(e.applied_facts), self._final.get(e.label)) for e in editings if e.applied_facts}
-        measured = [(facts, metrics) for facts, metrics in final.values() if metrics is not None]
-        # a measurement that failed cannot be left out of a mean
-        is_whole = len(measured) == len(final) > 0
-        return {
-            "edits": sum(totals.facts for totals in edits),
-            "solver": ", ".join(dict.fromkeys(editing.editor.name for editing in editings)) or None,
-            "place": editings[0].place if len(editings) == 1 else None,
-            "before": mean_of(totals.before for totals in edits),
-            "after": mean_of(totals.after for totals in edits),
-            "after_training": mean_metrics(measured) if is_whole else None,
-        }
-
-    def _totals(self, name: str | None) -> EditTotals:
-        """Return the sums over the edits of the callback of this name."""
-        found = next((totals for totals in self._edits if totals.name == name), None)
-        if found is None:
-            found = EditTotals(name)
-            self._edits.append(found)
-        return found
-
-    @contextmanager
-    def _attempt(self, name: str) -> Iterator[None]:
-        """Make a measurement on all ranks or on none; a failure is recorded under ``name`` and costs nothing else."""
-
-        def fail(error: BaseException) -> None:
-            self._failed[name] = text = f"{type(error).__name__}: {error}"
-            # what cannot be measured before an edit cannot be measured after it: once is enough
-            level = logging.DEBUG if text in self._warned else logging.WARNING
-            self._warned.add(text)
-            log.log(level, "EditReport could not measure %s: %s", name, text)
-            log.debug("", exc_info=error)
-
-        self._failed.pop(name, None)
-        with attempt(fail):
-            yield
+    @property
+    def _seconds(self) -> float:
+        """Duration of the fit so far, with the fits that it resumes."""
+        return self.measured.seconds + time.perf_counter() - self._started
 
     def _report(self, trainer: L.Trainer, state: State) -> Report:
         """Make the report of the run as it is now."""
-        editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
-        routing = monitors[0].last_edit if monitors else {}
-        return make_report(state, self._begun, self._history, self.summary(trainer), editings, routing, self._model)
+        return make_report(state, self._begun, self.measured.history, self.summary(trainer), trainer, self._model)
 
     @rank_zero_only
-    def _write_page(self, trainer: L.Trainer, state: State) -> None:
-        try:
-            write_page(self._report(trainer, state), self._pages)
-        except OSError as error:  # a full disk, which is no reason to lose a run
-            log.warning("EditReport could not write %s: %s", " and ".join(FILES), error)
+    def _write_report(self, trainer: L.Trainer, state: State) -> None:
+        self._files.write_report(self._report(trainer, state))
 
     @rank_zero_only
     def _log_tables(self, trainer: L.Trainer) -> None:
-        log_tables(trainer, self._history.rows, self.max_rows)
+        log_tables(trainer, self.measured.history.rows, self.max_rows)
 
     @rank_zero_only
-    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._edits:
+    def _finish(self, trainer: L.Trainer) -> None:
+        if not self.measured.totals:
             log.warning("no facts were edited in this run, so there is nothing to report")
             return
-        summary = without_nan(self.summary(trainer))
-        facts = ConsoleReport(self._report(trainer, "finished"))
-        self._shown = [*([facts] if self._history.rows else []), make_table(summary)]
+        summary, report = without_nan(self.summary(trainer)), self._report(trainer, "finished")
+        self._shown = [*([ConsoleReport(report)] if report.rows else []), make_table(summary)]
         try:
-            path = self._file.write(json.dumps(summary, indent=2) + "\n")
+            path = self._files.write_summary(summary)
         except BaseException:
             self._show(trainer)  # even if there is no room for the file
             raise
-        self._write_page(trainer, "finished")
-        if self._autopsy is not None:
-            self._shown.append(f"Autopsy: {self._autopsy.verdict}.")
+        self._files.write_report(report)
+        if self._measuring.autopsy is not None:
+            self._shown.append(f"Autopsy: {self._measuring.autopsy.verdict}.")
         self._shown.append(f"Summary: {path}\nReport: {path.with_name('report.html')}")
         self._log_tables(trainer)
-        self._log_figures(trainer)
+        log_routing(trainer)
 
     @rank_zero_only
     def _show(self, trainer: L.Trainer) -> None:
@@ -422,31 +274,11 @@ class EditReport(StateOfWeights, EditListener):
         if shown and self.console:
             show(trainer, shown)
 
-    def _log_figures(self, trainer: L.Trainer) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        for monitor in callbacks_of(trainer, RoutingMonitor) if loggers else ():
-            figure = monitor.figure()
-            for logger in loggers if figure is not None else ():
-                logger.log_image(monitor.metrics_prefix, [figure])
-
     def _measure_without_training(self, trainer: L.Trainer, pl_module: L.LightningModule, end: tuple[int, int]) -> None:
         """Measure the end of a training that ended before the process did, if its checkpoint does not have it."""
         for editing in callbacks_of(trainer, KnowledgeEditing):
             editing.on_fit_start(trainer, pl_module)  # this callback's turn may be before it
         for editing in callbacks_of(trainer, KnowledgeEditing):
             editing.end_curve(trainer, pl_module, end)
-        if not self._final:
+        if not self.measured.final:
             self.on_train_end(trainer, pl_module)
-
-    def _measure_perplexity(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, moment: str, again: bool = True
-    ) -> None:
-        name = f"perplexity {moment}"
-        # a failed "before" cannot be made up for after an edit
-        if not again and (moment in self._perplexity or name in self._failed):
-            return
-        self._perplexity.pop(moment, None)
-        with self._attempt(name), validating(trainer) as loaders:
-            if loaders is not None:
-                batches = validation_batches(trainer, pl_module, loaders)
-                self._perplexity[moment] = perplexity(find_model(pl_module), batches, Ranks.current())

@@ -1,159 +1,66 @@
-"""Figures of ``summary.json``, and their table on the console."""
+"""The content of ``summary.json``, from what was measured and what the callbacks of a run know."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
-from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.progress import Progress
-from rich.table import Table
 
-from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
+from lit_moeedit.callbacks.edit_replay import EditReplay
+from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
+from lit_moeedit.callbacks.measurements import Measurements
+from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.routing import RoutingMonitor
+from lit_moeedit.callbacks.totals import EditTotals, mean_metrics, mean_of
 from lit_moeedit.editing import PHASES
 from lit_moeedit.editing.phases import EVALUATION, LOCATE, OTHER
-from lit_moeedit.text import printable
 
 MOMENTS = ("before", "after", "after_training")
-_SHOWN = (
-    "efficacy",
-    "efficacy_accuracy",
-    "generalization",
-    "generalization_accuracy",
-    "specificity",
-    "specificity_accuracy",
-    "specificity_retained",
-    "score",
-    "utility",
-)
-_SHOWN_OF_EACH = ("efficacy", "generalization", "specificity_retained", "score")
-
-
 COSTS = (LOCATE, EVALUATION, *PHASES, OTHER)
 """Phases of an edit and around it; their seconds add up to all that the edit took."""
 
-Sums = dict[str, list[float]]
-"""By metric, the number of facts for which it was measured, and its sum over these facts."""
 
-
-@dataclass
-class EditTotals:
-    """Sums over the edits of one callback, from which their averages are computed; as large after many as after one.
-
-    Attributes:
-        name: name of the callback.
-        facts: number of facts edited, without those of undone edits.
-        before: metrics before the edits.
-        after: metrics after them.
-        seconds: seconds of their phases.
-        memory: peak of each phase's memory, in bytes, the highest of all edits.
-    """
-
-    name: str | None = None
-    facts: int = 0
-    before: Sums = field(default_factory=dict)
-    after: Sums = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-
-    def add(
-        self,
-        facts: int,
-        kept: bool,
-        before: Mapping[str, float],
-        after: Mapping[str, float],
-        seconds: Mapping[str, float],
-        memory: Mapping[str, int] | None = None,
-    ) -> None:
-        """Add an edit of ``facts`` facts; a metric that was not measured (NaN) has no weight."""
-        self.facts += facts if kept else 0
-        for sums, metrics in ((self.before, before), (self.after, after)):
-            for metric, value in metrics.items():
-                counted, total = sums.setdefault(metric, [0, 0.0])
-                if not math.isnan(value):
-                    sums[metric] = [counted + facts, total + facts * value]
-        for phase, value in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
-        for phase, peak in (memory or {}).items():
-            self.memory[phase] = max(peak, self.memory.get(phase, 0))
-
-    def state(self) -> dict[str, Any]:
-        """Return the sums as plain values."""
-        return asdict(self)
-
-
-def read_totals(where: str, state: Mapping[str, Any]) -> list[EditTotals]:
-    """Read the sums of a state in a checkpoint; older states have each edit by itself.
+def summarize(measured: Measurements, trainer: L.Trainer, seconds: float) -> dict[str, Any]:
+    """Compute the content of ``summary.json``, see :meth:`lit_moeedit.callbacks.EditReport.summary`.
 
     Args:
-        where: name of the state, for errors.
-        state: the state.
-
-    Raises:
-        CheckpointError: naming the field that is not as it should be.
+        measured: what was measured.
+        trainer: the trainer, of whose callbacks it tells.
+        seconds: duration of the fit.
     """
-    numbers = (int, float)
-    metrics, sums = {str: numbers}, {str: [numbers]}
-    is_old = "totals" not in state
-    name = "edits" if is_old else "totals"
-    shapes: dict[str, Any] = {name: [dict]}
-    check_fields(where, state, **shapes)
-    found: dict[str | None, EditTotals] = {}
-    for index, entry in enumerate(state[name]):
-        inner = f"{where}, {name}[{index}]"
-        shape: Any = metrics if is_old else sums
-        shapes = {"name": str, "facts": int, "before": shape, "after": shape, "seconds": metrics, "memory": {str: int}}
-        check_fields(inner, entry, ("name", "memory"), **shapes)
-        if not entry["seconds"].keys() >= {*PHASES, "edit"}:
-            raise CheckpointError(f"{inner} should hold the seconds of {', '.join((*PHASES, 'edit'))}")
-        totals = found.setdefault(entry.get("name"), EditTotals(entry.get("name")))
-        if is_old:
-            check_fields(inner, entry, kept=bool)
-            totals.add(*(entry[field] for field in ("facts", "kept", "before", "after", "seconds")))
-            continue
-        if any(len(pair) != 2 for part in ("before", "after") for pair in entry[part].values()):
-            raise CheckpointError(f"{inner}: fields 'before' and 'after' should hold a number of facts and a sum each")
-        totals.facts, totals.seconds = entry["facts"], dict(entry["seconds"])
-        totals.before, totals.after = dict(entry["before"]), dict(entry["after"])
-        totals.memory = dict(entry.get("memory") or {})
-    return list(found.values())
-
-
-def mean_of(parts: Iterable[Sums]) -> dict[str, float]:
-    """Average metrics over the facts of several sums; NaN for what was not measured at all.
-
-    Example:
-        >>> mean_of([{"efficacy": [1, 1.0], "score": [0, 0.0]}, {"efficacy": [3, 0.0]}])
-        {'efficacy': 0.25, 'score': nan}
-    """
-    means: dict[str, list[float]] = {}
-    for sums in parts:
-        for metric, (counted, total) in sums.items():
-            before = means.get(metric, [0, 0.0])
-            means[metric] = [before[0] + counted, before[1] + total]
-    return {metric: total / counted if counted else math.nan for metric, (counted, total) in means.items()}
-
-
-def mean_metrics(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
-    """Average metrics over parts of the facts.
-
-    Args:
-        parts: number of facts and their metrics; a part for which nothing was counted (NaN) has no weight.
-
-    Example:
-        >>> mean_metrics([(1, {"efficacy": 1.0, "score": float("nan")}), (3, {"efficacy": 0.0, "score": 0.5})])
-        {'efficacy': 0.25, 'score': 0.5}
-    """
-    means = {}
-    for name in dict.fromkeys(name for _, metrics in parts for name in metrics):
-        counted = [(facts, metrics[name]) for facts, metrics in parts if not math.isnan(metrics.get(name, math.nan))]
-        total = sum(facts for facts, _ in counted)
-        means[name] = sum(facts / total * value for facts, value in counted) if total else math.nan
-    return means
+    editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
+    replays = callbacks_of(trainer, EditReplay)
+    routing = summarize_routing(monitors[0].last_edit if monitors else {})
+    edited = (index for editing in editings for index in editing.editor.layers)
+    routing["first_edited_layer"] = min(edited, default=None)
+    if len(monitors) > 1:
+        routing["monitors"] = {monitor.label: summarize_routing(monitor.last_edit) for monitor in monitors[1:]}
+    edits = measured.totals
+    phases = {name: sum(totals.seconds.get(name, 0.0) for totals in edits) for name in (*COSTS, "edit")}
+    memory = {name: max((totals.memory.get(name, 0) for totals in edits), default=0) for name in COSTS}
+    summary = {
+        **_summarize_edits(measured, editings, edits),
+        "routing": routing,
+        "perplexity": {moment: measured.perplexity.get(moment) for moment in MOMENTS},
+        "seconds": {"fit": seconds, **phases},
+        "memory": {name: peak for name, peak in memory.items() if peak},
+        "renewals": sum(editing.renewals for editing in editings),
+        "survival": [asdict(point) for editing in editings for point in editing.survival.points],
+        "survivors": {e.name or "": asdict(e.survivors) for e in editings if e.survivors is not None},
+        "replay": {r.name or "": asdict(r.replayed) for r in replays if r.replayed is not None},
+    }
+    if len(editings) > 1:
+        summary["editors"] = {
+            editing.label: {
+                **_summarize_edits(measured, [editing], [totals for totals in edits if totals.name == editing.name]),
+                "renewals": editing.renewals,
+            }
+            for editing in editings
+        }
+    return summary
 
 
 def summarize_routing(shift: Mapping[str, float]) -> dict[str, Any]:
@@ -169,50 +76,18 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def make_table(summary: Mapping[str, Any]) -> Table:
-    """Make the table of a summary: all edits, then a section for each editor if there are several."""
-    total = sum(summary["seconds"][phase] for phase in COSTS)
-    renewed = f", renewed {summary['renewals']} times" if summary["renewals"] else ""
-    routing = ", ".join(f"{layer}: {_number(value)}" for layer, value in summary["routing"]["per_layer"].items())
-    table = Table(
-        title=f"{summary['edits']} edits with {summary['solver']} in {total:.1f} s{renewed}",
-        caption=f"routing similarity by layer: {routing}" if routing else None,
-    )
-    for column in ("", "before", "after the edit", "at the end"):
-        table.add_column(column, justify="left" if not column else "right")
-    groups = sorted(name for name in summary["after"] if name.startswith("specificity_retained_"))
-    _add_rows(table, summary, (*_SHOWN, *groups))
-    _add_row(table, "perplexity", [summary["perplexity"][moment] for moment in MOMENTS])
-    for label, editor in summary.get("editors", {}).items():
-        table.add_section()
-        table.add_row(escape(printable(f"{label}: {editor['edits']} edits with {editor['solver']}")))
-        _add_rows(table, editor, _SHOWN_OF_EACH)
-    return table
-
-
-def show(trainer: L.Trainer, parts: Iterable[RenderableType]) -> None:
-    """Print tables and texts where the trainer shows its progress."""
-    # a live display would erase what another console prints below it; nothing is left to be shown there
-    display = getattr(trainer.progress_bar_callback, "progress", None)
-    if isinstance(display, Progress):
-        display.stop()
-    console = Console(emoji=False)
-    for part in parts:
-        is_text = isinstance(part, str)
-        console.print(part, markup=not is_text, soft_wrap=is_text)
-
-
-def _add_rows(table: Table, found: Mapping[str, Any], names: Iterable[str]) -> None:
-    for name in names:
-        # a facts file may call a group of neighbours anything
-        shown = escape(printable(name.replace("_", " ")))
-        _add_row(table, shown, [(found[moment] or {}).get(name) for moment in MOMENTS])
-
-
-def _add_row(table: Table, title: str, values: Sequence[float | None]) -> None:
-    if any(value is not None for value in values):
-        table.add_row(title, *map(_number, values))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _summarize_edits(
+    measured: Measurements, editings: Sequence[KnowledgeEditing], edits: Sequence[EditTotals]
+) -> dict[str, Any]:
+    final = {e.label: (len(e.applied_facts), measured.final.get(e.label)) for e in editings if e.applied_facts}
+    known = [(facts, metrics) for facts, metrics in final.values() if metrics is not None]
+    # a measurement that failed cannot be left out of a mean
+    is_whole = len(known) == len(final) > 0
+    return {
+        "edits": sum(totals.facts for totals in edits),
+        "solver": ", ".join(dict.fromkeys(editing.editor.name for editing in editings)) or None,
+        "place": editings[0].place if len(editings) == 1 else None,
+        "before": mean_of(totals.before for totals in edits),
+        "after": mean_of(totals.after for totals in edits),
+        "after_training": mean_metrics(known) if is_whole else None,
+    }

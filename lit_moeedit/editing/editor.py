@@ -13,8 +13,9 @@ from typing_extensions import override
 
 from lit_moeedit.data.encoding import EditToken, pad_id
 from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing.job import EditJob
 from lit_moeedit.editing.memory import EditMemory
-from lit_moeedit.editing.method import EditJob, EditMethod
+from lit_moeedit.editing.method import EditMethod
 from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.spread import CarriedSpread, Spread
 from lit_moeedit.editing.target_rows import EncodedFacts

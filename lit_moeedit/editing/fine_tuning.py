@@ -12,7 +12,8 @@ from typing_extensions import override
 from lit_moeedit.data.encoding import Encoding, pad_id, token_batches
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.evaluation import score_batch
-from lit_moeedit.editing.method import EditJob, EditMethod, LayerEdits
+from lit_moeedit.editing.job import EditJob, LayerEdits
+from lit_moeedit.editing.method import EditMethod
 from lit_moeedit.editing.target_rows import EncodedFacts
 from lit_moeedit.editing.targets import Targets
 from lit_moeedit.models.experts import ExpertLayer

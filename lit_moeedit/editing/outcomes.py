@@ -14,8 +14,9 @@ from lit_moeedit.data.facts import Fact
 from lit_moeedit.data.function_words import is_function_word
 from lit_moeedit.editing.evaluation import Evaluation, evaluate
 from lit_moeedit.editing.generation import MAX_ANSWER_TOKENS, answers
+from lit_moeedit.editing.job import EditResult
 from lit_moeedit.editing.measured import Measured
-from lit_moeedit.editing.method import EditMethod, EditResult
+from lit_moeedit.editing.method import EditMethod
 from lit_moeedit.models.token_budget import Budget
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.text import printable

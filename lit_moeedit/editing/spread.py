@@ -12,9 +12,9 @@ from typing_extensions import override
 
 from lit_moeedit.data.encoding import pad_id
 from lit_moeedit.editing.edit_tokens import EditTokens, edit_tokens
+from lit_moeedit.editing.job import EditJob, LayerEdits
 from lit_moeedit.editing.layer_weights import layer_weights
 from lit_moeedit.editing.memory import GatedKeys
-from lit_moeedit.editing.method import EditJob, LayerEdits
 from lit_moeedit.editing.target_rows import EncodedFacts
 from lit_moeedit.editing.targets import Targets
 from lit_moeedit.models.experts import ExpertLayer

@@ -59,6 +59,15 @@ def with_parts(batch: Any, parts: Iterator[Mapping[str, Any]]) -> Any:
     return type(batch)(*found) if hasattr(batch, "_fields") else tuple(found)
 
 
+def with_labels(part: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch with the labels of another one, if that has any; the batch itself is not changed."""
+    if "labels" not in other:
+        return part
+    changed = copy.copy(part)
+    changed["labels"] = other["labels"]  # type: ignore[index]
+    return changed
+
+
 def check_form(batch: Any) -> None:
     """Check that rows can be added to a batch: to the first of the dicts that :func:`find_parts` yields.
 

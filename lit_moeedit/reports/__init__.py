@@ -8,6 +8,7 @@ from lit_moeedit.reports.console import ConsoleReport
 from lit_moeedit.reports.html import write_html
 from lit_moeedit.reports.jsonl import read_rows, write_rows
 from lit_moeedit.reports.outcomes import Outcome, Totals, outcome_of
+from lit_moeedit.reports.replay import Replayed
 from lit_moeedit.reports.report import Cost, Guard, Model, Place, Report, Retention, Routing, State
 from lit_moeedit.reports.rows import FactRow, Measured, Moment
 from lit_moeedit.reports.survival import SurvivalPoint, Survivors
@@ -23,6 +24,7 @@ __all__ = [
     "Moment",
     "Outcome",
     "Place",
+    "Replayed",
     "Report",
     "Retention",
     "Routing",

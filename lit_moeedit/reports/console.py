@@ -48,6 +48,8 @@ class ConsoleReport:
         yield _listed([("!", "yellow", Text(cut(warning, _MAX_SENTENCE))) for warning in self.report.warnings])
         for name, left in self.report.survivors.items():
             yield Text(cut(f"{name}: {left}" if name else str(left), _MAX_SENTENCE))
+        for name, replayed in self.report.replay.items():
+            yield Text(cut(f"Replay {name}: {replayed}" if name else f"Replay: {replayed}", _MAX_SENTENCE))
         totals = Totals.of(rows)
         style = "bold green" if totals.number == totals.facts["holds"] else "bold"
         yield Text(totals.headline, style=style)

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Literal, Self, cast
 
 from lit_moeedit.reports.plain import from_plain, to_plain
+from lit_moeedit.reports.replay import Replayed
 from lit_moeedit.reports.rows import FactRow, Moment
 from lit_moeedit.reports.survival import SurvivalPoint, Survivors
 
@@ -134,6 +135,7 @@ class Report:
         retention: metrics at the validations after the edit.
         survival: points of the survival curve.
         survivors: the edits that were left at the end, by the name of their callback.
+        replay: the statements of edited facts that were trained on, by the name of the callback.
         costs: cost by phase.
         guards: limits that the edits had to meet.
         places: places that were tried to choose layers and token; empty if they were given.
@@ -158,6 +160,7 @@ class Report:
     retention: tuple[Retention, ...] = ()
     survival: tuple[SurvivalPoint, ...] = ()
     survivors: dict[str, Survivors] = field(default_factory=dict)
+    replay: dict[str, Replayed] = field(default_factory=dict)
     costs: tuple[Cost, ...] = ()
     guards: tuple[Guard, ...] = ()
     places: tuple[Place, ...] = ()

@@ -16,21 +16,10 @@ from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 from lit_moeedit.callbacks.conflicts import ContradictionError
 from lit_moeedit.module import LitMoE
 from tests.callbacks.conftest import CONFIG, _data, _editor, _trainer
+from tests.callbacks.replaying import Watching, old_answers, replayed, stated
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-
-
-class Watching(LitMoE):
-    """Remembers the batches that it trains on."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.seen: list[dict[str, torch.Tensor]] = []
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        self.seen.append(batch)
-        return super().training_step(batch, batch_idx)
 
 
 class Shapes(L.Callback):
@@ -59,18 +48,6 @@ def run(tiny: Any, make_trainer: Any, tmp_path: Path) -> Any:
     return fit
 
 
-def replayed(module: Any) -> list[int]:
-    return [len(batch["input_ids"]) - 8 for batch in module.seen]
-
-
-def stated(module: Any) -> list[list[list[int]]]:
-    """Tokens of the statements of each batch."""
-    return [
-        [ids[mask > 0].tolist() for ids, mask in zip(b["input_ids"][8:], b["attention_mask"][8:], strict=True)]
-        for b in module.seen
-    ]
-
-
 def test_rows_are_trained_on_from_the_edit_on(run: Any, tiny: Any) -> None:
     replay, shapes = EditReplay(share=0.25), Shapes()
     module = run(replay, shapes, at={"step": 2})
@@ -94,7 +71,7 @@ def test_a_run_without_an_edit_is_that_without_the_callback(run: Any, tiny: Any)
 
 
 def test_measuring_needs_does_not_change_what_is_trained(run: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2)
+    monkeypatch.setattr("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2)
     replay = EditReplay(share=0.25)
     module = run(replay)
     assert set(replay.state_dict()["needs"]) <= {fact.key for fact in replay.facts}
@@ -109,15 +86,18 @@ def test_measuring_needs_does_not_change_what_is_trained(run: Any, tiny: Any, mo
 def test_a_resumed_run_has_the_same_weights(
     run: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    monkeypatch.setattr("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2)
+    monkeypatch.setattr("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=steps, save_top_k=-1, filename="{step}")
-    whole = run(EditReplay(share=0.3, paraphrases=1), saving)
+    replays = [EditReplay(share=0.3, paraphrases=1) for _ in range(2)]
+    whole = run(replays[0], saving)
     ckpt = str(tmp_path / "saved" / f"step={steps}.ckpt")
-    resumed = run(EditReplay(share=0.3, paraphrases=1), ckpt_path=ckpt)
+    resumed = run(replays[1], ckpt_path=ckpt)
     first, second = tiny.weights(whole), tiny.weights(resumed)
     if steps == 4:  # in the middle of an epoch Lightning does not read the rest of the data that the run would read
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert stated(resumed) == stated(whole)[steps:] != []
+    assert replays[0].replayed == replays[1].replayed
+    assert replays[0].replayed is not None and replays[0].replayed.statements == sum(replayed(whole))
 
 
 def test_a_forward_of_their_own(run: Any, tiny: Any) -> None:
@@ -196,18 +176,6 @@ def test_the_first_of_several_loaders(run: Any, tiny: Any) -> None:
 # -- text that contradicts edits --------------------------------------------------------------------------------------
 
 
-def old_answers(module: Any, tiny: Any) -> list[tuple[bool, bool]]:
-    """For each row of the data that states the old answer of an edit: whether it still does, and whether it counts."""
-    tokenizer, facts = module.trainer.datamodule.tokenizer, tiny.corpus().edits
-    found = []
-    for batch in module.seen:
-        for ids, labels in zip(batch["input_ids"][:8], batch["labels"][:8], strict=True):
-            text = tokenizer.decode(ids)
-            if any(f.subject in text and f.target_true in text for f in facts):
-                found.append((True, bool((labels >= 0).any())))
-    return found
-
-
 def test_contradicting_text_is_told_of(run: Any, tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     replay = EditReplay(share=0.25)
     module = run(replay, data=tiny.data(drop_edited=False), max_steps=4)
@@ -265,12 +233,13 @@ def fit_on_ranks(strategies: list[str], folder: str) -> dict[str, Any]:
             editing = KnowledgeEditing(_editor(steps=3), on_failure="keep")
             trainer = _trainer(f"{folder}/{strategy}-{weight}", [editing, replay], **changes)
             trainer.fit(module, _data(batch_size=8 // size))
-            needs = replay.state_dict()["needs"]
+            needs, counted = replay.state_dict()["needs"], replay.replayed
             rows = [ids.tolist() for batch in module.seen for ids in batch["input_ids"][8 // size :]]
             found[f"{strategy} {weight}"] = {
                 "needs": needs,
                 "rows": rows,
                 "loss": float(trainer.logged_metrics["train/loss"]),
+                "statements": 0 if counted is None else counted.statements,
             }
     return found
 
@@ -284,16 +253,18 @@ def test_ranks_state_others_and_know_the_same(strategies: list[str], tmp_path: P
     assert first.keys() == second.keys()
     for name in first:
         assert first[name]["needs"] == second[name]["needs"] != {}
+        assert first[name]["statements"] == second[name]["statements"] > 0
         assert first[name]["loss"] == second[name]["loss"] and first[name]["loss"] == first[name]["loss"]
         if "None" in name:
             assert first[name]["rows"] and second[name]["rows"] and first[name]["rows"] != second[name]["rows"]
+            assert first[name]["statements"] == len(first[name]["rows"]) + len(second[name]["rows"])
         else:
             assert not first[name]["rows"] and not second[name]["rows"]
 
 
 def fit_with_short_measures(strategies: list[str], folder: str) -> dict[str, Any]:
     """Fit with measurements after every other step."""
-    with mock.patch("lit_moeedit.callbacks.edit_replay.MEASURE_EVERY", 2):
+    with mock.patch("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2):
         return fit_on_ranks(strategies, folder)
 
 

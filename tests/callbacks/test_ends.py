@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, report
+from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, measuring
 from lit_moeedit.data import FactsDataModule
 from lit_moeedit.module import LitMoE
 from tests.processes import run_ranks
@@ -196,15 +196,15 @@ def test_a_run_that_raises_writes_no_summary(run: Any, tmp_path: Path) -> None:
 
 
 def _failing(what: str, error: BaseException, only: str | None = None) -> Any:
-    """The report's function or method ``what`` raises, at one moment only if that is given."""
-    original, moments = getattr(report, what), iter(("before", "after", "after_training"))
+    """The function ``what`` of the measuring raises, at one moment only if that is given."""
+    original, moments = getattr(measuring, what), iter(("before", "after", "after_training"))
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         if only in (None, next(moments, None)):
             raise error
         return original(*args, **kwargs)
 
-    return patch.object(report, what, fail)
+    return patch.object(measuring, what, fail)
 
 
 def test_a_failed_measurement_is_named_and_costs_nothing_else(run: Any, tmp_path: Path, caplog: Any) -> None:
@@ -281,7 +281,7 @@ def ends(folder: str) -> dict[str, Any]:
                 raise MemoryError("no room on one rank")
             return super().evaluate(pl_module, *args)
 
-    original = report.perplexity
+    original = measuring.perplexity
     error: BaseException = OSError("the disk is gone")
 
     def batches(loader: Any) -> Any:
@@ -296,7 +296,7 @@ def ends(folder: str) -> dict[str, Any]:
         editing = Bad(_editor(), at={"epoch": 0})
         trainer = _trainer(f"{folder}/{name}", [editing, EditReport(console=False)], strategy=strategy, devices=2)
         try:
-            with patch.object(report, "perplexity", perplexity):
+            with patch.object(measuring, "perplexity", perplexity):
                 trainer.fit(_module(), _data(batch_size=4, samples_per_epoch=16))
             said[name] = "finished"
         except BaseException as caught:

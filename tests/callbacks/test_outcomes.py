@@ -246,7 +246,7 @@ def test_undone_by_training_names_the_steps_between_which_it_happened(run, tmp_p
 
     reports.append(EditReport(console=False))
     run(callbacks=[Forgetting(), *reports], epochs=3)
-    history: History = reports[0]._history
+    history: History = reports[0].measured.history
     assert set(history.held_at.values()) <= {4, 8} and 8 in history.held_at.values()
     assert [one.step for one in history.retention] == [8, 12] and set(history.lost_at.values()) <= {8, 12}
     rows = read_rows(tmp_path / "run" / "edits.jsonl")

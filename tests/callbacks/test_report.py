@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
-from lit_moeedit.callbacks.summary import mean_metrics
+from lit_moeedit.callbacks.measurements import Measurements
+from lit_moeedit.callbacks.totals import mean_metrics
 from lit_moeedit.editing import PHASES
 from lit_moeedit.reports import read_rows
 
@@ -59,7 +60,7 @@ def test_the_shape_of_the_summary(run, tmp_path):
     summary = _read(tmp_path / "run" / "summary.json")
     assert list(summary) == [
         "edits", "solver", "place", "before", "after", "after_training", "routing", "perplexity", "seconds", "memory",
-        "renewals", "survival", "survivors",
+        "renewals", "survival", "survivors", "replay",
     ]  # fmt: skip
     assert summary["edits"] == 6 and summary["solver"] == "Woodbury"
     assert summary["place"] == {"layers": [0, 1], "token": "last", "found": False}
@@ -225,11 +226,11 @@ def test_groups_of_a_facts_file_cannot_mark_up_the_table(run, tiny, capsys):
 
 def test_the_sums_in_the_state_do_not_grow_with_the_edits(tmp_path):
     def size(edits):
-        report = EditReport()
+        measured = Measurements()
         metrics = {f"metric_{i}": 0.5 for i in range(20)}
         for _ in range(edits):
-            report._totals(None).add(2, True, metrics, metrics, {"edit": 1.0})
-        torch.save(report.state_dict(), tmp_path / "state")
+            measured.totals_of(None).add(2, True, metrics, metrics, {"edit": 1.0})
+        torch.save(measured.state(), tmp_path / "state")
         return (tmp_path / "state").stat().st_size
 
     assert size(500) < size(20) + 200  # larger numbers take a few bytes more

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.callbacks import EditReplay, EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.survival import Survival
 from lit_moeedit.editing import PHASES, EditMemory, Editor, Measured
@@ -52,6 +52,10 @@ STATES: dict[str, dict[str, Any]] = {
         "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "history": HISTORY.state(),
         "perplexity": {"before": 9.5}, "seconds": 7.0,
     },
+    "EditReplay": {
+        "needs": {"a": 0.5}, "conflicts": {"texts": 1, "facts": {"b": 1}, "first": {"b": "B is"}, "given_up": ["b"]},
+        "replayed": {"statements": 7, "facts": 1, "given_up": ["B"]},
+    },
     "RoutingMonitor": {
         "experts": {0: torch.zeros(3, 2, dtype=torch.int16)}, "probabilities": {0: torch.full((3, 4), 0.25).half()},
         "probe": "digest", "last_edit": {"similarity/mean": 1.0}, "history": [], "edited_layers": [],
@@ -62,7 +66,7 @@ STATES: dict[str, dict[str, Any]] = {
 def made(name: str) -> Any:
     editor = Editor([0], memory=EditMemory())
     return {"KnowledgeEditing": lambda: KnowledgeEditing(editor), "EditReport": EditReport,
-            "RoutingMonitor": RoutingMonitor}[name]()  # fmt: skip
+            "EditReplay": EditReplay, "RoutingMonitor": RoutingMonitor}[name]()  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +126,10 @@ BROKEN: list[tuple[str, str, Any, str]] = [
         {"facts": ["a"], "goals": torch.full((1, 2, 3), torch.nan), "moments": {}, "folder": ""},
         "field 'goals' should be finite",
     ),
+    ("EditReplay", "needs", {"a": "x"}, "field 'needs' should be a dict of str to int or float"),
+    ("EditReplay", "replayed", [1], "field 'replayed' should be a dict, but is a list"),
+    ("EditReplay", "replayed", {"statements": -1}, "replayed: field 'statements' should be at least 0, but is -1"),
+    ("EditReplay", "replayed", {"facts": "two"}, "replayed.facts should be an integer, but is 'two'"),
     ("EditReport", "edits", GONE, "'edits' should be a list, but is missing"),
     ("EditReport", "edits", [1], "'edits' should be a list of dict"),
     ("EditReport", "edits", [{**EDIT, "facts": "two"}], r"edits\[0\]: field 'facts' should be a int"),

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from lit_moeedit.callbacks import EditReport
 from lit_moeedit.callbacks.progress import edit_progress
-from lit_moeedit.callbacks.summary import make_table, without_nan
+from lit_moeedit.callbacks.summary import without_nan
+from lit_moeedit.callbacks.summary_table import make_table
 from lit_moeedit.editing import PHASES
 from lit_moeedit.terminal import progress
 from tests.screen import COLUMNS, terminal, visible
@@ -27,7 +28,7 @@ class Reporting(EditReport):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         metrics = {"efficacy": 0.5, "score": 0.25}
-        self._totals(None).add(2, True, metrics, metrics, dict.fromkeys((*PHASES, "edit"), 1.0))
+        self.measured.totals_of(None).add(2, True, metrics, metrics, dict.fromkeys((*PHASES, "edit"), 1.0))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.should_stop = True

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing
+from lit_moeedit.callbacks.measurements import Measurements
+from lit_moeedit.callbacks.measuring import Measuring
 from lit_moeedit.editing import perplexity
 from lit_moeedit.module import LitMoE
 from tests.processes import run_ranks
@@ -33,16 +35,16 @@ class Anything(LitMoE):
         pass
 
 
-class Measuring(L.Callback):
-    """Has a report measure twice, when a validation begins as it would around an edit."""
+class MeasuringTwice(L.Callback):
+    """Measures twice when a validation begins, as a report would around an edit."""
 
-    def __init__(self, report: EditReport) -> None:
-        self.report, self.found = report, {}
+    def __init__(self) -> None:
+        self.measured = Measurements()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        measuring = Measuring()
         for moment in ("before", "after"):
-            self.report._measure_perplexity(trainer, pl_module, moment)
-        self.found = dict(self.report._perplexity)
+            measuring.perplexity(self.measured, trainer, pl_module, moment)
 
 
 class Loader:
@@ -66,12 +68,11 @@ def measure(tiny: Any, make_trainer: Any, tmp_path: Any) -> Any:
 
     def run(loaders: Any, kind: type[LitMoE] = Anything, data: Any = None, **keys: Any) -> Any:
         L.seed_everything(0, verbose=False)
-        module, report = kind(config=tiny.config), EditReport(console=False)
-        measuring = Measuring(report)
-        trainer = make_trainer(tmp_path, [report, measuring], logger=False, **keys)
+        module, measuring = kind(config=tiny.config), MeasuringTwice()
+        trainer = make_trainer(tmp_path, [EditReport(console=False), measuring], logger=False, **keys)
         trainer.validate(module, data or loaders, verbose=False)
         assert trainer.state.finished
-        return module, measuring.found
+        return module, measuring.measured.perplexity
 
     return run
 

@@ -12,6 +12,7 @@ from lit_moeedit.reports import (
     Measured,
     Model,
     Place,
+    Replayed,
     Report,
     Retention,
     Routing,
@@ -131,6 +132,7 @@ def sample(facts: int = 5) -> Report:
             SurvivalPoint(2, 136, 5, 3, _points(0.6, 0.8, 0.92, 2.1), None, ("Peru",)),
         ),
         survivors={"": Survivors(5, 3, 4, ("Peru",), ("Peru",))},
+        replay={"": Replayed(0.05, "rows", 1, 1234, 4, "yield", 7, ("Peru",))},
         costs=(
             Cost("statistics", 310.0, 41_000_000_000),
             Cost("targets", 190.4, 52_300_000_000),
@@ -169,6 +171,7 @@ def hostile(facts: int = len(HOSTILE)) -> Report:
             for step, value, change in ((2**52, 0.5, "edit"), (-3, 1e299, None), (0, 1.0, "renewal"))
         ),
         survivors={joined: Survivors(2**52, -1, 0, HOSTILE, HOSTILE)},
+        replay={joined: Replayed(1e299, "tokens", -1, 2**52, -1, joined, 2**52, HOSTILE)},
         costs=(Cost(joined, -1.0, -1), Cost(joined, 1e299)),
         guards=(Guard(joined, float("nan")),),
         places=(Place((), joined, {joined: 0.0}),),

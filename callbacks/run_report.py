@@ -1,28 +1,27 @@
-"""The page of a run: its report from a history and a summary, written to files and loggers."""
+"""The report of a run, from a history, a summary and the callbacks, as plain values of ``lit_moeedit.reports``."""
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from lit_moeedit.callbacks.edit_replay import EditReplay
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
-from lit_moeedit.callbacks.run_folder import RunFile
+from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.callbacks.summary import COSTS
 from lit_moeedit.editing import Moment
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
-from lit_moeedit.reports import Cost, FactRow, Model, Report, Routing, facts_table, markdown, write_report
+from lit_moeedit.reports import Cost, Model, Report, Routing
 from lit_moeedit.reports.report import State
 
-FILES = ("edits.jsonl", "report.html")
 _MOMENTS: dict[str, Moment] = {"before": "before", "after": "after", "after_training": "end"}
 _PACKAGES = ("lit-moeedit", "torch", "transformers", "lightning")
 
@@ -32,8 +31,7 @@ def make_report(
     started: datetime,
     history: History,
     summary: Mapping[str, Any],
-    editings: Sequence[KnowledgeEditing],
-    routing: Mapping[str, float],
+    trainer: L.Trainer,
     model: Model,
 ) -> Report:
     """Make the report of a run as it is now.
@@ -43,10 +41,12 @@ def make_report(
         started: when it started.
         history: its edits, fact by fact.
         summary: the content of ``summary.json``.
-        editings: the callbacks that edit.
-        routing: routing metrics of the latest edit; empty if they were not measured.
+        trainer: the trainer, of whose callbacks it tells.
         model: the model.
     """
+    editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
+    replays = callbacks_of(trainer, EditReplay)
+    routing = monitors[0].last_edit if monitors else {}
     seconds = summary["seconds"]
     return Report(
         model=model,
@@ -62,40 +62,15 @@ def make_report(
         costs=tuple(Cost(phase, seconds[phase], summary["memory"].get(phase)) for phase in COSTS if seconds[phase] > 0),
         survival=tuple(point for editing in editings for point in editing.survival.points),
         survivors={editing.name or "": editing.survivors for editing in editings if editing.survivors is not None},
+        replay={replay.name or "": replay.replayed for replay in replays if replay.replayed is not None},
         guards=history.guards,
         warnings=tuple(f"{name} could not be measured: {text}" for name, text in summary.get("failed", {}).items()),
-        settings={editing.label: _settings(editing) for editing in editings},
+        settings={
+            **{editing.label: _settings(editing) for editing in editings},
+            **{replay.label: replay.settings for replay in replays},
+        },
         versions=_versions(),
     )
-
-
-def write_page(report: Report, files: Mapping[str, RunFile]) -> None:
-    """Write ``edits.jsonl`` and ``report.html`` into the run's folders.
-
-    Raises:
-        OSError: if a file cannot be written.
-    """
-    with TemporaryDirectory() as folder:
-        for path in write_report(report, folder):
-            files[path.name].write(path.read_bytes())
-
-
-def log_tables(trainer: L.Trainer, rows: Sequence[FactRow], max_rows: int) -> None:
-    """Give the table of facts to the loggers that show tables; a later one takes the place of an earlier one.
-
-    Args:
-        trainer: the trainer, with its loggers.
-        rows: the facts.
-        max_rows: maximum number of rows; the failed facts come first.
-    """
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            columns, cells = facts_table(rows)
-            logger.log_table("edits", columns=columns, data=cells[:max_rows])
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("edits", markdown(rows, max_rows), trainer.global_step)
-        elif isinstance(logger, MLFlowLogger) and logger.run_id is not None:
-            logger.experiment.log_text(logger.run_id, markdown(rows, max_rows), "edits.md")
 
 
 def _metrics(summary: Mapping[str, Any]) -> dict[Moment, dict[str, float]]:

@@ -1,0 +1,130 @@
+"""Sums over the edits of a run, and the averages that they give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
+from lit_moeedit.editing import PHASES
+
+Sums = dict[str, list[float]]
+"""By metric, the number of facts for which it was measured, and its sum over these facts."""
+
+
+@dataclass
+class EditTotals:
+    """Sums over the edits of one callback, from which their averages are computed; as large after many as after one.
+
+    Attributes:
+        name: name of the callback.
+        facts: number of facts edited, without those of undone edits.
+        before: metrics before the edits.
+        after: metrics after them.
+        seconds: seconds of their phases.
+        memory: peak of each phase's memory, in bytes, the highest of all edits.
+    """
+
+    name: str | None = None
+    facts: int = 0
+    before: Sums = field(default_factory=dict)
+    after: Sums = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self,
+        facts: int,
+        kept: bool,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        seconds: Mapping[str, float],
+        memory: Mapping[str, int] | None = None,
+    ) -> None:
+        """Add an edit of ``facts`` facts; a metric that was not measured (NaN) has no weight."""
+        self.facts += facts if kept else 0
+        for sums, metrics in ((self.before, before), (self.after, after)):
+            for metric, value in metrics.items():
+                counted, total = sums.setdefault(metric, [0, 0.0])
+                if not math.isnan(value):
+                    sums[metric] = [counted + facts, total + facts * value]
+        for phase, value in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+        for phase, peak in (memory or {}).items():
+            self.memory[phase] = max(peak, self.memory.get(phase, 0))
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums as plain values."""
+        return asdict(self)
+
+
+def read_totals(where: str, state: Mapping[str, Any]) -> list[EditTotals]:
+    """Read the sums of a state in a checkpoint; older states have each edit by itself.
+
+    Args:
+        where: name of the state, for errors.
+        state: the state.
+
+    Raises:
+        CheckpointError: naming the field that is not as it should be.
+    """
+    numbers = (int, float)
+    metrics, sums = {str: numbers}, {str: [numbers]}
+    is_old = "totals" not in state
+    name = "edits" if is_old else "totals"
+    shapes: dict[str, Any] = {name: [dict]}
+    check_fields(where, state, **shapes)
+    found: dict[str | None, EditTotals] = {}
+    for index, entry in enumerate(state[name]):
+        inner = f"{where}, {name}[{index}]"
+        shape: Any = metrics if is_old else sums
+        shapes = {"name": str, "facts": int, "before": shape, "after": shape, "seconds": metrics, "memory": {str: int}}
+        check_fields(inner, entry, ("name", "memory"), **shapes)
+        if not entry["seconds"].keys() >= {*PHASES, "edit"}:
+            raise CheckpointError(f"{inner} should hold the seconds of {', '.join((*PHASES, 'edit'))}")
+        totals = found.setdefault(entry.get("name"), EditTotals(entry.get("name")))
+        if is_old:
+            check_fields(inner, entry, kept=bool)
+            totals.add(*(entry[field] for field in ("facts", "kept", "before", "after", "seconds")))
+            continue
+        if any(len(pair) != 2 for part in ("before", "after") for pair in entry[part].values()):
+            raise CheckpointError(f"{inner}: fields 'before' and 'after' should hold a number of facts and a sum each")
+        totals.facts, totals.seconds = entry["facts"], dict(entry["seconds"])
+        totals.before, totals.after = dict(entry["before"]), dict(entry["after"])
+        totals.memory = dict(entry.get("memory") or {})
+    return list(found.values())
+
+
+def mean_of(parts: Iterable[Sums]) -> dict[str, float]:
+    """Average metrics over the facts of several sums; NaN for what was not measured at all.
+
+    Example:
+        >>> mean_of([{"efficacy": [1, 1.0], "score": [0, 0.0]}, {"efficacy": [3, 0.0]}])
+        {'efficacy': 0.25, 'score': nan}
+    """
+    means: dict[str, list[float]] = {}
+    for sums in parts:
+        for metric, (counted, total) in sums.items():
+            before = means.get(metric, [0, 0.0])
+            means[metric] = [before[0] + counted, before[1] + total]
+    return {metric: total / counted if counted else math.nan for metric, (counted, total) in means.items()}
+
+
+def mean_metrics(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Average metrics over parts of the facts.
+
+    Args:
+        parts: number of facts and their metrics; a part for which nothing was counted (NaN) has no weight.
+
+    Example:
+        >>> mean_metrics([(1, {"efficacy": 1.0, "score": float("nan")}), (3, {"efficacy": 0.0, "score": 0.5})])
+        {'efficacy': 0.25, 'score': 0.5}
+    """
+    means = {}
+    for name in dict.fromkeys(name for _, metrics in parts for name in metrics):
+        counted = [(facts, metrics[name]) for facts, metrics in parts if not math.isnan(metrics.get(name, math.nan))]
+        total = sum(facts for facts, _ in counted)
+        means[name] = sum(facts / total * value for facts, value in counted) if total else math.nan
+    return means

@@ -290,7 +290,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                     color = "C7" if condition.startswith("nothing") else "C0"
                     axis.barh(place, statistics.mean(shares), color=color, alpha=0.45, height=0.7)
                     axis.plot(shares, [place] * len(shares), "o", color=color, markersize=3.5)
-    axes[0][0].set_yticks(range(len(conditions)), conditions, fontsize=8)
+    axes[0][0].set_yticks(range(len(conditions)), conditions)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=8)
     axes[0][0].set_xlim(0, 1.03)
     figure.supxlabel("share of the edits that are generated at the end; dotted: 0.97", fontsize=9)
     figure.savefig(path, dpi=150)

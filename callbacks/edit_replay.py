@@ -16,9 +16,9 @@ from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.conflicts import ConflictWatch, OnConflict
 from lit_moeedit.callbacks.needs import measure_needs, steps_between
-from lit_moeedit.callbacks.replaced_step import ReplacedStep, Step
+from lit_moeedit.callbacks.replaced_step import ReplacedStep, Step, add_loss
 from lit_moeedit.callbacks.replay_checks import check_run
-from lit_moeedit.callbacks.replay_loss import loss_of_statements, with_added_loss
+from lit_moeedit.callbacks.replay_loss import loss_of_statements
 from lit_moeedit.callbacks.replayed import Tally
 from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer
 from lit_moeedit.callbacks.stated import StatedFacts, contexts_of
@@ -389,6 +389,6 @@ class EditReplay(StateOfWeights):
             assert self._tokenizer is not None
             loss = loss_of_statements(pl_module, rows, self._tokenizer)
             pl_module.log(f"{self.metrics_prefix}/loss", loss.detach())
-            return with_added_loss(output, self.weight * loss)
+            return add_loss(output, self.weight * loss)
 
         self._step.put(pl_module, step)

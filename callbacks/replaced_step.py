@@ -51,9 +51,7 @@ class ReplacedStep:
 
 
 def add_loss(output: Any, loss: Tensor) -> Any:
-    """Add a loss to what ``training_step`` returned: a loss, a dict with one, or nothing."""
-    if output is None:
-        return None
+    """Add a loss to the output of ``training_step``, a loss or a dict with ``loss``; the output is not changed."""
     return output + loss if isinstance(output, Tensor) else {**output, "loss": output["loss"] + loss}
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lit_moeedit.callbacks.edit_state import EditState
 from lit_moeedit.callbacks.named import callbacks_of
-from lit_moeedit.sharding.shards import is_partitioned
+from lit_moeedit.callbacks.replaced_step import check_further_forward
 
 if TYPE_CHECKING:
     from lit_moeedit.callbacks.edit_replay import EditReplay
@@ -28,16 +28,9 @@ def check_run(replay: EditReplay, trainer: L.Trainer, pl_module: L.LightningModu
             f"{own} has nothing to state: give the Trainer a KnowledgeEditing callback, or {own} the argument "
             "'edits' (a folder of edits)"
         )
-    if replay.weight is not None and not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{own}: weight needs automatic optimization, which {type(pl_module).__name__} does not use; leave "
-            "weight out to add statements as rows of the batch"
-        )
-    if replay.weight is not None and any(is_partitioned(weight) for weight in pl_module.parameters()):
-        raise MisconfigurationException(
-            f"{own}: weight needs a second forward in each step, after which DeepSpeed ZeRO stage 3 reduces "
-            "gradients twice and fails; leave weight out to add statements as rows of the batch"
-        )
+    if replay.weight is not None:
+        advice = "leave weight out to add statements as rows of the batch"
+        check_further_forward(pl_module, f"{own}: weight", advice)
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
             f"{own} adds rows to batches, but training_step of {type(pl_module).__name__} takes dataloader_iter"

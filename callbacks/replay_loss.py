@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -32,8 +31,3 @@ def loss_of_statements(
     loss_of = getattr(pl_module, "replay_loss", None)
     loss: Tensor = loss_of(batch) if callable(loss_of) else find_model(pl_module)(**batch, use_cache=False).loss
     return loss
-
-
-def with_added_loss(output: Any, loss: Tensor) -> Any:
-    """Add a loss to the output of ``training_step``, a loss or a dict with ``loss``; the output is not changed."""
-    return output + loss if isinstance(output, Tensor) else {**output, "loss": output["loss"] + loss}

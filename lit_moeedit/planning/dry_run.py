@@ -67,10 +67,13 @@ class Workload:
         """Make facts whose words are tokens of :class:`Words`."""
         rest = " is" * (self.prompt_tokens - 1)
         new, true = " new" * self.target_tokens, " true" * self.target_tokens
+        # CounterFact has two paraphrases and ten neighbours
+        paraphrases = min(2, (self.questions - 1) // 2)
         facts = []
         for i in range(self.edits):
-            others = [Neighbour(f"other{i}-{j}{rest}", true[1:]) for j in range(1, self.questions)]
-            facts.append(Fact(f"fact{i}", f"fact{i}{rest}", new[1:], true[1:], neighbours=tuple(others)))
+            again = tuple(f"again{i}-{j}{rest}" for j in range(paraphrases))
+            others = [Neighbour(f"other{i}-{j}{rest}", true[1:]) for j in range(1 + paraphrases, self.questions)]
+            facts.append(Fact(f"fact{i}", f"fact{i}{rest}", new[1:], true[1:], again, tuple(others)))
         return facts
 
 

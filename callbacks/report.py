@@ -53,7 +53,7 @@ from lit_moeedit.editing.outcomes import measure
 from lit_moeedit.editing.phases import EVALUATION, Meter
 from lit_moeedit.edits import Autopsy
 from lit_moeedit.models.experts import find_model
-from lit_moeedit.reports import ConsoleReport, Model, Report
+from lit_moeedit.reports import ConsoleReport, MissingAutopsy, Model, Report
 from lit_moeedit.reports.report import State
 from lit_moeedit.sharding.ranks import Ranks
 
@@ -92,8 +92,8 @@ class EditReport(StateOfWeights, EditListener):
         max_rows: maximum number of rows of the table for loggers.
         autopsy: whether to find which part of the model carried the loss of edits, when training ends (see
             :func:`lit_moeedit.edits.autopsy`). Weights that train are kept in main memory from the last edit on, up to
-            the last edited layer. A run that is resumed after its edits has none to compare with. The result is
-            ``autopsy`` in the summary.
+            the last edited layer. A run that is resumed after its edits has none to compare with; it names the command
+            that examines checkpoints instead. The result is ``autopsy`` in the summary, and a part of the page.
 
     Raises:
         ValueError: if ``filename`` is not the plain name of a file.
@@ -111,7 +111,7 @@ class EditReport(StateOfWeights, EditListener):
         super().__init__(filename=filename)
         self.filename, self.console, self.max_rows = filename, console, max_rows
         self.autopsy, self._just_edited = autopsy, JustEdited()
-        self._autopsy: Autopsy | None = None
+        self._autopsy: Autopsy | MissingAutopsy | None = None
         # of this process alone
         self._started = time.perf_counter()
         # epoch and step of a checkpoint that was loaded, after which nothing is left to train
@@ -207,7 +207,7 @@ class EditReport(StateOfWeights, EditListener):
                     self._measure_facts(trainer, pl_module, editing)
         if self.autopsy:
             with self._attempt("autopsy"):
-                self._autopsy = self._just_edited.examine(pl_module)
+                self._autopsy = self._just_edited.examine(trainer, pl_module)
 
     def _measure_facts(self, trainer: L.Trainer, pl_module: L.LightningModule, editing: KnowledgeEditing) -> None:
         facts, undone = editing.applied_facts, editing.undone_facts

@@ -19,7 +19,18 @@ from lit_moeedit.callbacks.run_folder import RunFile
 from lit_moeedit.callbacks.summary import COSTS
 from lit_moeedit.editing import Moment
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
-from lit_moeedit.reports import Cost, FactRow, Model, Report, Routing, facts_table, markdown, write_report
+from lit_moeedit.reports import (
+    Cost,
+    FactRow,
+    LossByPart,
+    MissingAutopsy,
+    Model,
+    Report,
+    Routing,
+    facts_table,
+    markdown,
+    write_report,
+)
 from lit_moeedit.reports.report import State
 
 FILES = ("edits.jsonl", "report.html")
@@ -62,6 +73,8 @@ def make_report(
         costs=tuple(Cost(phase, seconds[phase], summary["memory"].get(phase)) for phase in COSTS if seconds[phase] > 0),
         survival=tuple(point for editing in editings for point in editing.survival.points),
         survivors={editing.name or "": editing.survivors for editing in editings if editing.survivors is not None},
+        autopsy=LossByPart.of(summary.get("autopsy")),
+        missing_autopsy=MissingAutopsy.of(summary.get("autopsy")),
         guards=history.guards,
         warnings=tuple(f"{name} could not be measured: {text}" for name, text in summary.get("failed", {}).items()),
         settings={editing.label: _settings(editing) for editing in editings},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Self, cast
 
+from lit_moeedit.reports.autopsy import LossByPart, MissingAutopsy
 from lit_moeedit.reports.plain import from_plain, to_plain
 from lit_moeedit.reports.rows import FactRow, Moment
 from lit_moeedit.reports.survival import SurvivalPoint, Survivors
@@ -134,6 +135,8 @@ class Report:
         retention: metrics at the validations after the edit.
         survival: points of the survival curve.
         survivors: the edits that were left at the end, by the name of their callback.
+        autopsy: the loss of the edits by part of the model; ``None`` if it was not examined.
+        missing_autopsy: the reason why an autopsy that was asked for could not be made; ``None`` otherwise.
         costs: cost by phase.
         guards: limits that the edits had to meet.
         places: places that were tried to choose layers and token; empty if they were given.
@@ -158,6 +161,8 @@ class Report:
     retention: tuple[Retention, ...] = ()
     survival: tuple[SurvivalPoint, ...] = ()
     survivors: dict[str, Survivors] = field(default_factory=dict)
+    autopsy: LossByPart | None = None
+    missing_autopsy: MissingAutopsy | None = None
     costs: tuple[Cost, ...] = ()
     guards: tuple[Guard, ...] = ()
     places: tuple[Place, ...] = ()

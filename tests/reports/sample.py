@@ -9,8 +9,11 @@ from lit_moeedit.reports import (
     Cost,
     FactRow,
     Guard,
+    LossByPart,
     Measured,
+    MissingAutopsy,
     Model,
+    PartPutBack,
     Place,
     Report,
     Retention,
@@ -131,6 +134,21 @@ def sample(facts: int = 5) -> Report:
             SurvivalPoint(2, 136, 5, 3, _points(0.6, 0.8, 0.92, 2.1), None, ("Peru",)),
         ),
         survivors={"": Survivors(5, 3, 4, ("Peru",), ("Peru",))},
+        autopsy=LossByPart(
+            5,
+            4,
+            2,
+            "training moved the gate/up-projections of the edited layers: put back, 4 of 5 edits are generated again "
+            "(2 without)",
+            "replay the edited facts while training goes on: the callback EditReplay, see docs/durability.md",
+            (
+                PartPutBack("down-projections", 2, 0.0, 0.018),
+                PartPutBack("gate/up-projections", 4, 1.0, 0.093, True),
+                PartPutBack("attention", 3, 0.5, 0.041),
+                PartPutBack("norms and scales", 1, -0.5, 0.002),
+                PartPutBack("all that makes keys", 4, 1.0, 0.07),
+            ),
+        ),
         costs=(
             Cost("statistics", 310.0, 41_000_000_000),
             Cost("targets", 190.4, 52_300_000_000),
@@ -169,6 +187,8 @@ def hostile(facts: int = len(HOSTILE)) -> Report:
             for step, value, change in ((2**52, 0.5, "edit"), (-3, 1e299, None), (0, 1.0, "renewal"))
         ),
         survivors={joined: Survivors(2**52, -1, 0, HOSTILE, HOSTILE)},
+        autopsy=None if facts % 2 else LossByPart(2**52, -1, 0, joined, joined, (PartPutBack(joined, -1, 1e299),)),
+        missing_autopsy=MissingAutopsy(joined, joined),
         costs=(Cost(joined, -1.0, -1), Cost(joined, 1e299)),
         guards=(Guard(joined, float("nan")),),
         places=(Place((), joined, {joined: 0.0}),),

@@ -230,7 +230,9 @@ def small_config(tmp_path: Path, name: str = "atlas", **changes: Any) -> Path:
 @pytest.mark.usefixtures("own_process")
 def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    file, path = tmp_path / "plan.json", small_config(tmp_path, editor={"layers": [1]})
+    renewals = {"renew_every_n_steps": 32, "max_renewals": 4}
+    changes: dict[str, Any] = {"editor": {"layers": [1]}, "trainer": {"callbacks": []}, "editing": renewals}
+    file, path = tmp_path / "plan.json", small_config(tmp_path, **changes)
     configs = [f"--config={path}", "--config", "recipe:atlas_zero3"]
     run(args=["plan", *configs, "--ranks=4", "--card=0.15", f"--json={file}"])
     printed = capsys.readouterr().out
@@ -240,6 +242,7 @@ def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path: Path, capsy
     assert content["sharding"] | {"ranks": 4, "stage": 3, "itemsize": 4, "on_cpu": True} == content["sharding"]
     assert content["sharding"]["bucket"] == 10_000_000 and not content["sharding"]["overlap"]
     # what the config says
+    assert content["renewals"] == 4
     assert content["work"] | {"edits": 32, "texts": 4096, "rows": 32} == content["work"]
     assert list(content["phases"]) == [
         "building", "training step", "statistics", "targets", "features", "solve", "commit", "evaluation", "renewal",

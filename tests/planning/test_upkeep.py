@@ -163,7 +163,8 @@ def test_remarks_compare_with_training_steps() -> None:
 
 def test_settings_are_those_of_the_config(tmp_path: Path) -> None:
     replay = {"class_path": "lit_moeedit.callbacks.EditReplay", "init_args": {"share": 0.1, "weight": 0.5}}
-    path = small_config(tmp_path, trainer={"callbacks": [replay]}, editing={"max_renewals": 7})
+    renewals = {"renew_every_n_steps": 32, "max_renewals": 7, "renewal": "anew"}
+    path = small_config(tmp_path, trainer={"callbacks": [replay]}, editing=renewals)
     found = read_run([path]).upkeep
     # the edit is before the fifth of six epochs of 128 steps
     assert found.steps == 256 and found.renewals == 7 and found.renewal.kind == "anew"

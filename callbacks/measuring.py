@@ -20,6 +20,7 @@ from lit_moeedit.editing import perplexity
 from lit_moeedit.editing.outcomes import measure
 from lit_moeedit.edits import Autopsy
 from lit_moeedit.models.experts import find_model
+from lit_moeedit.reports import MissingAutopsy
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -32,13 +33,13 @@ class Measuring:
         with_autopsy: whether the weights right after the last edit are kept for an autopsy at the end.
 
     Attributes:
-        autopsy: result of the autopsy; ``None`` if there was none.
+        autopsy: result of the autopsy, or the reason why there is none; ``None`` if none was asked for.
         warned: errors that were logged as warnings; each is logged once.
     """
 
     def __init__(self, with_autopsy: bool = False) -> None:
         self.with_autopsy = with_autopsy
-        self.autopsy: Autopsy | None = None
+        self.autopsy: Autopsy | MissingAutopsy | None = None
         self._just_edited = JustEdited()
         self.warned: set[str] = set()
 
@@ -85,7 +86,7 @@ class Measuring:
                     _measure_facts(measured, trainer, pl_module, editing, step)
         if self.with_autopsy:
             with self._attempt(measured, "autopsy"):
-                self.autopsy = self._just_edited.examine(pl_module)
+                self.autopsy = self._just_edited.examine(trainer, pl_module)
 
     @contextmanager
     def _attempt(self, measured: Measurements, name: str) -> Iterator[None]:

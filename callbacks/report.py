@@ -68,8 +68,8 @@ class EditReport(StateOfWeights, EditListener):
         max_rows: maximum number of rows of the table for loggers.
         autopsy: whether to find which part of the model carried the loss of edits, when training ends (see
             :func:`lit_moeedit.edits.autopsy`). Weights that train are kept in main memory from the last edit on, up to
-            the last edited layer. A run that is resumed after its edits has none to compare with. The result is
-            ``autopsy`` in the summary.
+            the last edited layer. A run that is resumed after its edits has none to compare with; it names the command
+            that examines checkpoints instead. The result is ``autopsy`` in the summary, and a part of the page.
 
     Raises:
         ValueError: if ``filename`` is not the plain name of a file.

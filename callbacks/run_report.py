@@ -19,7 +19,7 @@ from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.callbacks.summary import COSTS
 from lit_moeedit.editing import Moment
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
-from lit_moeedit.reports import Cost, Model, Report, Routing
+from lit_moeedit.reports import Cost, LossByPart, MissingAutopsy, Model, Report, Routing
 from lit_moeedit.reports.report import State
 
 _MOMENTS: dict[str, Moment] = {"before": "before", "after": "after", "after_training": "end"}
@@ -63,6 +63,8 @@ def make_report(
         survival=tuple(point for editing in editings for point in editing.survival.points),
         survivors={editing.name or "": editing.survivors for editing in editings if editing.survivors is not None},
         replay={replay.name or "": replay.replayed for replay in replays if replay.replayed is not None},
+        autopsy=LossByPart.of(summary.get("autopsy")),
+        missing_autopsy=MissingAutopsy.of(summary.get("autopsy")),
         guards=history.guards,
         warnings=tuple(f"{name} could not be measured: {text}" for name, text in summary.get("failed", {}).items()),
         settings={

@@ -186,9 +186,7 @@ class SurvivalCurve:
         facts = self.choose(editing.applied_facts)
         if not self.is_on or not facts:
             return None
-        asked = [
-            replace(fact, paraphrases=_spread(fact.paraphrases), neighbours=_spread(fact.neighbours)) for fact in facts
-        ]
+        asked = [asked_at_a_point(fact) for fact in facts]
         before = editing.neighbours_before
         evaluation = editing.evaluate(pl_module, asked, {fact.key: list(_spread(before[fact.key])) for fact in facts})
         moment = end or (trainer.current_epoch, trainer.global_step)
@@ -247,6 +245,11 @@ def metrics_of(event: SurvivalEvent) -> dict[str, float]:
     found = {name: event.evaluation.metrics[name] for name in _KEPT}
     found |= {"margin_min": min(margins), "margin_median": median(margins)}
     return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def asked_at_a_point(fact: Fact) -> Fact:
+    """Return a fact with those of its paraphrases and neighbours that a point of the curve asks about."""
+    return replace(fact, paraphrases=_spread(fact.paraphrases), neighbours=_spread(fact.neighbours))
 
 
 def _spread(items: Sequence[T]) -> tuple[T, ...]:

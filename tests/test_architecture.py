@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "run_arguments",
         "callbacks",
         "module",
+        "replay",
         "editing",
         "preservation",
         "models",

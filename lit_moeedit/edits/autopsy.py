@@ -134,7 +134,8 @@ class Autopsy:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON types; ``None`` stands for NaN."""
         result: dict[str, Any] = _without_nan(asdict(self))
-        return result | {"verdict": self.verdict, "advice": self.advice}
+        carrier = None if self.carrier is None else self.carrier.name
+        return result | {"verdict": self.verdict, "advice": self.advice, "carrier": carrier}
 
 
 def autopsy(

@@ -139,7 +139,8 @@ def apply_edits(
                 report=partial(show, "layers"),
             )
         if format == "weights":
-            save_model(stored, loaded, {name for edit in placed for name in edit.changes}, placed, beside)
+            changed = {name for edit in placed for name in edit.changes}
+            save_model(stored, loaded, changed, placed, beside, base=base)
         else:
             to_peft(new, beside, rank, allow_siblings=allow_siblings, allow_square=allow_square, overwrite=True)
     log.info("%s: %s", output, first_few(edit.name for edit in new))
@@ -191,7 +192,7 @@ def undo_edits(
                 allow_rounding=allow_rounding,
                 report=partial(show, "layers"),
             )
-        save_model(stored, loaded, {name for edit in edits for name in edit.changes}, left, beside)
+        save_model(stored, loaded, {name for edit in edits for name in edit.changes}, left, beside, base=base)
     log.info("%s has the edits: %s", output, first_few(edit.name for edit in left) or "none")
 
 

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lit_moeedit.atomic_files import atomic_folder
+from lit_moeedit.edits.card import CardRow, write_card
 from lit_moeedit.edits.edit import Edit
 from lit_moeedit.edits.files import save_edit
-from lit_moeedit.edits.stored import CARD, EDITS, INDEX, ORIGINAL, StoredModel, copy_file
+from lit_moeedit.edits.stored import EDITS, INDEX, StoredModel, copy_file
 from lit_moeedit.pretrained import as_value_error
 from lit_moeedit.text import first_few
 
@@ -108,8 +109,10 @@ def save_model(
     edits: Sequence[Edit],
     folder: Path,
     report: Callable[[int, int], object] = lambda done, total: None,
+    rows: Sequence[CardRow] = (),
+    base: Path | None = None,
 ) -> None:
-    """Write a copy of a model's folder with some weights of the model in memory, and the edits in its weights.
+    """Write a copy of a model's folder with some weights of the model in memory, the edits in its weights, and a card.
 
     Everything else is copied byte by byte. Where a family's weights cannot be converted one by one, all are written
     anew.
@@ -121,6 +124,8 @@ def save_model(
         edits: the edits that are in its weights now.
         folder: the folder to fill.
         report: called with the number of files copied, and their total number.
+        rows: facts for the card, see :func:`~lit_moeedit.edits.card.write_card`.
+        base: folder of the unedited model, if it is not that of ``stored``.
     """
     changed = list(changed)
     stored.check_dtype(model, changed)
@@ -138,8 +143,7 @@ def save_model(
                 copy_file(stored.folder, folder, name)
     else:
         stored.copy(folder, (stored.converted(model, name) for name in changed), report)
-    if not edits and (folder / ORIGINAL).is_file():
-        (folder / ORIGINAL).replace(folder / CARD)  # the model is the base again
+    write_card(folder, stored.folder, edits, rows, base)
     for edit in edits:
         if not (folder / EDITS / edit.name).exists():
             save_edit(edit, folder / EDITS)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lit_moeedit.data import Fact, Neighbour
-from lit_moeedit.data.encoding import IGNORED_LABEL, pad_id, token_batches
+from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, pad_id, token_batches
 from lit_moeedit.editing import PHASES, Editor, evaluate
 from lit_moeedit.editing.evaluation import scoring_cost
 from lit_moeedit.editing.target_rows import TargetRow
@@ -27,8 +28,10 @@ from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.fake_tensors import Cost, CostCounter, FakeFloatMode
 from lit_moeedit.planning.simulated_ranks import SimulatedRanks, simulated_shards
 from lit_moeedit.planning.simulated_zero import Sharding, sharded
+from lit_moeedit.planning.upkeep import REPLAYED, TRAINING, Upkeep
 from lit_moeedit.planning.zero_costs import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
 from lit_moeedit.preservation.second_moments import SecondMoments, second_moments, sums_fit
+from lit_moeedit.replay import Statements, append_rows, as_batch
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,13 @@ class Workload:
         """Make facts whose words are tokens of :class:`Words`."""
         rest = " is" * (self.prompt_tokens - 1)
         new, true = " new" * self.target_tokens, " true" * self.target_tokens
+        # CounterFact has two paraphrases and ten neighbours
+        paraphrases = min(2, (self.questions - 1) // 2)
         facts = []
         for i in range(self.edits):
-            others = [Neighbour(f"other{i}-{j}{rest}", true[1:]) for j in range(1, self.questions)]
-            facts.append(Fact(f"fact{i}", f"fact{i}{rest}", new[1:], true[1:], neighbours=tuple(others)))
+            again = tuple(f"again{i}-{j}{rest}" for j in range(paraphrases))
+            others = [Neighbour(f"other{i}-{j}{rest}", true[1:]) for j in range(1 + paraphrases, self.questions)]
+            facts.append(Fact(f"fact{i}", f"fact{i}{rest}", new[1:], true[1:], again, tuple(others)))
         return facts
 
 
@@ -150,7 +156,12 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> Iterator[PreTra
 
 
 def simulate(
-    module: LitMoE, editor: Editor, sharding: Sharding, work: Workload, card: float | None = None
+    module: LitMoE,
+    editor: Editor,
+    sharding: Sharding,
+    work: Workload,
+    card: float | None = None,
+    upkeep: Upkeep | None = None,
 ) -> tuple[list[Cost], Budgets]:
     """Simulate every phase of a run that edits after some training step, as one of its ranks, with fake tensors.
 
@@ -160,14 +171,16 @@ def simulate(
         sharding: sharding of the model.
         work: sizes of the run's data.
         card: bytes of a device's memory, from which token budgets that are ``auto`` are chosen; ``None`` for no limit.
+        upkeep: what keeps the edits afterwards; ``None`` for nothing.
 
     Returns:
-        The costs of the phases, in order, and the token budgets of the edit.
+        The costs of the phases, in order, and the token budgets of the edit. A training step with statements of edited
+        facts follows that without, and a renewal the evaluation.
 
     Raises:
         UnsupportedModelError: if a layer cannot be edited.
     """
-    model = find_model(module)
+    model, upkeep = find_model(module), upkeep or Upkeep()
     layers = editor.check(model)
     size = ModelSize.of(model, sharding)
     with simulated_shards([layer.down_proj for layer in layers], sharding, lambda size: counter.send(size)) as held:
@@ -176,20 +189,59 @@ def simulate(
         )
         with counter:
             _train(module, sharding, work, counter)
+            if upkeep.replay is not None:
+                _train(module, sharding, work, counter, statements(work, editor, upkeep)[0], upkeep.replay.weight)
             with sharded(model, sharding, counter.send):
-                budgets = _edit(model, layers, editor, sharding, work, counter, card)
-    passes = counter.phases.pop("training step")
+                budgets = _edit(model, layers, editor, sharding, work, counter, card, upkeep)
+    phases = counter.phases
+    steps = [training_cost(size, sharding, phases[name]) for name in (TRAINING, REPLAYED) if name in phases]
     costs = [
         building_cost(size, sharding, module.hparams["pretrained"] is not None),
-        training_cost(size, sharding, passes),
-        *(counter.phases[name] for name in (*PHASES, "evaluation") if name in counter.phases),
+        steps[0],
+        *(upkeep.replayed_cost(step, phases) for step in steps[1:]),
+        *(phases[name] for name in (*PHASES, "evaluation") if name in phases),
+        *([upkeep.renewal_cost(phases)] if upkeep.renewal.are_wanted else ()),
         checkpoint_cost(size, sharding),
     ]
     return costs, budgets
 
 
-def _train(module: LitMoE, sharding: Sharding, work: Workload, counter: CostCounter) -> None:
-    """Run the forward and the backward pass of a training step."""
+def statements(work: Workload, editor: Editor, upkeep: Upkeep) -> tuple[list[Encoding], float]:
+    """Return the statements of a rank's batch in a step that has some, the longest first, and their average number.
+
+    Args:
+        work: sizes of the run's data.
+        editor: the run's editor, whose contexts are put before the prompts.
+        upkeep: settings of the replay.
+    """
+    if upkeep.replay is None:
+        return [], 0.0
+    contexts = editor.contexts if upkeep.replay.contexts is None else upkeep.replay.contexts
+    tokenizer: Any = Words()
+    (own,) = Statements(tokenizer, contexts, facts=work.facts()[:1]).values()
+    own = sorted(own, key=lambda encoding: -len(encoding.ids))
+    expected = upkeep.expected(work.rows, work.row_tokens, sum(len(encoding.ids) for encoding in own) / len(own))
+    return [own[number % len(own)] for number in range(ceil(expected))], expected
+
+
+def _train(
+    module: LitMoE,
+    sharding: Sharding,
+    work: Workload,
+    counter: CostCounter,
+    rows: Sequence[Encoding] = (),
+    weight: float | None = None,
+) -> None:
+    """Run the forward and the backward pass of a training step, with further rows if there are any.
+
+    Args:
+        module: the module.
+        sharding: sharding of the model.
+        work: sizes of the run's data.
+        counter: counts the step.
+        rows: statements of edited facts.
+        weight: weight of their loss in a forward of their own; ``None`` makes them rows of the batch.
+    """
     ids = torch.zeros(work.rows, work.row_tokens, dtype=torch.long)
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED_LABEL)
     mask[0, -1] = 0  # rows differ in length, so that masks are needed
@@ -198,8 +250,14 @@ def _train(module: LitMoE, sharding: Sharding, work: Workload, counter: CostCoun
     trainer = SimpleNamespace(world_size=sharding.ranks)
     vars(module).update({"_trainer": trainer, "log": lambda *_, **__: None, "_all_reduce": lambda tensor: tensor})
     module.train()
-    with sharded(module, sharding, counter.send, gradients=True) as reduce, counter.phase("training step"):
-        loss = module.training_step({"input_ids": ids, "attention_mask": mask, "labels": labels}, 0)
+    batch: Any = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    name = REPLAYED if rows else TRAINING
+    with sharded(module, sharding, counter.send, gradients=True) as reduce, counter.phase(name):
+        if rows and weight is None:
+            batch = append_rows(batch, rows, Words.pad_token_id)
+        loss = module.training_step(batch, 0)
+        if rows and weight is not None:
+            loss = loss + weight * module.replay_loss(as_batch(rows, Words.pad_token_id))
         torch.autograd.backward(loss)
         reduce()
 
@@ -212,6 +270,7 @@ def _edit(
     work: Workload,
     counter: CostCounter,
     card: float | None = None,
+    upkeep: Upkeep | None = None,
 ) -> Budgets:
     def ranks(rounds: int | None = None) -> SimulatedRanks:
         return SimulatedRanks(sharding, counter.send, counter.repeated, rounds)
@@ -269,4 +328,9 @@ def _edit(
     two = counter.phases["targets"]
     sent, flops = one.sent + (steps - 1) * (two.sent - one.sent), one.flops + (steps - 1) * (two.flops - one.flops)
     counter.phases["targets"] = replace(two, sent=sent, flops=flops)
+    upkeep = upkeep or Upkeep()
+    expected = statements(work, editor, upkeep)[1]
+    for name, asked in upkeep.measurements(facts, ceil(expected), sharding.ranks).items():
+        with counter.phase(name):
+            evaluate(model, tokenizer, asked, token_budget=budgets.evaluation, ranks=ranks())
     return budgets

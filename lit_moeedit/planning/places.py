@@ -15,10 +15,16 @@ from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.dry_run import Budgets, Workload, simulate
 from lit_moeedit.planning.fake_tensors import Cost
 from lit_moeedit.planning.simulated_zero import Sharding
+from lit_moeedit.planning.upkeep import Upkeep
 
 
 def simulate_search(
-    module: LitMoE, editor: Editor, sharding: Sharding, work: Workload, card: float | None = None
+    module: LitMoE,
+    editor: Editor,
+    sharding: Sharding,
+    work: Workload,
+    card: float | None = None,
+    upkeep: Upkeep | None = None,
 ) -> tuple[list[Cost], Budgets, list[Editor]]:
     """Simulate a run at each place that may be the costliest of those that its editor may choose.
 
@@ -35,11 +41,11 @@ def simulate_search(
         UnsupportedModelError: if a layer cannot be edited.
     """
     if editor.is_resolved:
-        return *simulate(module, editor, sharding, work, card), [editor]
+        return *simulate(module, editor, sharding, work, card, upkeep), [editor]
     known = list(expert_layers(find_model(module)))
     ends = [editor.layers] if editor.layers else [tuple(known[:WIDTH]), tuple(known[-WIDTH:])]
     editors = [editor.at(Place(layers, "subject_last")) for layers in dict.fromkeys(ends)]
-    costs, budgets = zip(*(simulate(module, own, sharding, work, card) for own in editors), strict=True)
+    costs, budgets = zip(*(simulate(module, own, sharding, work, card, upkeep) for own in editors), strict=True)
     highest = [_highest(phases) for phases in zip(*costs, strict=True)]
     first = next(index for index, cost in enumerate(highest) if cost.phase in PHASES)
     highest.insert(first, locating_cost({cost.phase: cost for cost in highest}, editor, work, len(known)))

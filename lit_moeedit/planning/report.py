@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.editing import Editor
-from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model
+from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model, statements
 from lit_moeedit.planning.fake_tensors import Cost
 from lit_moeedit.planning.places import simulate_search
 from lit_moeedit.planning.run_config import Run, read_run
@@ -42,7 +42,8 @@ def plan(
     the first of its ranks. Only tensors are counted. Memory of libraries, buffers of the allocator and of NCCL, and
     work space of kernels come on top. Copies for a rollback are counted as main memory, though a GPU keeps them while
     it has room. The report assumes that all experts get the same number of tokens, that targets need all of their
-    steps, and that systems are solved without the float64 fallback.
+    steps, and that systems are solved without the float64 fallback. Renewals of edits and training steps with replay of
+    edited facts (EditReplay) are phases of their own, compared with training steps.
 
     Args:
         config: a config of lit-moeedit fit; given several times, later ones overlay earlier ones.
@@ -89,7 +90,7 @@ def plan(
         parameters = empty.num_parameters()
         run.module.model = empty
         room = None if card is None else card * 1e9
-        costs, budgets, editors = simulate_search(run.module, run.editor, run.sharding, work, room)
+        costs, budgets, editors = simulate_search(run.module, run.editor, run.sharding, work, room, run.upkeep)
     console = Console()
     console.print(table(costs, run, parameters))
     for line in remarks(costs, run, work, budgets, editors, card):
@@ -102,6 +103,7 @@ def plan(
             "layers": [list(editor.layers) for editor in editors],
             "token_budgets": asdict(budgets),
             "phases": {cost.phase: asdict(cost) for cost in costs},
+            "renewals": run.upkeep.renewals,
         }
         with atomic_file(json) as beside:
             beside.write_text(dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -160,6 +162,7 @@ def remarks(
         _budgets_line(budgets, run, card),
         f"The peak is that of: {highest.phase}, {size(highest.peak)} per rank.",
     ]
+    lines += run.upkeep.remarks({cost.phase: cost for cost in costs}, statements(work, editors[0], run.upkeep)[1])
     if card is not None:
         missing = [f"{cost.phase} ({size(cost.peak)})" for cost in costs if cost.peak > card * 1e9]
         fits = f"all phases fit ({highest.peak / card / 1e7:.0f} % of it)"

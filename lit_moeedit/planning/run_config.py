@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -18,11 +19,14 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from lit_moeedit.arguments import RunParser
-from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks.limits import FitLimits
+from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import read_facts
 from lit_moeedit.editing import Editor, FineTuning
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.simulated_zero import Sharding
+from lit_moeedit.planning.upkeep import Upkeep
 from lit_moeedit.pretrained import build_config, pretrained_config
 from lit_moeedit.run_arguments import EDIT, RunArguments
 from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
@@ -64,6 +68,7 @@ class Run:
         rows: number of rows of a training batch, if the config has it.
         edits: number of facts to edit, if the config has it.
         texts: number of preservation texts, if the config has it.
+        upkeep: what keeps the edits afterwards.
     """
 
     module: LitMoE
@@ -74,6 +79,7 @@ class Run:
     rows: int | None
     edits: int | None
     texts: int | None
+    upkeep: Upkeep
 
 
 def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None = None) -> Run:
@@ -106,13 +112,15 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
     kind = resolve_name(config.model.class_path)
     if isinstance(kind, type) and not issubclass(kind, LitMoE):  # made, it might load its weights
         raise ValueError(f"a plan knows the training step of LitMoE, not of {kind.__name__}")
-    callbacks = _editing_callbacks(config)
+    callbacks, replays = _callbacks(config)
     edit = config.get(EDIT)
     count = len(callbacks) + (edit is not None)
     if count != 1:
         raise ValueError(f"{name} has {count} callbacks with an editor ('edit' or KnowledgeEditing); a plan needs one")
+    if len(replays) > 1:
+        raise ValueError(f"{name} has {len(replays)} EditReplay callbacks; a plan knows one")
     settings = callbacks[0].init_args if edit is None else edit
-    wanted = Namespace(model=config.model, trainer=Namespace(callbacks=callbacks))
+    wanted = Namespace(model=config.model, trainer=Namespace(callbacks=callbacks + replays))
     if edit is not None:
         wanted[EDIT] = edit
     if not isinstance(config.trainer.strategy, str):
@@ -133,16 +141,38 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
     data = (config.get("data") or Namespace()).get("init_args", Namespace())
     corpus = (data.get("corpus") or Namespace()).get("init_args", Namespace())
     dtype = _dtype(made.model, str(config.trainer.precision or ""), strategy)
+    sharding = _sharding(config.trainer, strategy, ranks, dtype.itemsize)
+    replay = made.trainer.callbacks[-1] if replays else None
+    if replay is not None and replay.weight is not None and sharding.stage == 3:
+        raise ValueError(
+            f"{name}: weight of EditReplay needs a second forward in each step, which fails under DeepSpeed ZeRO stage "
+            "3; leave weight out to add statements as rows of the batch"
+        )
+    steps = _steps_after_edit(callback.schedule, config.trainer, data, sharding.ranks)
     return Run(
         module=made.model,
         model=_model_config(made.model, model),
         dtype=dtype,
-        sharding=_sharding(config.trainer, strategy, ranks, dtype.itemsize),
+        sharding=sharding,
         editor=editor,
         rows=data.get("batch_size"),
         edits=_count_facts(settings) if settings.get("facts") else corpus.get("edits"),
         texts=None if settings.get("preservation") else data.get("preservation_samples"),
+        upkeep=Upkeep(callback.renewal, callback.curve, replay, steps),
     )
+
+
+def _steps_after_edit(schedule: Schedule, trainer: Namespace, data: Namespace, ranks: int) -> int | None:
+    """Return the maximum number of optimizer steps after the first edit; ``None`` if the config does not tell."""
+    samples, rows = data.get("samples_per_epoch"), data.get("batch_size")
+    batches = ceil(samples / (rows * ranks)) if samples and rows else 0
+    if isinstance(trainer.limit_train_batches, int):
+        batches = min(batches, trainer.limit_train_batches)
+    per_epoch = ceil(batches / trainer.accumulate_grad_batches)
+    by_epochs = trainer.max_epochs * per_epoch if trainer.max_epochs not in (None, -1) and per_epoch else None
+    by_steps = trainer.max_steps if trainer.max_steps != -1 else None
+    ends = [end for end in (by_epochs, by_steps) if end is not None]
+    return max(0, min(ends) - schedule.first_step(FitLimits(steps_per_epoch=per_epoch))) if ends else None
 
 
 def _count_facts(settings: Namespace) -> int | None:
@@ -157,11 +187,14 @@ def _count_facts(settings: Namespace) -> int | None:
     return len(facts)
 
 
-def _editing_callbacks(config: Namespace) -> list[Namespace]:
-    """Return the trainer's callbacks that have an editor."""
+def _callbacks(config: Namespace) -> tuple[list[Namespace], list[Namespace]]:
+    """Return the trainer's callbacks that have an editor, and those that state edited facts."""
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    return [callback for callback in callbacks if "editor" in (callback.get("init_args") or ())]
+    editing = [callback for callback in callbacks if "editor" in (callback.get("init_args") or ())]
+    kinds = [resolve_name(callback.class_path) for callback in callbacks]
+    replays = [isinstance(kind, type) and issubclass(kind, EditReplay) for kind in kinds]
+    return editing, [callback for callback, is_replay in zip(callbacks, replays, strict=True) if is_replay]
 
 
 def _strategy(name: str) -> Any:

@@ -13,6 +13,9 @@ from lit_moeedit.preservation.moments_cache import MomentsCache
 from lit_moeedit.preservation.second_moments import SecondMoments, sums_device
 from lit_moeedit.sharding.ranks import Ranks
 
+KEPT_FILES, KEPT_EDITS = 32, 4
+"""Number of files, and of the latest edits with all of their layers, that a run's folder keeps; the larger counts."""
+
 
 @dataclass(frozen=True)
 class KeptMoments:
@@ -39,9 +42,10 @@ class KeptMoments:
             ranks: the processes that edit together.
         """
         keys = {index: found.key for index, found in moments.items() if found.key is not None}
-        if cache is not None and len(keys) == len(moments):
+        if cache is not None and len(keys) == len(moments) <= cache.keep:
             return cls(keys, str(cache.folder))
-        cache, keys = MomentsCache(folder), {}
+        # those of some edits, because other callbacks keep theirs in the same folder
+        cache, keys = MomentsCache(folder, keep=max(KEPT_FILES, KEPT_EDITS * len(moments))), {}
         for index, found in moments.items():
             # the ranks' sums are the same
             keys[index] = _digest(found)

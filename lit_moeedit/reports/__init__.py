@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lit_moeedit.reports.autopsy import LossByPart, MissingAutopsy, PartPutBack
 from lit_moeedit.reports.console import ConsoleReport
 from lit_moeedit.reports.html import write_html
 from lit_moeedit.reports.jsonl import read_rows, write_rows
@@ -19,10 +20,13 @@ __all__ = [
     "Cost",
     "FactRow",
     "Guard",
+    "LossByPart",
     "Measured",
+    "MissingAutopsy",
     "Model",
     "Moment",
     "Outcome",
+    "PartPutBack",
     "Place",
     "Replayed",
     "Report",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.interrupts import uninterrupted
@@ -23,7 +23,7 @@ from lit_moeedit.reports.report import Report
 from lit_moeedit.reports.rows import Moment
 from lit_moeedit.reports.survival import SurvivalPoint
 from lit_moeedit.reports.table import cut
-from lit_moeedit.text import count
+from lit_moeedit.text import count, printable
 
 FILE = "report.html"
 MAX_ROWS = 2000
@@ -33,6 +33,7 @@ MAX_REASONS = 10
 """Maximum number of failed facts that are listed before the table."""
 
 _MAX_TEXT = 400
+_MAX_COMMAND = 5000
 _MAX_ITEMS = 500
 """Maximum number of rows of any other table."""
 
@@ -88,6 +89,7 @@ def render(report: Report) -> str:
         places=report.places[:_MAX_ITEMS],
         scores=list(dict.fromkeys(name for place in report.places for name in place.scores))[:20],
         settings=list(_flat(report.settings))[:_MAX_ITEMS],
+        command=escape(printable(report.missing_autopsy.command[:_MAX_COMMAND])) if report.missing_autopsy else "",
         script=script,
         style=style,
         script_hash=Markup(base64.b64encode(sha256(script.encode()).digest()).decode()),

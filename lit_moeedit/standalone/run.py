@@ -24,6 +24,7 @@ from lit_moeedit.editing import EditMethod, Editor
 from lit_moeedit.editing.outcomes import describe_failure
 from lit_moeedit.editing.phases import Progress
 from lit_moeedit.edits import Edit, SavedEdits, layers_by_parameter, states
+from lit_moeedit.edits.card import CardRow
 from lit_moeedit.edits.edit import check_name, settings_of
 from lit_moeedit.edits.files import edits_of, save_edit
 from lit_moeedit.edits.folders import check_output, load_model, save_model
@@ -33,7 +34,6 @@ from lit_moeedit.pretrained import check_vocabulary, pretrained_tokenizer
 from lit_moeedit.reports import FactRow, Model, Report, write_report
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.standalone.attempts import Found, edit_with_attempts
-from lit_moeedit.standalone.card import write_card
 from lit_moeedit.standalone.chat import in_chat
 from lit_moeedit.standalone.processes import launched_ranks
 
@@ -329,8 +329,11 @@ def _write(
             edits,
             folder,
             lambda done, total: progress and progress("copying", done, total),
+            [
+                CardRow(row.prompt, row.target_true, row.target_new, row.measured["after"], row.chat)
+                for row in report.rows
+            ],
         )
-        write_card(folder, stored.folder, edits, report.rows)
         write_report(replace(report, state="finished"), folder)
         move_folder(folder, target, overwrite)
         shutil.rmtree(folder, ignore_errors=True)  # what was there before

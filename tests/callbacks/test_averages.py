@@ -140,6 +140,44 @@ def test_stochastic_weight_averaging_ends_with_the_edit_in_any_order(run: Any) -
         assert one.summary["after_training"] == pytest.approx(without_nan(one.final))
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_stochastic_weight_averaging_renews_edits_in_both_and_measures_the_average_last(
+    run: Any, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average, renew, changes = swa(), KnowledgeEditing._renew, []
+
+    class Forget(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 3:  # the last step of the epoch with which the average begins
+                for weight in (layer.mlp.experts.down_proj for layer in pl_module.model.model.layers):
+                    weight.data.zero_()
+
+    def weights(pl_module: Any) -> list[torch.Tensor]:
+        models = (pl_module.model, averaged(average))
+        return [model.get_parameter(WEIGHT).detach().clone() for model in models]
+
+    def watched(self: Any, trainer: L.Trainer, pl_module: Any) -> None:
+        before = weights(pl_module)
+        renew(self, trainer, pl_module)
+        changes.extend(new - old for new, old in zip(weights(pl_module), before, strict=True))
+
+    monkeypatch.setattr(KnowledgeEditing, "_renew", watched)
+    settings = {"renew_every_n_steps": 2, "max_renewals": 1, "survival_every_n_steps": 1}
+    one = run(average, "run", last, callbacks=[Forget()], **settings)
+    points = one.editing.survival.points
+    assert [(point.step, point.after) for point in points] == [
+        (2, "edit"), (3, None), (4, None), (4, "renewal"), (5, None), (6, None), (6, None),
+    ]  # fmt: skip
+    assert points[2].generated < points[3].generated
+    training, mean = changes
+    # each sum is rounded to float32
+    assert training.norm() > 0.1 and torch.allclose(training, mean, atol=1e-6)
+    # the last point is that of the average, which becomes the weights
+    for name in ("efficacy", "efficacy_accuracy"):
+        assert points[-1].metrics[name] == pytest.approx(one.final[name])
+    assert one.editing.survivors.generated == round(6 * one.final["efficacy_accuracy"])
+
+
 def test_stochastic_weight_averaging_that_ends_early_keeps_the_weights_in_training(run: Any) -> None:
     for last in (False, True):
         one = run(swa(), str(last), last, trainer={"max_steps": 5, "max_epochs": 9})

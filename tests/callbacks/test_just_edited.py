@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from markupsafe import escape
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing
 from lit_moeedit.callbacks.listener import EditListener
+from lit_moeedit.cli import run
 from lit_moeedit.models.experts import expert_layers, find_model
 from lit_moeedit.models.parts import KEY_MAKERS, find_kinds, stored_tensors
 
@@ -57,6 +61,33 @@ def test_a_run_tells_what_carried_the_loss(tiny, make_trainer, tmp_path, caplog)
     best = max(parts.values(), key=lambda part: part["moved"])
     assert best["name"] == "gate/up-projections" and best["explained"] >= 0.5
     assert found["verdict"].startswith("training moved the gate/up-projections of the edited layers")
+    assert found["carrier"] == "gate/up-projections"
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Which part carried the loss" in page and f"T{found['verdict'][1:]}" in page
+    assert f'<tr class="edited"><th scope="row"><bdi>{best["name"]}</bdi></th>' in page
+    assert page.count('class="bar"') == len(parts)
+
+
+def test_a_run_resumed_after_its_edit_names_the_command_for_checkpoints(tiny, make_trainer, tmp_path):
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+
+    def fit(folder, epochs, **keys):
+        callbacks = [KnowledgeEditing(tiny.editor(), at={"epoch": 0}), EditReport(console=False, autopsy=True), kept]
+        trainer = make_trainer(tmp_path / folder, callbacks, max_epochs=epochs)
+        trainer.fit(tiny.module(), tiny.data(), **keys)
+        return json.loads((tmp_path / folder / "summary.json").read_text())
+
+    assert "parts" in fit("first", 1)["autopsy"]
+    edited, final = tmp_path / "kept" / "epoch=0.ckpt", tmp_path / "kept" / "epoch=1.ckpt"
+    found = fit("second", 2, ckpt_path=edited, weights_only=True)["autopsy"]
+    assert found["missing"].startswith("the run was resumed after its last edit")
+    assert found["command"] == shlex.join(["lit-moeedit", "edits", "autopsy", str(final), "--edited", str(edited)])
+    page = (tmp_path / "second" / "report.html").read_text(encoding="utf-8")
+    assert f"<bdi>{escape(found['command'])}</bdi>" in page
+    # the command does what the page says
+    output = tmp_path / "autopsy.json"
+    run(args=[*shlex.split(found["command"])[1:], f"--output={output}"])
+    assert json.loads(output.read_text())["facts"] == 6
 
 
 def test_no_autopsy_unless_it_is_asked_for(tiny, make_trainer, tmp_path):

@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.editing import TargetOptimizer
 from lit_moeedit.editing import editor as editor_module
+from lit_moeedit.preservation import CovariancePenalty
+from lit_moeedit.solvers import Tucker, Woodbury
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 
@@ -115,6 +117,18 @@ def test_the_editors_cache_holds_the_moments(run: Any, tiny: Any, tmp_path: Path
     assert found.editing.renewals == 1 and found.passes == 1
     assert not (tmp_path / "run" / "logs" / "moments").exists()
     assert found.editing.state_dict()["kept"]["folder"] == str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("solver", [Tucker(energy=1.0), Woodbury()], ids=["Tucker", "Woodbury"])
+def test_other_solvers_and_preservations_reuse_targets_and_moments(run: Any, tiny: Any, solver: Any) -> None:
+    found = run(editor=tiny.editor((1,), steps=25, solver=solver, preserve=CovariancePenalty(1.0)), max_renewals=1)
+    assert found.editing.renewals == 1 and found.searched == [6] and found.passes == 1
+    before, renewed = next(
+        pair
+        for pair in zip(found.editing.survival.points, found.editing.survival.points[1:], strict=False)
+        if pair[1].after == "renewal"
+    )
+    assert before.generated < renewed.generated
 
 
 def test_facts_whose_known_targets_are_stale_are_searched_for(run: Any) -> None:

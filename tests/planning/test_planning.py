@@ -205,7 +205,7 @@ def test_a_workload_has_no_zeros() -> None:
     with pytest.raises(ValueError, match="edits must be at least 1, got 0"):
         Workload(edits=0)
     facts = WORK.facts()
-    assert len(facts) == 6 and len(facts[0].neighbours) == 2
+    assert len(facts) == 6 and len(facts[0].paraphrases) == len(facts[0].neighbours) == 1
     assert len(dry_run.Words()([facts[0].prompt])["input_ids"][0]) == 9
 
 
@@ -230,7 +230,9 @@ def small_config(tmp_path: Path, name: str = "atlas", **changes: Any) -> Path:
 @pytest.mark.usefixtures("own_process")
 def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    file, path = tmp_path / "plan.json", small_config(tmp_path, editor={"layers": [1]})
+    renewals = {"renew_every_n_steps": 32, "max_renewals": 4}
+    changes: dict[str, Any] = {"editor": {"layers": [1]}, "trainer": {"callbacks": []}, "editing": renewals}
+    file, path = tmp_path / "plan.json", small_config(tmp_path, **changes)
     configs = [f"--config={path}", "--config", "recipe:atlas_zero3"]
     run(args=["plan", *configs, "--ranks=4", "--card=0.15", f"--json={file}"])
     printed = capsys.readouterr().out
@@ -240,9 +242,11 @@ def test_the_command_prints_a_table_and_writes_its_numbers(tmp_path: Path, capsy
     assert content["sharding"] | {"ranks": 4, "stage": 3, "itemsize": 4, "on_cpu": True} == content["sharding"]
     assert content["sharding"]["bucket"] == 10_000_000 and not content["sharding"]["overlap"]
     # what the config says
+    assert content["renewals"] == 4
     assert content["work"] | {"edits": 32, "texts": 4096, "rows": 32} == content["work"]
     assert list(content["phases"]) == [
-        "building", "training step", "statistics", "targets", "features", "solve", "commit", "evaluation", "checkpoint",
+        "building", "training step", "statistics", "targets", "features", "solve", "commit", "evaluation", "renewal",
+        "checkpoint",
     ]  # fmt: skip
     assert all(cost["peak"] >= cost["held"] for cost in content["phases"].values())
 
@@ -311,7 +315,7 @@ def test_a_place_that_is_found_is_planned_as_the_costliest_one(
 
 
 def test_each_phase_is_that_of_the_place_where_it_costs_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    def simulated(module: Any, own: Editor, sharding: Sharding, work: Workload, card: Any) -> Any:
+    def simulated(module: Any, own: Editor, sharding: Sharding, work: Workload, card: Any, upkeep: Any) -> Any:
         low = own.layers == (0, 1)
         costs = [Cost("training step", 0, 9), Cost("statistics", 1, 50 if low else 30, flops=100 if low else 200)]
         costs += [Cost("evaluation", 2, 20, sent=4, flops=1800), Cost("checkpoint", 0, 0, written=7)]

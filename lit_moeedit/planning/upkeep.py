@@ -1,4 +1,4 @@
-"""What keeps edits after they are made: renewals, and training steps with statements of edited facts."""
+"""Upkeep of edits after they are made: renewals, and training steps with statements of edited facts."""
 
 from __future__ import annotations
 

@@ -17,10 +17,15 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
+from lit_moeedit.callbacks import EditReplay
+from lit_moeedit.callbacks.renewals import EditRenewing, RenewalSettings
+from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning import Cost, CostCounter, Workload, empty_model, simulate
 from lit_moeedit.planning.simulated_zero import Sharding
+from lit_moeedit.planning.upkeep import REPLAYED, TRAINING, Upkeep
+from tests.planning.losing import lose_all_once
 from tests.processes import run_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
@@ -71,8 +76,12 @@ class Meter(CostCounter):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Workload]:
-    """What the phases of a run took on this rank, and what it worked on."""
+def replay() -> EditReplay:
+    return EditReplay(share=0.25, by_need=False)
+
+
+def measured(stage: int, precision: str, root: str, keeps: bool = False) -> tuple[dict[str, Cost], Workload]:
+    """What the phases of a run took on this rank, and what it worked on; ``keeps`` with replay and a renewal."""
     import lightning as L
 
     from lit_moeedit.callbacks import KnowledgeEditing, edit_making
@@ -81,16 +90,28 @@ def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Wo
     from lit_moeedit.sharding.cpu_strategy import DeepSpeedCPUStrategy
 
     meter, lengths = Meter(), dict[str, int]()
+    lose_all_once(pytest.MonkeyPatch(), meter)  # the process ends with this run
+    renew, renewing = EditRenewing._renew, list[bool]()
+
+    def renewed(*args: Any) -> None:
+        renewing.append(True)  # its parts are no phases
+        renew(*args)
+        renewing.clear()
+
+    EditRenewing._renew = renewed  # type: ignore[method-assign]
     encode, evaluate, encode_texts = Editor.encode, edit_making.evaluate, evaluation.encode
 
     def evaluated(*args: Any, **options: Any) -> Any:
+        if renewing:
+            return evaluate(*args, **options)
         meter.phases.pop("evaluation", None)  # the one after the edit counts
         with meter.phase("evaluation"):
             return evaluate(*args, **options)
 
     def scored(*args: Any, **options: Any) -> Any:
         encodings = encode_texts(*args, **options)
-        lengths["asked"] = sum(len(encoding.ids) for encoding in encodings)
+        if not renewing:
+            lengths["asked"] = sum(len(encoding.ids) for encoding in encodings)
         return encodings
 
     def noted(self: Editor, *args: Any) -> Any:
@@ -103,7 +124,7 @@ def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Wo
     edit = Editor.edit
 
     def metered(self: Editor, *args: Any, **options: Any) -> Any:
-        return edit(self, *args, **options | {"phase": meter.phase})
+        return edit(self, *args, **options if renewing else options | {"phase": meter.phase})
 
     Editor.edit = metered  # type: ignore[method-assign]
     edit_making.evaluate = evaluated
@@ -121,12 +142,15 @@ def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Wo
             self.started = meter.begin()
 
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            meter.phases.pop("training step", None)  # the last one counts: the first one makes Adam's moments
-            meter.end("training step", *self.started)
+            name = TRAINING if trainer.global_step <= 2 else REPLAYED
+            meter.phases.pop(name, None)  # the last one counts: the first one makes Adam's moments
+            meter.end(name, *self.started)
             lengths["train"] = batch["labels"].shape[1]
 
     # the callback that measures is the first to see a batch's end
-    callbacks = [Phases(), KnowledgeEditing(editor(), at={"step": 2}, on_failure="keep", survival_every_n_steps=None)]
+    renewals: dict[str, Any] = {"renew_every_n_steps": 2, "max_renewals": 1} if keeps else {}
+    settings: Any = {"at": {"step": 2}, "on_failure": "keep", "survival_every_n_steps": None}
+    callbacks = [Phases(), KnowledgeEditing(editor(), **settings, **renewals), *([replay()] if keeps else [])]
     atlas = Atlas(edits=EDITS, seed=0)
     data = FactsDataModule(
         atlas, vocab_size=CONFIG["vocab_size"], batch_size=ROWS, samples_per_epoch=RANKS * ROWS * 2,
@@ -136,9 +160,9 @@ def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Wo
     module = LitMoE(config=CONFIG, dtype="float32" if precision == "32-true" else "bfloat16")
     strategy = DeepSpeedCPUStrategy(stage=stage, param_persistence_threshold=0, reduce_bucket_size=BUCKET)
     trainer = L.Trainer(
-        accelerator="cpu", devices=RANKS, strategy=strategy, max_steps=2, precision=precision, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        num_sanity_val_steps=0, callbacks=callbacks, default_root_dir=root,
+        accelerator="cpu", devices=RANKS, strategy=strategy, max_steps=4 if keeps else 2, precision=precision,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, num_sanity_val_steps=0, callbacks=callbacks, default_root_dir=root,
     )  # fmt: skip
     folder = Path(root) / "checkpoint"
     with meter:
@@ -166,27 +190,29 @@ def measured(stage: int, precision: str, root: str) -> tuple[dict[str, Cost], Wo
     return meter.phases, work
 
 
-def planned(stage: int, dtype: torch.dtype, work: Workload) -> dict[str, Cost]:
+def planned(stage: int, dtype: torch.dtype, work: Workload, keeps: bool = False) -> dict[str, Cost]:
     sharding = Sharding(RANKS, stage, dtype.itemsize, bucket=BUCKET, overlap=False, on_cpu=True)
     keys, module = dict(CONFIG), LitMoE(config=CONFIG)
+    upkeep = Upkeep(RenewalSettings(2, maximum=1), SurvivalCurve(None), replay()) if keeps else None
     with empty_model(AutoConfig.for_model(keys.pop("model_type"), **keys), dtype) as module.model:
-        return {cost.phase: cost for cost in simulate(module, editor(), sharding, work)[0]}
+        return {cost.phase: cost for cost in simulate(module, editor(), sharding, work, upkeep=upkeep)[0]}
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"),
+    ("stage", "precision", "keeps"),
     [
-        (3, "bf16-mixed"),
-        (3, "32-true"),
-        (2, "bf16-mixed"),
-        (1, "bf16-mixed"),
-        (1, "32-true"),
-        (0, "bf16-mixed"),
+        (3, "bf16-mixed", False),
+        (3, "bf16-mixed", True),
+        (3, "32-true", False),
+        (2, "bf16-mixed", False),
+        (1, "bf16-mixed", False),
+        (1, "32-true", False),
+        (0, "bf16-mixed", False),
     ],
 )
-def test_a_plan_says_what_a_run_takes(stage: int, precision: str, tmp_path: Path) -> None:
-    ranks = run_ranks(measured, RANKS, stage, precision, str(tmp_path), group=False, seconds=300)
-    plan = planned(stage, torch.float32 if precision == "32-true" else torch.bfloat16, ranks[0][1])
+def test_a_plan_says_what_a_run_takes(stage: int, precision: str, keeps: bool, tmp_path: Path) -> None:
+    ranks = run_ranks(measured, RANKS, stage, precision, str(tmp_path), keeps, group=False, seconds=300)
+    plan = planned(stage, torch.float32 if precision == "32-true" else torch.bfloat16, ranks[0][1], keeps)
     assert set(plan) == set(ranks[0][0])
     lines, wrong = [], []
     for phase, cost in plan.items():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
-from lit_moeedit.callbacks.renewals import EditRenewing, RenewalSettings
+from lit_moeedit.callbacks.renewals import RenewalSettings
 from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
@@ -23,8 +21,8 @@ from lit_moeedit.planning import Cost, CostCounter, Workload, empty_model, simul
 from lit_moeedit.planning.run_config import read_run
 from lit_moeedit.planning.simulated_zero import Sharding
 from lit_moeedit.planning.upkeep import RENEWAL, REPLAYED, TRAINING, Upkeep
-from lit_moeedit.replay import Draws
 from tests.callbacks.conftest import CONFIG, _data, _module, _trainer
+from tests.planning.losing import lose_all_once
 from tests.planning.test_planning import small_config
 
 WIDER = {**CONFIG, "num_hidden_layers": 1, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
@@ -39,25 +37,13 @@ def editor() -> Editor:
 
 def measured(replay: EditReplay, kind: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Workload]:
     """Return what the phases of a run took in which all edits are lost once, and what the run worked on."""
-    meter, lengths, asked = CostCounter(), dict[str, int](), list[int]()
-    renew, measure, lost = EditRenewing._renew, EditReplay._measure, EditRenewing._lost
-    evaluate, encode = KnowledgeEditing.evaluate, Editor.encode
+    meter, lengths = CostCounter(), dict[str, int]()
+    measure, encode = EditReplay._measure, Editor.encode
+    asked = lose_all_once(monkeypatch, meter)
 
-    def metered(name: str, method: Any) -> Any:
-        def run(*args: Any) -> Any:
-            with meter.phase(name):
-                return method(*args)
-
-        return run
-
-    def all_lost_at_first(self: Any, module: Any, facts: Any) -> list[str]:
-        found = lost(self, module, facts)
-        asked.append(len(found))
-        return [fact.key for fact in facts] if len(asked) == 1 else []
-
-    def all_generated(*args: Any) -> Any:
-        found = evaluate(*args)
-        return replace(found, edits_exact=torch.ones_like(found.edits_exact))
+    def metered(*args: Any) -> None:
+        with meter.phase("need"):
+            measure(*args)
 
     def noted(self: Editor, *args: Any) -> Any:
         encoded = encode(self, *args)
@@ -77,10 +63,7 @@ def measured(replay: EditReplay, kind: Any, folder: Path, monkeypatch: pytest.Mo
             meter.phases.pop(self.name, None)  # the last one counts: the first one makes Adam's moments
             meter.end(self.name, *self.started)
 
-    monkeypatch.setattr(EditRenewing, "_renew", metered(RENEWAL, renew))
-    monkeypatch.setattr(EditReplay, "_measure", metered("need", measure))
-    monkeypatch.setattr(EditRenewing, "_lost", all_lost_at_first)
-    monkeypatch.setattr(KnowledgeEditing, "evaluate", all_generated)
+    monkeypatch.setattr(EditReplay, "_measure", metered)
     monkeypatch.setattr(Editor, "encode", noted)
     settings: Any = {"renew_every_n_steps": 2, "max_renewals": 1, "renewal": kind, "on_failure": "keep"}
     editing = KnowledgeEditing(editor(), at={"step": EDITED}, **settings)
@@ -117,8 +100,6 @@ def test_a_plan_counts_what_a_run_takes_to_keep_its_edits(
 ) -> None:
     monkeypatch.setattr("lit_moeedit.callbacks.needs.MEASURE_EVERY", NEEDS)
     monkeypatch.setattr("lit_moeedit.planning.upkeep.MEASURE_EVERY", NEEDS)
-    # as a plan does for the steps that it simulates
-    monkeypatch.setattr(Draws, "count", lambda self, expected, batch: ceil(expected))
     replay = EditReplay(share=0.22, weight=weight, contexts=[""])
     found, work = measured(replay, kind, tmp_path, monkeypatch)
     upkeep = Upkeep(RenewalSettings(2, maximum=1, kind=kind), SurvivalCurve(), replay, steps=STEPS - EDITED)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_moeedit.edits import Edit
-from lit_moeedit.edits.stored import CARD, ORIGINAL
+from lit_moeedit.edits.stored import CARD, EDITS, ORIGINAL
 from lit_moeedit.reports import FactRow
 from lit_moeedit.text import printable
 
@@ -34,12 +34,10 @@ def write_card(folder: Path, base: Path, edits: Sequence[Edit], rows: Sequence[F
     if original.is_file() and original.stat().st_size <= _MAX_CARD:
         text = original.read_text(encoding="utf-8", errors="replace")
         header |= _header(text)
-        if not (base / ORIGINAL).exists():  # else this is the card of an earlier edit
+        is_ours = (base / EDITS).is_dir() and "lit_moeedit" in _tags(header)
+        if not is_ours and not (base / ORIGINAL).exists():  # else this is the card of an earlier edit
             (folder / ORIGINAL).write_text(text, encoding="utf-8")
-    tags = header.get("tags")
-    header["tags"] = list(
-        dict.fromkeys([*(tags if isinstance(tags, list) else []), "knowledge-editing", "lit_moeedit"])
-    )
+    header["tags"] = list(dict.fromkeys([*_tags(header), "knowledge-editing", "lit_moeedit"]))
     text = yaml.safe_dump(header, sort_keys=True, allow_unicode=True)
     body = "\n".join(_lines(base, edits, rows, (folder / ORIGINAL).exists()))
     (folder / CARD).write_text(f"---\n{text}---\n\n{body}\n", encoding="utf-8")
@@ -52,6 +50,11 @@ def _header(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return {str(key): value for key, value in read.items()} if isinstance(read, dict) else {}
+
+
+def _tags(header: Mapping[str, Any]) -> list[Any]:
+    tags = header.get("tags")
+    return tags if isinstance(tags, list) else []
 
 
 def _lines(base: Path, edits: Sequence[Edit], rows: Sequence[FactRow], has_original: bool) -> Iterator[str]:

@@ -99,7 +99,7 @@ def edit(
             which the new answer is more likely than the old one.)
         chat: whether to put the prompts into the tokenizer's chat template.
         columns: field names to column names, for facts with other names.
-        dry_run: whether to write nothing. The edit is made in memory, measured, and undone.
+        dry_run: whether to write nothing. The edit is made in memory, measured, and undone; the report is as without.
         name: name of the edit; ``edit-0001`` and so on by default.
         overwrite: whether to replace an existing output.
         device: the device, for a model in a folder: ``auto`` for a GPU if there is one.
@@ -137,7 +137,8 @@ def edit(
             raise ValueError("a model in a folder needs an output folder")
         target = Path(output).resolve()
         if not dry_run:
-            _check_target(target, overwrite, stored.folder)
+            given = [Path(own) for own in (facts, preservation) if isinstance(own, str | Path)]
+            _check_target(target, overwrite, stored.folder, given)
     elif output is not None:
         raise ValueError("output is for a model in a folder; save a model in memory by save_pretrained")
     elif tokenizer is None:
@@ -180,8 +181,10 @@ def edit(
             ranks=ranks,
             progress=progress,
         )
-        report = _report(found, loaded, stored, started, [fact.prompt for fact in known], chat)
-        if not found.result.kept and not dry_run:
+        is_enough = float(found.after.edits_exact.float().mean()) >= min_efficacy
+        # in a dry run, the facts that would be kept
+        report = _report(found, loaded, stored, started, [fact.prompt for fact in known], chat, kept=is_enough)
+        if not is_enough:
             raise TooFewFactsError(_too_few(found, min_efficacy), report)
         if stored is None or dry_run:
             return replace(report, state="finished")
@@ -231,6 +234,7 @@ def _report(
     started: datetime,
     prompts: Sequence[str],
     chat: bool,
+    kept: bool,
 ) -> Report:
     """Make the report; the prompts are those that were given, before they were put into a chat template."""
     rows = tuple(
@@ -241,7 +245,7 @@ def _report(
             fact.target_new,
             fact.target_true,
             edit=1,
-            kept=found.result.kept,
+            kept=kept,
             measured={"before": before, "after": after},
             reason=str(found.reasons[fact.key]) if fact.key in found.reasons else None,
             chat=chat,
@@ -285,20 +289,32 @@ def _too_few(found: Found, min_efficacy: float) -> str:
 # -- the output -------------------------------------------------------------------------------------------------------
 
 
-def _check_target(target: Path, overwrite: bool, source: Path) -> None:
-    """Check that the output can be written, before the work."""
+def _check_target(target: Path, overwrite: bool, source: Path, given: Sequence[Path]) -> None:
+    """Check that the output can be written, before the work, and that what is given is not lost by that."""
     if target.is_relative_to(source.resolve()):
         raise ValueError(f"the output {target} is in the folder of the model, which must stay as it is")
-    check_output(target, overwrite, [source])
+    check_output(target, overwrite, [source, *given])
     unfinished = _unfinished(target)
+    _check_unfinished(unfinished)
     if unfinished.exists() and not overwrite:
         raise FileExistsError(
             f"{unfinished} is what a run has left that was killed: lit-moeedit edits apply {source} "
             f"{unfinished / EDITS} --output {target} makes its edit again. Remove it, or use --overwrite"
         )
-    if source.resolve().is_relative_to(unfinished):
-        raise FileExistsError(f"{unfinished} is not replaced: the model, which is read, is in it")
+    inside = [path for path in (source, *given) if path.resolve().is_relative_to(unfinished)]
+    if inside:
+        raise FileExistsError(f"{unfinished} is not replaced: {inside[0]}, which is read, is in it")
     check_writable(target.parent / f".{target.name}.check")
+
+
+def _check_unfinished(folder: Path) -> None:
+    """Check that what has the name of an unfinished output is one: it has edits, or what was replaced by one."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(f"{folder}, where the output is written first, is no folder: move it away")
+    if folder.exists() and any(folder.iterdir()) and not any((folder / own).exists() for own in (EDITS, "config.json")):
+        raise FileExistsError(
+            f"{folder}, where the output is written first, is not what a run has left: it has no {EDITS}. Move it away"
+        )
 
 
 def _unfinished(target: Path) -> Path:

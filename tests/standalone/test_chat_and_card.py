@@ -72,3 +72,15 @@ def test_the_card_shows_facts_as_they_are_and_keeps_the_header(tmp_path: Path) -
     (base / "README.base.md").write_text("# Base\n")  # the base was edited itself, and this copied
     write_card(folder, base, [edit, edit], [row])
     assert not (folder / "README.base.md").exists()
+
+
+def test_a_base_without_a_card_gets_none_by_a_second_edit(tmp_path: Path) -> None:
+    row = FactRow("k", "Rome", "Rome is in", "Spain", None, 1, True, {"after": Measured("Spain", True, 0.9)})
+    edit = Edit("one", (Fact("Rome", "Rome is in", "Spain"),), "Woodbury", {}, ())
+    base, first, second = (tmp_path / name for name in ("base", "first", "second"))
+    base.mkdir(), first.mkdir(), second.mkdir()
+    write_card(first, base, [edit], [row])
+    (first / "edits").mkdir()
+    write_card(second, first, [edit, edit], [row])
+    assert (second / "README.md").exists()
+    assert not (second / "README.base.md").exists()  # an undo would make it the card of the base

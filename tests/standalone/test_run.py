@@ -21,6 +21,7 @@ from lit_moeedit.edits.commands import undo_edits
 from lit_moeedit.edits.folders import load_model, save_model
 from lit_moeedit.edits.stored import StoredModel
 from lit_moeedit.reports import read_rows
+from lit_moeedit.reports.outcomes import outcome_of
 from lit_moeedit.standalone import TooFewFactsError, attempts, edit
 from tests.edits.making import equal, make
 
@@ -158,7 +159,9 @@ def test_a_dry_run_writes_nothing(
     base: Path, facts_file: Path, texts: Sequence[str], editor: Editor, tmp_path: Path
 ) -> None:
     report = edit(base, facts_file, tmp_path / "out", editor=editor, preservation=texts, dry_run=True)
-    assert all(row.measured["after"].holds for row in report.rows)
+    assert all(outcome_of(row) == "holds" for row in report.rows)
+    with pytest.raises(TooFewFactsError):
+        edit(base, facts_file, tmp_path / "out", editor=WEAK, preservation=texts, dry_run=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "facts.jsonl"]
 
 
@@ -244,6 +247,22 @@ def test_what_is_there_is_not_replaced(base: Path, facts_file: Path, tmp_path: P
     for inside in (base, base / "edited"):
         with pytest.raises(ValueError, match="is in the folder of the model"):
             edit(base, facts_file, inside, overwrite=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    for given in ({"facts": tmp_path / "out" / "diary.txt"}, {"preservation": tmp_path / "out" / "diary.txt"}):
+        with pytest.raises(FileExistsError, match=r"out is not replaced: .*diary\.txt, which is read, is in it"):
+            edit(base, **{"facts": facts_file, **given}, output=tmp_path / "out", overwrite=True)  # type: ignore[arg-type]
+    unfinished = tmp_path / "new.unfinished"
+    unfinished.mkdir()
+    (unfinished / "diary.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not what a run has left"):
+        edit(base, facts_file, tmp_path / "new", overwrite=True)
+    (unfinished / "edits").mkdir()
+    with pytest.raises(FileExistsError, match=r"unfinished is not replaced: .*diary\.txt, which is read"):
+        edit(base, unfinished / "diary.txt", tmp_path / "new", overwrite=True)
+    unfinished = tmp_path / "other.unfinished"
+    unfinished.write_text("mine")
+    with pytest.raises(FileExistsError, match="is no folder"):
+        edit(base, facts_file, tmp_path / "other", overwrite=True)
 
 
 def test_wrong_arguments(

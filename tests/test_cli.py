@@ -238,6 +238,14 @@ def test_predict_runs(small):
     run(args=["predict", f"--config={small}"])
 
 
+def test_an_edit_that_fails_ends_the_command_without_a_traceback(small, monkeypatch):
+    hopeless = ["--edit.on_failure=raise", "--edit.editor.targets.steps=1", "--edit.editor.targets.learning_rate=1e-4"]
+    monkeypatch.setattr(sys, "argv", ["lit-moeedit", "fit", f"--config={small}", *hopeless])
+    with pytest.raises(SystemExit, match="lit-moeedit fit: 3 of 3 facts are not generated after the edit") as raised:
+        command_line.main()
+    assert "on_failure: undo" in str(raised.value)
+
+
 def test_callbacks_have_short_names(small, tmp_path):
     config = yaml.safe_load(small.read_text(encoding="utf-8"))
     del config["edit"]

@@ -86,8 +86,8 @@ def edit(
     Args:
         model: a local folder of ``from_pretrained``, or a model in memory, which is changed.
         facts: a facts file, facts, or objects with the keys of a row of a facts file.
-        output: the folder to write, for a model in a folder. While it is being written its name ends with
-            ``.unfinished``; the edit file and the report are there first.
+        output: the folder to write, for a model in a folder; not needed for a dry run. While it is being written its
+            name ends with ``.unfinished``; the edit file and the report are there first.
         tokenizer: the tokenizer, for a model in memory.
         preservation: a text file with one document per line, or texts, on which the experts must keep their behaviour.
             ``None`` takes a small text of this package; one's own preserves more of what matters.
@@ -133,16 +133,18 @@ def edit(
     stored, target = None, None
     if isinstance(model, str | Path):
         stored = StoredModel(model)
-        if output is None:
+        if output is None and not dry_run:
             raise ValueError("a model in a folder needs an output folder")
-        target = Path(output).resolve()
-        if not dry_run:
+        if output is not None and not dry_run:
+            target = Path(output).resolve()
             given = [Path(own) for own in (facts, preservation) if isinstance(own, str | Path)]
             _check_target(target, overwrite, stored.folder, given)
     elif output is not None:
         raise ValueError("output is for a model in a folder; save a model in memory by save_pretrained")
-    elif tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer")
+    elif not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is {type(model).__name__}; expected a local folder, or a model of transformers")
+    elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"a model in memory needs its tokenizer, one of transformers, got {type(tokenizer).__name__}")
     with launched_ranks():
         ranks = Ranks.current()
         with ranks.together():

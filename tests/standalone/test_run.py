@@ -158,7 +158,7 @@ def test_the_costs_add_up_to_all_that_the_attempts_took(
 def test_a_dry_run_writes_nothing(
     base: Path, facts_file: Path, texts: Sequence[str], editor: Editor, tmp_path: Path
 ) -> None:
-    report = edit(base, facts_file, tmp_path / "out", editor=editor, preservation=texts, dry_run=True)
+    report = edit(base, facts_file, editor=editor, preservation=texts, dry_run=True)
     assert all(outcome_of(row) == "holds" for row in report.rows)
     with pytest.raises(TooFewFactsError):
         edit(base, facts_file, tmp_path / "out", editor=WEAK, preservation=texts, dry_run=True)
@@ -273,6 +273,7 @@ def test_wrong_arguments(
         "needs an output folder": (base, facts_file),
         "output is for a model in a folder": (taught, facts_file, tmp_path / "out"),
         "needs its tokenizer": (taught, facts_file),
+        "model is Linear; expected a local folder, or a model of transformers": (torch.nn.Linear(2, 2), facts_file),
     }.items():
         with pytest.raises(ValueError, match=message):
             edit(*arguments)  # type: ignore[arg-type]

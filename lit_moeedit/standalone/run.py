@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,10 +150,13 @@ def edit(
         ranks = Ranks.current()
         with ranks.together():
             # before the model, which takes longer
-            known, texts = read_facts(facts, columns=columns), texts_to_preserve(preservation, warn=ranks.rank == 0)
             if stored is not None:
                 tokenizer = pretrained_tokenizer(stored.folder)
                 check_offsets(tokenizer)
+            assert tokenizer is not None
+            known = read_facts(facts, columns=columns, tokenizer=None if chat else tokenizer)
+            texts = texts_to_preserve(preservation, warn=ranks.rank == 0)
+            if stored is not None:
                 present = edits_of(stored.folder)
                 name = _free_name(present) if name is None else name
                 if name in {own.name for own in present}:
@@ -163,7 +167,6 @@ def edit(
             else:
                 assert isinstance(model, PreTrainedModel)
                 loaded, present = model, []
-            assert tokenizer is not None
             check_vocabulary(tokenizer, loaded)
             if first.layers:
                 first.find_layers(loaded)
@@ -299,9 +302,10 @@ def _check_target(target: Path, overwrite: bool, source: Path, given: Sequence[P
     unfinished = _unfinished(target)
     _check_unfinished(unfinished)
     if unfinished.exists() and not overwrite:
+        folders = (shlex.quote(str(folder)) for folder in (source, unfinished / EDITS, "--output", target))
         raise FileExistsError(
-            f"{unfinished} is what a run has left that was killed: lit-moeedit edits apply {source} "
-            f"{unfinished / EDITS} --output {target} makes its edit again. Remove it, or use --overwrite"
+            f"{unfinished} is what a run has left that was killed: lit-moeedit edits apply {' '.join(folders)} makes "
+            "its edit again. Remove it, or use --overwrite"
         )
     inside = [path for path in (source, *given) if path.resolve().is_relative_to(unfinished)]
     if inside:
@@ -351,7 +355,7 @@ def _write(
         write_card(folder, stored.folder, edits, report.rows)
         write_report(replace(report, state="finished"), folder)
         move_folder(folder, target, overwrite)
-        shutil.rmtree(folder, ignore_errors=True)  # what was there before
+    shutil.rmtree(folder, ignore_errors=True)  # what was there before
     log.info("%s: %s", target, edits[-1].name)
 
 

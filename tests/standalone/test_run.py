@@ -290,4 +290,8 @@ def test_wrong_arguments(
     (tmp_path / "bad.jsonl").write_text(json.dumps({"subject": "Rome", "prompt": "It lies in", "target_new": "Spain"}))
     with pytest.raises(FactsError, match="subject"):
         edit(base, tmp_path / "bad.jsonl", tmp_path / "out")
+    rows = {"subject": "Rome", "prompt": "Rome lies in", "target_new": tokenizer.unk_token or tokenizer.eos_token}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows))
+    with pytest.raises(FactsError, match=r"bad\.jsonl, row 1, field 'target_new'"):  # what the tokenizer refuses, too
+        edit(base, tmp_path / "bad.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -186,10 +186,10 @@ def edit(
             ranks=ranks,
             progress=progress,
         )
-        is_enough = float(found.after.edits_exact.float().mean()) >= min_efficacy
-        # in a dry run, the facts that would be kept
-        report = _report(found, loaded, stored, started, [fact.prompt for fact in known], chat, kept=is_enough)
-        if not is_enough:
+        # of a dry run, whether it would be
+        kept = found.result.kept or (dry_run and float(found.after.edits_exact.float().mean()) >= min_efficacy)
+        report = _report(found, loaded, stored, started, [fact.prompt for fact in known], chat, kept)
+        if not kept:
             raise TooFewFactsError(_too_few(found, min_efficacy), report)
         if stored is None or dry_run:
             return replace(report, state="finished")

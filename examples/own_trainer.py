@@ -4,6 +4,7 @@ python examples/own_trainer.py my-model facts.jsonl
 """
 
 import sys
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_moeedit import Editor, EditReport, KnowledgeEditing
 from lit_moeedit.data import neutral_texts
+from lit_moeedit.editing import TargetOptimizer
+from lit_moeedit.reports import read_rows
 
 
 class Module(L.LightningModule):
@@ -34,9 +37,13 @@ class Module(L.LightningModule):
 folder, facts = sys.argv[1:]
 module, texts = Module(folder), neutral_texts()
 loader = DataLoader(texts[:16], batch_size=1, collate_fn=lambda rows: module.tokenizer(rows, return_tensors="pt"))
+# small models need more than the settings of the papers, which are the default; lit-moeedit locate finds out
+targets = TargetOptimizer(steps=60, learning_rate=0.5, clamp=2.0, weight_decay=0.05)
 editing = KnowledgeEditing(
-    Editor(layers="auto", token="auto"), facts=facts, at={"epoch": 1}, preservation=texts, on_failure="keep"
+    Editor(layers="auto", token="auto", targets=targets), facts=facts, at={"epoch": 1}, preservation=texts
 )
 trainer = L.Trainer(max_epochs=2, callbacks=[editing, EditReport()], accelerator="cpu", logger=False)
 trainer.fit(module, loader)
-sys.stdout.write(f"{len(editing.applied_facts)} facts edited\n")
+rows = read_rows(Path(trainer.default_root_dir, "edits.jsonl"))
+generated = sum(row.measured["end"].holds for row in rows)
+sys.stdout.write(f"{generated} of {len(rows)} new answers are generated at the end\n")

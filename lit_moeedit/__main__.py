@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import lit_moeedit
@@ -14,9 +15,12 @@ def main() -> None:
         sys.stdout.write(f"lit-moeedit {lit_moeedit.__version__}\n")
         return
     end_with_launcher()
-    from lit_moeedit import cli
+    try:
+        from lit_moeedit import cli
 
-    cli.main()
+        cli.main()
+    except KeyboardInterrupt:  # while it is imported, which takes seconds
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":

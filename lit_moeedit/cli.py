@@ -25,6 +25,7 @@ from lit_moeedit.arguments import cause
 from lit_moeedit.checkpoints.export import export
 from lit_moeedit.commands import PROGRAM, Commands
 from lit_moeedit.data.check import check
+from lit_moeedit.editing import FailedEditError
 from lit_moeedit.edits.commands import apply_edits, list_edits, show_edits, undo_edits, verify_edits
 from lit_moeedit.locating import locate
 from lit_moeedit.planning.families import families
@@ -139,7 +140,14 @@ def main() -> None:
         transformers.utils.logging.disable_progress_bar()
     try:
         run()
-    except (OSError, ValueError, FloatingPointError, MisconfigurationException, ModuleNotFoundError) as error:
+    except (
+        OSError,
+        ValueError,
+        FloatingPointError,
+        MisconfigurationException,
+        ModuleNotFoundError,
+        FailedEditError,
+    ) as error:
         log.debug("", exc_info=error)
         name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
         hint = "(LIT_MOEEDIT_LOG=debug shows where it was raised)"

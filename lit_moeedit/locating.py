@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lit_moeedit.atomic_files import atomic_file
+from lit_moeedit.atomic_files import atomic_file, check_writable
 from lit_moeedit.data.encoding import check_offsets
 from lit_moeedit.data.facts import read_facts
 from lit_moeedit.data.neutral import texts_to_preserve
@@ -64,6 +64,8 @@ def locate(
     check_offsets(tokenizer)
     known = read_facts(facts, columns=columns, tokenizer=tokenizer)
     texts = texts_to_preserve(preservation)
+    if output is not None:
+        check_writable(output / "locate.json")  # before the work
     loaded = load_model(model, device=found_device)
     check_vocabulary(tokenizer, loaded)
     with progress() as show:

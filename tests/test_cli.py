@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import lit_moeedit
+from lit_moeedit import __main__ as program
 from lit_moeedit import cli as command_line
 from lit_moeedit.cli import run
 from lit_moeedit.editing import EditMemory
@@ -238,6 +239,14 @@ def test_predict_runs(small):
     run(args=["predict", f"--config={small}"])
 
 
+def test_an_edit_that_fails_ends_the_command_without_a_traceback(small, monkeypatch):
+    hopeless = ["--edit.on_failure=raise", "--edit.editor.targets.steps=1", "--edit.editor.targets.learning_rate=1e-4"]
+    monkeypatch.setattr(sys, "argv", ["lit-moeedit", "fit", f"--config={small}", *hopeless])
+    with pytest.raises(SystemExit, match="lit-moeedit fit: 3 of 3 facts are not generated after the edit") as raised:
+        command_line.main()
+    assert "on_failure: undo" in str(raised.value)
+
+
 def test_callbacks_have_short_names(small, tmp_path):
     config = yaml.safe_load(small.read_text(encoding="utf-8"))
     del config["edit"]
@@ -266,6 +275,18 @@ def test_the_command_in_a_process_of_its_own(small, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
     assert "3 edits with Woodbury" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_while_the_command_is_imported_has_no_traceback(monkeypatch):
+    class Interrupted:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lit_moeedit, "cli", Interrupted())
+    monkeypatch.setattr(sys, "argv", ["lit-moeedit", "edit"])
+    with pytest.raises(SystemExit) as raised:
+        program.main()
+    assert raised.value.code == 130
 
 
 def test_the_command_exits_with_0(monkeypatch):

@@ -145,7 +145,7 @@ def edit_with_attempts(
                 "min_efficacy",
                 min_efficacy,
                 best.efficacy,
-                not best.result.kept and not undo,
+                best.efficacy < min_efficacy,
                 1,
                 MEANINGS["efficacy_accuracy"],
             ),

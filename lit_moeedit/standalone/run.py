@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,8 +87,8 @@ def edit(
     Args:
         model: a local folder of ``from_pretrained``, or a model in memory, which is changed.
         facts: a facts file, facts, or objects with the keys of a row of a facts file.
-        output: the folder to write, for a model in a folder. While it is being written its name ends with
-            ``.unfinished``; the edit file and the report are there first.
+        output: the folder to write, for a model in a folder; not needed for a dry run. While it is being written its
+            name ends with ``.unfinished``; the edit file and the report are there first.
         tokenizer: the tokenizer, for a model in memory.
         preservation: a text file with one document per line, or texts, on which the experts must keep their behaviour.
             ``None`` takes a small text of this package; one's own preserves more of what matters.
@@ -99,7 +100,7 @@ def edit(
             which the new answer is more likely than the old one.)
         chat: whether to put the prompts into the tokenizer's chat template.
         columns: field names to column names, for facts with other names.
-        dry_run: whether to write nothing. The edit is made in memory, measured, and undone.
+        dry_run: whether to write nothing. The edit is made in memory, measured, and undone; the report is as without.
         name: name of the edit; ``edit-0001`` and so on by default.
         overwrite: whether to replace an existing output.
         device: the device, for a model in a folder: ``auto`` for a GPU if there is one.
@@ -133,23 +134,29 @@ def edit(
     stored, target = None, None
     if isinstance(model, str | Path):
         stored = StoredModel(model)
-        if output is None:
+        if output is None and not dry_run:
             raise ValueError("a model in a folder needs an output folder")
-        target = Path(output).resolve()
-        if not dry_run:
-            _check_target(target, overwrite, stored.folder)
+        if output is not None and not dry_run:
+            target = Path(output).resolve()
+            given = [Path(own) for own in (facts, preservation) if isinstance(own, str | Path)]
+            _check_target(target, overwrite, stored.folder, given)
     elif output is not None:
         raise ValueError("output is for a model in a folder; save a model in memory by save_pretrained")
-    elif tokenizer is None:
-        raise ValueError("a model in memory needs its tokenizer")
+    elif not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model is {type(model).__name__}; expected a local folder, or a model of transformers")
+    elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"a model in memory needs its tokenizer, one of transformers, got {type(tokenizer).__name__}")
     with launched_ranks():
         ranks = Ranks.current()
         with ranks.together():
             # before the model, which takes longer
-            known, texts = read_facts(facts, columns=columns), texts_to_preserve(preservation, warn=ranks.rank == 0)
             if stored is not None:
                 tokenizer = pretrained_tokenizer(stored.folder)
                 check_offsets(tokenizer)
+            assert tokenizer is not None
+            known = read_facts(facts, columns=columns, tokenizer=None if chat else tokenizer)
+            texts = texts_to_preserve(preservation, warn=ranks.rank == 0)
+            if stored is not None:
                 present = edits_of(stored.folder)
                 name = _free_name(present) if name is None else name
                 if name in {own.name for own in present}:
@@ -160,7 +167,6 @@ def edit(
             else:
                 assert isinstance(model, PreTrainedModel)
                 loaded, present = model, []
-            assert tokenizer is not None
             check_vocabulary(tokenizer, loaded)
             if first.layers:
                 first.find_layers(loaded)
@@ -180,8 +186,10 @@ def edit(
             ranks=ranks,
             progress=progress,
         )
-        report = _report(found, loaded, stored, started, [fact.prompt for fact in known], chat)
-        if not found.result.kept and not dry_run:
+        # of a dry run, whether it would be
+        kept = found.result.kept or (dry_run and float(found.after.edits_exact.float().mean()) >= min_efficacy)
+        report = _report(found, loaded, stored, started, [fact.prompt for fact in known], chat, kept)
+        if not kept:
             raise TooFewFactsError(_too_few(found, min_efficacy), report)
         if stored is None or dry_run:
             return replace(report, state="finished")
@@ -231,6 +239,7 @@ def _report(
     started: datetime,
     prompts: Sequence[str],
     chat: bool,
+    kept: bool,
 ) -> Report:
     """Make the report; the prompts are those that were given, before they were put into a chat template."""
     rows = tuple(
@@ -241,7 +250,7 @@ def _report(
             fact.target_new,
             fact.target_true,
             edit=1,
-            kept=found.result.kept,
+            kept=kept,
             measured={"before": before, "after": after},
             reason=str(found.reasons[fact.key]) if fact.key in found.reasons else None,
             chat=chat,
@@ -285,20 +294,33 @@ def _too_few(found: Found, min_efficacy: float) -> str:
 # -- the output -------------------------------------------------------------------------------------------------------
 
 
-def _check_target(target: Path, overwrite: bool, source: Path) -> None:
-    """Check that the output can be written, before the work."""
+def _check_target(target: Path, overwrite: bool, source: Path, given: Sequence[Path]) -> None:
+    """Check that the output can be written, before the work, and that what is given is not lost by that."""
     if target.is_relative_to(source.resolve()):
         raise ValueError(f"the output {target} is in the folder of the model, which must stay as it is")
-    check_output(target, overwrite, [source])
+    check_output(target, overwrite, [source, *given])
     unfinished = _unfinished(target)
+    _check_unfinished(unfinished)
     if unfinished.exists() and not overwrite:
+        folders = (shlex.quote(str(folder)) for folder in (source, unfinished / EDITS, "--output", target))
         raise FileExistsError(
-            f"{unfinished} is what a run has left that was killed: lit-moeedit edits apply {source} "
-            f"{unfinished / EDITS} --output {target} makes its edit again. Remove it, or use --overwrite"
+            f"{unfinished} is what a run has left that was killed: lit-moeedit edits apply {' '.join(folders)} makes "
+            "its edit again. Remove it, or use --overwrite"
         )
-    if source.resolve().is_relative_to(unfinished):
-        raise FileExistsError(f"{unfinished} is not replaced: the model, which is read, is in it")
+    inside = [path for path in (source, *given) if path.resolve().is_relative_to(unfinished)]
+    if inside:
+        raise FileExistsError(f"{unfinished} is not replaced: {inside[0]}, which is read, is in it")
     check_writable(target.parent / f".{target.name}.check")
+
+
+def _check_unfinished(folder: Path) -> None:
+    """Check that what has the name of an unfinished output is one: it has edits, or what was replaced by one."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(f"{folder}, where the output is written first, is no folder: move it away")
+    if folder.exists() and any(folder.iterdir()) and not any((folder / own).exists() for own in (EDITS, "config.json")):
+        raise FileExistsError(
+            f"{folder}, where the output is written first, is not what a run has left: it has no {EDITS}. Move it away"
+        )
 
 
 def _unfinished(target: Path) -> Path:
@@ -336,7 +358,7 @@ def _write(
         )
         write_report(replace(report, state="finished"), folder)
         move_folder(folder, target, overwrite)
-        shutil.rmtree(folder, ignore_errors=True)  # what was there before
+    shutil.rmtree(folder, ignore_errors=True)  # what was there before
     log.info("%s: %s", target, edits[-1].name)
 
 

@@ -231,6 +231,8 @@ def test_the_command_preserves_a_neutral_text_by_default(
         cli.run(
             ["locate", str(tmp_path / "model"), str(tmp_path / "facts.jsonl"), f"--preservation={tmp_path}/text.txt"]
         )
+    with pytest.raises(SystemExit, match=r"text\.txt cannot be a folder"):  # before the search
+        cli.run(["locate", str(tmp_path / "model"), str(tmp_path / "facts.jsonl"), f"--output={tmp_path}/text.txt"])
 
 
 def test_the_command_takes_local_folders_only(tmp_path: Path, own_process: None) -> None:

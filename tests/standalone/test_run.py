@@ -21,6 +21,7 @@ from lit_moeedit.edits.commands import undo_edits
 from lit_moeedit.edits.folders import load_model, save_model
 from lit_moeedit.edits.stored import StoredModel
 from lit_moeedit.reports import read_rows
+from lit_moeedit.reports.outcomes import outcome_of
 from lit_moeedit.standalone import TooFewFactsError, attempts, edit
 from tests.edits.making import equal, make
 
@@ -157,8 +158,10 @@ def test_the_costs_add_up_to_all_that_the_attempts_took(
 def test_a_dry_run_writes_nothing(
     base: Path, facts_file: Path, texts: Sequence[str], editor: Editor, tmp_path: Path
 ) -> None:
-    report = edit(base, facts_file, tmp_path / "out", editor=editor, preservation=texts, dry_run=True)
-    assert all(row.measured["after"].holds for row in report.rows)
+    report = edit(base, facts_file, editor=editor, preservation=texts, dry_run=True)
+    assert all(outcome_of(row) == "holds" for row in report.rows)
+    with pytest.raises(TooFewFactsError):
+        edit(base, facts_file, tmp_path / "out", editor=WEAK, preservation=texts, dry_run=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "facts.jsonl"]
 
 
@@ -244,6 +247,22 @@ def test_what_is_there_is_not_replaced(base: Path, facts_file: Path, tmp_path: P
     for inside in (base, base / "edited"):
         with pytest.raises(ValueError, match="is in the folder of the model"):
             edit(base, facts_file, inside, overwrite=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    for given in ({"facts": tmp_path / "out" / "diary.txt"}, {"preservation": tmp_path / "out" / "diary.txt"}):
+        with pytest.raises(FileExistsError, match=r"out is not replaced: .*diary\.txt, which is read, is in it"):
+            edit(base, **{"facts": facts_file, **given}, output=tmp_path / "out", overwrite=True)  # type: ignore[arg-type]
+    unfinished = tmp_path / "new.unfinished"
+    unfinished.mkdir()
+    (unfinished / "diary.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not what a run has left"):
+        edit(base, facts_file, tmp_path / "new", overwrite=True)
+    (unfinished / "edits").mkdir()
+    with pytest.raises(FileExistsError, match=r"unfinished is not replaced: .*diary\.txt, which is read"):
+        edit(base, unfinished / "diary.txt", tmp_path / "new", overwrite=True)
+    unfinished = tmp_path / "other.unfinished"
+    unfinished.write_text("mine")
+    with pytest.raises(FileExistsError, match="is no folder"):
+        edit(base, facts_file, tmp_path / "other", overwrite=True)
 
 
 def test_wrong_arguments(
@@ -254,6 +273,7 @@ def test_wrong_arguments(
         "needs an output folder": (base, facts_file),
         "output is for a model in a folder": (taught, facts_file, tmp_path / "out"),
         "needs its tokenizer": (taught, facts_file),
+        "model is Linear; expected a local folder, or a model of transformers": (torch.nn.Linear(2, 2), facts_file),
     }.items():
         with pytest.raises(ValueError, match=message):
             edit(*arguments)  # type: ignore[arg-type]
@@ -269,5 +289,9 @@ def test_wrong_arguments(
         edit(taught, facts_file, tokenizer=tokenizer, chat=True)
     (tmp_path / "bad.jsonl").write_text(json.dumps({"subject": "Rome", "prompt": "It lies in", "target_new": "Spain"}))
     with pytest.raises(FactsError, match="subject"):
+        edit(base, tmp_path / "bad.jsonl", tmp_path / "out")
+    rows = {"subject": "Rome", "prompt": "Rome lies in", "target_new": tokenizer.unk_token or tokenizer.eos_token}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows))
+    with pytest.raises(FactsError, match=r"bad\.jsonl, row 1, field 'target_new'"):  # what the tokenizer refuses, too
         edit(base, tmp_path / "bad.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()

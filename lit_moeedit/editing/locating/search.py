@@ -149,8 +149,9 @@ def locate(
     if location.best.nll > FOUND:
         log.warning(
             "target vectors are not found at any place: the lowest loss is %.1f nats per token; give the editor's "
-            "targets more steps, a higher learning_rate or a higher clamp",
+            "targets more steps, a higher learning_rate or a higher clamp%s",
             location.best.nll,
+            f", such as {dict(PERSISTENT)}" if editor is not None else "",
         )
     return location
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks.needs import measure_needs
 from lit_moeedit.callbacks.renewals import RenewalSettings
 from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.editing import Editor, TargetOptimizer
@@ -38,12 +39,12 @@ def editor() -> Editor:
 def measured(replay: EditReplay, kind: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Workload]:
     """Return what the phases of a run took in which all edits are lost once, and what the run worked on."""
     meter, lengths = CostCounter(), dict[str, int]()
-    measure, encode = EditReplay._measure, Editor.encode
+    encode = Editor.encode
     asked = lose_all_once(monkeypatch, meter)
 
-    def metered(*args: Any) -> None:
+    def metered(*args: Any) -> dict[str, float]:
         with meter.phase("need"):
-            measure(*args)
+            return measure_needs(*args)
 
     def noted(self: Editor, *args: Any) -> Any:
         encoded = encode(self, *args)
@@ -63,7 +64,7 @@ def measured(replay: EditReplay, kind: Any, folder: Path, monkeypatch: pytest.Mo
             meter.phases.pop(self.name, None)  # the last one counts: the first one makes Adam's moments
             meter.end(self.name, *self.started)
 
-    monkeypatch.setattr(EditReplay, "_measure", metered)
+    monkeypatch.setattr("lit_moeedit.callbacks.edit_replay.measure_needs", metered)
     monkeypatch.setattr(Editor, "encode", noted)
     settings: Any = {"renew_every_n_steps": 2, "max_renewals": 1, "renewal": kind, "on_failure": "keep"}
     editing = KnowledgeEditing(editor(), at={"step": EDITED}, **settings)

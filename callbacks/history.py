@@ -40,8 +40,10 @@ class History:
         """Add an edit."""
         result, edits = event.result, self.edits + 1
         rows, held = [], {}
+        broken = "; ".join(str(figure) for figure in event.guards if figure.is_broken)
+        undone = f"a guard undid the edit, {broken}" if broken and not result.kept else None
         for t, fact in enumerate(result.facts):
-            reason = event.reasons.get(fact.key)
+            reason = event.reasons.get(fact.key, undone)
             row = FactRow(
                 key=fact.key,
                 subject=fact.subject,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 _RETAINED = "specificity_retained"
 MEANINGS = {
-    "efficacy_accuracy": "edited prompts that get the new answer, word for word",
+    "efficacy_accuracy": "edited prompts that the model continues with the new answer",
     "efficacy": "edited prompts for which the new answer is more likely than the old one",
-    "generalization_accuracy": "the same questions in other words that get the new answer, word for word",
+    "generalization_accuracy": "the same questions in other words that the model continues with the new answer",
     "generalization": "the same questions in other words for which the new answer is more likely than the old one",
     _RETAINED: "other questions answered right before the edit that still are",
-    "specificity_accuracy": "other questions that get their true answer, word for word",
+    "specificity_accuracy": "other questions that the model continues with their true answer",
     "specificity": "other questions for which their true answer is more likely than the new one",
     "score": "harmonic mean of efficacy, generalization and specificity",
     "utility": "arithmetic mean of efficacy, generalization and specificity",

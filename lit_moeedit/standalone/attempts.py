@@ -88,7 +88,7 @@ def edit_with_attempts(
         editor: the method, which is the only attempt; ``None`` for an :class:`~lit_moeedit.editing.Editor`.
         layers: layers of that editor; ``auto`` finds them.
         token: its edit token; ``auto`` finds it.
-        min_efficacy: smallest share of edited prompts that get the new answer, word for word.
+        min_efficacy: smallest share of edited prompts that the model continues with the new answer.
         undo: whether to undo the edit in any case, after it has been measured.
         ranks: the processes that edit together. Each calls this.
         progress: called with a phase's name, the number of steps done, and their total number.

@@ -127,6 +127,9 @@ class TestGuards:
         assert figure.name == name and f"; {name}: {figure.value:.3f} is " in caplog.text
         assert f"edit_after/{name[4:]}" in noting.events[0].metrics
         assert name in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+        rows = read_rows(tmp_path / "run" / "edits.jsonl")
+        lost = [row for row in rows if not row.measured["end"].holds]
+        assert lost and all(row.reason == f"a guard undid the edit, {figure}" for row in lost)
 
     def test_an_edit_within_the_limits_is_kept(self, run):
         editing, noting, _ = run(max_perplexity_ratio=1e6, min_routing_similarity=1e-6, callbacks=[RoutingMonitor()])

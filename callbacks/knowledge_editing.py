@@ -75,8 +75,8 @@ class KnowledgeEditing(EditRenewing):
             are not generated: ``raise`` undoes it and ends the run with the reasons; ``undo`` undoes it, warns, and
             goes on without these facts; ``keep`` keeps it.
         min_efficacy: smallest share of edited prompts for which the new answer is more likely than the old one; an edit
-            with less is undone. (Of ``lit-moeedit edit`` it is the share that the model continues with the new answer.) A
-            fact without ``target_true`` counts if the model generates its new target.
+            with less is undone. (Of ``lit-moeedit edit`` it is the share that the model continues with the new answer.)
+            A fact without ``target_true`` counts if the model generates its new target.
         min_specificity_retained: undo an edit that keeps less of its neighbours than this. Without a neighbour that was
             answered right before the edit there is nothing to compare, and the edit is kept.
         max_perplexity_ratio: undo an edit after which the perplexity of the probe text is more than this times that

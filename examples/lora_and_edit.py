@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lit_moeedit import Editor, KnowledgeEditing, LitMoE
 from lit_moeedit.checkpoints.export import export
 from lit_moeedit.data import neutral_texts
+from lit_moeedit.editing import TargetOptimizer
 
 folder, facts, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -28,13 +29,14 @@ def collate(rows: list[str]) -> dict[str, Any]:
 
 
 texts = neutral_texts()
+# small models need more than the settings of the papers, which are the default; lit-moeedit locate finds out
+targets = TargetOptimizer(steps=60, learning_rate=0.5, clamp=2.0, weight_decay=0.05)
 editing = KnowledgeEditing(
-    Editor(layers="auto", token="auto"),
+    Editor(layers="auto", token="auto", targets=targets),
     facts=facts,
     at={"epoch": 1},
     preservation=texts,
     save_edits=str(output / "edits"),
-    on_failure="keep",
 )
 trainer = L.Trainer(max_epochs=2, callbacks=[editing], accelerator="cpu", logger=False, default_root_dir=output)
 trainer.fit(module, DataLoader(texts[:16], batch_size=1, collate_fn=collate))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -78,8 +79,8 @@ class EditMethod(ABC):
             layers = ()
         elif isinstance(layers, str):
             raise ValueError(f"layers of {type(self).__name__} must be layer indices, got {layers!r}")
-        elif not layers or any(layer < 0 for layer in layers) or len(set(layers)) != len(layers):
-            raise ValueError(f"layers must be distinct layer indices, at least one, got {list(layers)}")
+        elif not _are_indices(layers):
+            raise ValueError(f"layers must be distinct layer indices, at least one, got {layers!r}")
         if not contexts:
             raise ValueError("contexts needs at least one text (an empty one for the prompt alone)")
         check_budget(token_budget)
@@ -325,3 +326,9 @@ def _further_copies(
             # a parameter of the same memory
             further.setdefault(weights[name], []).append(nn.Parameter(tensor.detach(), requires_grad=False))
     return further
+
+
+def _are_indices(layers: object) -> bool:
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, Integral) and int(layer) >= 0 for layer in layers):
+        return False
+    return 0 < len(layers) == len(set(layers))

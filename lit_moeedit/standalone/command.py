@@ -51,8 +51,8 @@ def edit_model(
             neutral text is used; your own is better.
         layers: layers to edit, for example [3,4,5], or auto.
         token: token to edit, subject_last or last, or auto.
-        min_efficacy: smallest share of edited prompts that the model continues with the new answer; with less, nothing is
-            written. (Of an edit in a run it is the share for which the new answer is more likely than the old one.)
+        min_efficacy: smallest share of edited prompts that the model continues with the new answer; with less, nothing
+            is written. (Of an edit in a run it is the share for which the new answer is more likely than the old one.)
         chat: whether to ask in the tokenizer's chat template.
         columns: field names to column names of the facts file, such as '{target_new: new, paraphrases: [p1, p2]}'.
         dry_run: whether to edit in memory only, and write nothing.

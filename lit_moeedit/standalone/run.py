@@ -95,8 +95,8 @@ def edit(
         editor: the editing method, instead of ``layers`` and ``token``.
         layers: indices of the layers to edit; ``auto`` finds them.
         token: the edit token; ``auto`` finds it.
-        min_efficacy: smallest share of edited prompts that the model continues with the new answer. With less, the edit is
-            undone and nothing is written. (Of a :class:`~lit_moeedit.callbacks.KnowledgeEditing` it is the share for
+        min_efficacy: smallest share of edited prompts that the model continues with the new answer. With less, the edit
+            is undone and nothing is written. (Of a :class:`~lit_moeedit.callbacks.KnowledgeEditing` it is the share for
             which the new answer is more likely than the old one.)
         chat: whether to put the prompts into the tokenizer's chat template.
         columns: field names to column names, for facts with other names.
@@ -286,8 +286,8 @@ def _report(
 
 def _too_few(found: Found, min_efficacy: float) -> str:
     return (
-        "nothing is changed, because the share of edited prompts that the model continues with the new answer, is below the "
-        f"min_efficacy of {min_efficacy:g}. {describe_failure(found.result, found.reasons)}"
+        "nothing is changed, because the share of edited prompts that the model continues with the new answer is below "
+        f"the min_efficacy of {min_efficacy:g}. {describe_failure(found.result, found.reasons)}"
     )
 
 

@@ -365,6 +365,8 @@ class TestRefusals:
             ({"layers": []}, "layers must be distinct layer indices, at least one, got []"),
             ({"layers": [1, 1]}, "layers must be distinct layer indices, at least one, got [1, 1]"),
             ({"layers": [-1]}, "layers must be distinct layer indices, at least one, got [-1]"),
+            ({"layers": 1}, "layers must be distinct layer indices, at least one, got 1"),
+            ({"layers": [0, [1]]}, "layers must be distinct layer indices, at least one, got [0, [1]]"),
             ({"preserve": "hard"}, "a Preservation or one of output, covariance, nullspace, none, got 'hard'"),
             ({"ridge": -1.0}, "ridge must be at least 0 and finite, got -1.0"),
             ({"ridge": float("nan")}, "ridge must be at least 0 and finite, got nan"),

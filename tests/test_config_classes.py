@@ -12,6 +12,8 @@ from lit_moeedit import cli as command_line
 from lit_moeedit.cli import run
 from tests.parsed_config import parsed
 
+ROOT = Path(__file__).parents[1]
+
 pytestmark = pytest.mark.usefixtures("own_process")
 
 
@@ -33,7 +35,10 @@ def test_callbacks_that_a_second_config_drops_are_named(tmp_path, caplog, key, d
     own = [{"class_path": f"lit_moeedit.callbacks.{name}"} for name in names]
     own[0] |= {"init_args": {"editor": {"class_path": "Editor", "init_args": {"layers": [1]}}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"edit": None, "trainer": {"callbacks": own}}))
-    configs = ("recipe:atlas", str(tmp_path / "own.yaml"), str(tmp_path / "more.yaml"))
+    base = yaml.safe_load((ROOT / "configs" / "atlas.yaml").read_text(encoding="utf-8"))
+    del base["trainer"]["callbacks"]
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    configs = (str(tmp_path / name) for name in ("base.yaml", "own.yaml", "more.yaml"))
     args = ["fit", *(f"--config={config}" for config in configs)]
     parse = command_line.EditingCLI.parse_arguments
 

@@ -22,9 +22,10 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks.training import RESULTS, command_line, quiet, write
-from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 from lit_moeedit.preservation import CovariancePenalty, NullSpace
 
+WITHOUT_REPLAY = "output, no replay"
 COLUMNS = (
     ("after", "efficacy"),
     ("after", "generalization"),
@@ -45,13 +46,11 @@ def variant(editing: KnowledgeEditing, name: str) -> None:
         editor.preserve, editor.ridge = None, 1.0
     elif name == "covariance":
         editor.preserve = CovariancePenalty(1e4)
-    elif name == "output, no renewals":
-        editing.renew_every_n_steps = None
-    elif name != "output":
+    elif name not in ("output", WITHOUT_REPLAY):
         raise ValueError(f"no variant {name!r}")
 
 
-VARIANTS = ("output", "output, no renewals", "covariance", "nullspace", "none")
+VARIANTS = ("output", WITHOUT_REPLAY, "covariance", "nullspace", "none")
 
 
 def run(seed: int, name: str, folder: Path, first: Path | None = None) -> dict[str, Any]:
@@ -63,7 +62,8 @@ def run(seed: int, name: str, folder: Path, first: Path | None = None) -> dict[s
     variant(editing, name)
     # checkpoints are named by the epoch that they end
     checkpoint = None if first is None else first / f"{editing.schedule.number - 1}.ckpt"
-    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+    dropped = (ModelCheckpoint, EditReplay) if name == WITHOUT_REPLAY else (ModelCheckpoint,)
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, dropped)]
     callbacks.append(
         ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True, auto_insert_metric_name=False)
     )

@@ -28,12 +28,12 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.training import arguments_of, command_line, header, quiet, row, trained, write
-from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor
+from lit_moeedit.callbacks import EditReplay, EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.cli import EditingCLI
 from lit_moeedit.editing import EditMemory, Evaluation, evaluate, second_moments
 
-WATCHING = (RoutingMonitor, EditReport)
+WATCHING = (RoutingMonitor, EditReport, EditReplay)
 BATCHES, SIZE, STEPS = 10, 20, 16
 METRICS = ("efficacy", "efficacy_accuracy", "generalization", "specificity_retained")
 # 200 facts in 3 contexts at 4 experts each are 2400 keys per layer

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.routing import RoutingMonitor
 from lit_moeedit.callbacks.run_folder import RunFile
+from lit_moeedit.interrupts import uninterrupted
 from lit_moeedit.reports import FactRow, Report, facts_table, markdown, write_report
 
 log = logging.getLogger(__name__)
@@ -47,13 +48,15 @@ class RunFiles:
             file.locate(trainer)
 
     def write_report(self, report: Report) -> None:
-        """Write ``edits.jsonl`` and ``report.html``; a full disk is no reason to lose a run: log a warning."""
+        """Write ``edits.jsonl`` and ``report.html``; a failure is no reason to lose a run: log a warning."""
         try:
             with TemporaryDirectory() as folder:
                 for path in write_report(report, folder):
                     self._pages[path.name].write(path.read_bytes())
-        except OSError as error:
-            log.warning("EditReport could not write %s: %s", " and ".join(PAGES), error)
+        except Exception as error:  # of a disk that is full, or a figure that cannot be drawn
+            reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            log.warning("EditReport could not write %s: %s", " and ".join(PAGES), reason)
+            log.debug("", exc_info=error)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Write the summary and return its path.
@@ -86,9 +89,10 @@ def log_routing(trainer: L.Trainer) -> None:
     """Give W&B a plot of the routing similarity by layer for each ``RoutingMonitor``, if there is matplotlib."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     for monitor in callbacks_of(trainer, RoutingMonitor) if loggers else ():
-        figure = monitor.figure()
-        for logger in loggers if figure is not None else ():
-            logger.log_image(monitor.metrics_prefix, [figure])
+        with uninterrupted():  # matplotlib may lose an interrupt
+            figure = monitor.figure()
+            for logger in loggers if figure is not None else ():
+                logger.log_image(monitor.metrics_prefix, [figure])
 
 
 def show(trainer: L.Trainer, parts: Iterable[RenderableType]) -> None:

@@ -266,3 +266,13 @@ def test_runs_that_share_a_folder_lose_no_summary(tiny, make_trainer, tmp_path):
     found = [path.read_bytes() for path in tmp_path.rglob("summary*.json")]
     assert set(found) == set(written)
     assert (tmp_path / "summary.json").read_bytes() == written[-1]
+
+
+def test_a_figure_that_cannot_be_drawn_costs_no_run(run, tmp_path, monkeypatch, caplog):
+    def draw(*_):
+        raise TypeError("incompatible function arguments")
+
+    monkeypatch.setattr("lit_moeedit.reports.figures.draw_costs", draw)
+    run()
+    assert "could not write edits.jsonl and report.html: TypeError: incompatible function arguments" in caplog.text
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # fmt: off
     # isort: off
-    from lit_moeedit.callbacks import (EditEvent as EditEvent, EditListener as EditListener, EditReplay as EditReplay,
+    from lit_moeedit.callbacks import (EditEvent as EditEvent, EditHold as EditHold, EditListener as EditListener,
+        EditReplay as EditReplay,
         EditReport as EditReport, KnowledgeEditing as KnowledgeEditing, RoutingMonitor as RoutingMonitor,
         Schedule as Schedule)
     from lit_moeedit.data import (Atlas as Atlas, Corpus as Corpus, Fact as Fact, FactsCorpus as FactsCorpus,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _MODULES = {
     name: module
     for module, names in {
-        "callbacks": "EditEvent EditListener EditReplay EditReport KnowledgeEditing RoutingMonitor Schedule",
+        "callbacks": "EditEvent EditHold EditListener EditReplay EditReport KnowledgeEditing RoutingMonitor Schedule",
         "data": "Atlas Corpus Fact FactsCorpus FactsDataModule FactsError Neighbour read_facts validate_facts",
         "editing": "EditMemory EditMethod Editor EditResult evaluate Evaluation FineTuning TargetOptimizer",
         "edits": "Edit read_edits",

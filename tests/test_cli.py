@@ -50,6 +50,7 @@ def facts_file(tmp_path):
 def small(tmp_path, facts_file):
     """Path of a config that is done in a second; the atlas config with everything made small."""
     config = yaml.safe_load((ROOT / "configs" / "atlas.yaml").read_text(encoding="utf-8"))
+    del config["trainer"]["callbacks"]
     config["trainer"] |= {
         "default_root_dir": str(tmp_path / "run"),
         "max_epochs": 2,

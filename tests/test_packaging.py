@@ -22,12 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lit_moeedit", "callbacks")
 CONFIGS = {path.name for path in (ROOT / "configs").iterdir()}
 PUBLIC = """
-lit_moeedit: Atlas BlockCoordinateDescent Corpus CovariancePenalty Edit EditEvent EditListener EditMemory EditMethod
-    EditProblem EditReplay EditReport EditResult EditSuccess Editor Evaluation ExpertDeltas ExpertLoad Fact FactsCorpus
-    FactsDataModule FactsError FineTuning KnowledgeEditing LitMoE Neighbour NullSpace OutputPenalty PerExpertRidge
-    Preservation RoutingDivergence RoutingMonitor RoutingSimilarity Schedule Solver TargetOptimizer Tucker Woodbury
-    __version__ edit evaluate read_edits read_facts regathering validate_facts
-lit_moeedit.callbacks: EditEvent EditListener EditReplay EditReport EndTogether KnowledgeEditing RoutingMonitor Schedule
+lit_moeedit: Atlas BlockCoordinateDescent Corpus CovariancePenalty Edit EditEvent EditHold EditListener EditMemory
+    EditMethod EditProblem EditReplay EditReport EditResult EditSuccess Editor Evaluation ExpertDeltas ExpertLoad Fact
+    FactsCorpus FactsDataModule FactsError FineTuning KnowledgeEditing LitMoE Neighbour NullSpace OutputPenalty
+    PerExpertRidge Preservation RoutingDivergence RoutingMonitor RoutingSimilarity Schedule Solver TargetOptimizer
+    Tucker Woodbury __version__ edit evaluate read_edits read_facts regathering validate_facts
+lit_moeedit.callbacks: EditEvent EditHold EditListener EditReplay EditReport EndTogether KnowledgeEditing RoutingMonitor
+    Schedule
 lit_moeedit.data: Atlas CheckedFacts Corpus Fact FactError FactsCorpus FactsDataModule FactsError Neighbour Statement
     neutral_texts read_facts validate_facts
 lit_moeedit.editing: EditMemory EditMethod EditResult Editor Evaluation FailedEditError FineTuning Location Measured
@@ -39,8 +40,9 @@ lit_moeedit.metrics: EditSuccess ExpertLoad RoutingDivergence RoutingSimilarity 
     routing_divergence routing_similarity
 lit_moeedit.planning: Cost CostCounter FakeFloatMode Workload empty_model simulate
 lit_moeedit.preservation: CovariancePenalty MomentsCache NullSpace OutputPenalty Preservation SecondMoments Shaping
-lit_moeedit.reports: ConsoleReport Cost FactRow Guard Measured Model Moment Outcome Place Report Retention Routing State
-    SurvivalPoint Survivors Totals facts_table markdown outcome_of read_rows write_report write_rows
+lit_moeedit.reports: ConsoleReport Cost FactRow Guard LossByPart Measured MissingAutopsy Model Moment Outcome
+    PartPutBack Place Replayed Report Retention Routing State SurvivalPoint Survivors Totals facts_table markdown
+    outcome_of read_rows write_report write_rows
 lit_moeedit.solvers: BlockCoordinateDescent EditProblem ExpertDeltas LayerWeights PerExpertRidge Solver Tucker
     TuckerFactors Woodbury
 lit_moeedit.standalone: TooFewFactsError edit

@@ -34,11 +34,11 @@ EDITS = 16
 METRICS = ("perplexity before training", "edit/efficacy_accuracy", "edit/specificity_retained", "val/perplexity")
 
 
-def train_base(folder: Path) -> Path:
-    """Train the demo's model for its first four epochs, and export it."""
-    options = ("edit=null", "trainer.max_epochs=4", f"trainer.default_root_dir={folder}")
+def train_base(folder: Path, *changes: str) -> Path:
+    """Train the demo's model for its first four epochs, and export it; ``changes`` are options of the command."""
+    options = ("edit=null", "trainer.callbacks=null", "trainer.max_epochs=4", f"trainer.default_root_dir={folder}")
     quiet = ("trainer.enable_progress_bar=false", f"trainer.logger.init_args.save_dir={folder}")
-    cli = command(["fit", "--config=recipe:atlas", *(f"--{option}" for option in (*options, *quiet))])
+    cli = command(["fit", "--config=recipe:atlas", *(f"--{option}" for option in (*options, *quiet, *changes))])
     assert cli is not None
     cli.trainer.save_checkpoint(folder / "base.ckpt")
     export(folder / "base.ckpt", folder / "base")

@@ -6,6 +6,7 @@ import math
 import re
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -272,6 +273,15 @@ def test_every_metric_on_the_page_is_explained() -> None:
     assert "of the group &lt;of my own&gt;" in source
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt, which a run of Lightning that was interrupted in this process has ended."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_until_the_figures_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 def edited(family: str, folder: Path, epochs: int, processes: int = 1) -> tuple[int, float]:
     """Train, export and edit a model; returns the number of facts that are generated, and the command's seconds."""
     changes = {"model_type": family, **FAMILIES[family]}
-    options = [f"model.init_args.config.{name}={json.dumps(value)}" for name, value in changes.items()]
+    options = [f"model.init_args.config.{name}={'null' if value is None else value}" for name, value in changes.items()]
     if not (folder / "base").exists():
         train_base(folder, *options, f"trainer.max_epochs={epochs}")
     facts, output = folder / "facts.jsonl", folder / f"output-{processes}"

@@ -24,10 +24,11 @@ from tests.acceptance.lora_run import train_base
 FACTS = 5
 BOUND = 60.0
 """Seconds that the command may take."""
-FAMILIES: dict[str, dict[str, object]] = {
+FAMILIES: dict[str, dict[str, int]] = {
     "qwen3_moe": {},
     "mixtral": {"num_local_experts": 16, "intermediate_size": 192},
     "olmoe": {"intermediate_size": 192},
+    "qwen2_moe": {"shared_expert_intermediate_size": 128, "decoder_sparse_step": 1},
     "gpt_oss": {"num_local_experts": 16, "intermediate_size": 192},
     "deepseek_v3": {
         "n_routed_experts": 16,
@@ -36,8 +37,9 @@ FAMILIES: dict[str, dict[str, object]] = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
         "intermediate_size": 256,
-        "q_lora_rank": None,
+        "q_lora_rank": 64,
         "kv_lora_rank": 64,
+        "head_dim": 16,  # which the rotary embedding goes by
         "qk_rope_head_dim": 16,
         "qk_nope_head_dim": 16,
         "v_head_dim": 32,
@@ -49,7 +51,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 def edited(family: str, folder: Path, epochs: int, processes: int = 1) -> tuple[int, float]:
     """Train, export and edit a model; returns the number of facts that are generated, and the command's seconds."""
     changes = {"model_type": family, **FAMILIES[family]}
-    options = [f"model.init_args.config.{name}={'null' if value is None else value}" for name, value in changes.items()]
+    options = [f"model.init_args.config.{name}={value}" for name, value in changes.items()]
     if not (folder / "base").exists():
         train_base(folder, *options, f"trainer.max_epochs={epochs}")
     facts, output = folder / "facts.jsonl", folder / f"output-{processes}"

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lit_moeedit.preservation.second_moments import SecondMoments
 
 # what a method of others imports from here
-__all__ = ["EditJob", "EditMethod", "EditResult", "LayerEdits"]
 
 
 class EditMethod(ABC):

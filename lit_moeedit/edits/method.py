@@ -9,7 +9,8 @@ import torch
 from typing_extensions import override
 
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing.method import EditJob, EditMethod, LayerEdits
+from lit_moeedit.editing.job import EditJob, LayerEdits
+from lit_moeedit.editing.method import EditMethod
 from lit_moeedit.editing.targets import Targets
 from lit_moeedit.edits.edit import Edit, in_sums
 from lit_moeedit.edits.files import EditFileError, read_edits

@@ -14,7 +14,7 @@ from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.models.padding import longest_padded, unpadded
 from lit_moeedit.models.partial_forward import inference, layer_output
-from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost
+from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost, most_tokens
 from lit_moeedit.sharding.ranks import Ranks
 
 
@@ -87,7 +87,8 @@ def edit_tokens(
         order = torch.argsort(ranks.all_gather(torch.cat(indices)))
         return EditTokens(_all_gather_keys(parts, ranks), ranks.all_gather(torch.cat(hidden))[order])
 
-    budget = TokenBudget(token_budget, forward_cost(model, target_layer), model.device, ranks)
+    cost, maximum = forward_cost(model, target_layer), most_tokens(model.device)
+    budget = TokenBudget(token_budget, cost, model.device, ranks, maximum)
     return budget.run("features", run, least=longest, most=longest * len(prompts))
 
 

@@ -25,7 +25,9 @@ Budget = int | Literal["auto"]
 """Maximum number of tokens (with padding) in one forward; ``auto`` chooses it by the free memory."""
 
 MAX_TOKENS = 16384
-"""Maximum number of tokens that ``auto`` chooses."""
+"""Maximum number of tokens that ``auto`` chooses, unless a phase has its own."""
+GPU_TOKENS = 4 * MAX_TOKENS
+"""The same for forwards without gradients on a GPU, where few tokens take less time than the start of the kernels."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that ``auto`` fills; the rest is for workspaces of kernels and for fragmentation."""
 FLOAT32_BYTES = 4
@@ -58,17 +60,21 @@ class TokenBudget:
         cost: bytes of memory per token in this phase, for ``auto``.
         device: the device of the model.
         ranks: the processes that share the work.
+        maximum: what ``auto`` chooses at most.
 
     Attributes:
         tokens: the budget. It is halved each time memory runs out, and stays so.
     """
 
-    def __init__(self, given: Budget, cost: float, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, given: Budget, cost: float, device: torch.device, ranks: Ranks, maximum: int = MAX_TOKENS
+    ) -> None:
         check_budget(given)
         self.device, self.ranks = device, ranks
-        self.tokens = (
-            given if isinstance(given, int) else ranks.least(tokens_that_fit(cost, free_memory(device, ranks.size)))
-        )
+        if isinstance(given, int):
+            self.tokens = given
+        else:
+            self.tokens = ranks.least(tokens_that_fit(cost, free_memory(device, ranks.size), maximum))
 
     def run(self, phase: str, work: Callable[[int], T], least: int, most: int) -> T:
         """Return ``work(tokens)``; if memory runs out on any rank, all ranks restart with half as many tokens.
@@ -109,14 +115,19 @@ class TokenBudget:
         )
 
 
-def tokens_that_fit(cost: float, free: float) -> int:
+def tokens_that_fit(cost: float, free: float, maximum: int = MAX_TOKENS) -> int:
     """Compute the number of tokens that ``auto`` takes, from bytes per token and free bytes.
 
     Example:
         >>> tokens_that_fit(cost=1e6, free=5e9), tokens_that_fit(cost=1.0, free=5e9), tokens_that_fit(cost=1e9, free=0)
         (4000, 16384, 1)
     """
-    return max(1, min(MAX_TOKENS, int(MEMORY_SHARE * free / max(cost, 1.0))))
+    return max(1, min(maximum, int(MEMORY_SHARE * free / max(cost, 1.0))))
+
+
+def most_tokens(device: torch.device) -> int:
+    """Return the maximum number of tokens that ``auto`` chooses for a forward without gradients."""
+    return MAX_TOKENS if device.type == "cpu" else GPU_TOKENS
 
 
 def release(device: torch.device) -> None:

@@ -23,7 +23,7 @@ from lit_moeedit.editing.evaluation import scoring_cost
 from lit_moeedit.editing.target_rows import TargetRow
 from lit_moeedit.editing.targets import batch_cost
 from lit_moeedit.models.experts import ExpertLayer, find_model
-from lit_moeedit.models.token_budget import MAX_TOKENS, Budget, forward_cost, tokens_that_fit
+from lit_moeedit.models.token_budget import GPU_TOKENS, MAX_TOKENS, Budget, forward_cost, tokens_that_fit
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.fake_tensors import Cost, CostCounter, FakeFloatMode
 from lit_moeedit.planning.simulated_ranks import SimulatedRanks, simulated_shards
@@ -112,14 +112,14 @@ class Budgets:
             free: bytes of free memory of a device; ``None`` for no limit.
         """
 
-        def chosen(given: Budget, cost: float) -> int:
+        def chosen(given: Budget, cost: float, maximum: int = MAX_TOKENS) -> int:
             if isinstance(given, int):
                 return given
-            return MAX_TOKENS if free is None else tokens_that_fit(cost, free)
+            return MAX_TOKENS if free is None else tokens_that_fit(cost, free, maximum)
 
         scored = work.target_tokens / (work.prompt_tokens + work.target_tokens)
         return cls(
-            chosen(editor.token_budget, forward_cost(model, layer)),
+            chosen(editor.token_budget, forward_cost(model, layer), GPU_TOKENS),
             chosen(editor.targets.token_budget, batch_cost(model, layer, rows)),
             chosen(editor.token_budget, scoring_cost(model, scored)),
         )

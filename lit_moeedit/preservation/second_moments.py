@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.keys import KeyRows, stream_keys
 from lit_moeedit.models.padding import longest_padded, unpadded
 from lit_moeedit.models.partial_forward import inference, layer_output
-from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost
+from lit_moeedit.models.token_budget import Budget, TokenBudget, forward_cost, most_tokens
 from lit_moeedit.precision import full_precision, round_to_tf32, tensor_core_precision
 from lit_moeedit.preservation.moments_cache import MomentsCache, digest, moment_keys
 from lit_moeedit.sharding.backends import refuse_parallelism
@@ -34,6 +34,9 @@ MAX_TEXT_TOKENS = 512
 """Default of the maximum number of tokens of a preservation text that are used."""
 PADDED = 2**26
 """Maximum number of elements in a padded batch of keys (256 MiB)."""
+LEAST_SHARE, CPU_LEAST_SHARE = 0.5, 0.8
+"""Least number of keys of an expert as a share of the most in its padded batch. On a GPU, starting the kernels of a
+batch takes longer than products of padding."""
 
 
 @dataclass
@@ -86,25 +89,31 @@ class SecondMoments:
         experts, counts = list(rows.counts), list(rows.counts.values())
         keys = self._weighted(rows.key, rows.gate)
         is_half = rows.key.dtype in (torch.bfloat16, torch.float16)
-        device = keys.device
-        expert, count = torch.tensor([experts, counts], device=device)
-        start = count.cumsum(0) - count
-        for batch in similar(counts, keys.shape[1], PADDED):
+        device, width = keys.device, keys.shape[1]
+        high = round_to_tf32(keys) if is_half and self.gated else keys
+        parts = (high,) if high is keys else (high, keys - high)
+        batches = list(similar(counts, width, PADDED, LEAST_SHARE if device.type == "cuda" else CPU_LEAST_SHARE))
+        order, begins = list(chain.from_iterable(batches)), list(accumulate(counts, initial=0))
+        # in one copy to the device, because a GPU waits for each
+        table = torch.tensor([[numbers[i] for i in order] for numbers in (experts, counts, begins)], device=device)
+        for batch, columns in zip(batches, table.split([len(batch) for batch in batches], dim=1), strict=True):
+            expert, count, begin = columns
             longest, shortest = counts[batch[0]], counts[batch[-1]]
-            chosen = torch.tensor(batch, device=device)
             place = torch.arange(longest, device=device)
-            padded = keys[(start[chosen, None] + place).clamp_max(len(keys) - 1)]
+            chosen = (begin[:, None] + place).clamp_max(len(keys) - 1)
+            padded = [part[chosen] for part in parts]
             if shortest < longest:
-                padded *= (place < count[chosen, None])[..., None]
+                is_own = (place < count[:, None])[..., None]
+                for part in padded:
+                    part *= is_own
             with tensor_core_precision() if is_half else full_precision():
-                high = round_to_tf32(padded) if is_half and self.gated else padded
-                products = high.mT @ high
-                if high is not padded:
-                    mixed = high.mT @ (padded - high)
+                products = padded[0].mT @ padded[0]
+                for low in padded[1:]:
+                    mixed = padded[0].mT @ low
                     products += mixed
                     products += mixed.mT
-            self.total.index_add_(0, expert[chosen].to(self.total.device), products.to(self.total.device))
-        self.count.index_add_(0, expert.to(self.count.device), count.to(self.count.device))
+            self.total.index_add_(0, expert.to(self.total.device), products.to(self.total.device))
+        self.count.index_add_(0, *table[:2].to(self.count.device))
 
     def _weighted(self, keys: Tensor, gates: Tensor) -> Tensor:
         """Convert keys to float32, and multiply them by their gates if the moments are gated."""
@@ -206,7 +215,8 @@ def second_moments(
 
     if rows:
         top = max(watched, key=lambda layer: layer.index)
-        budget = TokenBudget(token_budget, forward_cost(model, top), model.device, ranks)
+        cost, maximum = forward_cost(model, top), most_tokens(model.device)
+        budget = TokenBudget(token_budget, cost, model.device, ranks, maximum)
         budget.run("statistics", run, least=len(rows[-1]), most=len(rows) * len(rows[-1]))
     for index, summed in sums.items():
         ranks.all_reduce(*summed.tensors().values())

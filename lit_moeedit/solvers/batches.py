@@ -64,17 +64,20 @@ def expert_batches(problem: EditProblem) -> Iterator[ExpertBatch]:
         yield ExpertBatch(members, pairs, problem.edit_index[pairs], valid)
 
 
-def similar(lengths: Sequence[int], width: int, budget: int) -> Iterator[list[int]]:
-    """Yield batches of indices of rows, the longest first; within a batch no row is more than a fifth shorter.
+def similar(lengths: Sequence[int], width: int, budget: int, least_share: float = 0.8) -> Iterator[list[int]]:
+    """Yield batches of indices of rows of similar lengths, the longest first.
 
     Args:
         lengths: lengths of the rows, positive.
         width: elements of each entry; a row of length ``n`` counts as ``n · max(n, width)`` elements.
         budget: maximum number of elements in a batch of several rows, padded to the longest.
+        least_share: least length of a row as a share of the longest in its batch.
 
     Example:
         >>> list(similar([9, 1, 10, 5], width=1, budget=1000))
         [[2, 0], [3], [1]]
+        >>> list(similar([9, 1, 10, 5], width=1, budget=1000, least_share=0.5))
+        [[2, 0, 3], [1]]
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     start = 0
@@ -82,7 +85,7 @@ def similar(lengths: Sequence[int], width: int, budget: int) -> Iterator[list[in
         longest = lengths[order[start]]
         most = max(1, budget // (longest * max(longest, width)))
         stop = start + 1
-        while stop < min(len(order), start + most) and 5 * lengths[order[stop]] >= 4 * longest:
+        while stop < min(len(order), start + most) and lengths[order[stop]] >= least_share * longest:
             stop += 1
         yield order[start:stop]
         start = stop

@@ -72,6 +72,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         undo.by(torch.set_rng_state, torch.get_rng_state())
         if model.device.type == "cuda":
             undo.by(torch.cuda.set_rng_state, torch.cuda.get_rng_state(model.device), model.device)
+            # cuDNN's attention makes a plan for each new shape of a batch, which takes longer than the forward
+            undo.by(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+            torch.backends.cuda.enable_cudnn_sdp(False)
         undo.enter_context(no_repacking(model))
         undo.by(_set_modes, {module: module.training for module in model.modules()})
         model.train(False)  # eval() has no type annotations

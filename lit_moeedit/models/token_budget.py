@@ -26,7 +26,7 @@ Budget = int | Literal["auto"]
 
 MAX_TOKENS = 16384
 """Maximum number of tokens that ``auto`` chooses, unless a phase has its own."""
-GPU_TOKENS = 4 * MAX_TOKENS
+GPU_TOKENS = 2 * MAX_TOKENS
 """The same for forwards without gradients on a GPU, where few tokens take less time than the start of the kernels."""
 MEMORY_SHARE = 0.8
 """Share of the free memory that ``auto`` fills; the rest is for workspaces of kernels and for fragmentation."""

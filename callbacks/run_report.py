@@ -71,7 +71,8 @@ def make_report(
         warnings=tuple(f"{name} could not be measured: {text}" for name, text in summary.get("failed", {}).items()),
         settings={
             **{editing.label: _settings(editing) for editing in editings},
-            **{own.label: own.settings for own in (*replays, *holds)},
+            **{replay.label: replay.settings for replay in replays},
+            **{hold.label: hold.settings for hold in holds},
         },
         versions=_versions(),
     )

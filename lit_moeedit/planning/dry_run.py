@@ -247,7 +247,7 @@ def _stating(rows: Sequence[Encoding], weight: float | None) -> Step:
 
     def step(module: LitMoE, batch: Any) -> Tensor:
         if weight is None:
-            return module.training_step(append_rows(batch, rows, Words.pad_token_id), 0)
+            return module.training_step(dict(append_rows(batch, rows, Words.pad_token_id)), 0)
         loss = module.training_step(batch, 0)
         return loss + weight * module.replay_loss(as_batch(rows, Words.pad_token_id))
 

@@ -63,8 +63,8 @@ class EditReplay(StateOfWeights):
     :class:`~lit_moeedit.callbacks.conflicts.ConflictWatch`. What was found is in :attr:`watch`.
 
     Args:
-        share: number of statements in proportion to the rows of a batch, on average; with ``weight`` the number of
-            their tokens in proportion to the tokens of the batch.
+        share: maximum number of statements in proportion to the rows of a batch, on average; with ``weight`` the
+            number of their tokens in proportion to the tokens of the batch.
         every_n_steps: add statements to the batches of every so many optimizer steps only.
         weight: ``None`` makes the statements rows of the batch. A number gives them a forward of their own, after that
             of the batch, and adds their loss times ``weight``. That suits long rows, of which a statement would waste
@@ -72,7 +72,7 @@ class EditReplay(StateOfWeights):
             that of the model.
         paraphrases: maximum number of paraphrases of a fact that are stated besides its prompt.
         by_need: draw every other statement by need: now and then the probabilities of some facts' new targets are
-            measured, and those that are nearly lost are stated more often.
+            measured. Facts that are nearly lost are stated more often, and those that are safe are left out.
         on_conflict: treatment of training text that contradicts an edit: ``warn``; ``mask`` its old answer, which gets
             no loss; ``yield``: state that fact no longer; ``refuse``: end the run with an error.
         contexts: texts put before the prompts; ``None`` takes those of the editors.
@@ -361,8 +361,8 @@ class EditReplay(StateOfWeights):
         if self.weight is not None:
             count = max(1, count)  # ranks with batches of other lengths must all make the forward or none
         start = math.floor(expected * number / self.every_n_steps) * trainer.world_size + trainer.global_rank * count
-        needs = self._needs if self.by_need else None
-        return self._draws.draw(self._statements, count, start, number, trainer.global_rank, needs)
+        needs, least = self._needs if self.by_need else None, int(self.weight is not None)
+        return self._draws.draw(self._statements, count, start, number, trainer.global_rank, needs, least)
 
     def _replace_step(
         self, pl_module: L.LightningModule, rows: Sequence[Encoding], masked: Sequence[Mapping[str, Any]]

@@ -52,7 +52,7 @@ class Upkeep:
         return min((limit for limit in (by_steps, settings.maximum) if limit is not None), default=None)
 
     def expected(self, rows: int, row_tokens: int, statement_tokens: float) -> float:
-        """Return the number of statements of a rank's batch, on average over the batches that get some.
+        """Return the maximum number of statements of a rank's batch, on average over the batches that get some.
 
         Args:
             rows: number of rows of the batch.
@@ -138,8 +138,8 @@ class Upkeep:
             how = "in a forward of their own" if self.replay.weight is not None else "as rows of the batch"
             when = "each step" if every == 1 else f"every {every} steps"
             lines.append(
-                f"Replay: {expected:.3g} statement(s) on average, {when}, {how}: {100 * added:.2g} % more work than "
-                f"training without, on average."
+                f"Replay: at most {expected:.3g} statement(s) on average, {when}, {how}: {100 * added:.2g} % more work "
+                f"than training without, on average."
             )
         if self.hold is not None:
             every = self.hold.every_n_steps

@@ -150,7 +150,7 @@ def test_remarks_compare_with_training_steps() -> None:
     replay = EditReplay(share=0.05, every_n_steps=4)
     first, second = Upkeep(RenewalSettings(8), SurvivalCurve(), replay, steps=20).remarks(phases, expected=1.5)
     # 12 % for two statements, in every fourth step
-    assert "1.5 statement(s)" in first and "every 4 steps" in first and " 2.3 % more work" in first
+    assert "at most 1.5 statement(s)" in first and "every 4 steps" in first and " 2.3 % more work" in first
     assert "the work of 2.5 training steps" in second and "at most 2 times: 5 training steps" in second
     phases[HELD] = Cost(HELD, 0, 0, flops=120)
     (held,) = Upkeep(hold=EditHold(rows=3, every_n_steps=2)).remarks(phases, expected=0)

@@ -11,14 +11,18 @@ text of the other model (other text, with its facts from ``--facts``); and adapt
 that of the model at the end of the continuation. Training loss is the mean over the last quarter of the steps, of the
 rows of the data alone; perplexity is on held-out text, and ``never edited`` is the fair comparison for it, because
 losing edits mends it. Step time is the processor time of a whole fit over that of the fit without protection, edits
-left out. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs that are in
-the JSON are not made again.
+left out. ``--edits`` edits another number of facts of the CounterFact model; it has at most 353 whose new targets it
+knows. A continuation in two processes, under DeepSpeed ZeRO stage 3, has as many rows in each step as in one. Writes
+``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs that are in the JSON are not
+made again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +45,10 @@ from lit_moeedit.editing.evaluation import perplexity
 from lit_moeedit.models.experts import find_model
 
 NAMES = ("atlas", "counterfact")
+EDITS = {"atlas": 32, "counterfact": 100}
+"""Number of edits of the configs, which results of earlier versions do not tell."""
+BATCH = 32
+"""Rows of a batch of all processes."""
 RATE = 4e-5
 """Learning rate at the end of the configs' schedules."""
 CONTRADICTED = 8
@@ -50,12 +58,16 @@ ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v
 
 @dataclass(frozen=True)
 class Continuation:
-    """The training after the edit: its learning rate in units of ``RATE``, its text, and the weights that learn."""
+    """The training after the edit: its learning rate in units of ``RATE``, its text, and the weights that learn.
+
+    Several processes share the weights by DeepSpeed ZeRO stage 3.
+    """
 
     rate: float
     contradicted: int = 0
     is_other_text: bool = False
     adapter: Mapping[str, Any] | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ CONTINUATIONS = {
     "contradicting": Continuation(3.0, contradicted=CONTRADICTED),
     "other text": Continuation(3.0, is_other_text=True),
     "adapters": Continuation(125.0, adapter=ATTENTION),
+    "10x, ZeRO-3": Continuation(10.0, processes=2),
 }
 CONDITIONS = {
     "never edited": Condition(is_edited=False),
@@ -145,6 +158,9 @@ class Watch(EditListener):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds = time.process_time() - self.start - self.left_out
+        mean = trainer.strategy.reduce(torch.tensor(self.losses), reduce_op="mean")
+        assert isinstance(mean, torch.Tensor)
+        self.losses = mean.tolist()
 
 
 def load(model: torch.nn.Module, file: Path) -> None:
@@ -185,9 +201,10 @@ def run(
         "--model.init_args.final_learning_rate=1.0",
         f"--model.init_args.adapter={json.dumps(then.adapter)}",
         "--data.init_args.drop_edited=false",  # the text is the same, edited or not
-        "--data.init_args.batch_size=32",
+        f"--data.init_args.batch_size={BATCH // then.processes}",
         "--trainer.max_epochs=1",
         "--trainer.limit_val_batches=0",
+        *([f"--trainer.devices={then.processes}", "--trainer.strategy=deepspeed_cpu_stage_3"] * (then.processes > 1)),
         *options,
     )
     data, module = cli.datamodule, cli.model
@@ -208,7 +225,7 @@ def run(
         cli.trainer.fit(module, data)
     model, batches = module.model.eval(), list(data.val_dataloader())[:8]
     found = {
-        "model": name, "seed": seed, "continuation": continuation, "condition": condition,
+        "model": name, "seed": seed, "continuation": continuation, "condition": condition, "edits": len(facts),
         "after": watch.after,
         "train_loss": statistics.mean(watch.losses[-len(watch.losses) // 4 :]),
         "perplexity": perplexity(model, batches),
@@ -229,15 +246,16 @@ def run(
 
 def table(results: list[dict[str, Any]]) -> str:
     """Format the results as Markdown: means over seeds, with 95 % intervals of the edits that are generated."""
-    names = ("model", "continuation", "condition", "seeds", "generated after the edit", "at the end", "generalization",
-             "neighbours retained", "training loss", "perplexity", "step time")  # fmt: skip
+    names = ("model", "edits", "continuation", "condition", "seeds", "generated after the edit", "at the end",
+             "generalization", "neighbours retained", "training loss", "perplexity", "step time")  # fmt: skip
     lines = header(names)
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, str, str], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault((result["model"], result["continuation"], result["condition"]), []).append(result)
-    for (name, continuation, condition), own in sorted(groups.items()):
-        base = {r["seed"]: r for r in groups.get((name, continuation, "nothing"), [])}
-        never = {r["seed"]: r for r in groups.get((name, continuation, "never edited"), [])}
+        key = (result["model"], edits_of(result), result["continuation"], result["condition"])
+        groups.setdefault(key, []).append(result)
+    for (name, edits, continuation, condition), own in sorted(groups.items()):
+        base = {r["seed"]: r for r in groups.get((name, edits, continuation, "nothing"), [])}
+        never = {r["seed"]: r for r in groups.get((name, edits, continuation, "never edited"), [])}
         pairs = [(r, base[r["seed"]], never[r["seed"]]) for r in own if r["seed"] in base and r["seed"] in never]
         if not pairs:
             continue
@@ -253,7 +271,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             row(
                 (
-                    name, continuation, condition, len(own),
+                    name, edits, continuation, condition, len(own),
                     f"{mean_of(own, 'after', 'efficacy_accuracy'):.2f}" if is_edited else "-",
                     shown,
                     f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
@@ -269,22 +287,22 @@ def table(results: list[dict[str, Any]]) -> str:
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the share of edits that are generated at the end: a dot for each seed, and a bar for their mean."""
     edited = [result for result in results if "end" in result]
-    names = [name for name in NAMES if any(result["model"] == name for result in edited)]
+    models = sorted({(NAMES.index(result["model"]), edits_of(result)) for result in edited})
     then = [c for c in CONTINUATIONS if any(result["continuation"] == c for result in edited)]
     conditions = [c for c in CONDITIONS if any(result["condition"] == c for result in edited)][::-1]
     if not edited:
         return
-    size = (2.6 * len(then) + 2.2, (0.32 * len(conditions) + 0.8) * len(names) + 0.5)
+    size = (2.6 * len(then) + 2.2, (0.32 * len(conditions) + 0.8) * len(models) + 0.5)
     figure, axes = plt.subplots(
-        len(names), len(then), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+        len(models), len(then), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for own, name in zip(axes, names, strict=True):
+    for own, (index, edits) in zip(axes, models, strict=True):
         for axis, continuation in zip(own, then, strict=True):
-            axis.set_title(f"{name}, {continuation}", fontsize=9)
+            axis.set_title(f"{NAMES[index]}, {edits} edits, {continuation}", fontsize=9)
             axis.axvline(0.97, color="0.6", linewidth=0.8, linestyle=":")
             for place, condition in enumerate(conditions):
-                here = (name, continuation, condition)
-                found = [r for r in edited if (r["model"], r["continuation"], r["condition"]) == here]
+                here = (NAMES[index], edits, continuation, condition)
+                found = [r for r in edited if (r["model"], edits_of(r), r["continuation"], r["condition"]) == here]
                 shares = [r["end"]["efficacy_accuracy"] for r in found]
                 if shares:
                     color = "C7" if condition.startswith("nothing") else "C0"
@@ -297,6 +315,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.supxlabel("share of the edits that are generated at the end; dotted: 0.97", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def edits_of(result: Mapping[str, Any]) -> int:
+    """Return the number of edits of a run."""
+    number: int = result.get("edits", EDITS[result["model"]])
+    return number
 
 
 def mean_of(results: list[dict[str, Any]], moment: str, metric: str) -> float:
@@ -313,6 +337,22 @@ def interval(values: list[float]) -> str:
     return f"{mean:.2f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
+def run_in_processes(
+    name: str, seed: int, continuation: str, condition: str, models: Path, facts_file: Path | None, edits: int | None
+) -> dict[str, Any]:
+    """Make a run with the processes of its continuation, each of which runs this module for it."""
+    processes = CONTINUATIONS[continuation].processes
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command += ["-m", "benchmarks.survival", f"--names={name}", f"--seeds={seed}", f"--models={models}"]
+        command += [f"--continuations={continuation}", f"--conditions={condition}", f"--output={folder}"]
+        command += [] if facts_file is None else [f"--facts={facts_file}"]
+        command += [] if edits is None else [f"--edits={edits}"]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+        results: list[dict[str, Any]] = json.loads((Path(folder) / "survival.json").read_text(encoding="utf-8"))
+    return results[0]
+
+
 def main() -> None:
     """Run what is not in the JSON yet, and write the table."""
     parser = arguments_of(__doc__ or "")
@@ -323,31 +363,37 @@ def main() -> None:
     parser.add_argument("--edits", type=int, help="number of edits of the CounterFact model, 100 by default")
     arguments = parser.parse_args()
     quiet()
-    file = arguments.output / "survival.json"
+    file, rank = arguments.output / "survival.json", int(os.environ.get("RANK", "0"))
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    done = {tuple(result[key] for key in ("model", "seed", "continuation", "condition")) for result in results}
+    done = {(r["model"], edits_of(r), r["seed"], r["continuation"], r["condition"]) for r in results}
     for name in arguments.names:
         if name == "counterfact" and arguments.facts is None:
             continue
+        edits = arguments.edits if name == "counterfact" else None
         options = [f"--data.init_args.corpus.init_args.path={arguments.facts}"] if name == "counterfact" else []
-        options += [f"--data.init_args.corpus.init_args.edits={arguments.edits}"] if arguments.edits else []
+        options += [] if edits is None else [f"--data.init_args.corpus.init_args.edits={edits}"]
         for seed in arguments.seeds:
-            trained(name, seed, arguments.models, *options)
+            count = len(trained(name, seed, arguments.models, *options).data.edit_facts())
             for continuation in arguments.continuations:
                 for condition in arguments.conditions:
                     chosen = CONDITIONS[condition].continuations
                     is_wanted = chosen is None or continuation in chosen
                     is_wanted &= arguments.facts is not None or continuation != "other text"
-                    if is_wanted and (name, seed, continuation, condition) not in done:
-                        results.append(
-                            run(name, seed, continuation, condition, arguments.models, arguments.facts, *options)
-                        )
-                        last = {k: results[-1].get(k) for k in ("condition", "others", "contradicted", "perplexity")}
-                        sys.stdout.write(f"{name} {seed} {continuation} {last}\n")
-                        sys.stdout.flush()
-                        command = f"`python -m benchmarks.survival`, {torch.get_num_threads()} thread(s)"
-                        write("survival", command, table(results), results, arguments.output)
-                        draw(results, arguments.output / "survival.png")
+                    if not is_wanted or (name, count, seed, continuation, condition) in done:
+                        continue
+                    case = (name, seed, continuation, condition, arguments.models, arguments.facts)
+                    if CONTINUATIONS[continuation].processes > 1 and "RANK" not in os.environ:
+                        results.append(run_in_processes(*case, edits))
+                    else:
+                        results.append(run(*case, *options))
+                    if rank:
+                        continue
+                    last = {k: results[-1].get(k) for k in ("condition", "others", "contradicted", "perplexity")}
+                    sys.stdout.write(f"{name} {seed} {continuation} {last}\n")
+                    sys.stdout.flush()
+                    command = f"`python -m benchmarks.survival`, {torch.get_num_threads()} thread(s)"
+                    write("survival", command, table(results), results, arguments.output)
+                    draw(results, arguments.output / "survival.png")
 
 
 if __name__ == "__main__":

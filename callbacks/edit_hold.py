@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,12 +28,15 @@ from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.held_states import edit_prompts, edit_states, measure_states, relative_distance
 from lit_moeedit.models.experts import expert_layers, find_model
 from lit_moeedit.replay import Draws
+from lit_moeedit.reports import Held
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 TOKEN_BUDGET = 4096
 """Maximum number of tokens of a batch when hidden states are measured after an edit."""
+REPORTED = 32
+"""Number of steps over which the distance is averaged for reports."""
 
 
 class HeldPrompt(NamedTuple):
@@ -98,6 +102,7 @@ class EditHold(StateOfWeights, EditListener):
         self._prompts: dict[str, list[HeldPrompt]] = {}
         self._seen: Sequence[Any] | None = None
         self._step = ReplacedStep()
+        self._distances: deque[Tensor] = deque(maxlen=REPORTED)
 
     @override
     def begin_state(self) -> None:
@@ -110,6 +115,22 @@ class EditHold(StateOfWeights, EditListener):
         """Keys of the facts that are held now."""
         return frozenset(self._prompts)
 
+    @property
+    def result(self) -> Held | None:
+        """The facts that are held now, for reports; ``None`` if no fact has been held."""
+        # a run that is resumed at its end has no batch for which prompts are taken
+        facts = self._prompts if self._seen is not None else {key for own in self._states.values() for key in own}
+        if not facts:
+            return None
+        distance = float(torch.stack(list(self._distances)).mean()) if self._distances else None
+        return Held(self.rows, self.every_n_steps, self.weight, len(facts), distance)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings, for reports."""
+        names = ("rows", "every_n_steps", "weight")
+        return {**{name: getattr(self, name) for name in names}, "seed": self._draws.seed}
+
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     @override
@@ -118,6 +139,7 @@ class EditHold(StateOfWeights, EditListener):
         if stage == "fit":
             check_parallelism(trainer, pl_module, type(self).__name__)
         self._tokenizer, self._seen, self._prompts = None, None, {}
+        self._distances.clear()
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -162,6 +184,8 @@ class EditHold(StateOfWeights, EditListener):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step.restore()
+        if self.result is not None:
+            log.info("%sHold: %s", self.heading, self.result)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -267,5 +291,6 @@ class EditHold(StateOfWeights, EditListener):
             states = edit_states(model, layers[index], [prompt.ids for prompt in own], pad_id(self._tokenizer))
             distance = relative_distance(states, torch.stack([prompt.state for prompt in own]))
             total = total + distance * (len(own) / len(drawn))
+        self._distances.append(total.detach())
         pl_module.log(f"{self.metrics_prefix}/distance", total.detach())
         return total

@@ -17,11 +17,12 @@ from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.conflicts import ConflictWatch, OnConflict
 from lit_moeedit.callbacks.needs import measure_needs, steps_between
 from lit_moeedit.callbacks.replaced_step import ReplacedStep, Step, add_loss
-from lit_moeedit.callbacks.replay_checks import check_run
+from lit_moeedit.callbacks.replay_checks import check_run, warn_of_long_rows
 from lit_moeedit.callbacks.replay_loss import loss_of_statements
 from lit_moeedit.callbacks.replayed import Tally
 from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer
 from lit_moeedit.callbacks.stated import StatedFacts, contexts_of
+from lit_moeedit.callbacks.weighted_rows import WeightedRows
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.encoding import Encoding, pad_id
 from lit_moeedit.data.facts import Fact
@@ -40,9 +41,6 @@ from lit_moeedit.reports import Replayed
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-LONG = 8
-"""A batch whose rows are this many times as long as the longest statement wastes rows on statements."""
 
 
 class EditReplay(StateOfWeights):
@@ -65,8 +63,8 @@ class EditReplay(StateOfWeights):
     :class:`~lit_moeedit.callbacks.conflicts.ConflictWatch`. What was found is in :attr:`watch`.
 
     Args:
-        share: number of statements in proportion to the rows of a batch, on average; with ``weight`` the number of
-            their tokens in proportion to the tokens of the batch.
+        share: maximum number of statements in proportion to the rows of a batch, on average; with ``weight`` the
+            number of their tokens in proportion to the tokens of the batch.
         every_n_steps: add statements to the batches of every so many optimizer steps only.
         weight: ``None`` makes the statements rows of the batch. A number gives them a forward of their own, after that
             of the batch, and adds their loss times ``weight``. That suits long rows, of which a statement would waste
@@ -74,7 +72,7 @@ class EditReplay(StateOfWeights):
             that of the model.
         paraphrases: maximum number of paraphrases of a fact that are stated besides its prompt.
         by_need: draw every other statement by need: now and then the probabilities of some facts' new targets are
-            measured, and those that are nearly lost are stated more often.
+            measured. Facts that are nearly lost are stated more often, and those that are safe are left out.
         on_conflict: treatment of training text that contradicts an edit: ``warn``; ``mask`` its old answer, which gets
             no loss; ``yield``: state that fact no longer; ``refuse``: end the run with an error.
         contexts: texts put before the prompts; ``None`` takes those of the editors.
@@ -83,6 +81,9 @@ class EditReplay(StateOfWeights):
         seed: seed of the draws.
         tokenizer: a path or hub id; ``None`` takes that of the module or the data module.
         name: log ``replay_<name>/…``.
+        row_weight: weight of statements that are rows of the batch in the gradient, in proportion to that of the
+            batch's own rows. A statement that the model has nearly lost has a gradient many times as large as those
+            of text that it knows, and at full weight disturbs what is like the edited facts.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -111,6 +112,7 @@ class EditReplay(StateOfWeights):
         seed: int = 0,
         tokenizer: str | None = None,
         name: str | None = None,
+        row_weight: float = 0.1,
     ) -> None:
         self.on_conflict = on_conflict
         super().__init__(name)
@@ -120,6 +122,8 @@ class EditReplay(StateOfWeights):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if weight is not None and not 0.0 < weight < math.inf:
             raise ValueError(f"weight must be above 0, or None for rows of the batch, got {weight}")
+        if not 0.0 < row_weight <= 1.0:
+            raise ValueError(f"row_weight must be in (0, 1], got {row_weight}")
         if paraphrases < 0:
             raise ValueError(f"paraphrases must be at least 0, got {paraphrases}")
         if contexts is not None and not contexts:
@@ -133,6 +137,7 @@ class EditReplay(StateOfWeights):
         self._drawn = 0  # statements of the batch that is trained on now
         self._is_checked = False
         self._step = ReplacedStep()
+        self._rows = WeightedRows(row_weight, self.heading)
         self._has_warned = False
         self._seen_step = 0
 
@@ -169,7 +174,8 @@ class EditReplay(StateOfWeights):
     def settings(self) -> dict[str, Any]:
         """The settings, for reports."""
         names = ("share", "every_n_steps", "weight", "paraphrases", "by_need", "on_conflict", "contexts", "edits")
-        return {**{name: getattr(self, name) for name in names}, "seed": self._draws.seed}
+        others = {"row_weight": self._rows.weight, "seed": self._draws.seed}
+        return {**{name: getattr(self, name) for name in names}, **others}
 
     # -- what may be overridden ---------------------------------------------------------------------------------------
 
@@ -349,28 +355,14 @@ class EditReplay(StateOfWeights):
 
     def _draw(self, trainer: L.Trainer, batch: Any) -> list[Encoding]:
         expected, number = self.count_rows(batch), trainer.fit_loop.epoch_loop.total_batch_idx
-        self._warn_of_long_rows(batch)
+        if self.weight is None and not self._has_warned:
+            self._has_warned = warn_of_long_rows(batch, self._statements.longest, self.heading)
         count = self._draws.count(expected, number)
         if self.weight is not None:
             count = max(1, count)  # ranks with batches of other lengths must all make the forward or none
         start = math.floor(expected * number / self.every_n_steps) * trainer.world_size + trainer.global_rank * count
-        needs = self._needs if self.by_need else None
-        return self._draws.draw(self._statements, count, start, number, trainer.global_rank, needs)
-
-    def _warn_of_long_rows(self, batch: Any) -> None:
-        part = next(find_parts(batch), None)
-        if self.weight is not None or part is None or self._has_warned:
-            return
-        length, longest = part["input_ids"].shape[1], self._statements.longest
-        if length >= LONG * longest:
-            self._has_warned = True
-            log.warning(
-                "%sthe rows of the batches have %d tokens, and each statement of at most %d takes a whole row; "
-                "weight: 1.0 gives statements a forward of their own, which costs less",
-                self.heading,
-                length,
-                longest,
-            )
+        needs, least = self._needs if self.by_need else None, int(self.weight is not None)
+        return self._draws.draw(self._statements, count, start, number, trainer.global_rank, needs, least)
 
     def _replace_step(
         self, pl_module: L.LightningModule, rows: Sequence[Encoding], masked: Sequence[Mapping[str, Any]]
@@ -382,7 +374,10 @@ class EditReplay(StateOfWeights):
                 parts = zip(find_parts(batch), masked, strict=True)
                 batch = with_parts(batch, iter([with_labels(part, own) for part, own in parts]))
             if rows and self.weight is None:
-                batch = self.add_rows(batch, rows)
+                own, batch = batch, self.add_rows(batch, rows)
+                first, number = (len(next(find_parts(each))["input_ids"]) for each in (own, batch))
+                with self._rows.of(pl_module, number, first):
+                    return original(batch, *args, **kwargs)
             output = original(batch, *args, **kwargs)
             if not rows or self.weight is None or output is None:
                 return output

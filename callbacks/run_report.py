@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 
+from lit_moeedit.callbacks.edit_hold import EditHold
 from lit_moeedit.callbacks.edit_replay import EditReplay
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
@@ -45,7 +46,7 @@ def make_report(
         model: the model.
     """
     editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
-    replays = callbacks_of(trainer, EditReplay)
+    replays, holds = callbacks_of(trainer, EditReplay), callbacks_of(trainer, EditHold)
     routing = monitors[0].last_edit if monitors else {}
     seconds = summary["seconds"]
     return Report(
@@ -63,6 +64,7 @@ def make_report(
         survival=tuple(point for editing in editings for point in editing.survival.points),
         survivors={editing.name or "": editing.survivors for editing in editings if editing.survivors is not None},
         replay={replay.name or "": replay.replayed for replay in replays if replay.replayed is not None},
+        hold={hold.name or "": hold.result for hold in holds if hold.result is not None},
         autopsy=LossByPart.of(summary.get("autopsy")),
         missing_autopsy=MissingAutopsy.of(summary.get("autopsy")),
         guards=history.guards,
@@ -70,6 +72,7 @@ def make_report(
         settings={
             **{editing.label: _settings(editing) for editing in editings},
             **{replay.label: replay.settings for replay in replays},
+            **{hold.label: hold.settings for hold in holds},
         },
         versions=_versions(),
     )

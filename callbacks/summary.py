@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from lit_moeedit.callbacks.edit_hold import EditHold
 from lit_moeedit.callbacks.edit_replay import EditReplay
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.measurements import Measurements
@@ -32,7 +33,7 @@ def summarize(measured: Measurements, trainer: L.Trainer, seconds: float) -> dic
         seconds: duration of the fit.
     """
     editings, monitors = callbacks_of(trainer, KnowledgeEditing), callbacks_of(trainer, RoutingMonitor)
-    replays = callbacks_of(trainer, EditReplay)
+    replays, holds = callbacks_of(trainer, EditReplay), callbacks_of(trainer, EditHold)
     routing = summarize_routing(monitors[0].last_edit if monitors else {})
     edited = (index for editing in editings for index in editing.editor.layers)
     routing["first_edited_layer"] = min(edited, default=None)
@@ -51,6 +52,7 @@ def summarize(measured: Measurements, trainer: L.Trainer, seconds: float) -> dic
         "survival": [asdict(point) for editing in editings for point in editing.survival.points],
         "survivors": {e.name or "": asdict(e.survivors) for e in editings if e.survivors is not None},
         "replay": {r.name or "": asdict(r.replayed) for r in replays if r.replayed is not None},
+        "hold": {h.name or "": asdict(h.result) for h in holds if h.result is not None},
     }
     if len(editings) > 1:
         summary["editors"] = {

@@ -53,6 +53,16 @@ def first_few(items: Iterable[object], count: int = 5, *, total: int | None = No
     return ", ".join(texts[:count]) + (f" and {more:,} more" if more else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """Put a number before a noun in the singular or the plural.
+
+    Example:
+        >>> counted(1, "fact"), counted(1200, "fact")
+        ('1 fact', '1,200 facts')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Ask for the nearest of the valid names; empty if none is near.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -20,6 +21,7 @@ from lit_moeedit.data import Fact, Neighbour
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, pad_id, token_batches
 from lit_moeedit.editing import PHASES, Editor, evaluate
 from lit_moeedit.editing.evaluation import scoring_cost
+from lit_moeedit.editing.held_states import edit_prompts, edit_states, relative_distance
 from lit_moeedit.editing.target_rows import TargetRow
 from lit_moeedit.editing.targets import batch_cost
 from lit_moeedit.models.experts import ExpertLayer, find_model
@@ -28,10 +30,13 @@ from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.fake_tensors import Cost, CostCounter, FakeFloatMode
 from lit_moeedit.planning.simulated_ranks import SimulatedRanks, simulated_shards
 from lit_moeedit.planning.simulated_zero import Sharding, sharded
-from lit_moeedit.planning.upkeep import REPLAYED, TRAINING, Upkeep
+from lit_moeedit.planning.upkeep import HELD, REPLAYED, TRAINING, Upkeep
 from lit_moeedit.planning.zero_costs import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
 from lit_moeedit.preservation.second_moments import SecondMoments, second_moments, sums_fit
 from lit_moeedit.replay import Statements, append_rows, as_batch
+
+Step = Callable[[LitMoE, Any], Tensor]
+"""Computes the loss of a batch, from the module and the batch."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,8 @@ def simulate(
         upkeep: what keeps the edits afterwards; ``None`` for nothing.
 
     Returns:
-        The costs of the phases, in order, and the token budgets of the edit. A training step with statements of edited
-        facts follows that without, and a renewal the evaluation.
+        The costs of the phases, in order, and the token budgets of the edit. Training steps that state edited facts or
+        hold them follow that without, and a renewal the evaluation.
 
     Raises:
         UnsupportedModelError: if a layer cannot be edited.
@@ -190,15 +195,19 @@ def simulate(
         with counter:
             _train(module, sharding, work, counter)
             if upkeep.replay is not None:
-                _train(module, sharding, work, counter, statements(work, editor, upkeep)[0], upkeep.replay.weight)
+                rows = statements(work, editor, upkeep)[0]
+                _train(module, sharding, work, counter, REPLAYED, _stating(rows, upkeep.replay.weight))
+            if upkeep.hold is not None:
+                holding = _holding(layers[-1], editor, work, upkeep.hold.rows)
+                _train(module, sharding, work, counter, HELD, holding)
             with sharded(model, sharding, counter.send):
                 budgets = _edit(model, layers, editor, sharding, work, counter, card, upkeep)
     phases = counter.phases
-    steps = [training_cost(size, sharding, phases[name]) for name in (TRAINING, REPLAYED) if name in phases]
+    steps = [training_cost(size, sharding, phases[name]) for name in (TRAINING, REPLAYED, HELD) if name in phases]
     costs = [
         building_cost(size, sharding, module.hparams["pretrained"] is not None),
         steps[0],
-        *(upkeep.replayed_cost(step, phases) for step in steps[1:]),
+        *(upkeep.replayed_cost(step, phases) if step.phase == REPLAYED else step for step in steps[1:]),
         *(phases[name] for name in (*PHASES, "evaluation") if name in phases),
         *([upkeep.renewal_cost(phases)] if upkeep.renewal.are_wanted else ()),
         checkpoint_cost(size, sharding),
@@ -224,23 +233,67 @@ def statements(work: Workload, editor: Editor, upkeep: Upkeep) -> tuple[list[Enc
     return [own[number % len(own)] for number in range(ceil(expected))], expected
 
 
+def _training_loss(module: LitMoE, batch: Any) -> Tensor:
+    return module.training_step(batch, 0)
+
+
+def _stating(rows: Sequence[Encoding], weight: float | None) -> Step:
+    """Return a step with statements of edited facts.
+
+    Args:
+        rows: the statements.
+        weight: weight of their loss in a forward of their own; ``None`` makes them rows of the batch.
+    """
+
+    def step(module: LitMoE, batch: Any) -> Tensor:
+        if weight is None:
+            return module.training_step(dict(append_rows(batch, rows, Words.pad_token_id)), 0)
+        loss = module.training_step(batch, 0)
+        return loss + weight * module.replay_loss(as_batch(rows, Words.pad_token_id))
+
+    return step
+
+
+def _holding(layer: ExpertLayer, editor: Editor, work: Workload, rows: int) -> Step:
+    """Return a step that holds the hidden states at the edit tokens of edited facts.
+
+    Args:
+        layer: the highest edited layer.
+        editor: the run's editor.
+        work: sizes of the run's data.
+        rows: number of prompts.
+    """
+    tokenizer: Any = Words()
+    # whole prompts are an upper bound of those up to the subject
+    (own,) = edit_prompts(tokenizer, work.facts()[:1], editor.contexts, "last").values()
+    own = sorted(own, key=len, reverse=True)
+    prompts = [own[number % len(own)] for number in range(rows)]
+
+    def step(module: LitMoE, batch: Any) -> Tensor:
+        loss = module.training_step(batch, 0)
+        states = edit_states(find_model(module), layer, prompts, Words.pad_token_id)
+        return loss + relative_distance(states, torch.ones_like(states, device="cpu"))
+
+    return step
+
+
 def _train(
     module: LitMoE,
     sharding: Sharding,
     work: Workload,
     counter: CostCounter,
-    rows: Sequence[Encoding] = (),
-    weight: float | None = None,
+    name: str = TRAINING,
+    step: Step = _training_loss,
 ) -> None:
-    """Run the forward and the backward pass of a training step, with further rows if there are any.
+    """Run the forward and the backward pass of a training step.
 
     Args:
         module: the module.
         sharding: sharding of the model.
         work: sizes of the run's data.
         counter: counts the step.
-        rows: statements of edited facts.
-        weight: weight of their loss in a forward of their own; ``None`` makes them rows of the batch.
+        name: name of the phase.
+        step: computes the loss of a batch.
     """
     ids = torch.zeros(work.rows, work.row_tokens, dtype=torch.long)
     mask, labels = torch.ones_like(ids), torch.full_like(ids, IGNORED_LABEL)
@@ -250,15 +303,9 @@ def _train(
     trainer = SimpleNamespace(world_size=sharding.ranks)
     vars(module).update({"_trainer": trainer, "log": lambda *_, **__: None, "_all_reduce": lambda tensor: tensor})
     module.train()
-    batch: Any = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    name = REPLAYED if rows else TRAINING
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     with sharded(module, sharding, counter.send, gradients=True) as reduce, counter.phase(name):
-        if rows and weight is None:
-            batch = append_rows(batch, rows, Words.pad_token_id)
-        loss = module.training_step(batch, 0)
-        if rows and weight is not None:
-            loss = loss + weight * module.replay_loss(as_batch(rows, Words.pad_token_id))
-        torch.autograd.backward(loss)
+        torch.autograd.backward(step(module, batch))
         reduce()
 
 

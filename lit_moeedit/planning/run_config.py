@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from lit_moeedit.arguments import RunParser
-from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks import EditHold, EditReplay, KnowledgeEditing
 from lit_moeedit.callbacks.limits import FitLimits
 from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import read_facts
@@ -112,15 +112,16 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
     kind = resolve_name(config.model.class_path)
     if isinstance(kind, type) and not issubclass(kind, LitMoE):  # made, it might load its weights
         raise ValueError(f"a plan knows the training step of LitMoE, not of {kind.__name__}")
-    callbacks, replays = _callbacks(config)
+    callbacks, replays, holds = _callbacks(config)
     edit = config.get(EDIT)
     count = len(callbacks) + (edit is not None)
     if count != 1:
         raise ValueError(f"{name} has {count} callbacks with an editor ('edit' or KnowledgeEditing); a plan needs one")
-    if len(replays) > 1:
-        raise ValueError(f"{name} has {len(replays)} EditReplay callbacks; a plan knows one")
+    for kind, found in ((EditReplay, replays), (EditHold, holds)):
+        if len(found) > 1:
+            raise ValueError(f"{name} has {len(found)} {kind.__name__} callbacks; a plan knows one")
     settings = callbacks[0].init_args if edit is None else edit
-    wanted = Namespace(model=config.model, trainer=Namespace(callbacks=callbacks + replays))
+    wanted = Namespace(model=config.model, trainer=Namespace(callbacks=callbacks + replays + holds))
     if edit is not None:
         wanted[EDIT] = edit
     if not isinstance(config.trainer.strategy, str):
@@ -142,12 +143,10 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
     corpus = (data.get("corpus") or Namespace()).get("init_args", Namespace())
     dtype = _dtype(made.model, str(config.trainer.precision or ""), strategy)
     sharding = _sharding(config.trainer, strategy, ranks, dtype.itemsize)
-    replay = made.trainer.callbacks[-1] if replays else None
-    if replay is not None and replay.weight is not None and sharding.stage == 3:
-        raise ValueError(
-            f"{name}: weight of EditReplay needs a second forward in each step, which fails under DeepSpeed ZeRO stage "
-            "3; leave weight out to add statements as rows of the batch"
-        )
+    replay = made.trainer.callbacks[len(callbacks)] if replays else None
+    hold = made.trainer.callbacks[-1] if holds else None
+    if sharding.stage == 3:
+        _refuse_further_forward(name, replay, hold)
     steps = _steps_after_edit(callback.schedule, config.trainer, data, sharding.ranks)
     return Run(
         module=made.model,
@@ -158,8 +157,19 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
         rows=data.get("batch_size"),
         edits=_count_facts(settings) if settings.get("facts") else corpus.get("edits"),
         texts=None if settings.get("preservation") else data.get("preservation_samples"),
-        upkeep=Upkeep(callback.renewal, callback.curve, replay, steps),
+        upkeep=Upkeep(callback.renewal, callback.curve, replay, hold, steps),
     )
+
+
+def _refuse_further_forward(name: str, replay: EditReplay | None, hold: EditHold | None) -> None:
+    """Refuse what needs a second forward in each step, which DeepSpeed ZeRO stage 3 does not allow."""
+    fails = "needs a second forward in each step, which fails under DeepSpeed ZeRO stage 3"
+    if replay is not None and replay.weight is not None:
+        raise ValueError(
+            f"{name}: weight of EditReplay {fails}; leave weight out to add statements as rows of the batch"
+        )
+    if hold is not None:
+        raise ValueError(f"{name}: EditHold {fails}; EditReplay without weight needs none")
 
 
 def _steps_after_edit(schedule: Schedule, trainer: Namespace, data: Namespace, ranks: int) -> int | None:
@@ -187,14 +197,17 @@ def _count_facts(settings: Namespace) -> int | None:
     return len(facts)
 
 
-def _callbacks(config: Namespace) -> tuple[list[Namespace], list[Namespace]]:
-    """Return the trainer's callbacks that have an editor, and those that state edited facts."""
+def _callbacks(config: Namespace) -> tuple[list[Namespace], ...]:
+    """Return the trainer's callbacks that have an editor, those that state edited facts, and those that hold them."""
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     editing = [callback for callback in callbacks if "editor" in (callback.get("init_args") or ())]
     kinds = [resolve_name(callback.class_path) for callback in callbacks]
-    replays = [isinstance(kind, type) and issubclass(kind, EditReplay) for kind in kinds]
-    return editing, [callback for callback, is_replay in zip(callbacks, replays, strict=True) if is_replay]
+    keeping = (
+        [own for own, kind in zip(callbacks, kinds, strict=True) if isinstance(kind, type) and issubclass(kind, wanted)]
+        for wanted in (EditReplay, EditHold)
+    )
+    return editing, *keeping
 
 
 def _strategy(name: str) -> Any:

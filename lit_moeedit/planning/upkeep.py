@@ -1,4 +1,4 @@
-"""Upkeep of edits after they are made: renewals, and training steps with statements of edited facts."""
+"""Upkeep of edits after they are made: renewals, and training steps that state or hold edited facts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lit_moeedit.callbacks import EditReplay
+from lit_moeedit.callbacks import EditHold, EditReplay
 from lit_moeedit.callbacks.needs import MEASURE_EVERY, MEASURED
 from lit_moeedit.callbacks.renewals import RenewalSettings
 from lit_moeedit.callbacks.survival import SurvivalCurve, asked_at_a_point
@@ -14,7 +14,7 @@ from lit_moeedit.data import Fact
 from lit_moeedit.editing import PHASES
 from lit_moeedit.planning.fake_tensors import Cost
 
-TRAINING, REPLAYED, RENEWAL = "training step", "replayed step", "renewal"
+TRAINING, REPLAYED, HELD, RENEWAL = "training step", "replayed step", "held step", "renewal"
 """Names of phases."""
 GENERATED, POINT, NEED = "generated", "survival point", "need"
 """Names of measurements that are parts of these phases."""
@@ -30,12 +30,14 @@ class Upkeep:
         renewal: settings of the renewals.
         curve: settings of the survival curve, of which a renewal measures a point.
         replay: the callback that states edited facts; ``None`` for none.
+        hold: the callback that holds the hidden states at edit tokens; ``None`` for none.
         steps: number of optimizer steps after the first edit; ``None`` if it is not known.
     """
 
     renewal: RenewalSettings = field(default_factory=RenewalSettings)
     curve: SurvivalCurve = field(default_factory=SurvivalCurve)
     replay: EditReplay | None = None
+    hold: EditHold | None = None
     steps: int | None = None
 
     @property
@@ -50,7 +52,7 @@ class Upkeep:
         return min((limit for limit in (by_steps, settings.maximum) if limit is not None), default=None)
 
     def expected(self, rows: int, row_tokens: int, statement_tokens: float) -> float:
-        """Return the number of statements of a rank's batch, on average over the batches that get some.
+        """Return the maximum number of statements of a rank's batch, on average over the batches that get some.
 
         Args:
             rows: number of rows of the batch.
@@ -121,7 +123,7 @@ class Upkeep:
         )
 
     def remarks(self, phases: Mapping[str, Cost], expected: float) -> list[str]:
-        """Compare replay and renewals with training steps, in a line each.
+        """Compare replay, hold and renewals with training steps, in a line each.
 
         Args:
             phases: the costs of the run.
@@ -136,9 +138,14 @@ class Upkeep:
             how = "in a forward of their own" if self.replay.weight is not None else "as rows of the batch"
             when = "each step" if every == 1 else f"every {every} steps"
             lines.append(
-                f"Replay: {expected:.3g} statement(s) on average, {when}, {how}: {100 * added:.2g} % more work than "
-                f"training without, on average."
+                f"Replay: at most {expected:.3g} statement(s) on average, {when}, {how}: {100 * added:.2g} % more work "
+                f"than training without, on average."
             )
+        if self.hold is not None:
+            every = self.hold.every_n_steps
+            added = (phases[HELD].flops / phases[TRAINING].flops - 1) / every
+            when = "each step" if every == 1 else f"every {every} steps"
+            lines.append(f"Hold: {self.hold.rows} prompt(s), {when}: {100 * added:.2g} % more work than without.")
         if self.renewal.are_wanted:
             kind, each = self.renewal.kind, phases[RENEWAL].flops / step.flops
             means = "if known targets bring all edits back" if kind == "reuse" else "with targets and statistics anew"

@@ -14,6 +14,8 @@ UNKNOWN_NEED = 0.5
 """Need of a fact that has not been measured yet."""
 LEAST_NEED = 0.01
 """Need of a fact that is generated with certainty."""
+SAFE_NEED = 0.2
+"""Need below which a fact is not stated."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Draws:
 
     Every other statement is the next one of a cycle through all facts, in an order that is new in each round. The
     others are drawn with probabilities in proportion to the need of their facts. So no fact waits for longer than two
-    rounds, and a fact that is nearly lost is stated more often.
+    rounds, and a fact that is nearly lost is stated more often. Facts that are known to be safe are left out.
 
     Args:
         seed: seed of all draws.
@@ -49,17 +51,19 @@ class Draws:
         batch: int,
         rank: int = 0,
         needs: Mapping[str, float] | None = None,
+        least: int = 0,
     ) -> list[T]:
         """Draw the statements of a batch.
 
         Args:
             statements: statements by the key of their fact.
-            count: number of statements.
+            count: maximum number of statements.
             start: number of statements that were drawn before, on all ranks together; an estimate will do.
             batch: index of the batch in the run.
             rank: index of the process.
             needs: by key of a fact, its need in [0, 1]: 0 if it is generated with certainty, 1 if it is lost. ``None``
-                for draws without regard to it.
+                for draws without regard to it, all of which are returned.
+            least: number of the first statements that are returned even if their facts are safe.
         """
         keys, rng = list(statements), random.Random(f"{self.seed}/{batch}/{rank}")
         if not keys:
@@ -72,7 +76,9 @@ class Draws:
             else:
                 turn = place // (1 if weights is None else 2)
                 key = keys[_order(self.seed, turn // len(keys), len(keys))[turn % len(keys)]]
-            drawn.append(rng.choice(statements[key]))
+            statement = rng.choice(statements[key])
+            if len(drawn) < least or needs is None or needs.get(key, UNKNOWN_NEED) >= SAFE_NEED:
+                drawn.append(statement)
         return drawn
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lit_moeedit.reports.autopsy import LossByPart, MissingAutopsy, PartPutBack
 from lit_moeedit.reports.console import ConsoleReport
+from lit_moeedit.reports.held import Held
 from lit_moeedit.reports.html import write_html
 from lit_moeedit.reports.jsonl import read_rows, write_rows
 from lit_moeedit.reports.outcomes import Outcome, Totals, outcome_of
@@ -20,6 +21,7 @@ __all__ = [
     "Cost",
     "FactRow",
     "Guard",
+    "Held",
     "LossByPart",
     "Measured",
     "MissingAutopsy",

@@ -50,6 +50,8 @@ class ConsoleReport:
             yield Text(cut(f"{name}: {left}" if name else str(left), _MAX_SENTENCE))
         for name, replayed in self.report.replay.items():
             yield Text(cut(f"Replay {name}: {replayed}" if name else f"Replay: {replayed}", _MAX_SENTENCE))
+        for name, held in self.report.hold.items():
+            yield Text(cut(f"Hold {name}: {held}" if name else f"Hold: {held}", _MAX_SENTENCE))
         totals = Totals.of(rows)
         style = "bold green" if totals.number == totals.facts["holds"] else "bold"
         yield Text(totals.headline, style=style)

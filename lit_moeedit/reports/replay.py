@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_moeedit.text import first_few, printable
+from lit_moeedit.text import counted, first_few, printable
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,10 @@ class Replayed:
             5 % of rows, 1,234 statements of 31 facts; 7 texts contradicted an edit (yield); no longer stated: Peru
         """
         every = "" if self.every_n_steps == 1 else f" every {self.every_n_steps:,} steps"
-        counted = f"{_count(self.statements, 'statement')} of {_count(self.facts, 'fact')}"
-        line = f"{100 * self.share:.3g} % of {self.of}{every}, {counted}"
+        statements = f"{counted(self.statements, 'statement')} of {counted(self.facts, 'fact')}"
+        line = f"{100 * self.share:.3g} % of {self.of}{every}, {statements}"
         if self.conflicts:
-            line += f"; {_count(self.conflicts, 'text')} contradicted an edit ({printable(self.on_conflict)})"
+            line += f"; {counted(self.conflicts, 'text')} contradicted an edit ({printable(self.on_conflict)})"
         if self.given_up:
             line += f"; no longer stated: {first_few(map(printable, self.given_up), 10)}"
         return line
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Literal, Self, cast
 
 from lit_moeedit.reports.autopsy import LossByPart, MissingAutopsy
+from lit_moeedit.reports.held import Held
 from lit_moeedit.reports.plain import from_plain, to_plain
 from lit_moeedit.reports.replay import Replayed
 from lit_moeedit.reports.rows import FactRow, Moment
@@ -137,6 +138,7 @@ class Report:
         survival: points of the survival curve.
         survivors: the edits that were left at the end, by the name of their callback.
         replay: the statements of edited facts that were trained on, by the name of the callback.
+        hold: the edited facts that were held, by the name of the callback.
         autopsy: the loss of the edits by part of the model; ``None`` if it was not examined.
         missing_autopsy: the reason why an autopsy that was asked for could not be made; ``None`` otherwise.
         costs: cost by phase.
@@ -164,6 +166,7 @@ class Report:
     survival: tuple[SurvivalPoint, ...] = ()
     survivors: dict[str, Survivors] = field(default_factory=dict)
     replay: dict[str, Replayed] = field(default_factory=dict)
+    hold: dict[str, Held] = field(default_factory=dict)
     autopsy: LossByPart | None = None
     missing_autopsy: MissingAutopsy | None = None
     costs: tuple[Cost, ...] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_moeedit.callbacks import EditHold, EditListener, KnowledgeEditing
+from lit_moeedit.callbacks import EditHold, EditListener, EditReport, KnowledgeEditing
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.data.encoding import join
 from lit_moeedit.models.experts import find_model
@@ -52,6 +54,16 @@ class States(EditListener):
         return float(((end - after).square().sum(-1) / after.square().sum(-1)).mean())
 
 
+class Distances(L.Callback):
+    """The distances that were logged."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.logged: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.logged.append(float(trainer.callback_metrics["hold/distance"]))
+
+
 @pytest.fixture
 def run(make_trainer: Any, tmp_path: Path) -> Any:
     """Fit a module with an edit and other callbacks; returns the module."""
@@ -76,6 +88,23 @@ def test_hidden_states_stay_near_where_the_edit_has_put_them(run: Any) -> None:
     assert torch.equal(free.measured[0], kept.measured[0])
     assert "training_step" not in module.__dict__ and module.training
     assert module.trainer.logged_metrics["hold/distance"] > 0
+
+
+def test_the_summary_the_report_and_the_log_have_it(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lit_moeedit")
+    hold, distances = EditHold(rows=2, weight=0.5), Distances()
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=4, filename="last")
+    run(distances, hold, EditReport(console=False), saving, max_steps=4)
+    held = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["hold"]
+    distance = pytest.approx(sum(distances.logged) / 4)
+    assert held == {"": {"rows": 2, "every_n_steps": 1, "weight": 0.5, "facts": 6, "distance": distance}}
+    assert caplog.text.count(f"Hold: {hold.result}") == 1
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"Hold: <bdi>{hold.result}</bdi>" in page and "EditHold{}.weight" in page
+    # resumed after its end, the run has nothing left to train
+    resumed = EditHold(rows=2, weight=0.5)
+    run(resumed, max_steps=4, ckpt_path=str(tmp_path / "saved" / "last.ckpt"))
+    assert resumed.result is not None and (resumed.result.facts, resumed.result.distance) == (6, None)
 
 
 def test_nothing_changes_before_the_edit(run: Any, tiny: Any) -> None:

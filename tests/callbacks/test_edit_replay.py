@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 from lit_moeedit.callbacks.conflicts import ContradictionError
 from lit_moeedit.module import LitMoE
-from tests.callbacks.conftest import CONFIG, _data, _editor, _trainer
+from tests.callbacks.conftest import CONFIG, _data, _editor, _module, _trainer
 from tests.callbacks.replaying import Watching, old_answers, replayed, stated
 from tests.processes import run_ranks
 
@@ -266,6 +266,27 @@ def fit_with_short_measures(strategies: list[str], folder: str) -> dict[str, Any
     """Fit with measurements after every other step."""
     with mock.patch("lit_moeedit.callbacks.needs.MEASURE_EVERY", 2):
         return fit_on_ranks(strategies, folder)
+
+
+def edits_left(folder: str, share: float | None, strategy: str = "auto", ranks: int = 1) -> tuple[int, int]:
+    """Return how many of six edits are generated right after the edit, and 32 steps later."""
+    replays = [] if share is None else [EditReplay(share=share)]
+    editing = KnowledgeEditing(_editor(steps=30), at={"step": 32}, on_failure="keep", survival_every_n_steps=32)
+    settings = {"max_steps": 64, "max_epochs": -1, "limit_val_batches": 0, "devices": ranks, "strategy": strategy}
+    _trainer(folder, [editing, *replays], **settings).fit(_module(), _data(batch_size=8 // ranks))
+    first, *_, last = editing.survival.points
+    return first.generated, last.generated
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_under_zero_3_as_many_edits_are_kept_as_in_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
+    after, lost = edits_left(f"{tmp_path}/nothing", None)
+    assert after == 6 and lost <= 3
+    assert edits_left(f"{tmp_path}/one", 0.25) == (6, 6)
+    sharded = (f"{tmp_path}/two", 0.25, "deepspeed_cpu_stage_3", 2)
+    assert run_ranks(edits_left, 2, *sharded, group=False) == [(6, 6), (6, 6)]
 
 
 class Plain(L.LightningModule):

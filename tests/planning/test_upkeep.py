@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig
 
-from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks import EditHold, EditReplay, KnowledgeEditing
 from lit_moeedit.callbacks.needs import measure_needs
 from lit_moeedit.callbacks.renewals import RenewalSettings
 from lit_moeedit.callbacks.survival import SurvivalCurve
@@ -21,7 +21,7 @@ from lit_moeedit.module import LitMoE
 from lit_moeedit.planning import Cost, CostCounter, Workload, empty_model, simulate
 from lit_moeedit.planning.run_config import read_run
 from lit_moeedit.planning.simulated_zero import Sharding
-from lit_moeedit.planning.upkeep import RENEWAL, REPLAYED, TRAINING, Upkeep
+from lit_moeedit.planning.upkeep import HELD, RENEWAL, REPLAYED, TRAINING, Upkeep
 from tests.callbacks.conftest import CONFIG, _data, _module, _trainer
 from tests.planning.losing import lose_all_once
 from tests.planning.test_planning import small_config
@@ -36,7 +36,9 @@ def editor() -> Editor:
     return Editor([0], targets=targets, token="last", neutral="", token_budget=1024)
 
 
-def measured(replay: EditReplay, kind: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Workload]:
+def measured(
+    keeping: EditReplay | EditHold, kind: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Workload]:
     """Return what the phases of a run took in which all edits are lost once, and what the run worked on."""
     meter, lengths = CostCounter(), dict[str, int]()
     encode = Editor.encode
@@ -52,13 +54,15 @@ def measured(replay: EditReplay, kind: Any, folder: Path, monkeypatch: pytest.Mo
         lengths["target"] = max(len(row.encoding.ids) for row in encoded.rows) - lengths["prompt"]
         return encoded
 
+    kept = REPLAYED if isinstance(keeping, EditReplay) else HELD
+
     class Steps(L.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             for name, value in batch.items():
                 batch[name] = F.pad(
                     value, (0, WIDTH - value.shape[1]), value={"labels": -100, "attention_mask": 1}.get(name, 0)
                 )
-            self.name, self.started = REPLAYED if trainer.global_step >= EDITED else TRAINING, meter.begin()
+            self.name, self.started = kept if trainer.global_step >= EDITED else TRAINING, meter.begin()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
             meter.phases.pop(self.name, None)  # the last one counts: the first one makes Adam's moments
@@ -68,7 +72,7 @@ def measured(replay: EditReplay, kind: Any, folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Editor, "encode", noted)
     settings: Any = {"renew_every_n_steps": 2, "max_renewals": 1, "renewal": kind, "on_failure": "keep"}
     editing = KnowledgeEditing(editor(), at={"step": EDITED}, **settings)
-    trainer = _trainer(folder, [Steps(), editing, replay], max_steps=STEPS, max_epochs=-1, limit_val_batches=0)
+    trainer = _trainer(folder, [Steps(), editing, keeping], max_steps=STEPS, max_epochs=-1, limit_val_batches=0)
     data = _data(batch_size=ROWS, preservation_samples=32)
     with meter:
         trainer.fit(_module(config=WIDER), data)
@@ -119,6 +123,15 @@ def test_a_plan_counts_what_a_run_takes_to_keep_its_edits(
         assert expected == pytest.approx(actual, rel=0.2)
 
 
+def test_a_plan_counts_what_a_run_takes_to_hold_its_edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = EditHold(rows=4)
+    found, work = measured(hold, "reuse", tmp_path, monkeypatch)
+    plan, _ = planned(Upkeep(hold=hold), work)
+    added = found.held_step.flops - found.training_step.flops
+    # a plan's prompts are equally long, and its experts get the same number of tokens
+    assert plan[HELD].flops - plan[TRAINING].flops == pytest.approx(added, rel=0.2)
+
+
 def test_the_number_of_renewals_is_that_of_their_interval_and_limit() -> None:
     for settings, steps, expected in (
         (RenewalSettings(), 100, 0),
@@ -137,8 +150,11 @@ def test_remarks_compare_with_training_steps() -> None:
     replay = EditReplay(share=0.05, every_n_steps=4)
     first, second = Upkeep(RenewalSettings(8), SurvivalCurve(), replay, steps=20).remarks(phases, expected=1.5)
     # 12 % for two statements, in every fourth step
-    assert "1.5 statement(s)" in first and "every 4 steps" in first and " 2.3 % more work" in first
+    assert "at most 1.5 statement(s)" in first and "every 4 steps" in first and " 2.3 % more work" in first
     assert "the work of 2.5 training steps" in second and "at most 2 times: 5 training steps" in second
+    phases[HELD] = Cost(HELD, 0, 0, flops=120)
+    (held,) = Upkeep(hold=EditHold(rows=3, every_n_steps=2)).remarks(phases, expected=0)
+    assert held == "Hold: 3 prompt(s), every 2 steps: 10 % more work than without."
     (only,) = Upkeep(RenewalSettings(below=0.9)).remarks(phases, expected=0)
     assert "each" not in only and "less than 0.9 of the edits" in only and "without a known limit" in only
 
@@ -151,6 +167,11 @@ def test_settings_are_those_of_the_config(tmp_path: Path) -> None:
     # the edit is before the fifth of six epochs of 128 steps
     assert found.steps == 256 and found.renewals == 7 and found.renewal.kind == "anew"
     assert found.replay is not None and (found.replay.share, found.replay.weight) == (0.1, 0.5)
+    hold = {"class_path": "lit_moeedit.callbacks.EditHold", "init_args": {"rows": 3}}
+    for callbacks in ([replay, hold], [hold, replay]):
+        found = read_run([small_config(tmp_path, trainer={"callbacks": callbacks})]).upkeep
+        assert found.replay is not None and found.hold is not None
+        assert (found.replay.share, found.hold.rows) == (0.1, 3)
     path = small_config(tmp_path, trainer={"callbacks": [replay, replay]})
     with pytest.raises(ValueError, match="has 2 EditReplay callbacks; a plan knows one"):
         read_run([path])
@@ -160,10 +181,12 @@ def test_settings_are_those_of_the_config(tmp_path: Path) -> None:
 def test_a_second_forward_is_refused_under_stage_3(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     replay = {"class_path": "lit_moeedit.callbacks.EditReplay", "init_args": {"weight": 0.5}}
+    hold = {"class_path": "lit_moeedit.callbacks.EditHold"}
     strategy = {
         "class_path": "lit_moeedit.sharding.cpu_strategy.DeepSpeedCPUStrategy",
         "init_args": {"stage": 3},
     }
-    path = small_config(tmp_path, trainer={"callbacks": [replay], "strategy": strategy})
-    with pytest.raises(ValueError, match="weight of EditReplay needs a second forward"):
-        read_run([path])
+    for callback, message in ((replay, "weight of EditReplay needs"), (hold, "EditHold needs")):
+        path = small_config(tmp_path, trainer={"callbacks": [callback], "strategy": strategy})
+        with pytest.raises(ValueError, match=f"{message} a second forward"):
+            read_run([path])

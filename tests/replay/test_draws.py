@@ -43,10 +43,20 @@ def test_without_needs_every_fact_is_stated_equally_often() -> None:
 
 
 def test_by_need_no_fact_waits_and_a_lost_one_comes_more_often() -> None:
-    needs = dict.fromkeys(statements(20), 0.0) | {"fact 7": 1.0}
+    needs = dict.fromkeys(statements(20), 0.25) | {"fact 7": 1.0}
     found = drawn(Draws(), 4, 100, statements(20), needs=needs)
-    # half of 400 draws go round, 10 of each; of the others fact 7 has the share 1 / (1 + 19 * 0.01) = 0.84
-    assert min(found.values()) >= 10 and 150 <= found[7] <= 200
+    # half of 400 draws go round, 10 of each; of the others fact 7 has the share 1 / (1 + 19 * 0.25) = 0.17
+    assert min(found.values()) >= 10 and 30 <= found[7] <= 60
+
+
+def test_safe_facts_are_left_out_and_unknown_ones_are_not() -> None:
+    needs = dict.fromkeys(statements(20), 0.1) | {"fact 7": 1.0}
+    del needs["fact 3"]
+    found = drawn(Draws(), 4, 100, statements(20), needs=needs)
+    # half of 400 draws go round; of the others fact 7 has the share 1 / (1 + 0.5 + 18 * 0.1) = 0.30
+    assert found.keys() == {3, 7} and found[3] >= 10 and 50 <= found[7] <= 90
+    safe = dict.fromkeys(statements(20), 0.0)
+    assert [len(Draws().draw(statements(20), 4, 0, 0, 0, safe, least)) for least in (0, 1)] == [0, 1]
 
 
 def test_the_number_of_rows_is_right_on_average_and_the_same_on_all_ranks() -> None:

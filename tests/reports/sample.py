@@ -9,6 +9,7 @@ from lit_moeedit.reports import (
     Cost,
     FactRow,
     Guard,
+    Held,
     LossByPart,
     Measured,
     MissingAutopsy,
@@ -136,6 +137,7 @@ def sample(facts: int = 5) -> Report:
         ),
         survivors={"": Survivors(5, 3, 4, ("Peru",), ("Peru",))},
         replay={"": Replayed(0.05, "rows", 1, 1234, 4, "yield", 7, ("Peru",))},
+        hold={"": Held(4, facts=5, distance=0.012)},
         autopsy=LossByPart(
             5,
             4,
@@ -190,6 +192,7 @@ def hostile(facts: int = len(HOSTILE)) -> Report:
         ),
         survivors={joined: Survivors(2**52, -1, 0, HOSTILE, HOSTILE)},
         replay={joined: Replayed(1e299, "tokens", -1, 2**52, -1, joined, 2**52, HOSTILE)},
+        hold={joined: Held(-1, 2**52, 1e299, -1, 1e299)},
         autopsy=None if facts % 2 else LossByPart(2**52, -1, 0, joined, joined, (PartPutBack(joined, -1, 1e299),)),
         missing_autopsy=MissingAutopsy(joined, joined),
         costs=(Cost(joined, -1.0, -1), Cost(joined, 1e299)),

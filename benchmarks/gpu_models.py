@@ -122,10 +122,18 @@ def random_model(
     return model
 
 
+def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config of the same model with so many of its layers."""
+    found = {**config, "num_hidden_layers": layers}
+    if "layer_types" in config:
+        found["layer_types"] = config["layer_types"][:layers]
+    return found
+
+
 def parameters_of(config: dict[str, Any], layers: int) -> int:
     """Number of parameters of the model with so many layers."""
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(build_config({**config, "num_hidden_layers": layers}))
+        model = AutoModelForCausalLM.from_config(build_config(with_layers(config, layers)))
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -181,7 +181,7 @@ class Subject:
             raise gpu_models.LeftOutError(
                 f"{self.fit} layers have room on this card; an edit of layer {top} needs {top + 2}"
             )
-        config = {**case.config, "num_hidden_layers": self.fit}
+        config = gpu_models.with_layers(case.config, self.fit)
         start = time.perf_counter()
         self.model: PreTrainedModel = gpu_models.random_model(config, device, torch.bfloat16)
         synchronize(device)

@@ -109,6 +109,11 @@ def test_what_the_time_does_not_suffice_for_is_named(tmp_path: Path, one_family:
     assert "not measured (left out: not asked for)" in text
 
 
+@pytest.mark.parametrize("case", [gpu_models.GPT_OSS, gpu_models.QWEN36])
+def test_layers_of_several_types_that_have_room(case: gpu_models.Case) -> None:
+    assert gpu_models.layers_that_fit(case.config, 2, 1e13, 2) == 2
+
+
 def test_layers_that_have_room() -> None:
     config = gpu_models.QWEN3.config
     one, two = (gpu_models.parameters_of(config, layers) for layers in (1, 2))

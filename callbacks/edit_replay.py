@@ -113,7 +113,7 @@ class EditReplay(StateOfWeights):
         seed: int = 0,
         tokenizer: str | None = None,
         name: str | None = None,
-        gradient_limit: float | None = 1.0,
+        gradient_limit: float | None = 4.0,
     ) -> None:
         self.on_conflict = on_conflict
         super().__init__(name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 from lit_moeedit.callbacks.limited_rows import LimitedRows
 
 ROWS, FIRST = 5, 3
@@ -102,3 +104,28 @@ def test_a_module_whose_model_has_no_output_embeddings(module: Any, caplog: pyte
     with LimitedRows(0.5, "early: ").of(module, ROWS, FIRST):
         pass
     assert "early: the gradient of statements of edited facts has no limit" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [2.0, None])
+def test_replay_limits_its_statements_alone(tiny: Any, make_trainer: Any, tmp_path: Path, limit: float | None) -> None:
+    class Noted(LimitedRows):
+        def __init__(self) -> None:
+            super().__init__(limit, "")
+            self.calls: list[tuple[int, int]] = []
+            self.limited: list[int] = []
+
+        def of(self, pl_module: Any, rows: int, first: int) -> Any:
+            self.calls.append((rows, first))
+            return super().of(pl_module, rows, first)
+
+        def _limited(self, gradient: torch.Tensor, first: int) -> torch.Tensor:
+            self.limited.append(len(gradient) - first)
+            return super()._limited(gradient, first)
+
+    replay = EditReplay(share=0.25, gradient_limit=limit)
+    assert replay.settings["gradient_limit"] == limit
+    replay._rows = noted = Noted()
+    editing = KnowledgeEditing(tiny.editor(), at={"step": 1}, on_failure="keep")
+    make_trainer(tmp_path, [editing, replay], max_steps=3, max_epochs=-1).fit(tiny.module(), tiny.data())
+    assert noted.calls == [(10, 8), (10, 8)]
+    assert noted.limited == ([2, 2] if limit else [])

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.conflicts import ConflictWatch, OnConflict
+from lit_moeedit.callbacks.limited_rows import LimitedRows
 from lit_moeedit.callbacks.needs import measure_needs, steps_between
 from lit_moeedit.callbacks.replaced_step import ReplacedStep, Step, add_loss
 from lit_moeedit.callbacks.replay_checks import check_run, warn_of_long_rows
@@ -22,7 +23,6 @@ from lit_moeedit.callbacks.replay_loss import loss_of_statements
 from lit_moeedit.callbacks.replayed import Tally
 from lit_moeedit.callbacks.resources import check_parallelism, find_tokenizer
 from lit_moeedit.callbacks.stated import StatedFacts, contexts_of
-from lit_moeedit.callbacks.weighted_rows import WeightedRows
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.data.encoding import Encoding, pad_id
 from lit_moeedit.data.facts import Fact
@@ -81,9 +81,10 @@ class EditReplay(StateOfWeights):
         seed: seed of the draws.
         tokenizer: a path or hub id; ``None`` takes that of the module or the data module.
         name: log ``replay_<name>/…``.
-        row_weight: weight of statements that are rows of the batch in the gradient, in proportion to that of the
-            batch's own rows. A statement that the model has nearly lost has a gradient many times as large as those
-            of text that it knows, and at full weight disturbs what is like the edited facts.
+        gradient_limit: maximum norm of the gradient of the logits of a statement that is a row of the batch, in
+            proportion to the mean of the batch's own rows; ``None`` for no limit. A statement that the model has nearly
+            lost has a gradient many times as large as those of text that the model knows, and without a limit disturbs
+            what is like the edited facts.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -112,7 +113,7 @@ class EditReplay(StateOfWeights):
         seed: int = 0,
         tokenizer: str | None = None,
         name: str | None = None,
-        row_weight: float = 0.1,
+        gradient_limit: float | None = 4.0,
     ) -> None:
         self.on_conflict = on_conflict
         super().__init__(name)
@@ -122,8 +123,8 @@ class EditReplay(StateOfWeights):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if weight is not None and not 0.0 < weight < math.inf:
             raise ValueError(f"weight must be above 0, or None for rows of the batch, got {weight}")
-        if not 0.0 < row_weight <= 1.0:
-            raise ValueError(f"row_weight must be in (0, 1], got {row_weight}")
+        if gradient_limit is not None and not 0.0 < gradient_limit < math.inf:
+            raise ValueError(f"gradient_limit must be above 0, or None for no limit, got {gradient_limit}")
         if paraphrases < 0:
             raise ValueError(f"paraphrases must be at least 0, got {paraphrases}")
         if contexts is not None and not contexts:
@@ -137,7 +138,7 @@ class EditReplay(StateOfWeights):
         self._drawn = 0  # statements of the batch that is trained on now
         self._is_checked = False
         self._step = ReplacedStep()
-        self._rows = WeightedRows(row_weight, self.heading)
+        self._rows = LimitedRows(gradient_limit, self.heading)
         self._has_warned = False
         self._seen_step = 0
 
@@ -174,7 +175,7 @@ class EditReplay(StateOfWeights):
     def settings(self) -> dict[str, Any]:
         """The settings, for reports."""
         names = ("share", "every_n_steps", "weight", "paraphrases", "by_need", "on_conflict", "contexts", "edits")
-        others = {"row_weight": self._rows.weight, "seed": self._draws.seed}
+        others = {"gradient_limit": self._rows.limit, "seed": self._draws.seed}
         return {**{name: getattr(self, name) for name in names}, **others}
 
     # -- what may be overridden ---------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class Draws:
         if not keys:
             return []
         weights = None if needs is None else [max(LEAST_NEED, needs.get(key, UNKNOWN_NEED)) for key in keys]
-        drawn = []
+        drawn: list[T] = []
         for place in range(start, start + count):
             if weights is not None and place % 2:
                 key = rng.choices(keys, weights)[0]

@@ -331,6 +331,7 @@ def test_other_modules_and_lora(run: Any, tiny: Any, weight: float | None) -> No
         ({"weight": 0.0}, "weight must be above 0"),
         ({"weight": float("nan")}, "weight must be above 0"),
         ({"paraphrases": -1}, "paraphrases must be at least 0, got -1"),
+        ({"gradient_limit": 0.0}, "gradient_limit must be above 0, or None for no limit, got 0.0"),
         ({"contexts": []}, "contexts needs at least one text"),
     ],
 )

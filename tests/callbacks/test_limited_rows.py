@@ -1,0 +1,131 @@
+"""The limit of the gradient of some rows, against the gradients of rows alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks.limited_rows import LimitedRows
+
+ROWS, FIRST = 5, 3
+
+
+def losses(module: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy by row and token, over the number of tokens."""
+    logits, labels = module.model(input_ids=batch["input_ids"]).logits[:, :-1], batch["input_ids"][:, 1:]
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none") / labels.numel()
+
+
+def gradients(module: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
+
+
+@pytest.fixture
+def module(tiny: Any) -> Any:
+    made = tiny.module()
+    made.configure_model()
+    return made
+
+
+@pytest.fixture
+def batch(module: Any) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {"input_ids": torch.randint(3, 100, (ROWS, 6), generator=generator)}
+
+
+def norms(module: Any, batch: Any, weights: torch.Tensor) -> torch.Tensor:
+    """Norms of the gradients of the logits, by row, if the losses of rows have weights."""
+    logits = module.model(input_ids=batch["input_ids"]).logits.detach().requires_grad_()
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+    (gradient,) = torch.autograd.grad((weights[:, None] * losses).sum() / losses.numel(), logits)
+    return gradient.flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("limit", [0.25, 1.0])
+def test_statements_pull_no_more_than_the_limit_and_the_loss_is_the_same(module: Any, batch: Any, limit: float) -> None:
+    pulls = torch.tensor([0.5, 0.0, 1.0, 0.01, 3.0])  # as if rows were of known and unknown text; one has no loss
+    with LimitedRows(limit, "").of(module, ROWS, FIRST):
+        loss = (pulls[:, None] * losses(module, batch)).sum()
+    found = gradients(module, loss)
+    assert loss.item() == pytest.approx((pulls[:, None] * losses(module, batch)).sum().item())
+    each = norms(module, batch, pulls)
+    most = limit * each[:FIRST].sum() / 2
+    assert each[3] < most < each[4]
+    weights = pulls * torch.tensor([1.0, 1.0, 1.0, 1.0, float(most / each[4])])
+    expected = gradients(module, (weights[:, None] * losses(module, batch)).sum())
+    for name, gradient in expected.items():
+        # float32, summed in another order
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+    assert not module.model.get_output_embeddings()._forward_hooks
+
+
+def test_a_batch_without_losses_of_its_own_sets_no_limit(module: Any, batch: Any) -> None:
+    pulls = torch.tensor([0.0, 0.0, 0.0, 0.01, 3.0])[:, None]
+    with LimitedRows(1.0, "").of(module, ROWS, FIRST):
+        found = gradients(module, (pulls * losses(module, batch)).sum())
+    expected = gradients(module, (pulls * losses(module, batch)).sum())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_forward_of_another_number_of_rows_is_left_alone(
+    module: Any, batch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "lit_moeedit")
+    rows = LimitedRows(0.25, "")
+    for _ in range(2):
+        with rows.of(module, ROWS + 1, FIRST):
+            loss = losses(module, batch).sum()
+    found, expected = gradients(module, loss), gradients(module, losses(module, batch).sum())
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert caplog.text.count("gradient of statements of edited facts has no limit") == 1
+
+
+@pytest.mark.parametrize(("limit", "first"), [(None, FIRST), (0.25, ROWS)])
+def test_nothing_is_hooked_where_nothing_is_limited(
+    module: Any, limit: float | None, first: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "lit_moeedit")
+    with LimitedRows(limit, "").of(module, ROWS, first):
+        assert not module.model.get_output_embeddings()._forward_hooks
+    assert not caplog.text
+
+
+def test_a_module_whose_model_has_no_output_embeddings(module: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "lit_moeedit")
+    module.model.get_output_embeddings = lambda: None
+    with LimitedRows(0.5, "early: ").of(module, ROWS, FIRST):
+        pass
+    assert "early: the gradient of statements of edited facts has no limit" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [2.0, None])
+def test_replay_limits_its_statements_alone(tiny: Any, make_trainer: Any, tmp_path: Path, limit: float | None) -> None:
+    class Noted(LimitedRows):
+        def __init__(self) -> None:
+            super().__init__(limit, "")
+            self.calls: list[tuple[int, int]] = []
+            self.limited: list[int] = []
+
+        def of(self, pl_module: Any, rows: int, first: int) -> Any:
+            self.calls.append((rows, first))
+            return super().of(pl_module, rows, first)
+
+        def _limited(self, gradient: torch.Tensor, first: int) -> torch.Tensor:
+            self.limited.append(len(gradient) - first)
+            return super()._limited(gradient, first)
+
+    replay = EditReplay(share=0.25, gradient_limit=limit)
+    assert replay.settings["gradient_limit"] == limit
+    replay._rows = noted = Noted()
+    editing = KnowledgeEditing(tiny.editor(), at={"step": 1}, on_failure="keep")
+    make_trainer(tmp_path, [editing, replay], max_steps=3, max_epochs=-1).fit(tiny.module(), tiny.data())
+    assert noted.calls == [(10, 8), (10, 8)]
+    assert noted.limited == ([2, 2] if limit else [])

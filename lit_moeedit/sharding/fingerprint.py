@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lit_moeedit.sharding.backends.deepspeed import zero_3_partition
+from lit_moeedit.sharding.backends import own_elements
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.shards import Own
 
 BLOCK = 2**18
 """Elements of a block, each with a weight of its own. The sums of further blocks are weighted once more."""
@@ -21,27 +21,17 @@ MANY_BLOCKS = 128
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Part(NamedTuple):
-    """A copy of what this rank held of a parameter.
-
-    Attributes:
-        shape: shape of the whole parameter.
-        is_whole: whether every rank holds all of it.
-        start: index of the first element in the flattened parameter.
-        elements: the elements, ``[n]``.
-    """
-
-    shape: Sequence[int]
-    is_whole: bool
-    start: int
-    elements: Tensor
+class Part(Own):
+    """A copy of what this rank held of a parameter."""
 
     @classmethod
-    def of(cls, tensor: Any) -> Part:
+    def of(cls, tensor: Tensor) -> Part:
         """Return what this rank holds of a parameter or buffer, without a copy."""
-        if hasattr(tensor, "ds_id"):
-            return cls(tensor.ds_shape, False, *zero_3_partition(tensor))
-        return cls(tensor.shape, True, 0, tensor.detach().reshape(-1))
+        return cls(*own_elements(tensor))
+
+    def is_counted(self, ranks: Ranks) -> bool:
+        """Tell if this rank is the one that counts these elements, where ranks add up what they hold."""
+        return ranks.rank == 0 if self.is_whole else self.is_first
 
     def to(self, target: torch.dtype | str) -> Part:
         """Return a copy in main memory (``cpu``), or the same in another dtype."""
@@ -62,8 +52,8 @@ def fingerprints(
     """Compute a short text for each parameter or buffer that changes when any of its elements does.
 
     The bits of each element, as an integer, are added up with a weight that depends on its position, modulo 2⁶⁴, in one
-    pass over the memory. Under DeepSpeed ZeRO stage 3 each rank adds up its own partition, and the sums are
-    all-reduced. Fingerprints tell states of training apart. They are no defence against forgery.
+    pass over the memory. Of sharded parameters each rank adds up its own shard, and the sums are all-reduced.
+    Fingerprints tell states of training apart. They are no defence against forgery.
 
     Args:
         tensors: parameters, buffers or copies of them by name, the same names on all ranks.
@@ -85,9 +75,10 @@ def fingerprints(
     weights: dict[torch.device, Tensor] = {}
     found: dict[torch.device, dict[int, Tensor]] = {}
     parts = [tensor if isinstance(tensor, Part) else Part.of(tensor) for tensor in tensors.values()]
-    for i, (_, is_whole, start, elements) in enumerate(parts):
-        if is_whole and ranks.rank > 0:
+    for i, part in enumerate(parts):
+        if not part.is_counted(ranks):
             continue
+        start, elements = part.start, part.elements
         if rounded_to is not None:
             elements = elements.to(rounded_to)
         own = weights.get(elements.device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
@@ -16,9 +16,33 @@ class UnsupportedShardingError(RuntimeError):
     """Raised for a parameter that no backend can read and write."""
 
 
-def is_partitioned(weight: nn.Parameter) -> bool:
+def is_partitioned(weight: Tensor) -> bool:
     """Tell if a rank holds only a part of the model weights (ZeRO stage 3, FSDP2)."""
     return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter, of which this rank may hold a part."""
+    # DeepSpeed replaces the data of a partitioned parameter by an empty tensor; a DTensor has the shape of the whole
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class Own(NamedTuple):
+    """The elements of a parameter or buffer that this rank holds.
+
+    Attributes:
+        shape: shape of the whole parameter.
+        is_whole: whether every rank holds all of it.
+        start: index of the first element in the flattened parameter.
+        elements: the elements, ``[n]``.
+        is_first: whether no rank before this one holds the same elements of a shard.
+    """
+
+    shape: Sequence[int]
+    is_whole: bool
+    start: int
+    elements: Tensor
+    is_first: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,12 +92,3 @@ class Shard:
         """Fill in the elements that other ranks own, which are zero here. Exact, because bytes are added to zeros."""
         if self.group is not None:
             dist.all_reduce(elements.view(torch.uint8), group=self.group)
-
-
-Backend = Callable[[nn.Parameter, Sequence[Any]], Shard | None]
-"""A sharding backend: returns the shard of a parameter that it recognises, and ``None`` for any other parameter.
-
-It is called with the parameter and the optimizers that train it now, and raises :class:`UnsupportedShardingError` for a
-parameter that it recognises but cannot read or write. A backend that edits under kinds of parallelism that would be
-refused otherwise has an attribute ``handles``, a set of :class:`~lit_moeedit.sharding.parallelism.Parallelism`.
-"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_moeedit.models.experts import check_editable
 from tests.sharding.small_edits import LAYERS, tokenizer
@@ -72,9 +74,29 @@ LAYOUTS: dict[str, Callable[[Any], Iterable[Any]]] = {
 }
 
 
+def loaded_by_transformers(case: Case) -> PreTrainedModel:
+    """The model as transformers shards it while it reads a checkpoint."""
+    from transformers.distributed import DistributedConfig
+
+    folder = [tempfile.mkdtemp()]
+    torch.distributed.broadcast_object_list(folder)
+    if torch.distributed.get_rank() == 0:
+        whole_model(case).save_pretrained(folder[0])
+    torch.distributed.barrier()
+    sizes = DistributedConfig(fsdp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(folder[0], distributed_config=sizes, dtype=case.dtype)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return model.train()
+
+
 def prepared(case: Case, lr: float = 0.0, steps: int = 0) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
-    model = whole_model(case)
-    shard(model, case)
+    if case.layout == "loaded by transformers":
+        model = loaded_by_transformers(case)
+    else:
+        model = whole_model(case)
+        shard(model, case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     train(model, optimizer, steps)
     return model, optimizer

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from lit_moeedit.editing import evaluate
 from lit_moeedit.models.experts import check_editable
+from lit_moeedit.models.partial_forward import (
+    LayerOutput,
+    inference,
+    layer_output,
+    logits,
+    output_replaced,
+    skipped,
+)
+from lit_moeedit.sharding.backends import settle
 from lit_moeedit.sharding.ranks import RankError, Ranks
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import BlockCoordinateDescent, ExpertDeltas, Tucker
@@ -28,6 +40,7 @@ CASES = {
     "stack, layers and root": Case(layout="stack, layers and root"),
     "kept gathered": Case(layout="kept gathered"),
     "plan of transformers": Case(layout="plan of transformers"),
+    "loaded by transformers": Case(layout="loaded by transformers"),
     "replicas": Case(layout="replicas"),
     "descent": Case(editor={"solver": BlockCoordinateDescent(passes=2, seed=0)}),
     "Tucker": Case(editor={"solver": Tucker()}),
@@ -71,7 +84,7 @@ def alone(case: Case) -> tuple[list[Tensor], dict[str, float]]:
     return weights, evaluate(model, tokenizer(), FACTS).metrics
 
 
-SOME = ["even", "uneven", "an empty shard", "policy", "kept gathered", "plan of transformers"]
+SOME = ["uneven", "an empty shard", "policy", "loaded by transformers"]
 
 
 @pytest.mark.parametrize(
@@ -170,3 +183,51 @@ def trainings(names: list[str]) -> dict[str, dict[str, bool]]:
 def test_the_training_is_that_of_a_run_without_the_edit(names: list[str]) -> None:
     for rank in run_ranks(trainings, 2, names):
         assert rank == {name: dict.fromkeys(WAYS, True) for name in names}
+
+
+# -- what is gathered -------------------------------------------------------------------------------------------------
+
+
+def gathered(model: Any, work: Callable[[], Any]) -> list[str]:
+    """The names of the parts whose weights some work gathers."""
+    found: list[str] = []
+    unshard = FSDPParamGroup.unshard
+
+    def watched(group: Any, *args: Any, **kwargs: Any) -> Any:
+        if not group.is_unsharded and group._all_gather_result is None:
+            found.append(group._module_fqn)
+        return unshard(group, *args, **kwargs)
+
+    with mock.patch.object(FSDPParamGroup, "unshard", watched):
+        work()
+    return found
+
+
+def gatherings() -> dict[str, list[str]]:
+    model, _ = prepared(Case())
+    layers = check_editable(model, [0, 1])
+    ids = torch.tensor([[5, 6, 7]])
+    mask, positions = torch.ones_like(ids), torch.arange(3)[None]
+    run(model)
+
+    def upper() -> None:
+        output = layer_output(model, layers[1], ids, mask, positions)
+        settle(model)
+        found["upper"] = gathered(model, lambda: above(output))
+
+    def above(output: LayerOutput) -> None:
+        with skipped([layers[0].layer], lambda: output), output_replaced(layers[1].layer, lambda: output):
+            logits(model, ids, mask, positions, keep=1)
+
+    found: dict[str, list[str]] = {}
+    with inference(model):
+        found["lower"] = gathered(model, lambda: layer_output(model, layers[0], ids, mask, positions))
+    with inference(model):
+        upper()
+    return found
+
+
+def test_layers_that_are_skipped_are_not_gathered() -> None:
+    for rank in run_ranks(gatherings, 2):
+        # the root's own group, which has the embeddings and the head, has no name
+        assert rank == {"lower": ["", "model.layers.0"], "upper": ["", "model.layers.2"]}

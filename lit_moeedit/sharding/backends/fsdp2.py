@@ -49,26 +49,27 @@ class FSDP2(Backend):
         inner = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
         if inner:
             _check_root(model, inner[0])
-        sharded: set[int] = set()
-        for state in map(_state_of, _sharded_modules(model)):
-            for group in state._fsdp_param_groups:
-                if isinstance(group.offload_policy, CPUOffloadPolicy):
-                    raise UnsupportedShardingError(
-                        "FSDP2 with CPUOffloadPolicy is not supported; keep the shards on the device"
-                    )
-                if group._use_post_forward_mesh:
-                    raise UnsupportedShardingError(
-                        "FSDP2 with a number for reshard_after_forward is not supported; use true or false"
-                    )
-                sharded.update(id(parameter) for one in group.fsdp_params for parameter in _parameters_of(one))
-                for one in group.fsdp_params:
-                    _place(one.sharded_param)
-        for name, weight in model.named_parameters():
-            if id(weight) not in sharded and (isinstance(weight, DTensor) or weight.requires_grad) and inner:
-                what = "sharded by something else" if isinstance(weight, DTensor) else "trained, but not sharded"
+        sharded: set[tuple[nn.Module, str]] = set()
+        for group in (group for part in _sharded_modules(model) for group in _state_of(part)._fsdp_param_groups):
+            if isinstance(group.offload_policy, CPUOffloadPolicy):
                 raise UnsupportedShardingError(
-                    f"{name} is {what} in a model under FSDP2, so that each rank has its own; {LAYOUT}"
+                    "FSDP2 with CPUOffloadPolicy is not supported; keep the shards on the device"
                 )
+            if group._use_post_forward_mesh:
+                raise UnsupportedShardingError(
+                    "FSDP2 with a number for reshard_after_forward is not supported; use true or false"
+                )
+            for one in group.fsdp_params:
+                _place(one.sharded_param)
+                sharded.update(_places_of(one))
+        for path, module in model.named_modules() if inner else ():
+            for name, weight in module._parameters.items():
+                is_sharded = isinstance(weight, DTensor)
+                if weight is not None and (is_sharded or weight.requires_grad) and (module, name) not in sharded:
+                    what = "sharded by something else" if is_sharded else "trained, but not sharded"
+                    raise UnsupportedShardingError(
+                        f"{path}.{name} is {what} in a model under FSDP2, so that each rank has its own; {LAYOUT}"
+                    )
 
     @override
     def settle(self, model: nn.Module) -> None:
@@ -145,10 +146,10 @@ def _state_of(module: FSDPModule) -> Any:
     return module._get_fsdp_state()
 
 
-def _parameters_of(one: Any) -> list[nn.Parameter]:
-    """Return the parameter that FSDP2 trains, and the gathered one if there is one."""
-    gathered = getattr(one, "_unsharded_param", None)
-    return [one.sharded_param] if gathered is None else [one.sharded_param, gathered]
+def _places_of(one: Any) -> list[tuple[nn.Module, str]]:
+    """Return the modules that have a parameter of FSDP2, with its name there: parameters may be replaced after it."""
+    info = one._module_info
+    return [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
 
 
 def _is_running(state: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_moeedit.models.experts import check_editable
@@ -54,6 +54,10 @@ def shard(model: PreTrainedModel, case: Case) -> None:
         options["mesh"] = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     if case.layout == "replicated shards":
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    if case.layout in ("rows", "columns"):
+        dim = 1 if case.layout == "rows" else 2
+        # experts of both projections; the others have no such dimension
+        options["shard_placement_fn"] = lambda weight: Shard(dim) if weight.ndim == 3 else None
     for part in parts:
         fully_shard(part, **options)
 
@@ -69,6 +73,8 @@ LAYOUTS: dict[str, Callable[[Any], Iterable[Any]]] = {
         [model.model.norm, model.lm_head],
         model,
     ),
+    "rows": lambda model: (*model.model.layers, model),
+    "columns": lambda model: (*model.model.layers, model),
     "replicas": lambda model: (*model.model.layers, model),
     "replicated shards": lambda model: (*model.model.layers, model),
 }

@@ -26,13 +26,13 @@ from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.sharding.backends.backend import Backend
 from lit_moeedit.sharding.backends.unsharded import is_moment, view
 from lit_moeedit.sharding.parallelism import Parallelism
-from lit_moeedit.sharding.shards import Own, Shard, UnsupportedShardingError
+from lit_moeedit.sharding.shards import Own, Shard, UnsupportedShardingError, Window
 
 LAYOUT = "call fully_shard on each decoder layer and then on the transformers model itself"
 
 
 class FSDP2(Backend):
-    """Parameters that ``fully_shard`` has sharded along their first dimension, on all ranks or on groups of them.
+    """Parameters that ``fully_shard`` has sharded along one dimension, on all ranks or on groups of them.
 
     The optimizer trains the shards themselves, in their own precision: there are no further master weights.
     """
@@ -109,13 +109,16 @@ class FSDP2(Backend):
     def shard(self, weight: nn.Parameter, optimizers: Sequence[Any]) -> Shard | None:
         if not isinstance(weight, DTensor):
             return None
-        start, _ = _place(weight)
+        dim, first, _ = _place(weight)
         local = _local(weight)
+        start, window = first * weight.shape[1:].numel(), None
+        if dim > 0:
+            start, window = 0, Window(weight.shape, dim, first, first + local.shape[dim])
         states = (getattr(optimizer, "state", {}).get(weight, {}) for optimizer in optimizers)
         moments = [value for state in states for value in state.values() if is_moment(value, weight)]
         group = weight.device_mesh.get_group(weight.device_mesh.ndim - 1)
         return Shard(
-            weight.shape,
+            weight.shape if window is None else local.shape,
             weight.dtype,
             start,
             start + local.numel(),
@@ -123,14 +126,16 @@ class FSDP2(Backend):
             None,
             [view(_local(moment), start) for moment in moments],
             group if group.size() > 1 else None,
+            window,
         )
 
     @override
     def own(self, tensor: Tensor) -> Own | None:
         if not isinstance(tensor, DTensor):
             return None
-        start, is_first = _place(tensor)
-        return Own(tensor.shape, False, start, _local(tensor).view(-1), is_first)
+        dim, first, is_first = _place(tensor)
+        start = first * tensor.shape[1:].numel() if dim == 0 else first
+        return Own(tensor.shape, False, start, _local(tensor).view(-1), is_first, dim)
 
 
 def lacks_sharding(model: nn.Module) -> bool:
@@ -173,23 +178,28 @@ def _local(tensor: DTensor) -> Tensor:
     return local.detach()
 
 
-def _place(tensor: DTensor) -> tuple[int, bool]:
-    """Return where a rank's shard begins in the flattened tensor, and whether no other replica comes before it.
+def _place(tensor: DTensor) -> tuple[int, int, bool]:
+    """Find a rank's shard of a tensor.
+
+    Returns:
+        The dimension along which the tensor is cut, the index of the first entry, and whether no other replica of the
+        shard comes before it.
 
     Raises:
-        UnsupportedShardingError: if the shard is not a run of the flattened tensor, or not in memory as it is.
+        UnsupportedShardingError: if it is sharded in another way, or not in memory as it is.
     """
     *replicas, sharded = tensor.placements
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    is_known = type(sharded) is ShardedAlong and sharded.dim == 0 and all(type(x) is Replicate for x in replicas)
-    if not is_known or len(replicas) > 1 or coordinate is None:
+    are_known = len(replicas) <= 1 and all(type(replica) is Replicate for replica in replicas)
+    if type(sharded) is not ShardedAlong or not are_known or coordinate is None:
         raise UnsupportedShardingError(
             f"a parameter is sharded as {tensor.placements} on {tuple(mesh.shape)} ranks; supported are shards of "
-            "FSDP2 along the first dimension, and replicas of these"
+            "FSDP2 along one dimension, and replicas of these"
         )
-    local, size = _local(tensor), mesh.size(mesh.ndim - 1)
-    chunk = -(-tensor.shape[0] // size)
-    first = min(coordinate[-1] * chunk, tensor.shape[0])
-    if len(local) != min(chunk, tensor.shape[0] - first) or type(local) is not Tensor or not local.is_contiguous():
+    dim = sharded.dim % tensor.ndim
+    local, length, chunk = _local(tensor), tensor.shape[dim], -(-tensor.shape[dim] // mesh.size(mesh.ndim - 1))
+    first = min(coordinate[-1] * chunk, length)
+    shape = (*tensor.shape[:dim], min(chunk, length - first), *tensor.shape[dim + 1 :])
+    if local.shape != shape or type(local) is not Tensor or not local.is_contiguous():
         raise UnsupportedShardingError(f"the shard of a parameter of shape {list(tensor.shape)} is of an unknown form")
-    return first * tensor.shape[1:].numel(), not any(coordinate[:-1])
+    return dim, first, not any(coordinate[:-1])

@@ -64,7 +64,7 @@ def check_further_forward(pl_module: L.LightningModule, asked_by: str, advice: s
         advice: alternative for the user.
 
     Raises:
-        MisconfigurationException: under manual optimization, or DeepSpeed ZeRO stage 3.
+        MisconfigurationException: under manual optimization, DeepSpeed ZeRO stage 3, or FSDP2.
     """
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
@@ -72,6 +72,6 @@ def check_further_forward(pl_module: L.LightningModule, asked_by: str, advice: s
         )
     if any(is_partitioned(weight) for weight in pl_module.parameters()):
         raise MisconfigurationException(
-            f"{asked_by} needs a second forward in each step, after which DeepSpeed ZeRO stage 3 reduces gradients "
-            f"twice and fails; {advice}"
+            f"{asked_by} needs a second forward in each step, which is not supported with sharded weights: DeepSpeed "
+            f"ZeRO stage 3 reduces gradients twice and fails, and FSDP2 has not been tried; {advice}"
         )

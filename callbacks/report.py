@@ -119,6 +119,7 @@ class EditReport(StateOfWeights, EditListener):
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        check_parallelism(trainer, pl_module, "EditReport")
         self._started = time.perf_counter()
         if self._end is not None:
             self._measure_without_training(trainer, pl_module, self._end)

@@ -22,6 +22,7 @@ from lit_moeedit.editing import Moment
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
 from lit_moeedit.reports import Cost, LossByPart, MissingAutopsy, Model, Report, Routing
 from lit_moeedit.reports.report import State
+from lit_moeedit.sharding.shards import whole_shape
 
 _MOMENTS: dict[str, Moment] = {"before": "before", "after": "after", "after_training": "end"}
 _PACKAGES = ("lit-moeedit", "torch", "transformers", "lightning")
@@ -94,8 +95,7 @@ def describe_model(module: L.LightningModule) -> Model:
         model = find_model(module)
     except UnsupportedModelError:
         return Model()
-    # the shard of a parameter under ZeRO stage 3 has the number of elements of the whole
-    count = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+    count = sum(whole_shape(parameter).numel() for parameter in model.parameters())
     name, family = getattr(model.config, "_name_or_path", ""), getattr(model.config, "model_type", None)
     return Model(name or type(model).__name__, family, count)
 

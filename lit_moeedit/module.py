@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
@@ -35,8 +35,7 @@ from lit_moeedit.optimizers import (
 )
 from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.backends import refuse_parallelism
-from lit_moeedit.sharding.loading import constructed_whole, fresh_model, pretrained_model
-from lit_moeedit.sharding.parallelism import find_parallelism
+from lit_moeedit.sharding.loading import constructed_whole, fresh_model, pretrained_model, shard_fully
 from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
@@ -56,7 +55,9 @@ class LitMoE(L.LightningModule):
     """A LightningModule for any transformers MoE causal language model, with AdamW and a router loss.
 
     The learning rate has a warm-up and a cosine decay. Give exactly one of ``pretrained`` and ``config``. The model is
-    made in :meth:`configure_model`, so that a strategy can shard it during its construction.
+    made in :meth:`configure_model`, so that a strategy can shard it during its construction. Under
+    ``ModelParallelStrategy`` the module shards each decoder layer, and then the model, by ``fully_shard``; a subclass
+    with its own :meth:`configure_model` shards as it likes.
 
     Args:
         pretrained: a local path or hub id, read with ``from_pretrained`` (safetensors only).
@@ -83,9 +84,9 @@ class LitMoE(L.LightningModule):
     Raises:
         ValueError: not exactly one of ``pretrained`` and ``config`` is given, or a value is out of range.
         ModuleNotFoundError: ``adapter`` is given, and peft is not installed.
-        MisconfigurationException: when the run starts, under ``FSDPStrategy`` or ``ModelParallelStrategy``. Under the
-            latter a subclass may shard the model in its own :meth:`configure_model`. Also under ZeRO stage 3 with LoRA
-            on experts, and with ``adapter_only_checkpoints`` beside ``WeightAveraging``.
+        MisconfigurationException: when the run starts, under ``FSDPStrategy``, or ``ModelParallelStrategy`` with tensor
+            parallelism. Also under ZeRO stage 3 or FSDP2 with LoRA on experts, and with ``adapter_only_checkpoints``
+            under FSDP2 or beside ``WeightAveraging``.
 
     Example:
         >>> module = LitMoE(config={"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1,
@@ -143,6 +144,7 @@ class LitMoE(L.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._weight_decays: list[float] = []
         self._eps: float | None = None
+        self._is_sharded = False  # by this module, with FSDP2
         self._changed: set[str] = set()  # settings with another value than in the checkpoint of this run
 
     @override
@@ -151,7 +153,8 @@ class LitMoE(L.LightningModule):
             return
         dtype = getattr(torch, self.hparams["dtype"])
         strategy = self._trainer.strategy if self._trainer is not None else None
-        if not is_overridden("configure_model", self, LitMoE):
+        is_own = not is_overridden("configure_model", self, LitMoE)
+        if is_own:
             _refuse_strategy(strategy)
         if self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
@@ -160,6 +163,10 @@ class LitMoE(L.LightningModule):
         if self.hparams["adapter"] is not None:
             self._add_adapter(strategy)
         self.model.train()
+        if is_own and isinstance(strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None  # the strategy has made it
+            shard_fully(find_model(self), self.device_mesh["data_parallel"])
+            self._is_sharded = True
 
     def _add_adapter(self, strategy: Strategy | None) -> None:
         with constructed_whole(strategy):
@@ -170,6 +177,11 @@ class LitMoE(L.LightningModule):
             refuse_adapters(self.model, strategy)
         except UnsupportedModelError as error:
             raise MisconfigurationException(f"LitMoE: {error}") from error
+        if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "LitMoE: adapter_only_checkpoints cannot be resumed under ModelParallelStrategy, which loads whole "
+                "checkpoints only; set it to False"
+            )
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, DeepSpeedStrategy):
             strategy.exclude_frozen_parameters = True
 
@@ -230,8 +242,7 @@ class LitMoE(L.LightningModule):
     @override
     def on_fit_start(self) -> None:
         assert self.model is not None
-        if not find_parallelism(self):
-            _refuse_strategy(self.trainer.strategy)
+        _refuse_strategy(self.trainer.strategy, self)
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if self.hparams["adapter_only_checkpoints"] and any(isinstance(one, WeightAveraging) for one in callbacks):
             raise MisconfigurationException(
@@ -282,7 +293,10 @@ class LitMoE(L.LightningModule):
     @override
     def forward(self, **inputs: Tensor) -> Any:
         assert self.model is not None, "configure_model() makes the model; the Trainer calls it"
-        return self.model(**inputs)
+        # peft calls the method of the model inside of it, which gathers no weights of FSDP2
+        is_inside = self._is_sharded and self.hparams["adapter"] is not None
+        model = find_model(self) if is_inside else self.model
+        return model(**inputs)
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -376,9 +390,9 @@ class LitMoE(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _refuse_strategy(strategy: Strategy | None) -> None:
-    """Refuse a strategy that leaves the sharding to the module: each rank would train a replica of its own."""
+def _refuse_strategy(strategy: Strategy | None, module: LitMoE | None = None) -> None:
+    """Refuse a strategy that the module does not shard for: each rank would train a replica of its own."""
     try:
-        refuse_parallelism(strategy=strategy)
+        refuse_parallelism(module, strategy)
     except UnsupportedShardingError as error:
-        raise MisconfigurationException(f"LitMoE does not shard its model by itself: {error}") from error
+        raise MisconfigurationException(f"LitMoE: {error}") from error

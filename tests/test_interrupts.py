@@ -20,7 +20,7 @@ from lit_moeedit.models.keys import stream_keys, watch_keys, watch_routing
 from lit_moeedit.models.output_scale import with_output_scale
 from lit_moeedit.models.partial_forward import experts_run_on, inference, layer_output, skipped
 from lit_moeedit.precision import autocast, full_precision
-from lit_moeedit.sharding.backends import extra_backend, locate
+from lit_moeedit.sharding.backends import Backend, extra_backend, locate
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.sharding.zero3_passes import beside_training, gathering_on_use, regathering
 from tests.interrupting import Interrupts, bits, by_exception, by_signal, interrupt_everywhere, modes
@@ -157,7 +157,7 @@ PASSES: dict[str, Callable[[PreTrainedModel], Any]] = {
     "autocast": lambda m: _forward(m, autocast(torch.device("cpu"), torch.bfloat16)),
     "beside training": lambda m: _forward(m, beside_training(m)),
     "saved tensors": lambda m: _forward(m, _saved_elsewhere(m)),
-    "backend": lambda m: _forward(m, extra_backend(lambda parameter, optimizers: None)),
+    "backend": lambda m: _forward(m, extra_backend(Backend())),
     "layer output": lambda m: layer_output(m, _layers(m)[0], IDS, MASK, POSITIONS),
     "logits": lambda m: logits_at(m, IDS, MASK, POSITIONS, torch.tensor([0]), torch.tensor([1])),
     "output scale": lambda m: with_output_scale(m, _layers(m)[:1]),

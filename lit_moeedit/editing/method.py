@@ -145,7 +145,7 @@ class EditMethod(ABC):
         refuse_repacked(model)
         layers = check_editable(model, self.layers or list(expert_layers(model)))
         for layer in layers:
-            locate(layer.down_proj)
+            locate(layer.down_proj, model=model)
         return layers
 
     def check_facts(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:  # noqa: B027
@@ -274,7 +274,7 @@ class EditMethod(ABC):
                 model, tokenizer, facts, layers, preservation, moments, ranks, clock, report, histories, goals or {}
             )
             edits = self.prepare(job)
-            with held(Transaction(optimizers, ranks, self.reset_moments, further, histories)) as transaction:
+            with held(Transaction(optimizers, ranks, self.reset_moments, further, histories, model)) as transaction:
                 for number, layer in enumerate(layers, 1):
                     edits.commit(layer, edits.solve(layer), transaction)
                     report("layers", number, len(layers))

@@ -18,8 +18,8 @@ from lit_moeedit.models.keys import Routing, watch_routing
 from lit_moeedit.models.padding import longest_padded, unpadded
 from lit_moeedit.models.partial_forward import inference
 from lit_moeedit.models.token_budget import TokenBudget
+from lit_moeedit.sharding.backends import find_backend
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.sharding.zero3_passes import gathering_on_use
 
 MAX_PROBE_TOKENS = 256
 """Default of the maximum number of tokens of a probe text that are used."""
@@ -110,7 +110,7 @@ def _trace(model: PreTrainedModel, rows: Sequence[Sequence[int]], size: int, pad
         for batch in batches:
             ids, mask = (x.to(model.device) for x in pad([rows[i] for i in batch], pad_token))
             real = mask.flatten().bool()
-            with gathering_on_use(model):
+            with find_backend(model).forward(model):
                 outputs = model(
                     input_ids=ids,
                     attention_mask=mask,

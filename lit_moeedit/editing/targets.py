@@ -24,7 +24,6 @@ from lit_moeedit.models.token_budget import Budget, TokenBudget, check_budget, t
 from lit_moeedit.precision import autocast
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import is_partitioned
-from lit_moeedit.sharding.zero3_passes import beside_training
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ class TargetOptimizer:
         def run(tokens: int) -> None:
             waiting = {edit: by_edit[edit] for edit in left}
             chunks = _chunks(waiting, tokens, -(-len(left) // ranks.size), longest_padded(model))
-            with inference(model, gradients=True), beside_training(model):
+            with inference(model, gradients=True):
                 for number, (chunk, mine) in enumerate(ranks.shard(chunks)):
                     part = _Batch(self, model, layer, [by_edit[e] for e in chunk], pad_token).run(ranks, mine)
                     own = torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device)

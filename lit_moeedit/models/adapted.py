@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 
 from lit_moeedit.models.errors import UnsupportedModelError
+from lit_moeedit.sharding.backends import find_backend
+from lit_moeedit.sharding.shards import is_partitioned
 
 
 def refuse_adapters(model: nn.Module, strategy: object = None) -> None:
-    """Refuse a model with adapters on parameters, such as experts, under ZeRO stage 3.
+    """Refuse a model with adapters on parameters, such as experts, under ZeRO stage 3, or FSDP2.
 
-    Their first backward fails in peft and DeepSpeed.
+    Under ZeRO stage 3 their first backward fails in peft and DeepSpeed.
 
     Args:
         model: the model, or a module that holds it.
@@ -24,8 +26,14 @@ def refuse_adapters(model: nn.Module, strategy: object = None) -> None:
         UnsupportedModelError: naming the first such adapter, and what to do.
     """
     is_sharded = isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
+    is_fsdp2 = isinstance(strategy, ModelParallelStrategy) or find_backend(model).is_exclusive
     for name, module in _parameter_adapters(model):
-        if is_sharded or hasattr(module.get_param(), "ds_id"):
+        if is_fsdp2:
+            raise UnsupportedModelError(
+                f"LoRA on experts is not supported under FSDP2: {name} adapts the parameter {module.parameter_name!r}; "
+                "use LoRA on attention alone (target_modules without experts)"
+            )
+        if is_sharded or is_partitioned(module.get_param()):
             raise UnsupportedModelError(
                 f"LoRA on experts does not train under ZeRO stage 3 (peft and DeepSpeed fail in the first backward): "
                 f"{name} adapts the parameter {module.parameter_name!r}; use ZeRO stage 2 or lower, or LoRA on "

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from lit_moeedit.models.adapted import refuse_adapters, refuse_merged
 from lit_moeedit.models.errors import UnsupportedModelError as UnsupportedModelError
 from lit_moeedit.models.quantised import quantised_experts
-from lit_moeedit.sharding.backends import refuse_parallelism
+from lit_moeedit.sharding.backends import refuse_parallelism, settle
+from lit_moeedit.sharding.shards import whole_shape
 
 FAMILIES_HINT = "the command 'lit-moeedit families' lists the models that can be edited"
 """The end of a message that refuses a whole family."""
@@ -65,8 +66,7 @@ class ExpertLayer:
     @property
     def shape(self) -> tuple[int, int, int]:
         """The sizes ``(E, d_model, d_hidden)``."""
-        # DeepSpeed replaces the data of a sharded parameter by an empty tensor and keeps the shape in ds_shape
-        experts, rows, columns = getattr(self.down_proj, "ds_shape", self.down_proj.shape)
+        experts, rows, columns = whole_shape(self.down_proj)
         return (experts, columns, rows) if self.is_transposed else (experts, rows, columns)
 
     @property
@@ -101,7 +101,7 @@ def find_model(module: nn.Module) -> PreTrainedModel:
 
 
 def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
-    """Find all layers of ``model`` with routed experts.
+    """Find all layers of ``model`` with routed experts, and release weights that are gathered, so they can be read.
 
     Returns:
         The layers by layer index, ascending.
@@ -110,6 +110,7 @@ def expert_layers(model: PreTrainedModel) -> dict[int, ExpertLayer]:
         UnsupportedModelError: the model has none; the message gives the reason.
         UnsupportedShardingError: the model has none, because of the way in which it is distributed.
     """
+    settle(model)
     layers: dict[int, ExpertLayer] = {}
     for name, experts in model.named_modules():
         if not _is_experts(experts):
@@ -177,7 +178,7 @@ def check_editable(model: PreTrainedModel, layers: Sequence[int]) -> list[Expert
                 f"{name} normalises the output of each expert (layer {layer.index}): "
                 f"a change of the down-projection does not act linearly there; {FAMILIES_HINT}"
             )
-        if len(getattr(weight, "ds_shape", weight.shape)) != 3:
+        if len(whole_shape(weight)) != 3:
             raise UnsupportedModelError(
                 f"{layer.name}.down_proj of {name} must be [E, d_model, d_hidden], got {list(weight.shape)}"
             )

@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.sharding.backends import refuse_parallelism
+from lit_moeedit.sharding.shards import whole_shape
 
 BLOCK = {"cpu": 512}
 """Maximum number of rows of one expert in a product, by device type: these stay in the cache of a CPU."""
@@ -173,7 +174,7 @@ def can_group(layer: ExpertLayer) -> bool:
     if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (8, 0):
         return False
     weights = [getattr(layer.experts, name) for name in (_up_name(layer), "down_proj")]
-    sizes = (size for weight in weights for size in getattr(weight, "ds_shape", weight.shape)[1:])
+    sizes = (size for weight in weights for size in whole_shape(weight)[1:])
     # a weight within a flat buffer, such as DeepSpeed's, can begin anywhere
     is_aligned = all(weight.data_ptr() % ALIGNMENT == 0 for weight in weights)
     return is_aligned and all(size * weight.element_size() % ALIGNMENT == 0 for size in sizes)

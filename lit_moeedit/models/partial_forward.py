@@ -16,8 +16,7 @@ from transformers.cache_utils import Cache
 from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError
 from lit_moeedit.models.quantised import no_repacking
-from lit_moeedit.sharding.backends import refuse_parallelism
-from lit_moeedit.sharding.zero3_passes import gathering_on_use
+from lit_moeedit.sharding.backends import find_backend, refuse_parallelism, skipping
 
 
 def decoder_layers(model: PreTrainedModel, layer: ExpertLayer) -> list[nn.Module]:
@@ -36,14 +35,14 @@ def _stack(model: PreTrainedModel, layer: ExpertLayer) -> tuple[nn.Module, nn.Mo
 
 @contextmanager
 def inference(model: PreTrainedModel, gradients: bool = False) -> Iterator[None]:
-    """Set the model to evaluation mode with frozen parameters inside the context.
+    """Set the model to evaluation mode inside the context; its parameters get no gradients.
 
     Modes, ``requires_grad`` and random states are restored afterwards. Modules that ``torch.compile`` compiled run
     eagerly: compiled code does not check whether a module has got a hook or another ``forward`` since.
 
     Args:
         model: the model.
-        gradients: true to allow gradients inside, with respect to tensors other than parameters.
+        gradients: true to allow gradients inside, which must be with respect to tensors other than parameters.
 
     Raises:
         UnsupportedShardingError: if a rank holds or computes only a part of the model, in a way that is unsupported.
@@ -55,9 +54,7 @@ def inference(model: PreTrainedModel, gradients: bool = False) -> Iterator[None]
         undo.enter_context(torch.inference_mode(False))
         torch.set_grad_enabled(gradients)
         undo.enter_context(evaluating(model))
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        undo.by(_set_trainable, trainable, True)
-        _set_trainable(trainable, False)
+        undo.enter_context(find_backend(model).beside_training(model, gradients))
         yield
 
 
@@ -84,11 +81,6 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
     for module, training in modes.items():
         module.training = training
-
-
-def _set_trainable(parameters: Sequence[nn.Parameter], trainable: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(trainable)
 
 
 @contextmanager
@@ -161,14 +153,19 @@ def skipped(layers: Sequence[nn.Module], like: Callable[[], LayerOutput | None] 
         return hidden if other is None else other._replace(hidden=hidden).returned()
 
     with held(Undo()) as undo:
+        undo.enter_context(skipping(layers))
         for layer in layers:
             undo.enter_context(_forward_replaced(layer, pass_through))
         yield
 
 
-def output_replaced(layer: nn.Module, output: Callable[[], LayerOutput]) -> AbstractContextManager[None]:
+@contextmanager
+def output_replaced(layer: nn.Module, output: Callable[[], LayerOutput]) -> Iterator[None]:
     """Replace the output of a decoder layer by ``output()`` inside the context, without computing the layer."""
-    return _forward_replaced(layer, lambda *args, **kwargs: output().returned())
+    with held(Undo()) as undo:
+        undo.enter_context(skipping([layer]))
+        undo.enter_context(_forward_replaced(layer, lambda *args, **kwargs: output().returned()))
+        yield
 
 
 def experts_run_on(layers: Sequence[ExpertLayer], tokens: Tensor) -> AbstractContextManager[None]:
@@ -224,9 +221,11 @@ def layer_output(
     def record(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(LayerOutput.of(output))
 
-    with hooked(layer.layer, record), skipped(above, lambda: outputs[0]), gathering_on_use(model):
-        # not the whole model: ZeRO-3 would gather the head for every batch
-        stack(**_inputs(stack, input_ids, attention_mask, positions))
+    backend = find_backend(model)
+    # not the whole model, if that can be: ZeRO-3 would gather the head for every batch
+    called = backend.entry(model, stack)
+    with hooked(layer.layer, record), skipped(above, lambda: outputs[0]), backend.forward(model):
+        called(**_inputs(called, input_ids, attention_mask, positions, keep=1))
     return outputs[0]
 
 
@@ -250,19 +249,19 @@ def logits(
         cache: keys and values of the positions before ``input_ids``.
         weights: tensors that replace the parameters of these names.
     """
-    inputs = _inputs(model, input_ids, attention_mask, positions)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = keep
+    inputs = _inputs(model, input_ids, attention_mask, positions, keep)
     if cache is not None:
         inputs |= {"past_key_values": cache, "use_cache": True}
-    with gathering_on_use(model):
+    with find_backend(model).forward(model):
         outputs = model(**inputs) if weights is None else functional_call(model, dict(weights), (), inputs)
     scores: Tensor = outputs.logits
     return scores[:, -keep:]
 
 
-def _inputs(module: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> dict[str, Any]:
+def _inputs(
+    module: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, keep: int
+) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "position_ids" in inspect.signature(module.forward).parameters:
-        inputs["position_ids"] = positions
-    return inputs
+    further = {"position_ids": positions, "logits_to_keep": keep}
+    known = inspect.signature(module.forward).parameters
+    return inputs | {name: value for name, value in further.items() if name in known}

@@ -17,6 +17,7 @@ from lit_moeedit.models.experts import ExpertLayer, experts_per_token
 from lit_moeedit.models.partial_forward import decoder_layers
 from lit_moeedit.sharding.device_memory import free_memory
 from lit_moeedit.sharding.ranks import Ranks, is_out_of_memory
+from lit_moeedit.sharding.shards import whole_shape
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _widths(layer: torch.nn.Module, k: int) -> int:
     """Count a token's elements in the inputs and outputs of all products of a decoder layer, with ``k`` experts."""
 
     def width(weight: Tensor) -> int:
-        shape = getattr(weight, "ds_shape", weight.shape)
+        shape = whole_shape(weight)
         return (k if len(shape) == 3 else 1) * sum(shape[-2:]) if len(shape) >= 2 else 2 * shape.numel()
 
     return sum(width(weight) for weight in layer.parameters())

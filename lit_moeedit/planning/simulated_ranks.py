@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_moeedit.planning.simulated_zero import Send, Sharding
-from lit_moeedit.sharding.backends import extra_backend
+from lit_moeedit.sharding.backends import Backend, extra_backend
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import Copy, Shard
 
@@ -86,6 +86,17 @@ class _Group(dist.ProcessGroup):
             self._send(2 * self._sharding.part(tensor.nbytes))
 
 
+class _Simulated(Backend):
+    """Known shards of weights: without optimizers, and with them."""
+
+    def __init__(self, known: Mapping[nn.Parameter, tuple[Shard, Shard]]) -> None:
+        self._known = known
+
+    @override
+    def shard(self, weight: nn.Parameter, optimizers: Sequence[Any]) -> Shard | None:
+        return self._known[weight][bool(optimizers)] if weight in self._known else None
+
+
 @contextmanager
 def simulated_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: Send) -> Iterator[list[Tensor]]:
     """Have :func:`~lit_moeedit.sharding.backends.locate` find the first rank's shards of weights, within this block.
@@ -122,6 +133,5 @@ def simulated_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: 
             trained = replace(trained, master=copy(weight, dtype), model=model)
         return untrained, trained
 
-    known = {weight: shards(weight) for weight in weights}
-    with extra_backend(lambda weight, optimizers: known[weight][bool(optimizers)] if weight in known else None):
+    with extra_backend(_Simulated({weight: shards(weight) for weight in weights})):
         yield held

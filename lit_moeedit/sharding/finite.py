@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lit_moeedit.sharding.backends.deepspeed import zero_3_partition
+from lit_moeedit.sharding.backends import own_elements, settle
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.text import first_few
 
@@ -22,7 +21,7 @@ _SMALL_RANGE = "float16 holds numbers up to 65504, bfloat16 larger ones: "
 def check_finite(model: nn.Module, ranks: Ranks) -> None:
     """Refuse a model with a weight or a buffer that is NaN or infinite, with which no result would mean anything.
 
-    This is one pass over the memory. Under DeepSpeed ZeRO stage 3 each rank reads its own partition. Buffers that are
+    This is one pass over the memory. Of sharded parameters each rank reads its own shard. Buffers that are
     not saved are not checked, because masks hold infinities.
 
     Args:
@@ -37,6 +36,7 @@ def check_finite(model: nn.Module, ranks: Ranks) -> None:
         >>> check_finite(nn.Linear(2, 2), Ranks())
     """
     with ranks.together():
+        settle(model)
         wrong = _not_finite(itertools.chain(model.named_parameters(), _saved_buffers(model)))
         if wrong:
             reason = _SMALL_RANGE if torch.float16 in wrong.values() else ""
@@ -58,9 +58,7 @@ def _not_finite(tensors: Iterable[tuple[str, Any]]) -> dict[str, torch.dtype]:
     dtypes: dict[str, torch.dtype] = {}
     extremes: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
     for name, weight in tensors:
-        elements = zero_3_partition(weight)[1] if hasattr(weight, "ds_id") else weight
-        # each rank checks its own shard
-        elements = elements.to_local() if isinstance(elements, DTensor) else elements
+        elements = own_elements(weight).elements
         if elements.dtype in _CHECKED and elements.numel():
             names, found = extremes.setdefault((elements.device, elements.dtype), ([], []))
             names.append(name)

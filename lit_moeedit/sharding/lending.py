@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_moeedit.interrupts import Undo, held
+from lit_moeedit.sharding.backends import release
 from lit_moeedit.sharding.fingerprint import Part
 from lit_moeedit.sharding.ranks import Ranks
-from lit_moeedit.sharding.rollback import drop_gathered
 
 BLOCK = 2**24
 """Maximum number of elements that are compared at a time."""
@@ -84,7 +84,7 @@ def exchanged(tensors: Mapping[str, Tensor], values: Mapping[str, Part], ranks: 
     ``values`` may read each when it is asked for it.
 
     Args:
-        tensors: parameters and buffers by name: whole ones, or partitions of ZeRO stage 3.
+        tensors: parameters and buffers by name: whole ones, or shards of ZeRO stage 3 or FSDP2.
         values: by the same names, whole tensors or this rank's range of them; any dtype and device.
         ranks: the processes that hold the model. Each calls this with the same names.
 
@@ -105,7 +105,7 @@ def exchanged(tensors: Mapping[str, Tensor], values: Mapping[str, Part], ranks: 
                 if tuple(value.shape) != tuple(own.shape):
                     raise ValueError(f"{name} has the shape {list(own.shape)}, and {list(value.shape)} in the other")
                 _write(tensor, value)
-                if not own.is_whole or ranks.rank == 0:
+                if own.is_counted(ranks):
                     sums += _squares(Part.of(tensor).elements, own.elements)
         ranks.all_reduce(sums)
         elements = sum(prod(Part.of(tensor).shape) for tensor in tensors.values())
@@ -117,9 +117,9 @@ def exchanged(tensors: Mapping[str, Tensor], values: Mapping[str, Part], ranks: 
 def _write(tensor: Tensor, value: Part) -> None:
     """Write what this rank holds of a value into a tensor."""
     if isinstance(tensor, nn.Parameter):
-        drop_gathered(tensor)
+        release(tensor)
     own = Part.of(tensor)
-    elements = value.elements[own.start - value.start :][: len(own.elements)]
+    elements = value.of_same_shard(own)
     if own.is_whole:
         tensor.data.copy_(elements.view(tensor.shape))
     else:

@@ -10,8 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
@@ -23,6 +25,7 @@ from lit_moeedit.text import first_few
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig
 
 
@@ -94,11 +97,6 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
     return model
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of the whole parameter, of which this rank may hold a part."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def _shards(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
     return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
 
@@ -119,6 +117,26 @@ def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
     if missing:
         raise ValueError(f"the checkpoint {path!r} lacks {len(missing)} weights of the model: {first_few(missing)}")
     return model
+
+
+def shard_fully(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard each decoder layer of a whole model, and then the model, by FSDP2's ``fully_shard``.
+
+    The weights of the first rank are those of the model, whatever the others have drawn.
+
+    Args:
+        model: the model, of which each rank holds a copy in main memory, or on its device.
+        mesh: the ranks, as a mesh of one dimension.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = tensor.data.to(mesh.device_type)  # the backend of the ranks may know no other device
+        dist.broadcast(value, 0)
+        tensor.data.copy_(value)
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    inner = {part for one in lists for part in one.modules() if part is not one}
+    for layer in (layer for one in lists if one not in inner for layer in one):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def constructed_whole(strategy: Strategy | None) -> AbstractContextManager[None]:

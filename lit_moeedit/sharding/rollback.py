@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_moeedit.sharding import device_memory
+from lit_moeedit.sharding.backends import release
 from lit_moeedit.sharding.ranks import is_out_of_memory
 from lit_moeedit.sharding.shards import Copy
 
@@ -125,14 +125,8 @@ class Saved:
 
     def restore(self) -> None:
         """Put all elements back, without further memory on the weights' device."""
-        drop_gathered(self.weight)
+        release(self.weight)
         for copy, start, saved in self._elements:
             elements = copy.read()
             elements[start - copy.start :][: len(saved)].copy_(saved)
             copy.write(elements)
-
-
-def drop_gathered(weight: Any) -> None:
-    """Drop the gathered copy of a ZeRO-3 parameter, which no longer equals its partitions."""
-    if hasattr(weight, "ds_id") and weight.ds_status.name == "AVAILABLE":
-        weight.partition()

@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lit_moeedit.interrupts import Undo, uninterrupted
-from lit_moeedit.sharding.backends import locate
+from lit_moeedit.sharding.backends import locate, settle
 from lit_moeedit.sharding.commit import Commit
 from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.history import EditSum, History
@@ -53,6 +53,8 @@ class Transaction(Undo):
             delta of a parameter is added to each of them in the same commit, and undone with it. Each has the
             parameter's shape, and any dtype and device.
         histories: the changes of frozen parameters so far, by names of parameters; kept up to date.
+        model: the model that has the weights, if it is run while the transaction is open: its gathered weights are
+            released before a commit and after an undo.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2, 3, 4))
@@ -68,6 +70,7 @@ class Transaction(Undo):
         reset_moments: bool = False,
         copies: Mapping[nn.Parameter, Sequence[nn.Parameter]] | None = None,
         histories: dict[str, History] | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.optimizers = list(optimizers)
@@ -75,6 +78,7 @@ class Transaction(Undo):
         self.reset_moments = reset_moments
         self.copies = copies or {}
         self.histories = {} if histories is None else histories
+        self.model = model
         # what each commit has changed, by expert
         self._journal: list[dict[int, Saved]] = []
         self._starts: list[int] = []  # number of changes before each commit
@@ -132,9 +136,10 @@ class Transaction(Undo):
             # a copy that is equal stays equal
             equal = {id(copy) for copy in self.copies.get(weight, ()) if earlier and self._fingerprint(copy) == before}
             with self.ranks.together():
+                self._settle()
                 if not all(change.is_finite() for change in changes):
                     raise FloatingPointError("a delta has values that are not finite")
-                shard = locate(weight, self.optimizers)
+                shard = locate(weight, self.optimizers, self.model)
                 # DeepSpeed may hold master weights all the same
                 is_frozen = is_frozen and shard.model is None
                 is_exact = (is_frozen or len(changes) > 1) if exact is None else exact
@@ -184,7 +189,12 @@ class Transaction(Undo):
                 "what they were in between is not kept; undo both commits, or use two transactions"
             )
         super().undo(down_to)
+        self._settle()
         self._inseparable = [pair for pair in self._inseparable if pair[1] < down_to]
+
+    def _settle(self) -> None:
+        if self.model is not None:
+            settle(self.model)
 
     def _begin(self, weight: nn.Parameter, name: str) -> tuple[str, EditSum | None]:
         """Return the fingerprint of a frozen parameter, and the sum that a change of it continues, if there is one."""
@@ -201,7 +211,7 @@ class Transaction(Undo):
         if before is None:
             self._set_history(name, ())
             return
-        deltas, after = [change.to("cpu") for change in commit.deltas], self._fingerprint(commit.weight)
+        deltas, after = [change.to("cpu") for change in commit.given], self._fingerprint(commit.weight)
         history = self.histories.get(name, ())
         if earlier is not None:
             self._set_history(name, (*history[:-1], earlier.extended(deltas, after, commit.before)))

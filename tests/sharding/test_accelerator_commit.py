@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_moeedit.sharding import commit as module
 from lit_moeedit.sharding import rollback
-from lit_moeedit.sharding.backends import extra_backend
+from lit_moeedit.sharding.backends import Backend, extra_backend
 from lit_moeedit.sharding.shards import Copy, Shard
 from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
@@ -24,12 +24,19 @@ SIZE = D_MODEL * D_HIDDEN
 HALVES = [torch.float16, torch.bfloat16]
 
 
+class Carried(Backend):
+    """Finds the shards that parameters carry themselves."""
+
+    def shard(self, weight: Any, optimizers: Any) -> Shard | None:
+        return getattr(weight, "shard", None)
+
+
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU is no device that is known, three experts fill a block, and a backend knows what :class:`Held` holds."""
     monkeypatch.setattr(module, "BLOCK", {})
     monkeypatch.setattr(module, "LARGE_BLOCK", 3 * SIZE)
-    with extra_backend(lambda weight, optimizers: getattr(weight, "shard", None)):
+    with extra_backend(Carried()):
         yield
 
 

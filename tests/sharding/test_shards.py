@@ -28,7 +28,7 @@ def test_a_whole_parameter() -> None:
 
 
 def distributed_tensor() -> list[str]:
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
     from lit_moeedit.editing import Editor
     from tests.conftest import _build
@@ -36,7 +36,7 @@ def distributed_tensor() -> list[str]:
     model, said = _build("qwen3_moe"), []
     experts = model.model.layers[1].mlp.experts
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    experts.down_proj = nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh))
+    experts.down_proj = nn.Parameter(distribute_tensor(experts.down_proj.detach(), mesh, [Replicate()]))
     model.model.register_forward_pre_hook(lambda *args: said.append("a forward"))
     for refuse in (lambda: locate(experts.down_proj), lambda: Editor([1]).check(model)):
         try:
@@ -48,7 +48,8 @@ def distributed_tensor() -> list[str]:
 
 def test_dtensors_are_refused_before_any_forward() -> None:
     (said,) = run_ranks(distributed_tensor, 1)
-    assert len(said) == 2 and all("DTensor" in message for message in said)
+    assert "a parameter is sharded as (Replicate(),)" in said[0]
+    assert len(said) == 2 and "sharded parameters (DTensor)" in said[1]
 
 
 def test_an_optimizer_that_keeps_master_copies_in_an_unknown_way_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The sharding backends, one file for each, and the search for the one that holds a parameter."""
+"""The sharding backends, one file for each, and the search for the one that holds a model or a parameter."""
 
 from __future__ import annotations
 
@@ -7,18 +7,42 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_moeedit.interrupts import Undo, held
-from lit_moeedit.sharding.backends.deepspeed import deepspeed_shard
-from lit_moeedit.sharding.backends.unsharded import unsharded
+from lit_moeedit.sharding.backends.backend import Backend as Backend
+from lit_moeedit.sharding.backends.deepspeed import Zero
+from lit_moeedit.sharding.backends.fsdp2 import FSDP2, lacks_sharding
+from lit_moeedit.sharding.backends.unsharded import Unsharded
 from lit_moeedit.sharding.parallelism import Parallelism, find_parallelism
-from lit_moeedit.sharding.shards import Backend, Shard, UnsupportedShardingError
+from lit_moeedit.sharding.shards import Own, Shard, UnsupportedShardingError
 
-_BACKENDS: ContextVar[tuple[Backend, ...]] = ContextVar("backends", default=(deepspeed_shard, unsharded))
+_BACKENDS: ContextVar[tuple[Backend, ...]] = ContextVar("backends", default=(Zero(), FSDP2(), Unsharded()))
 
-SUPPORTED = "supported are one process, DDP, and DeepSpeed ZeRO stages 0 to 3"
+SUPPORTED = "supported are one process, DDP, DeepSpeed ZeRO stages 0 to 3, and FSDP2 of the whole model"
 """The end of a message that refuses a kind of parallelism."""
+
+
+def find_backend(model: nn.Module) -> Backend:
+    """Find the backend that holds a model, by marks that its modules keep while weights are gathered or released."""
+    return next(backend for backend in _BACKENDS.get() if backend.holds(model))
+
+
+def settle(model: nn.Module) -> None:
+    """Release the gathered weights of a model; everything that reads or writes its parameters calls this first.
+
+    See :meth:`~lit_moeedit.sharding.backends.backend.Backend.settle`.
+    """
+    find_backend(model).settle(model)
+
+
+@contextmanager
+def skipping(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Do not gather the weights of the given layers, whose ``forward`` is replaced within the block."""
+    with held(Undo()) as undo:
+        for layer in layers:
+            undo.enter_context(find_backend(layer).skipping(layer))
+        yield
 
 
 def refuse_parallelism(model: nn.Module | None = None, strategy: object = None) -> None:
@@ -36,14 +60,20 @@ def refuse_parallelism(model: nn.Module | None = None, strategy: object = None) 
     Example:
         >>> refuse_parallelism(nn.Linear(2, 2))
     """
-    handled: set[Parallelism] = set().union(*(getattr(backend, "handles", ()) for backend in _BACKENDS.get()))
-    found = {kind: where for kind, where in find_parallelism(model, strategy).items() if kind not in handled}
+    handled: set[Parallelism] = set().union(*(backend.handles for backend in _BACKENDS.get()))
+    # apart, because a kind of parallelism of the strategy does not account for the parameters of the modules
+    kinds = find_parallelism(strategy=strategy) | find_parallelism(model)
+    found = {kind: where for kind, where in kinds.items() if kind not in handled}
+    if model is not None and not found and Parallelism.FSDP2 in kinds and lacks_sharding(model):
+        found = {Parallelism.FSDP2: f"{kinds[Parallelism.FSDP2]}, but no module is sharded by fully_shard"}
     if found:
         what = "; ".join(f"{kind.value} ({where})" for kind, where in found.items())
         raise UnsupportedShardingError(f"models under {what} cannot be run, read or edited; {SUPPORTED}")
+    if model is not None:
+        find_backend(model).check(model)
 
 
-def locate(weight: nn.Parameter, optimizers: Sequence[Any] = ()) -> Shard:
+def locate(weight: nn.Parameter, optimizers: Sequence[Any] = (), model: nn.Module | None = None) -> Shard:
     """Find this rank's shard of a parameter.
 
     A ZeRO-3 parameter that happens to be gathered is partitioned again, so that the next forward gathers what is
@@ -52,12 +82,14 @@ def locate(weight: nn.Parameter, optimizers: Sequence[Any] = ()) -> Shard:
     Args:
         weight: the parameter.
         optimizers: the optimizers that train it now, as ``trainer.optimizers`` has them. None outside of training.
+        model: the model, if it is known, after :func:`settle`.
 
     Raises:
         UnsupportedShardingError: if no backend can read and write the parameter.
     """
-    for backend in _BACKENDS.get():
-        shard = backend(weight, optimizers)
+    own = None if model is None else find_backend(model)
+    for backend in _BACKENDS.get() if own is None or not own.is_exclusive else [own]:
+        shard = backend.shard(weight, optimizers)
         if shard is not None:
             return shard
     raise UnsupportedShardingError(
@@ -66,9 +98,28 @@ def locate(weight: nn.Parameter, optimizers: Sequence[Any] = ()) -> Shard:
     )
 
 
+def own_elements(tensor: Tensor) -> Own:
+    """Return what this rank holds of the model weights of a parameter or buffer, without a copy.
+
+    Raises:
+        UnsupportedShardingError: if it cannot be read.
+    """
+    for backend in _BACKENDS.get():
+        own = backend.own(tensor)
+        if own is not None:
+            return own
+    raise UnsupportedShardingError(f"a {type(tensor).__name__} cannot be read; {SUPPORTED}")
+
+
+def release(weight: nn.Parameter) -> None:
+    """Release the gathered copy of a parameter, which no longer equals the shards."""
+    for backend in _BACKENDS.get():
+        backend.release(weight)
+
+
 @contextmanager
 def extra_backend(backend: Backend) -> Iterator[None]:
-    """Have :func:`locate` ask one more backend first, within this block.
+    """Have one more backend asked first, within this block.
 
     Args:
         backend: the backend.
@@ -76,7 +127,10 @@ def extra_backend(backend: Backend) -> Iterator[None]:
     Example:
         >>> weight = nn.Linear(2, 3).weight
         >>> shard = locate(weight)
-        >>> with extra_backend(lambda parameter, optimizers: shard if parameter is weight else None):
+        >>> class Known(Backend):
+        ...     def shard(self, parameter, optimizers):
+        ...         return shard if parameter is weight else None
+        >>> with extra_backend(Known()):
         ...     locate(weight) is shard
         True
     """

@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lit_moeedit.sharding.backends.unsharded import is_moment, view
-from lit_moeedit.sharding.shards import Copy, Shard, UnsupportedShardingError
+from lit_moeedit.interrupts import Undo, held
+from lit_moeedit.sharding.backends.backend import Backend
+from lit_moeedit.sharding.backends.unsharded import frozen, is_moment, view
+from lit_moeedit.sharding.shards import Copy, Own, Shard, UnsupportedShardingError
+from lit_moeedit.sharding.zero3_passes import beside_training, gathering_on_use
 
 
-def deepspeed_shard(weight: nn.Parameter, optimizers: Sequence[Any]) -> Shard | None:
-    """Return the shard of a parameter that is partitioned by ZeRO stage 3 or trained by an optimizer of DeepSpeed."""
-    holder = next((optimizer for optimizer in optimizers if _holds(optimizer, weight)), None)
-    if hasattr(weight, "ds_id"):
-        return _zero_3(weight, holder)
-    if holder is None:
-        return None
-    if hasattr(weight, "_hp_mapping"):
-        return _zero_1_or_2(weight, holder)
-    return _zero_0(weight, holder)
+class Zero(Backend):
+    """DeepSpeed ZeRO: parameters partitioned by stage 3, or trained by an optimizer of DeepSpeed."""
+
+    @override
+    def holds(self, model: nn.Module) -> bool:
+        return any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+    @override
+    @contextmanager
+    def beside_training(self, model: nn.Module, gradients: bool) -> Iterator[None]:
+        with held(Undo()) as undo:
+            undo.enter_context(frozen(model))
+            if gradients:
+                undo.enter_context(beside_training(model))
+            yield
+
+    @override
+    def forward(self, model: nn.Module) -> AbstractContextManager[object]:
+        return gathering_on_use(model)
+
+    @override
+    def shard(self, weight: nn.Parameter, optimizers: Sequence[Any]) -> Shard | None:
+        holder = next((optimizer for optimizer in optimizers if _holds(optimizer, weight)), None)
+        if hasattr(weight, "ds_id"):
+            return _zero_3(weight, holder)
+        if holder is None:
+            return None
+        if hasattr(weight, "_hp_mapping"):
+            return _zero_1_or_2(weight, holder)
+        return _zero_0(weight, holder)
+
+    @override
+    def own(self, tensor: Any) -> Own | None:
+        return Own(tensor.ds_shape, False, *_zero_3_partition(tensor)) if hasattr(tensor, "ds_id") else None
+
+    @override
+    def release(self, weight: Any) -> None:
+        if hasattr(weight, "ds_id") and weight.ds_status.name == "AVAILABLE":
+            weight.partition()
 
 
 def _groups(optimizer: Any) -> Iterator[tuple[int, Sequence[nn.Parameter]]]:
@@ -39,7 +73,7 @@ def _holds(optimizer: Any, weight: nn.Parameter) -> bool:
 # -- stage 3 ----------------------------------------------------------------------------------------------------------
 
 
-def zero_3_partition(weight: Any) -> tuple[int, Tensor]:
+def _zero_3_partition(weight: Any) -> tuple[int, Tensor]:
     """Return this rank's partition of a ZeRO-3 parameter: index of the first element, and a view without padding.
 
     Raises:
@@ -67,7 +101,7 @@ def _zero_3(weight: Any, holder: Any) -> Shard:
         raise UnsupportedShardingError("secondary partitions (zero_hpz_partition_size) are not supported")
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
         weight.partition()
-    start, owned = zero_3_partition(weight)
+    start, owned = _zero_3_partition(weight)
     group = weight.ds_process_group if dist.get_world_size(weight.ds_process_group) > 1 else None
     model = Copy(start, lambda: owned)
     untrained = Shard(weight.ds_shape, owned.dtype, start, start + len(owned), model, group=group)

@@ -82,9 +82,10 @@ class EditReplay(StateOfWeights):
         tokenizer: a path or hub id; ``None`` takes that of the module or the data module.
         name: log ``replay_<name>/…``.
         gradient_limit: maximum norm of the gradient of the logits of a statement that is a row of the batch, in
-            proportion to the mean of the batch's own rows; ``None`` for no limit. A statement that the model has nearly
-            lost has a gradient many times as large as those of text that the model knows, and without a limit disturbs
-            what is like the edited facts.
+            proportion to the mean of the batch's own rows: that of a statement whose target has the probability 0, and
+            others have less in proportion. ``None`` for no limit. A statement that the model has nearly lost has a
+            gradient many times as long as those of text that the model knows, and without a limit disturbs what is
+            like the edited facts.
 
     Raises:
         ValueError: if an argument is out of range.

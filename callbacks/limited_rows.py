@@ -21,9 +21,9 @@ class LimitedRows:
     """A limit of the gradient of the last rows of batches.
 
     A loss is a mean over the tokens of all rows, which a module computes from its model's logits. In the backward pass,
-    the gradient of the logits of each of the last rows is shortened to ``limit`` times the mean norm of those of the
-    other rows, if it is longer. The value of the loss stays as it is. That needs a copy of the gradient of the logits
-    for a moment.
+    the gradient of the logits of each of the last rows is multiplied by a factor of at most 1: a row whose labels have
+    the probability 0 gets ``limit`` times the mean norm of the other rows, and each other row less in proportion. The
+    value of the loss stays as it is. That needs a copy of the gradient of the logits for a moment.
 
     Args:
         limit: maximum norm of the gradient of a row's logits, in proportion to the mean of the other rows that have a
@@ -51,7 +51,8 @@ class LimitedRows:
             nonlocal found
             if logits.ndim == 3 and len(logits) == rows and logits.requires_grad:
                 found = True
-                logits.register_hook(lambda gradient: self._limited(gradient, first))
+                last = logits.detach()[first:]
+                logits.register_hook(lambda gradient: self._limited(gradient, last))
 
         head = find_model(pl_module).get_output_embeddings()
         if head is None:
@@ -67,12 +68,33 @@ class LimitedRows:
             )
         self._is_checked = True
 
-    def _limited(self, gradient: Tensor, first: int) -> Tensor:
-        norms = torch.linalg.vector_norm(gradient, dim=(1, 2), dtype=torch.float32)
-        own, last = norms[:first], norms[first:]
+    def _limited(self, gradient: Tensor, last: Tensor) -> Tensor:
+        assert self.limit is not None
+        first = len(gradient) - len(last)
+        norms = torch.linalg.vector_norm(gradient[:first], dim=(1, 2), dtype=torch.float32)
         # rows without a loss tell nothing
-        most = self.limit * own.sum() / (own > 0).sum().clamp(min=1)
-        factors = torch.ones_like(norms)
+        mean = norms.sum() / (norms > 0).sum().clamp(min=1)
+        factors = torch.ones(len(gradient), device=gradient.device)
         # the batch's own rows may all be without a loss
-        factors[first:] = torch.where(most > 0, (most / last.clamp(min=1e-30)).clamp(max=1.0), 1.0)
-        return gradient * factors.to(gradient.dtype)[:, None, None]
+        factors[first:] = torch.where(mean > 0, self.limit * mean / longest_gradients(gradient[first:], last), 1.0)
+        return gradient * factors.clamp(max=1.0).to(gradient.dtype)[:, None, None]
+
+
+def longest_gradients(gradient: Tensor, logits: Tensor) -> Tensor:
+    r"""Compute the norms that the gradients of rows would have if their labels had the probability 0.
+
+    The gradient of a cross entropy is ``s (p - y)``, with a factor ``s`` that only the loss knows. At the label it is
+    ``-s (1 - p)``, the only negative element, so that ``s`` follows from the probability.
+
+    Args:
+        gradient: gradient of the logits, ``[rows, tokens, vocabulary]``; it is 0 at tokens without a loss.
+        logits: likewise.
+
+    Returns:
+        ``[rows]`` in float32, above 0: ``s`` times the square root of twice the number of labels.
+    """
+    lowest, label = gradient.float().min(-1)
+    missing = 1.0 - logits.float().log_softmax(-1).gather(-1, label[..., None]).squeeze(-1).exp()
+    is_label = lowest < 0
+    scale = -(lowest * is_label).sum(-1) / (missing * is_label).sum(-1).clamp(min=1e-6)
+    return (scale * (2.0 * is_label.sum(-1)).sqrt()).clamp(min=1e-30)

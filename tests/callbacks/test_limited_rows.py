@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
-from lit_moeedit.callbacks.limited_rows import LimitedRows
+from lit_moeedit.callbacks.limited_rows import LimitedRows, longest_gradients
 
 ROWS, FIRST = 5, 3
 
@@ -42,7 +42,7 @@ def batch(module: Any) -> dict[str, torch.Tensor]:
 
 
 def norms(module: Any, batch: Any, weights: torch.Tensor) -> torch.Tensor:
-    """Norms of the gradients of the logits, by row, if the losses of rows have weights."""
+    """Norms of the gradients of the logits by row, if the losses of rows have weights."""
     logits = module.model(input_ids=batch["input_ids"]).logits.detach().requires_grad_()
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
     (gradient,) = torch.autograd.grad((weights[:, None] * losses).sum() / losses.numel(), logits)
@@ -50,21 +50,51 @@ def norms(module: Any, batch: Any, weights: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("limit", [0.25, 1.0])
-def test_statements_pull_no_more_than_the_limit_and_the_loss_is_the_same(module: Any, batch: Any, limit: float) -> None:
-    pulls = torch.tensor([0.5, 0.0, 1.0, 0.01, 3.0])  # as if rows were of known and unknown text; one has no loss
+def test_statements_pull_in_proportion_to_the_limit_and_the_loss_is_the_same(
+    module: Any, batch: Any, limit: float
+) -> None:
+    own = torch.tensor([0.5, 0.0, 1.0, 1.0, 1.0])  # as if rows were of known and unknown text; one has no loss
     with LimitedRows(limit, "").of(module, ROWS, FIRST):
-        loss = (pulls[:, None] * losses(module, batch)).sum()
+        loss = (own[:, None] * losses(module, batch)).sum()
     found = gradients(module, loss)
-    assert loss.item() == pytest.approx((pulls[:, None] * losses(module, batch)).sum().item())
-    each = norms(module, batch, pulls)
-    most = limit * each[:FIRST].sum() / 2
-    assert each[3] < most < each[4]
-    weights = pulls * torch.tensor([1.0, 1.0, 1.0, 1.0, float(most / each[4])])
+    assert loss.item() == pytest.approx((own[:, None] * losses(module, batch)).sum().item())
+    each = norms(module, batch, own)
+    tokens = batch["input_ids"].shape[1] - 1
+    factor = float(limit * each[:FIRST].sum() / 2 / ((2 * tokens) ** 0.5 / (ROWS * tokens)))
+    assert factor < 1
+    weights = own * torch.tensor([1.0, 1.0, 1.0, factor, factor])
     expected = gradients(module, (weights[:, None] * losses(module, batch)).sum())
     for name, gradient in expected.items():
         # float32, summed in another order
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
     assert not module.model.get_output_embeddings()._forward_hooks
+
+
+def test_the_longest_gradient_is_that_of_a_label_without_probability() -> None:
+    logits = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([[-100, 3, 5, 7], [-100, -100, -100, 2], [-100, -100, -100, -100]])
+    loss = 8.0 * F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    found = longest_gradients(gradient, logits.detach())
+    # float32, from probabilities that were computed anew
+    torch.testing.assert_close(found[:2], 8.0 * torch.tensor([6.0, 2.0]).sqrt(), rtol=1e-4, atol=0)
+    assert 0 < found[2] < 1e-20
+    with torch.no_grad():
+        logits[1, 3] = torch.where(torch.arange(50) == 9, 40.0, 0.0)
+    (gradient,) = torch.autograd.grad(8.0 * F.cross_entropy(logits[1:2, 3], labels[1:2, 3]), logits)
+    assert gradient[1].norm() == pytest.approx(8.0 * 2**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_a_gradient_is_never_lengthened(module: Any, batch: Any, limit: float) -> None:
+    rows = LimitedRows(limit, "")
+    logits = torch.randn(ROWS, 4, 50, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    labels = torch.randint(0, 50, (ROWS, 4), generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits.transpose(1, 2), labels), logits)
+    limited = rows._limited(gradient, logits.detach()[FIRST:])
+    before, after = (each.flatten(1).norm(dim=1) for each in (gradient, limited))
+    assert torch.equal(before[:FIRST], after[:FIRST]) and bool((after[FIRST:] <= before[FIRST:]).all())
+    assert bool((after[FIRST:] <= limit * before[:FIRST].mean() * 1.001).all())
 
 
 def test_a_batch_without_losses_of_its_own_sets_no_limit(module: Any, batch: Any) -> None:
@@ -118,9 +148,9 @@ def test_replay_limits_its_statements_alone(tiny: Any, make_trainer: Any, tmp_pa
             self.calls.append((rows, first))
             return super().of(pl_module, rows, first)
 
-        def _limited(self, gradient: torch.Tensor, first: int) -> torch.Tensor:
-            self.limited.append(len(gradient) - first)
-            return super()._limited(gradient, first)
+        def _limited(self, gradient: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+            self.limited.append(len(last))
+            return super()._limited(gradient, last)
 
     replay = EditReplay(share=0.25, gradient_limit=limit)
     assert replay.settings["gradient_limit"] == limit

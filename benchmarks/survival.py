@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -229,7 +230,7 @@ def run(
         "after": watch.after,
         "train_loss": statistics.mean(watch.losses[-len(watch.losses) // 4 :]),
         "perplexity": perplexity(model, batches),
-        "seconds": watch.seconds,
+        "seconds": watch.seconds, "processor": processor(),
         "renewals": own.renewals,
     }  # fmt: skip
     if protection.is_edited:
@@ -262,7 +263,7 @@ def table(results: list[dict[str, Any]]) -> str:
         is_edited = condition != "never edited"
         loss = 100 * (statistics.mean(r["train_loss"] / n["train_loss"] for r, n, _ in pairs) - 1)
         worse = 100 * (statistics.mean(r["perplexity"] / v["perplexity"] for r, _, v in pairs) - 1)
-        time_of = statistics.mean(r["seconds"] / n["seconds"] for r, n, _ in pairs)
+        times = [r["seconds"] / n["seconds"] for r, n, _ in pairs if r.get("processor") == n.get("processor")]
         end = [r["end"]["efficacy_accuracy"] for r in own] if is_edited else []
         shown = f"{interval(end)}" if end else "-"
         if is_edited and own[0]["contradicted"] is not None:
@@ -277,7 +278,7 @@ def table(results: list[dict[str, Any]]) -> str:
                     f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
                     if is_edited else "-",
                     f"{mean_of(own, 'end', 'specificity_retained'):.3f}" if is_edited else "-",
-                    f"{loss:+.2f} %", f"{worse:+.2f} %", f"{time_of:.2f}",
+                    f"{loss:+.2f} %", f"{worse:+.2f} %", f"{statistics.mean(times):.2f}" if times else "-",
                 )
             )
         )  # fmt: skip
@@ -321,6 +322,14 @@ def edits_of(result: Mapping[str, Any]) -> int:
     """Return the number of edits of a run."""
     number: int = result.get("edits", EDITS[result["model"]])
     return number
+
+
+def processor() -> str:
+    """Return the name of the processor, without which seconds are not compared."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def mean_of(results: list[dict[str, Any]], moment: str, metric: str) -> float:

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.sharding.backends.backend import Backend
+from lit_moeedit.sharding.backends.expert_shards import group_of_experts, is_of_experts, place_of_experts
 from lit_moeedit.sharding.backends.unsharded import is_moment, view
 from lit_moeedit.sharding.parallelism import Parallelism
 from lit_moeedit.sharding.shards import Own, Shard, UnsupportedShardingError
@@ -112,7 +113,8 @@ class FSDP2(Backend):
         local = _local(weight)
         states = (getattr(optimizer, "state", {}).get(weight, {}) for optimizer in optimizers)
         moments = [value for state in states for value in state.values() if is_moment(value, weight)]
-        group = weight.device_mesh.get_group(weight.device_mesh.ndim - 1)
+        of_last = weight.device_mesh.ndim - 1
+        group = group_of_experts(weight) if is_of_experts(weight) else weight.device_mesh.get_group(of_last)
         return Shard(
             weight.shape,
             weight.dtype,
@@ -146,9 +148,13 @@ def _state_of(module: FSDPModule) -> Any:
 
 
 def _parameters_of(one: Any) -> list[nn.Parameter]:
-    """Return the parameter that FSDP2 trains, and the gathered one if there is one."""
-    gathered = getattr(one, "_unsharded_param", None)
-    return [one.sharded_param] if gathered is None else [one.sharded_param, gathered]
+    """Return the parameter that FSDP2 trains, the gathered one if there is one, and what the modules have now."""
+    # FSDP2 takes over weights that were read into the modules when the first forward begins
+    info = one._module_info
+    places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+    found = [one.sharded_param, getattr(one, "_unsharded_param", None)]
+    found += [module._parameters.get(name) for module, name in places]
+    return [parameter for parameter in found if parameter is not None]
 
 
 def _is_running(state: Any) -> bool:
@@ -178,6 +184,8 @@ def _place(tensor: DTensor) -> tuple[int, bool]:
     Raises:
         UnsupportedShardingError: if the shard is not a run of the flattened tensor, or not in memory as it is.
     """
+    if is_of_experts(tensor):
+        return place_of_experts(tensor)
     *replicas, sharded = tensor.placements
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     is_known = type(sharded) is ShardedAlong and sharded.dim == 0 and all(type(x) is Replicate for x in replicas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from lit_moeedit.optimizers import (
 )
 from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.backends import refuse_parallelism
+from lit_moeedit.sharding.clipping import clip_gradient_norm, clip_gradient_values, has_several_meshes
 from lit_moeedit.sharding.loading import constructed_whole, fresh_model, pretrained_model, shard_fully
 from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
@@ -359,6 +361,30 @@ class LitMoE(L.LightningModule):
         """
         self.perplexity.to(device).set_dtype(torch.float32)
         return self.perplexity
+
+    # Lightning must not take it for an override that the user made, of which it warns under DeepSpeed
+    @functools.wraps(L.LightningModule.configure_gradient_clipping, assigned=())
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients, also under expert parallelism, where torch and Lightning cannot.
+
+        Args:
+            optimizer: the optimizer.
+            gradient_clip_val: largest norm of all gradients together, or largest absolute value of an element.
+            gradient_clip_algorithm: ``"norm"`` (the default) or ``"value"``.
+        """
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if not gradient_clip_val or not has_several_meshes(parameters):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            clip_gradient_values(parameters, gradient_clip_val)
+        else:
+            clip_gradient_norm(parameters, gradient_clip_val)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

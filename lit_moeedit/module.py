@@ -362,8 +362,6 @@ class LitMoE(L.LightningModule):
         self.perplexity.to(device).set_dtype(torch.float32)
         return self.perplexity
 
-    # Lightning must not take it for an override that the user made, of which it warns under DeepSpeed
-    @functools.wraps(L.LightningModule.configure_gradient_clipping, assigned=())
     @override
     def configure_gradient_clipping(
         self,
@@ -404,6 +402,12 @@ class LitMoE(L.LightningModule):
         factor = cosine_with_warmup(self.trainer.estimated_stepping_batches, warmup, final, end)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+# Lightning must not take it for an override that the user made, of which it warns under DeepSpeed
+functools.update_wrapper(
+    LitMoE.configure_gradient_clipping, L.LightningModule.configure_gradient_clipping, assigned=(), updated=()
+)
 
 
 def _refuse_strategy(strategy: Strategy | None, module: LitMoE | None = None) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
@@ -151,7 +152,7 @@ def find_tokenizer(
 
 
 def check_parallelism(trainer: L.Trainer, pl_module: L.LightningModule, wanted_by: str) -> None:
-    """Check that every rank computes with whole modules; called before anything runs or reads the model.
+    """Check that a backend holds the model as it is sharded; called before anything runs or reads the model.
 
     Raises:
         MisconfigurationException: naming what was found; the message names ``wanted_by``.
@@ -160,6 +161,15 @@ def check_parallelism(trainer: L.Trainer, pl_module: L.LightningModule, wanted_b
         refuse_parallelism(pl_module, trainer.strategy)
     except UnsupportedShardingError as error:
         raise MisconfigurationException(f"{wanted_by}: {error}") from error
+    # Lightning evaluates in inference mode, unless the backend is gloo; FSDP2 would keep buffers of that mode
+    evaluates = trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+    if evaluates and isinstance(trainer.strategy, ModelParallelStrategy) and dist.get_backend() != "gloo":
+        loop = trainer.validate_loop if trainer.state.fn == TrainerFn.VALIDATING else trainer.test_loop
+        if loop.inference_mode:
+            raise MisconfigurationException(
+                f"{wanted_by}: under FSDP2 no forward outside of inference mode can follow one in it; "
+                "give the Trainer inference_mode=False"
+            )
 
 
 def check_structure(

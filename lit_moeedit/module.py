@@ -88,7 +88,7 @@ class LitMoE(L.LightningModule):
         ModuleNotFoundError: ``adapter`` is given, and peft is not installed.
         MisconfigurationException: when the run starts, under ``FSDPStrategy``, or ``ModelParallelStrategy`` with tensor
             parallelism. Also under ZeRO stage 3 or FSDP2 with LoRA on experts, and with ``adapter_only_checkpoints``
-            beside ``WeightAveraging``.
+            under FSDP2 or beside ``WeightAveraging``.
 
     Example:
         >>> module = LitMoE(config={"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1,
@@ -146,6 +146,7 @@ class LitMoE(L.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._weight_decays: list[float] = []
         self._eps: float | None = None
+        self._is_sharded = False  # by this module, with FSDP2
         self._changed: set[str] = set()  # settings with another value than in the checkpoint of this run
 
     @override
@@ -167,6 +168,7 @@ class LitMoE(L.LightningModule):
         if is_own and isinstance(strategy, ModelParallelStrategy):
             assert self.device_mesh is not None  # the strategy has made it
             shard_fully(find_model(self), self.device_mesh["data_parallel"])
+            self._is_sharded = True
 
     def _add_adapter(self, strategy: Strategy | None) -> None:
         with constructed_whole(strategy):
@@ -177,6 +179,11 @@ class LitMoE(L.LightningModule):
             refuse_adapters(self.model, strategy)
         except UnsupportedModelError as error:
             raise MisconfigurationException(f"LitMoE: {error}") from error
+        if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "LitMoE: adapter_only_checkpoints cannot be resumed under ModelParallelStrategy, which loads whole "
+                "checkpoints only; set it to False"
+            )
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, DeepSpeedStrategy):
             strategy.exclude_frozen_parameters = True
 
@@ -288,7 +295,10 @@ class LitMoE(L.LightningModule):
     @override
     def forward(self, **inputs: Tensor) -> Any:
         assert self.model is not None, "configure_model() makes the model; the Trainer calls it"
-        return self.model(**inputs)
+        # peft calls the method of the model inside of it, which gathers no weights of FSDP2
+        is_inside = self._is_sharded and self.hparams["adapter"] is not None
+        model = find_model(self) if is_inside else self.model
+        return model(**inputs)
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 FIRST = [path for path in CONFIGS if path.stem != "lora"]
 """Those that others may follow; lora is an overlay of configs with 'pretrained'."""
-OVERLAYS = ("atlas_zero3", "lora", "wandb")
+OVERLAYS = ("atlas_fsdp", "atlas_zero3", "lora", "wandb")
 """Recipes that are given after another one, the demo for instance."""
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -42,7 +42,11 @@ def test_an_overlay_changes_what_it_says_and_nothing_else(name, capsys):
     base = _leaves(parsed(capsys, "recipe:atlas"))
     both = _leaves(parsed(capsys, "recipe:atlas", f"recipe:{name}"))
     assert overlay.items() <= both.items()
-    classes = {"wandb": ("trainer", "logger"), "lora": ("model", "init_args", "adapter")}
+    classes = {
+        "atlas_fsdp": ("trainer", "strategy"),
+        "wandb": ("trainer", "logger"),
+        "lora": ("model", "init_args", "adapter"),
+    }
     changed = {place for place in base.keys() | both.keys() if base.get(place) != both.get(place)} - overlay.keys()
     # another class has other settings
     where = classes.get(name, ())
@@ -79,7 +83,7 @@ def _composed(first, second):
 )
 def test_every_pair_of_configs_composes_to_what_it_says(first, seconds, tmp_path, capsys):
     for second in seconds:
-        if first == "atlas_zero3":
+        if first in ("atlas_fsdp", "atlas_zero3"):
             with pytest.raises(SystemExit):
                 run(args=["fit", f"--config=recipe:{first}", f"--config=recipe:{second}"])
             assert "It overlays another config: give that one before it." in capsys.readouterr().err
@@ -87,7 +91,7 @@ def test_every_pair_of_configs_composes_to_what_it_says(first, seconds, tmp_path
         texts = ((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8") for name in (first, second))
         together = tmp_path / f"{first} {second}.yaml"
         together.write_text(yaml.safe_dump(_composed(*map(yaml.safe_load, texts))), encoding="utf-8")
-        if second in ("atlas_zero3", "lora") and first == "wandb":
+        if second in ("atlas_fsdp", "atlas_zero3", "lora") and first == "wandb":
             continue  # no model in either
         assert parsed(capsys, f"recipe:{first}", f"recipe:{second}") == parsed(capsys, together), second
 
@@ -131,7 +135,7 @@ def test_only_recipes_are_recipes(name, args, capsys):
     with pytest.raises(SystemExit) as exit:
         run(args=[*args, f"recipe:{name}"])
     said = f"{exit.value.code} {capsys.readouterr().err}"
-    assert f"there is no recipe {name!r}; there are atlas, atlas_zero3, " in said
+    assert f"there is no recipe {name!r}; there are atlas, atlas_fsdp, atlas_zero3, " in said
 
 
 def test_a_missing_file_is_named_with_its_option():

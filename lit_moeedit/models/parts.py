@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_moeedit.models.experts import ExpertLayer, UnsupportedModelError, expert_layers
+from lit_moeedit.sharding.backends import settle
 
 Kind = Literal["down-projections", "gate/up-projections", "routers", "shared experts", "attention", "norms and scales"]
 """Kinds of weights in a decoder layer with routed experts."""
@@ -39,6 +40,7 @@ class ModelPart:
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's parameters and the buffers that its checkpoints have, by name; tied ones once."""
+    settle(model)
     found: dict[str, Tensor] = dict(model.named_parameters())
     for path, module in model.named_modules():
         for leaf, buffer in module.named_buffers(recurse=False):

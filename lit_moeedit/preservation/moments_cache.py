@@ -21,6 +21,7 @@ from lit_moeedit.atomic_files import read_tensors, remove_leftovers, write_tenso
 from lit_moeedit.data.encoding import encode
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.partial_forward import decoder_layers
+from lit_moeedit.sharding.backends import settle
 from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.ranks import Ranks
 
@@ -133,6 +134,7 @@ def moment_keys(
     down-projections, do not affect its keys, and are left out. The key does not depend on batches, the number of ranks
     or sharding either.
     """
+    settle(model)
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
     states = fingerprints(tensors, ranks)
     text = _text_state(tokenizer, texts, max_length)

@@ -69,6 +69,8 @@ class Commit:
     (summed in float64) is made expert by expert on every device, so that it can be made again with the same result.
 
     Attributes:
+        given: the deltas of whole experts.
+        deltas: the deltas of the window of each expert to which the shard refers.
         before: what this rank held, on the CPU, of the experts that no ``earlier`` change has touched; only of exact
             changes.
     """
@@ -84,8 +86,10 @@ class Commit:
         earlier: EditSum | None = None,
         saved: dict[int, Saved] | None = None,
     ) -> None:
-        self.weight, self.shard, self.deltas, self.transposed = weight, shard, deltas, transposed
+        self.weight, self.shard, self.given, self.transposed = weight, shard, deltas, transposed
+        self.deltas = self._in_window(deltas)
         self.is_exact, self.earlier = is_exact, earlier
+        self._all_deltas = (*self._in_window(() if earlier is None else earlier.deltas), *self.deltas)
         self.size = shard.shape[1] * shard.shape[2]
         self.experts = sorted({expert for change in deltas for expert in change.experts})
         self.saved = {expert: Saved(weight) for expert in self.experts} if saved is None else saved
@@ -95,9 +99,10 @@ class Commit:
     def of_copy(self, copy: nn.Parameter, is_equal: bool) -> Commit:
         """Return the same change of a copy; one that is equal to the parameter gets the same result."""
         shard = locate(copy)
-        is_alike = is_equal and (shard.start, shard.stop) == (self.shard.start, self.shard.stop)
+        own, other = ((x.start, x.stop, x.window) for x in (self.shard, shard))
+        is_alike = is_equal and own == other
         earlier = self.earlier if is_alike else None
-        return Commit(copy, shard, self.deltas, self.transposed, self._store, self.is_exact, earlier, self.saved)
+        return Commit(copy, shard, self.given, self.transposed, self._store, self.is_exact, earlier, self.saved)
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +167,11 @@ class Commit:
         change, before = squares.tolist()
         return (change / before) ** 0.5 if before else 0.0
 
+    def _in_window(self, deltas: Sequence[ExpertDeltas]) -> list[ExpertDeltas]:
+        """Return the deltas of what the shard stands for."""
+        window = self.shard.window
+        return [change if window is None else window.narrowed(change, self.transposed) for change in deltas]
+
     def _blocks(self, device: torch.device) -> Iterator[tuple[int, int, int]]:
         """Yield the changed experts and blocks of their elements, the same on all ranks with one type of device."""
         block = BLOCK.get(device.type, LARGE_BLOCK)
@@ -212,7 +222,7 @@ class Commit:
         if self.earlier is not None and (elements := (self.earlier.elements or {}).get(expert)) is not None:
             first = start - self._own_range(expert * self.size, (expert + 1) * self.size)[0]
             base = elements[first : first + len(old)].to(old.device)
-            delta = self._delta((*self.earlier.deltas, *self.deltas), expert, start, stop, old.device)
+            delta = self._delta(self._all_deltas, expert, start, stop, old.device)
         new = self._add([expert], base[None], delta[None])[0]
         if self.shard.model is not None:
             model = self._model_weights()

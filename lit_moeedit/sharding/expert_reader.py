@@ -36,7 +36,7 @@ class ExpertReader:
         self._device = weight.device
         # without optimizers, because the reader needs no master weights
         self._shard = locate(weight)
-        experts, rows, columns = self._shard.shape
+        experts, rows, columns = self._shard.whole_shape
         self.shape = (experts, columns, rows) if transposed else (experts, rows, columns)
 
     @torch.no_grad()
@@ -52,15 +52,39 @@ class ExpertReader:
             if not 0 <= block < experts:
                 raise IndexError(f"expert must be in [0, {experts}), got {block}")
             size = d_model * d_hidden
-            expert = self._columns(1, block * size, (block + 1) * size)
+            if self._shard.window is None:
+                expert = self._columns(1, block * size, (block + 1) * size)
+            else:
+                expert = self._from_windows(slice(block, block + 1), *map(range, self._shard.whole_shape[1:]))
             return expert.view(d_hidden, d_model).T if self.transposed else expert.view(d_model, d_hidden)
         whole, part = block
         first, last, step = part.indices(d_model)
         if whole != slice(None) or step != 1 or first >= last:
             raise IndexError(f"only blocks [j] and [:, first:last] can be read, got {block}")
+        if self._shard.window is not None:
+            ranges = range(first, last), range(d_hidden)
+            stored = self._from_windows(slice(0, experts), *(reversed(ranges) if self.transposed else ranges))
+            return stored.mT if self.transposed else stored
         if self.transposed:
             return self._columns(experts * d_hidden, first, last).view(experts, d_hidden, -1).mT
         return self._columns(experts, first * d_hidden, last * d_hidden).view(experts, -1, d_hidden)
+
+    def _from_windows(self, experts: slice, rows: range, columns: range) -> Tensor:
+        """Read ``[n, rows, columns]`` of some experts as they are stored."""
+        shard, window = self._shard, self._shard.window
+        assert window is not None
+        own = shard.master.read().view(shard.shape)[experts]
+        self.ranks.check_errors()
+        block = torch.zeros(len(own), len(rows), len(columns), dtype=own.dtype, device=self._device)
+        wanted = (rows, columns)[window.dim - 1]
+        first, last = max(wanted.start, window.start), min(wanted.stop, window.stop)
+        if first < last:
+            other = (columns, rows)[window.dim - 1]
+            held = own.narrow(window.dim, first - window.start, last - first)
+            held = held.narrow(3 - window.dim, other.start, len(other))
+            block.narrow(window.dim, first - wanted.start, last - first).copy_(held)
+        shard.all_reduce(block)
+        return block
 
     def _columns(self, rows: int, first: int, last: int) -> Tensor:
         """Read the columns ``[first, last)`` of the parameter, seen as a matrix with ``rows`` rows."""

@@ -38,8 +38,25 @@ class Part(Own):
         copied = self.elements.to("cpu", copy=True) if isinstance(target, str) else self.elements.to(target)
         return self._replace(elements=copied)
 
+    def of_same_shard(self, other: Part) -> Tensor:
+        """Return the elements at the places of another part's, of which this part has all.
+
+        Raises:
+            ValueError: if it is cut along another dimension.
+        """
+        if other.dim == self.dim == 0:
+            return self.elements[other.start - self.start :][: len(other.elements)]
+        if self.is_whole:
+            count = len(other.elements) * self.shape[other.dim] // len(self.elements)
+            return self.elements.view(*self.shape).narrow(other.dim, other.start, count).reshape(-1)
+        if (self.dim, self.start, len(self.elements)) != (other.dim, other.start, len(other.elements)):
+            raise ValueError(f"a parameter is sharded along dimension {self.dim}, and {other.dim} in the other")
+        return self.elements
+
     def rows(self, number: int) -> Tensor:
         """Return this rank's elements of one entry along the first dimension, such as an expert."""
+        if self.dim > 0:
+            return self.elements.view(self.shape[0], -1)[number]
         size = torch.Size(self.shape[1:]).numel()
         start, stop = (min(max(x * size - self.start, 0), len(self.elements)) for x in (number, number + 1))
         return self.elements[start:stop]
@@ -79,12 +96,14 @@ def fingerprints(
         if not part.is_counted(ranks):
             continue
         start, elements = part.start, part.elements
+        last = start + len(elements) if part.dim == 0 else torch.Size(part.shape).numel()
         if rounded_to is not None:
             elements = elements.to(rounded_to)
         own = weights.get(elements.device)
-        if own is None or len(own) < min(BLOCK, start + len(elements)):
-            weights[elements.device] = own = _weights(min(BLOCK, start + len(elements)), elements.device)
-        found.setdefault(elements.device, {})[i] = _sum(elements, start, own)
+        if own is None or len(own) < min(BLOCK, last):
+            weights[elements.device] = own = _weights(min(BLOCK, last), elements.device)
+        total = _sum(elements, start, own) if part.dim == 0 else _sum_cut(part._replace(elements=elements), own)
+        found.setdefault(elements.device, {})[i] = total
     for totals in found.values():  # one read per device, because each waits for all queued work
         sums[list(totals)] = torch.stack(list(totals.values())).cpu()
     ranks.check_errors()  # the sums must not be mixed up with the flags of a rank that has failed
@@ -100,13 +119,31 @@ def _weights(count: int, device: torch.device) -> Tensor:
     return ((place * 0x9E3779B97F4A7C1) ^ ((place * 0x2545F4914F6CDD1D) >> 29)) | 1
 
 
+def _factors(numbers: Tensor) -> Tensor:
+    """Return the factors of blocks of some numbers."""
+    return ((numbers * 0x5851F42D4C957F2D) & (2**63 - 1)) | 1  # products wrap at 2⁶⁴
+
+
+def _sum_cut(part: Part, weights: Tensor) -> Tensor:
+    """Compute the weighted sum of the entries of a dimension that is not the first."""
+    shape = torch.Size(part.shape)
+    many, width = shape[: part.dim].numel(), shape[part.dim + 1 :].numel()
+    bits = part.elements.view(_BITS[part.elements.element_size()]).view(many, -1)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    columns = part.start * width + torch.arange(bits.shape[1], device=bits.device)
+    for rows in torch.arange(many, device=bits.device).split(max(1, BLOCK // max(1, bits.shape[1]))):
+        places = rows[:, None] * (shape[part.dim] * width) + columns
+        total += (bits[rows] * weights[places % BLOCK] * _factors(places // BLOCK)).sum()
+    return total
+
+
 def _sum(elements: Tensor, start: int, weights: Tensor) -> Tensor:
     """Compute the weighted sum of a range of a tensor's elements that begins at ``start``."""
     total = torch.zeros((), dtype=torch.int64, device=elements.device)
     bits = elements.view(_BITS[elements.element_size()])
     stop, many = start + len(elements), BLOCKS.get(elements.device.type, MANY_BLOCKS)
     numbers = torch.arange(start // BLOCK, -(-stop // BLOCK), device=elements.device)
-    factors = ((numbers * 0x5851F42D4C957F2D) & (2**63 - 1)) | 1  # products wrap at 2⁶⁴
+    factors = _factors(numbers)
     low = start
     while low < stop:
         number, place = divmod(low, BLOCK)

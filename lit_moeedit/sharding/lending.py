@@ -119,7 +119,7 @@ def _write(tensor: Tensor, value: Part) -> None:
     if isinstance(tensor, nn.Parameter):
         release(tensor)
     own = Part.of(tensor)
-    elements = value.elements[own.start - value.start :][: len(own.elements)]
+    elements = value.of_same_shard(own)
     if own.is_whole:
         tensor.data.copy_(elements.view(tensor.shape))
     else:

@@ -35,13 +35,17 @@ def replace_experts(
     """
     with transaction.ranks.together():
         shard, other = locate(weight, transaction.optimizers), locate(source)
-        if (other.shape, other.dtype) != (shard.shape, shard.dtype):
+        if (other.whole_shape, other.dtype) != (shard.whole_shape, shard.dtype):
             raise ValueError(
-                f"expected a copy of the experts {list(shard.shape)} in {shard.dtype}, "
-                f"got {list(other.shape)} in {other.dtype}"
+                f"expected a copy of the experts {list(shard.whole_shape)} in {shard.dtype}, "
+                f"got {list(other.whole_shape)} in {other.dtype}"
             )
         held = other.model or other.master
         elements, store = held.read(), Store()
+        if shard.window is not None and other.group is None:
+            elements = shard.window.of(elements)
+        elif shard.window != other.window:
+            raise UnsupportedShardingError("the base is sharded along another dimension than the model")
         size = shard.shape[1] * shard.shape[2]
         saved = {expert: Saved(weight) for expert in experts}
         transaction.by(_restore, saved)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from lit_moeedit.solvers import ExpertDeltas
 
 
 class UnsupportedShardingError(RuntimeError):
@@ -33,9 +36,11 @@ class Own(NamedTuple):
     Attributes:
         shape: shape of the whole parameter.
         is_whole: whether every rank holds all of it.
-        start: index of the first element in the flattened parameter.
+        start: index of the first element in the flattened parameter; of the first entry of ``dim`` if that is not 0.
         elements: the elements, ``[n]``.
         is_first: whether no rank before this one holds the same elements of a shard.
+        dim: dimension along which the parameter is cut. If it is 0, the elements are a range of the flattened
+            parameter; otherwise they are all elements of some entries of ``dim``.
     """
 
     shape: Sequence[int]
@@ -43,6 +48,35 @@ class Own(NamedTuple):
     start: int
     elements: Tensor
     is_first: bool = True
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of each expert that a rank holds of a parameter ``[E, n, m]`` that is cut along its rows or columns.
+
+    Attributes:
+        shape: shape of the whole parameter.
+        dim: 1 if it is cut along the rows of the experts, 2 for columns.
+        start: index of the first row or column.
+        stop: index after the last one.
+    """
+
+    shape: torch.Size
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the elements of the whole parameter, flattened, that are in the window, flattened."""
+        return whole.view(self.shape).narrow(self.dim, self.start, self.stop - self.start).reshape(-1)
+
+    def narrowed(self, deltas: ExpertDeltas, transposed: bool) -> ExpertDeltas:
+        """Return the deltas of the window."""
+        part = slice(self.start, self.stop)
+        if (self.dim == 1) != transposed:
+            return replace(deltas, left=deltas.left[:, part])
+        return replace(deltas, right=deltas.right[:, part])
 
 
 @dataclass(frozen=True)
@@ -68,7 +102,7 @@ class Shard:
     The master weights are the owned range in the highest precision there is. All other copies are rounded from them.
 
     Attributes:
-        shape: shape of the whole parameter.
+        shape: shape of the whole parameter; of the window, if there is one, which then stands for the parameter.
         dtype: dtype of the model weights.
         start: index of the first owned element in the flattened parameter.
         stop: index after the last owned element.
@@ -77,6 +111,7 @@ class Shard:
             if the master weights are the model weights.
         moments: the owned range of each of the optimizer's moments.
         group: the processes whose owned ranges make up the parameter. ``None`` if this rank owns all of it.
+        window: the window of each expert to which everything here refers; ``None`` for whole experts.
     """
 
     shape: torch.Size
@@ -87,6 +122,12 @@ class Shard:
     model: Copy | None = None
     moments: list[Copy] = field(default_factory=list)
     group: dist.ProcessGroup | None = None
+    window: Window | None = None
+
+    @property
+    def whole_shape(self) -> torch.Size:
+        """Shape of the whole parameter."""
+        return self.shape if self.window is None else self.window.shape
 
     def all_reduce(self, elements: Tensor) -> None:
         """Fill in the elements that other ranks own, which are zero here. Exact, because bytes are added to zeros."""

@@ -211,7 +211,7 @@ class Transaction(Undo):
         if before is None:
             self._set_history(name, ())
             return
-        deltas, after = [change.to("cpu") for change in commit.deltas], self._fingerprint(commit.weight)
+        deltas, after = [change.to("cpu") for change in commit.given], self._fingerprint(commit.weight)
         history = self.histories.get(name, ())
         if earlier is not None:
             self._set_history(name, (*history[:-1], earlier.extended(deltas, after, commit.before)))

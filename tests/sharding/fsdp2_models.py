@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_moeedit.models.experts import check_editable
 from tests.sharding.small_edits import LAYERS, tokenizer
@@ -52,6 +54,10 @@ def shard(model: PreTrainedModel, case: Case) -> None:
         options["mesh"] = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     if case.layout == "replicated shards":
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    if case.layout in ("rows", "columns"):
+        dim = 1 if case.layout == "rows" else 2
+        # experts of both projections; the others have no such dimension
+        options["shard_placement_fn"] = lambda weight: Shard(dim) if weight.ndim == 3 else None
     for part in parts:
         fully_shard(part, **options)
 
@@ -67,14 +73,36 @@ LAYOUTS: dict[str, Callable[[Any], Iterable[Any]]] = {
         [model.model.norm, model.lm_head],
         model,
     ),
+    "rows": lambda model: (*model.model.layers, model),
+    "columns": lambda model: (*model.model.layers, model),
     "replicas": lambda model: (*model.model.layers, model),
     "replicated shards": lambda model: (*model.model.layers, model),
 }
 
 
+def loaded_by_transformers(case: Case) -> PreTrainedModel:
+    """The model as transformers shards it while it reads a checkpoint."""
+    from transformers.distributed import DistributedConfig
+
+    folder = [tempfile.mkdtemp()]
+    torch.distributed.broadcast_object_list(folder)
+    if torch.distributed.get_rank() == 0:
+        whole_model(case).save_pretrained(folder[0])
+    torch.distributed.barrier()
+    sizes = DistributedConfig(fsdp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(folder[0], distributed_config=sizes, dtype=case.dtype)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return model.train()
+
+
 def prepared(case: Case, lr: float = 0.0, steps: int = 0) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
-    model = whole_model(case)
-    shard(model, case)
+    if case.layout == "loaded by transformers":
+        model = loaded_by_transformers(case)
+    else:
+        model = whole_model(case)
+        shard(model, case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     train(model, optimizer, steps)
     return model, optimizer

@@ -26,8 +26,11 @@ def is_of_experts(tensor: DTensor) -> bool:
 
 
 @torch.no_grad()
-def place_of_experts(tensor: DTensor) -> tuple[int, bool]:
-    """Return where a rank's shard begins in the flattened parameter, and whether no other replica comes before it.
+def place_of_experts(tensor: DTensor) -> tuple[int, int, bool]:
+    """Find a rank's shard of a parameter.
+
+    Returns:
+        0, the dimension of the experts; the first expert; and whether no other replica of the shard comes before it.
 
     Raises:
         UnsupportedShardingError: if the shard is not in memory as it is.
@@ -44,7 +47,7 @@ def place_of_experts(tensor: DTensor) -> tuple[int, bool]:
             f"the shard of experts of shape {list(tensor.shape)} is of an unknown form ({list(local.shape)} on "
             f"{tuple(mesh.shape)} ranks)"
         )
-    return (owner * experts + first) * tensor.shape[1:].numel(), not any(replica)
+    return 0, owner * experts + first, not any(replica)
 
 
 def group_of_experts(tensor: DTensor) -> dist.ProcessGroup:

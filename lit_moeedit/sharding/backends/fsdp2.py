@@ -27,13 +27,13 @@ from lit_moeedit.sharding.backends.backend import Backend
 from lit_moeedit.sharding.backends.expert_shards import group_of_experts, is_of_experts, place_of_experts
 from lit_moeedit.sharding.backends.unsharded import is_moment, view
 from lit_moeedit.sharding.parallelism import Parallelism
-from lit_moeedit.sharding.shards import Own, Shard, UnsupportedShardingError
+from lit_moeedit.sharding.shards import Own, Shard, UnsupportedShardingError, Window
 
 LAYOUT = "call fully_shard on each decoder layer and then on the transformers model itself"
 
 
 class FSDP2(Backend):
-    """Parameters that ``fully_shard`` has sharded along their first dimension, on all ranks or on groups of them.
+    """Parameters that ``fully_shard`` has sharded along one dimension, on all ranks or on groups of them.
 
     The optimizer trains the shards themselves, in their own precision: there are no further master weights.
     """
@@ -50,26 +50,27 @@ class FSDP2(Backend):
         inner = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
         if inner:
             _check_root(model, inner[0])
-        sharded: set[int] = set()
-        for state in map(_state_of, _sharded_modules(model)):
-            for group in state._fsdp_param_groups:
-                if isinstance(group.offload_policy, CPUOffloadPolicy):
-                    raise UnsupportedShardingError(
-                        "FSDP2 with CPUOffloadPolicy is not supported; keep the shards on the device"
-                    )
-                if group._use_post_forward_mesh:
-                    raise UnsupportedShardingError(
-                        "FSDP2 with a number for reshard_after_forward is not supported; use true or false"
-                    )
-                sharded.update(id(parameter) for one in group.fsdp_params for parameter in _parameters_of(one))
-                for one in group.fsdp_params:
-                    _place(one.sharded_param)
-        for name, weight in model.named_parameters():
-            if id(weight) not in sharded and (isinstance(weight, DTensor) or weight.requires_grad) and inner:
-                what = "sharded by something else" if isinstance(weight, DTensor) else "trained, but not sharded"
+        sharded: set[tuple[nn.Module, str]] = set()
+        for group in (group for part in _sharded_modules(model) for group in _state_of(part)._fsdp_param_groups):
+            if isinstance(group.offload_policy, CPUOffloadPolicy):
                 raise UnsupportedShardingError(
-                    f"{name} is {what} in a model under FSDP2, so that each rank has its own; {LAYOUT}"
+                    "FSDP2 with CPUOffloadPolicy is not supported; keep the shards on the device"
                 )
+            if group._use_post_forward_mesh:
+                raise UnsupportedShardingError(
+                    "FSDP2 with a number for reshard_after_forward is not supported; use true or false"
+                )
+            for one in group.fsdp_params:
+                _place(one.sharded_param)
+                sharded.update(_places_of(one))
+        for path, module in model.named_modules() if inner else ():
+            for name, weight in module._parameters.items():
+                is_sharded = isinstance(weight, DTensor)
+                if weight is not None and (is_sharded or weight.requires_grad) and (module, name) not in sharded:
+                    what = "sharded by something else" if is_sharded else "trained, but not sharded"
+                    raise UnsupportedShardingError(
+                        f"{path}.{name} is {what} in a model under FSDP2, so that each rank has its own; {LAYOUT}"
+                    )
 
     @override
     def settle(self, model: nn.Module) -> None:
@@ -109,14 +110,17 @@ class FSDP2(Backend):
     def shard(self, weight: nn.Parameter, optimizers: Sequence[Any]) -> Shard | None:
         if not isinstance(weight, DTensor):
             return None
-        start, _ = _place(weight)
+        dim, first, _ = _place(weight)
         local = _local(weight)
+        start, window = first * weight.shape[1:].numel(), None
+        if dim > 0:
+            start, window = 0, Window(weight.shape, dim, first, first + local.shape[dim])
         states = (getattr(optimizer, "state", {}).get(weight, {}) for optimizer in optimizers)
         moments = [value for state in states for value in state.values() if is_moment(value, weight)]
         of_last = weight.device_mesh.ndim - 1
         group = group_of_experts(weight) if is_of_experts(weight) else weight.device_mesh.get_group(of_last)
         return Shard(
-            weight.shape,
+            weight.shape if window is None else local.shape,
             weight.dtype,
             start,
             start + local.numel(),
@@ -124,14 +128,16 @@ class FSDP2(Backend):
             None,
             [view(_local(moment), start) for moment in moments],
             group if group.size() > 1 else None,
+            window,
         )
 
     @override
     def own(self, tensor: Tensor) -> Own | None:
         if not isinstance(tensor, DTensor):
             return None
-        start, is_first = _place(tensor)
-        return Own(tensor.shape, False, start, _local(tensor).view(-1), is_first)
+        dim, first, is_first = _place(tensor)
+        start = first * tensor.shape[1:].numel() if dim == 0 else first
+        return Own(tensor.shape, False, start, _local(tensor).view(-1), is_first, dim)
 
 
 def lacks_sharding(model: nn.Module) -> bool:
@@ -147,14 +153,10 @@ def _state_of(module: FSDPModule) -> Any:
     return module._get_fsdp_state()
 
 
-def _parameters_of(one: Any) -> list[nn.Parameter]:
-    """Return the parameter that FSDP2 trains, the gathered one if there is one, and what the modules have now."""
-    # FSDP2 takes over weights that were read into the modules when the first forward begins
+def _places_of(one: Any) -> list[tuple[nn.Module, str]]:
+    """Return the modules that have a parameter of FSDP2, with its name there: parameters may be replaced after it."""
     info = one._module_info
-    places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
-    found = [one.sharded_param, getattr(one, "_unsharded_param", None)]
-    found += [module._parameters.get(name) for module, name in places]
-    return [parameter for parameter in found if parameter is not None]
+    return [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
 
 
 def _is_running(state: Any) -> bool:
@@ -178,25 +180,30 @@ def _local(tensor: DTensor) -> Tensor:
     return local.detach()
 
 
-def _place(tensor: DTensor) -> tuple[int, bool]:
-    """Return where a rank's shard begins in the flattened tensor, and whether no other replica comes before it.
+def _place(tensor: DTensor) -> tuple[int, int, bool]:
+    """Find a rank's shard of a tensor.
+
+    Returns:
+        The dimension along which the tensor is cut, the index of the first entry, and whether no other replica of the
+        shard comes before it.
 
     Raises:
-        UnsupportedShardingError: if the shard is not a run of the flattened tensor, or not in memory as it is.
+        UnsupportedShardingError: if it is sharded in another way, or not in memory as it is.
     """
     if is_of_experts(tensor):
         return place_of_experts(tensor)
     *replicas, sharded = tensor.placements
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    is_known = type(sharded) is ShardedAlong and sharded.dim == 0 and all(type(x) is Replicate for x in replicas)
-    if not is_known or len(replicas) > 1 or coordinate is None:
+    are_known = len(replicas) <= 1 and all(type(replica) is Replicate for replica in replicas)
+    if type(sharded) is not ShardedAlong or not are_known or coordinate is None:
         raise UnsupportedShardingError(
             f"a parameter is sharded as {tensor.placements} on {tuple(mesh.shape)} ranks; supported are shards of "
-            "FSDP2 along the first dimension, and replicas of these"
+            "FSDP2 along one dimension, and replicas of these"
         )
-    local, size = _local(tensor), mesh.size(mesh.ndim - 1)
-    chunk = -(-tensor.shape[0] // size)
-    first = min(coordinate[-1] * chunk, tensor.shape[0])
-    if len(local) != min(chunk, tensor.shape[0] - first) or type(local) is not Tensor or not local.is_contiguous():
+    dim = sharded.dim % tensor.ndim
+    local, length, chunk = _local(tensor), tensor.shape[dim], -(-tensor.shape[dim] // mesh.size(mesh.ndim - 1))
+    first = min(coordinate[-1] * chunk, length)
+    shape = (*tensor.shape[:dim], min(chunk, length - first), *tensor.shape[dim + 1 :])
+    if local.shape != shape or type(local) is not Tensor or not local.is_contiguous():
         raise UnsupportedShardingError(f"the shard of a parameter of shape {list(tensor.shape)} is of an unknown form")
-    return first * tensor.shape[1:].numel(), not any(coordinate[:-1])
+    return dim, first, not any(coordinate[:-1])

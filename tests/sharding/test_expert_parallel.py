@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_moeedit.editing import evaluate
 from lit_moeedit.editing.routing_trace import trace_routing
@@ -16,6 +16,10 @@ from lit_moeedit.models.experts import check_editable, expert_layers
 from lit_moeedit.models.keys import Routing, watch_keys, watch_routing
 from lit_moeedit.models.partial_forward import inference
 from lit_moeedit.preservation import NullSpace, OutputPenalty
+from lit_moeedit.sharding.backends import own_elements
+from lit_moeedit.sharding.clipping import clip_gradient_norm
+from lit_moeedit.sharding.fingerprint import fingerprints
+from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import BlockCoordinateDescent, Tucker
 from tests.processes import run_ranks
 from tests.sharding.expert_parallel_models import parallel_model, whole_model
@@ -139,7 +143,57 @@ def test_an_edit_is_that_of_one_process_and_stays(names: list[str], tmp_path: Pa
             ):
                 assert torch.equal(after, expected), name
                 assert torch.equal(kept, after), name
-                print(name, float((after - weight).abs().max()), float(weight.abs().max()))
                 # float32 in batches of other sizes; Tucker's deltas are larger
                 torch.testing.assert_close(after, weight, rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
             assert own["scores"] == pytest.approx(scores, rel=1e-4, nan_ok=True)
+
+
+# -- several ranks with the same experts ------------------------------------------------------------------------------
+
+
+def with_replicas(folder: str, sizes: dict[str, int]) -> dict[str, Any]:
+    model = parallel_model(folder, sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    before = full(model)
+    result = editor().edit(model, tokenizer(), FACTS, TEXTS, optimizers=[optimizer])
+    train(model, optimizer, 1)
+    parameters = dict(model.named_parameters())
+    norm = float(clip_gradient_norm_after_a_step(model))
+    return {
+        "after": full(model),
+        "expected": added(before, result.deltas),
+        "starts": own_elements(parameters["model.layers.1.mlp.experts.down_proj"]).start,
+        "norm": norm,
+        "fingerprint": fingerprints({"": parameters["model.layers.1.mlp.experts.down_proj"]}, Ranks.current()),
+    }
+
+
+def clip_gradient_norm_after_a_step(model: Any) -> Tensor:
+    """The norm of the gradients of one batch, the same on all ranks."""
+    ids = torch.arange(5, 25)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    return clip_gradient_norm(model.parameters(), 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [{"ep_size": 2, "fsdp_size": 4}, {"ep_size": 2, "fsdp_size": 2, "dp_replicate_size": 2}]
+)
+def test_ranks_with_the_same_experts_share_or_repeat_them(sizes: dict[str, int], tmp_path: Path) -> None:
+    found = run_ranks(with_replicas, 4, str(tmp_path), sizes)
+    model = whole_model()
+    editor().edit(model, tokenizer(), FACTS, TEXTS)
+    layers = check_editable(model, LAYERS)
+    size = layers[0].down_proj[0].numel()
+    norm = float(clip_gradient_norm_after_a_step(model))
+    weights = [layer.down_proj.detach() for layer in layers]
+    # the three experts of an owner are cut into two and one
+    starts = [0, 3, 2, 5] if sizes["fsdp_size"] == 4 else [0, 3, 0, 3]
+    for rank, own in enumerate(found):
+        assert own["starts"] == starts[rank] * size
+        assert own["norm"] == pytest.approx(norm, rel=1e-5)
+        assert own["fingerprint"] == found[0]["fingerprint"]
+        for after, expected, weight in zip(own["after"], own["expected"], weights, strict=True):
+            assert torch.equal(after, expected)
+            torch.testing.assert_close(after, weight, rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
+    assert found[0]["fingerprint"] == fingerprints({"": nn.Parameter(found[0]["after"][1])}, Ranks.current())

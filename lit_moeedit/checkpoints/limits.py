@@ -88,6 +88,76 @@ def check_pickle(data: bytes) -> None:
             stack.append(_Extent(argument if isinstance(argument, str) else None))
 
 
+_PLAIN = {
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "EMPTY_TUPLE",
+    "EMPTY_LIST",
+}
+_PLAIN |= {"EMPTY_DICT", "SHORT_BINUNICODE", "BINUNICODE"}
+
+
+class _Global(_Extent):
+    """A class, function or constant that a pickle names."""
+
+    __slots__ = ()
+
+
+def find_globals(data: bytes) -> set[str]:
+    """Find what a pickle in the subset that Python writes names, ``module name``, and check its extent.
+
+    Nothing is read or imported. If all of these names are harmless, so is the pickle: instructions that it would need
+    to reach others, or to change what it names, are refused.
+
+    Raises:
+        ValueError: it has too many values or levels, an instruction that is not known, or is not well formed.
+    """
+    found: set[str] = set()
+    called = _Extent()
+    stack: list[_Extent | None] = []
+    memo: list[_Extent | None] = []
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        _check(count, 0)
+        if name == "MARK":
+            stack.append(None)
+        elif name == "MEMOIZE":
+            memo.append(stack[-1])
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])  # type: ignore[index]
+        elif name == "STACK_GLOBAL":
+            own, module = stack.pop(), stack.pop()
+            if own is None or module is None or own.text is None or module.text is None:
+                raise ValueError("it names a class by what is not a text")
+            found.add(f"{module.text} {own.text}")
+            stack.append(_Global())
+        elif name in _COUNTED or name in _MARKED:
+            start = len(stack) - _COUNTED[name] if name in _COUNTED else len(stack) - 1 - stack[::-1].index(None)
+            parts = [part for part in stack[start:] if part is not None]
+            del stack[start:]
+            if name in _CALLS:
+                called.grow(_flat(parts))
+                if not isinstance(parts[0], _Global):
+                    raise ValueError("it calls what it does not name")
+            target = stack[-1] if name in _GROWING else _Extent()
+            if target is None or isinstance(target, _Global):
+                raise ValueError("it changes what it names")
+            target.grow(parts)
+            if name not in _GROWING:
+                stack.append(target)
+        elif name in _PLAIN:
+            stack.append(_Extent(argument if isinstance(argument, str) else None))
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise ValueError(f"it has the instruction {name}")
+    return found
+
+
 def _check_calls(name: str, parts: Sequence[_Extent]) -> None:
     is_call = name in _CALLS
     if any(part.text in {_ENCODE, *_BYTEARRAY, *_OF_OTHER_DEVICES} for part in parts[is_call:]):

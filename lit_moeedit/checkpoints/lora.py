@@ -18,7 +18,7 @@ from typing_extensions import override
 from lit_moeedit.adapters import ADAPTER, BaseNames, add_lora, frozen_names, lora_settings, module_names
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.checkpoints.read import Checkpoint
-from lit_moeedit.checkpoints.tensors import LoadedTensor, Readable, StoredTensor
+from lit_moeedit.checkpoints.tensors import LoadedTensor, Readable
 from lit_moeedit.checkpoints.weights import find_weights, saved_weights
 from lit_moeedit.edits.histories import STATE_KEY, histories_of, make_all
 from lit_moeedit.sharding.loading import pretrained_model
@@ -86,7 +86,7 @@ class LoraWeights:
     """
 
     base: Mapping[str, Readable]
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, Readable]
     _settings: Mapping[str, Any]
     _model: PeftModel
     _names: BaseNames

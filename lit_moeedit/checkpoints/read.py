@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from lit_moeedit.checkpoint_fields import CheckpointError, field
-from lit_moeedit.checkpoints.tensors import StoredTensor, as_they_are, shapes_in, tensors_in
+from lit_moeedit.checkpoints.distributed_folder import (
+    FIELDS,
+    METADATA,
+    check_distributed,
+    is_distributed,
+    read_distributed,
+)
+from lit_moeedit.checkpoints.tensors import Readable, StoredTensor, as_they_are, shapes_in, tensors_in
 from lit_moeedit.checkpoints.torch_file import Piece, TorchFile
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -41,14 +48,14 @@ class Checkpoint:
     """
 
     path: Path
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Readable]
     hyper_parameters: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     callbacks: Mapping[str, Any]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of one process (a file) or of DeepSpeed (a folder).
+    """Read a checkpoint of one process (a file), or of DeepSpeed or FSDP2 (a folder).
 
     Trainable weights that ZeRO shards are read from the float32 master weights, all others from the model weights.
 
@@ -59,6 +66,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: if there is nothing at ``path``.
         CheckpointError: if something is missing, damaged, not supported, or inconsistent with the rest.
     """
+    if is_distributed(path):
+        weights, contents = read_distributed(path)
+        return _checkpoint(path, weights, path / FIELDS, contents)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -91,10 +101,12 @@ def check_harmless(path: Path) -> None:
             # DeepSpeed would follow it to files that are not checked here, or that change later
             if inner.is_symlink():
                 raise CheckpointError(f"{inner} is a link; expected a checkpoint with all its files in it")
-            if inner.name == ".metadata":
-                raise CheckpointError(f"{inner} is a pickle, as FSDP's checkpoints have; expected one of DeepSpeed")
+            if inner.name.endswith(METADATA) and inner != path / METADATA:
+                raise CheckpointError(f"{inner} is a pickle; only the file {METADATA} of FSDP2's folder may be one")
             if inner.suffix == ".pt" and not inner.is_dir():
                 TorchFile(inner).check_plain()
+    if is_distributed(path):
+        check_distributed(path)
     for name in ("latest", "latest_universal"):
         _named_in(path, name)
 
@@ -117,7 +129,7 @@ def check_undamaged(path: Path, rank: int = 0) -> None:
             TorchFile(file).verify_all()
 
 
-def check_counts(path: Path | str, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+def check_counts(path: Path | str, config: Mapping[str, Any], tensors: Mapping[str, Readable]) -> None:
     """Refuse a model's config with many more layers or experts than its checkpoint, before a model is made of it.
 
     Args:
@@ -147,7 +159,7 @@ def _raised(error: OSError) -> None:
     raise error
 
 
-def _checkpoint(path: Path, tensors: Mapping[str, StoredTensor], file: Path, contents: Mapping[str, Any]) -> Checkpoint:
+def _checkpoint(path: Path, tensors: Mapping[str, Readable], file: Path, contents: Mapping[str, Any]) -> Checkpoint:
     """Put together a checkpoint of its tensors and, from one of its files, the fields that describe the model."""
     names = ("hyper_parameters", "tokenizer", "callbacks")
     return Checkpoint(path, tensors, *(field(file, contents, name, dict, optional=True) or {} for name in names))

@@ -31,6 +31,11 @@ class Readable(ABC):
     shape: torch.Size
     dtype: torch.dtype
 
+    @property
+    def is_repeated(self) -> bool:
+        """Tell whether elements occur several times in the tensor, but once in the file."""
+        return False
+
     @abstractmethod
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the whole tensor, in its own or another dtype."""
@@ -66,8 +71,8 @@ class StoredTensor(Readable):
     pieces: Sequence[Piece]
 
     @property
+    @override
     def is_repeated(self) -> bool:
-        """Tell whether elements occur several times in the tensor, but once in the file."""
         return any(piece.tensor.nbytes > piece.tensor.untyped_storage().nbytes() for piece in self.pieces)
 
     @override

@@ -10,7 +10,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.checkpoints.read import Checkpoint
-from lit_moeedit.checkpoints.tensors import StoredTensor
+from lit_moeedit.checkpoints.tensors import Readable
 from lit_moeedit.text import first_few
 
 
@@ -30,7 +30,7 @@ def find_weights(
     known: Collection[str],
     prefix: str | None,
     optional: Collection[str] = (),
-) -> dict[str, StoredTensor]:
+) -> dict[str, Readable]:
     """Find weights in a checkpoint.
 
     Args:

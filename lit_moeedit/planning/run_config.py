@@ -228,7 +228,7 @@ def _sharding(trainer: Namespace, strategy: Any, ranks: int | None, itemsize: in
     if strategy is None or type(strategy) in (DDPStrategy, SingleDeviceStrategy):
         return Sharding(ranks, None, itemsize, on_cpu=on_cpu)
     if not isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(f"{type(strategy).__name__} cannot be planned, because nothing can be edited under it")
+        raise ValueError(f"{type(strategy).__name__} cannot be planned: a plan knows one process, DDP and DeepSpeed")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     settings: Any = strategy.config

@@ -357,7 +357,7 @@ ELSEWHERE = {"preservation": "nowhere.txt"}
     [
         ({"model": PRETRAINED}, [], "asks no server"),
         ({"edit": None}, [], "0 callbacks with an editor"),
-        ({"trainer": {"strategy": "fsdp", "devices": 2}}, [], "nothing can be edited under it"),
+        ({"trainer": {"strategy": "fsdp", "devices": 2}}, [], "a plan knows one process, DDP and DeepSpeed"),
         ({"trainer": {"strategy": "warp"}}, [], "no strategy 'warp'"),
         ({"trainer": {"devices": "auto", "strategy": "auto"}}, [], "give --ranks"),
         ({"trainer": {"typo": 1}}, [], "is not a config of fit"),

@@ -37,7 +37,13 @@ from lit_moeedit.optimizers import (
 from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.backends import refuse_parallelism
 from lit_moeedit.sharding.clipping import clip_gradient_norm, clip_gradient_values, has_several_meshes
-from lit_moeedit.sharding.loading import constructed_whole, fresh_model, pretrained_model, shard_fully
+from lit_moeedit.sharding.loading import (
+    constructed_whole,
+    expert_parallel_model,
+    fresh_model,
+    pretrained_model,
+    shard_fully,
+)
 from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
@@ -77,6 +83,9 @@ class LitMoE(L.LightningModule):
             trained; its own weights are frozen. Needs the extra ``peft``.
         adapter_only_checkpoints: whether checkpoints hold only the weights that are trained. The others come from
             ``pretrained`` again. Under DeepSpeed this sets ``exclude_frozen_parameters`` of the strategy.
+        expert_parallel_size: number of ranks that share the experts of a layer, each with whole experts, by
+            transformers' expert parallelism. Needs ``pretrained``, and ``ModelParallelStrategy``, whose FSDP2 shards
+            the rest; not with ``adapter``.
 
     Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[batch, length]``; positions
     with label -100 are ignored. The losses are those of the batches of all ranks together, so that training does not
@@ -114,6 +123,7 @@ class LitMoE(L.LightningModule):
         label_smoothing: float = 0.0,
         adapter: Any = None,
         adapter_only_checkpoints: bool = False,
+        expert_parallel_size: int = 1,
     ) -> None:
         super().__init__()
         if (pretrained is None) == (config is None):
@@ -137,6 +147,11 @@ class LitMoE(L.LightningModule):
             raise ValueError(
                 "adapter_only_checkpoints needs 'adapter', and 'pretrained', from which the other weights come again"
             )
+        if expert_parallel_size < 1 or (expert_parallel_size > 1 and (pretrained is None or adapter is not None)):
+            raise ValueError(
+                "expert_parallel_size must be at least 1, and above 1 it needs 'pretrained', from which each rank "
+                f"reads its experts, and no 'adapter'; got {expert_parallel_size}"
+            )
         adapter = None if adapter is None else lora_settings(adapter)
         self.save_hyperparameters()
         # a config's class path would have to be imported when a checkpoint is read
@@ -158,6 +173,9 @@ class LitMoE(L.LightningModule):
         is_own = not is_overridden("configure_model", self, LitMoE)
         if is_own:
             _refuse_strategy(strategy)
+        if self.hparams["expert_parallel_size"] > 1 and strategy is not None:
+            self._read_own_experts(strategy)
+            return
         if self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
@@ -169,6 +187,16 @@ class LitMoE(L.LightningModule):
             assert self.device_mesh is not None  # the strategy has made it
             shard_fully(find_model(self), self.device_mesh["data_parallel"])
             self._is_sharded = True
+
+    def _read_own_experts(self, strategy: Strategy) -> None:
+        size, ranks = self.hparams["expert_parallel_size"], self.trainer.world_size
+        if ranks % size or not isinstance(strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"LitMoE: expert_parallel_size={size} needs ModelParallelStrategy on a multiple of {size} ranks, got "
+                f"{type(strategy).__name__} on {ranks}"
+            )
+        dtype = getattr(torch, self.hparams["dtype"])
+        self.model = expert_parallel_model(self.hparams["pretrained"], dtype, ranks, size).train()
 
     def _add_adapter(self, strategy: Strategy | None) -> None:
         with constructed_whole(strategy):

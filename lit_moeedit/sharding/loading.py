@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
@@ -97,12 +98,37 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
     return model
 
 
+def expert_parallel_model(path: str, dtype: torch.dtype, ranks: int, size: int) -> PreTrainedModel:
+    """Load a checkpoint (safetensors only) so that ranks share its experts, and FSDP2 shards the rest.
+
+    Each rank reads only what it holds.
+
+    Args:
+        path: a local path or hub id.
+        dtype: dtype of the weights.
+        ranks: number of all ranks; all of them call this.
+        size: number of ranks that share the experts of a layer; it divides ``ranks`` and the number of experts.
+
+    Raises:
+        OSError: if there is no such checkpoint, or no safetensors in it.
+        ValueError: if its config or its files cannot be used, or its weights are not those of the model; or if the
+            experts cannot be shared by so many ranks.
+        RankError: if another rank has failed.
+    """
+    everyone = Ranks.current()
+    with everyone.together():
+        # this may fail on some ranks only, so it comes before the first collective operation
+        pretrained_config(path)
+    with everyone.together():
+        return _load(path, dtype, distributed_config=DistributedConfig(ep_size=size, fsdp_size=ranks))
+
+
 def _shards(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
     return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
 
 
-def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+def _load(path: str, dtype: torch.dtype, **further: Any) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **further}
     check_path(path)
     with as_value_error(f"no model can be made of {path}"):
         try:

@@ -11,10 +11,9 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 from typing_extensions import override
 
 from lit_moeedit.callbacks import EditListener, KnowledgeEditing, RoutingMonitor
@@ -24,19 +23,6 @@ from tests.callbacks.conftest import CONFIG, _data, _editor, _trainer
 from tests.callbacks.test_fsdp2_runs import distance, full, same
 from tests.processes import run_ranks, start_ranks
 from tests.sharding.test_fsdp2 import added
-
-
-class Parallel(LitMoE):
-    """Reads a rank's share of a checkpoint, as users do."""
-
-    @override
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                self.hparams["pretrained"],
-                distributed_config=DistributedConfig(ep_size=2, fsdp_size=2),
-                dtype=torch.float32,
-            ).train()
 
 
 def saved(folder: Path) -> str:
@@ -72,17 +58,20 @@ def down_projections(module: Any) -> list[Tensor]:
     return [full(layer.mlp.experts.down_proj) for layer in module.model.model.layers]
 
 
-def fit(path: str, folder: str, callbacks: Any = (), lr: float = 0.0, **changes: Any) -> Any:
+def fit(
+    path: str, folder: str, callbacks: Any = (), lr: float = 0.0, checkpoint: str | None = None, **changes: Any
+) -> Any:
     """Train for four steps, in one process or on all ranks."""
     torch.use_deterministic_algorithms(True)
     L.seed_everything(0, verbose=False)
     # Lightning forgets the environment after the first run
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    module = (Parallel if size > 1 else LitMoE)(pretrained=path, learning_rate=lr, weight_decay=0.0, warmup=0.0)
+    module = LitMoE(pretrained=path, learning_rate=lr, weight_decay=0.0, warmup=0.0, expert_parallel_size=size)
     strategy: Any = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1) if size > 1 else "auto"
     settings = {"max_steps": 4, "max_epochs": -1, "limit_val_batches": 0, "logger": False, **changes}
     trainer = _trainer(folder, callbacks, strategy=strategy, devices=size, **settings)
-    trainer.fit(module, _data(batch_size=8 // size, samples_per_epoch=32))
+    data = _data(batch_size=8 // size, samples_per_epoch=16)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     return module
 
 
@@ -166,8 +155,23 @@ def clipped(path: str, folder: str) -> dict[str, Tensor]:
     return weights(fit(path, folder, lr=1e-3, gradient_clip_val=0.1))
 
 
+def resumed(path: str, folder: str) -> dict[str, Any]:
+    """A run with an edit, and one that goes on from its checkpoint after the edit."""
+    epochs: dict[str, Any] = {"max_steps": -1, "max_epochs": 3}
+    kept = ModelCheckpoint(Path(folder) / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = fit(path, folder, [editing(), kept], lr=1e-3, **epochs)
+    again = editing()
+    rest = fit(path, folder, [again], lr=1e-3, **epochs, checkpoint=f"{folder}/kept/epoch=1.ckpt")
+    return {"same": same(weights(whole), weights(rest)), "calls": len(again.editor.calls)}
+
+
 def others(path: str, folder: str) -> dict[str, Any]:
-    return {"undone": undone(path, folder), "clipped": clipped(path, folder), "failed": failed(path, folder)}
+    return {
+        "undone": undone(path, folder),
+        "clipped": clipped(path, folder),
+        "resumed": resumed(path, folder),
+        "failed": failed(path, folder),
+    }
 
 
 def test_a_run_edits_as_one_process(tmp_path: Path) -> None:
@@ -185,13 +189,14 @@ def test_a_run_edits_as_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_undone_edit_leaves_nothing_and_gradients_are_clipped(tmp_path: Path) -> None:
+def test_what_is_undone_clipped_and_resumed_is_that_of_other_runs(tmp_path: Path) -> None:
     path = saved(tmp_path / "model")
     found, alone = run_ranks(others, 2, path, str(tmp_path), group=False), clipped(path, str(tmp_path))
     for number, own in enumerate(found):
         assert own["undone"] == {"kept": False, "same": True, "restored": True}
         # the norm is summed in another order
         assert distance(own["clipped"], alone) < 1e-5
+        assert own["resumed"] == {"same": True, "calls": 0}
         assert own["failed"] == ("RankError", "Failure")[number]
 
 

@@ -18,13 +18,13 @@ def whole_model(**config: Any) -> PreTrainedModel:
     return _build("qwen3_moe", **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **config})
 
 
-def parallel_model(folder: str, sizes: dict[str, int] = SIZES, **config: Any) -> PreTrainedModel:
+def parallel_model(
+    folder: str, sizes: dict[str, int] = SIZES, dtype: torch.dtype = torch.float32, **config: Any
+) -> PreTrainedModel:
     """A model whose experts the ranks share; all ranks call this."""
     if dist.get_rank() == 0:
         whole_model(**config).save_pretrained(folder)
     dist.barrier()
     distributed = DistributedConfig(**sizes)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, distributed_config=distributed, dtype=torch.float32
-    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, distributed_config=distributed, dtype=dtype)
     return model

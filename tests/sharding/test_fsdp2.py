@@ -51,6 +51,7 @@ CASES = {
     "rows": Case(layout="rows", experts=5),
     "columns": Case(layout="columns", experts=5, editor={"solver": Tucker()}),
     "replicas": Case(layout="replicas"),
+    "replicated shards": Case(layout="replicated shards", experts=5),
     "descent": Case(editor={"solver": BlockCoordinateDescent(passes=2, seed=0)}),
     "Tucker": Case(editor={"solver": Tucker()}),
 }
@@ -98,7 +99,7 @@ SOME = ["uneven", "an empty shard", "policy", "loaded by transformers"]
 
 @pytest.mark.parametrize(
     "names",
-    [SOME, pytest.param([name for name in CASES if name not in SOME], marks=pytest.mark.slow)],
+    [SOME, pytest.param([name for name in CASES if name not in (*SOME, "replicated shards")], marks=pytest.mark.slow)],
     ids=["some", "others"],
 )
 def test_an_edit_is_that_of_one_process_and_stays(names: list[str]) -> None:
@@ -116,6 +117,14 @@ def test_an_edit_is_that_of_one_process_and_stays(names: list[str]) -> None:
                 # float32 in batches of other sizes; Tucker's deltas are larger
                 torch.testing.assert_close(after, weight, rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
             assert found[0][name]["scores"] == pytest.approx(scores, rel=1e-4, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_four_ranks_some_with_empty_shards_or_as_replicas() -> None:
+    for rank in run_ranks(all_edited, 4, ["uneven", "an empty shard", "replicated shards"]):
+        for name, result in rank.items():
+            for after, expected, kept in zip(result["after"], result["expected"], result["kept"], strict=True):
+                assert torch.equal(after, expected) and torch.equal(kept, after), name
 
 
 # -- shards of every form ---------------------------------------------------------------------------------------------

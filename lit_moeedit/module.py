@@ -36,7 +36,7 @@ from lit_moeedit.optimizers import (
 )
 from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.backends import refuse_parallelism
-from lit_moeedit.sharding.clipping import clip_gradient_norm, clip_gradient_values, has_several_meshes
+from lit_moeedit.sharding.clipping import clip_over_meshes
 from lit_moeedit.sharding.loading import (
     constructed_whole,
     expert_parallel_model,
@@ -173,8 +173,9 @@ class LitMoE(L.LightningModule):
         is_own = not is_overridden("configure_model", self, LitMoE)
         if is_own:
             _refuse_strategy(strategy)
-        if self.hparams["expert_parallel_size"] > 1 and strategy is not None:
-            self._read_own_experts(strategy)
+        size: int = self.hparams["expert_parallel_size"]
+        if size > 1 and strategy is not None:
+            self.model = expert_parallel_model(self.hparams["pretrained"], dtype, strategy, size).train()
             return
         if self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
@@ -187,16 +188,6 @@ class LitMoE(L.LightningModule):
             assert self.device_mesh is not None  # the strategy has made it
             shard_fully(find_model(self), self.device_mesh["data_parallel"])
             self._is_sharded = True
-
-    def _read_own_experts(self, strategy: Strategy) -> None:
-        size, ranks = self.hparams["expert_parallel_size"], self.trainer.world_size
-        if ranks % size or not isinstance(strategy, ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"LitMoE: expert_parallel_size={size} needs ModelParallelStrategy on a multiple of {size} ranks, got "
-                f"{type(strategy).__name__} on {ranks}"
-            )
-        dtype = getattr(torch, self.hparams["dtype"])
-        self.model = expert_parallel_model(self.hparams["pretrained"], dtype, ranks, size).train()
 
     def _add_adapter(self, strategy: Strategy | None) -> None:
         with constructed_whole(strategy):
@@ -414,13 +405,8 @@ class LitMoE(L.LightningModule):
             gradient_clip_val: largest norm of all gradients together, or largest absolute value of an element.
             gradient_clip_algorithm: ``"norm"`` (the default) or ``"value"``.
         """
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if not gradient_clip_val or not has_several_meshes(parameters):
+        if not clip_over_meshes(optimizer, gradient_clip_val, gradient_clip_algorithm):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm == "value":
-            clip_gradient_values(parameters, gradient_clip_val)
-        else:
-            clip_gradient_norm(parameters, gradient_clip_val)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

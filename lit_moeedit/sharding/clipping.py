@@ -12,9 +12,27 @@ from lit_moeedit.sharding.fingerprint import Part
 from lit_moeedit.sharding.ranks import Ranks
 
 
-def has_several_meshes(parameters: Iterable[nn.Parameter]) -> bool:
-    """Tell if parameters are sharded over more than one device mesh, as under expert parallelism with FSDP2."""
-    return len({parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}) > 1
+def clip_over_meshes(optimizer: torch.optim.Optimizer, limit: float | None, algorithm: str | None = None) -> bool:
+    """Clip the gradients of an optimizer, if its parameters are sharded over more than one device mesh.
+
+    Args:
+        optimizer: the optimizer.
+        limit: largest norm of all gradients together, or largest absolute value of an element; ``None`` or 0 for none.
+        algorithm: ``"value"``, or anything else for the norm.
+
+    Returns:
+        whether that was so; otherwise nothing was done.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # the same on all ranks, unlike which of them have gradients
+    meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
+    if not limit or len(meshes) < 2:
+        return False
+    if algorithm == "value":
+        clip_gradient_values(parameters, limit)
+    else:
+        clip_gradient_norm(parameters, limit)
+    return True
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
@@ -206,3 +207,16 @@ def test_a_rank_that_fails_in_the_exchange_of_tokens_ends_the_other(tmp_path: Pa
     assert time.time() - float((tmp_path / "failed").read_text()) < 20
     assert all(outcome.exitcode for outcome in outcomes)
     assert "injected" in (outcomes[1].error or "")
+
+
+def test_experts_are_shared_under_one_strategy_only(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model")
+    with pytest.raises(ValueError, match="needs ModelParallelStrategy on a multiple of 2 ranks, got SingleDevice"):
+        _trainer(tmp_path, [], logger=False).fit(LitMoE(pretrained=path, expert_parallel_size=2), _data())
+    module = LitMoE(pretrained=path, expert_parallel_size=2)
+    module.configure_model()  # without a Trainer the model is whole
+    assert module.model is not None
+
+
+def test_lightning_does_not_warn_of_the_clipping_under_deepspeed() -> None:
+    assert not is_overridden("configure_gradient_clipping", LitMoE(config=CONFIG), L.LightningModule)

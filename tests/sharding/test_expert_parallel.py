@@ -88,8 +88,8 @@ def seen(folder: str) -> dict[str, Any]:
     return own
 
 
-def test_the_routing_and_the_keys_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    found = run_ranks(seen, 2, str(tmp_path))
+def test_the_routing_and_the_keys_are_those_of_the_whole_model(both: Any) -> None:
+    found = [rank["seen"] for rank in both]
     model = whole_model()
     trace = trace_routing(model, tokenizer(), TEXTS)
     shared = loads(whole_model(**HEADS), texts_of(0), gradients=False)
@@ -125,13 +125,29 @@ def all_edited(folder: str, names: list[str]) -> dict[str, Any]:
     return {name: edited(folder, name, begun=number % 2 == 0) for number, name in enumerate(names)}
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["Woodbury", "descent", "Tucker"], pytest.param(["gated", "bfloat16"], marks=pytest.mark.slow)],
-    ids=["solvers", "others"],
-)
-def test_an_edit_is_that_of_one_process_and_stays(names: list[str], tmp_path: Path) -> None:
-    found = run_ranks(all_edited, 2, str(tmp_path), names)
+SOME = ["Woodbury", "descent", "Tucker"]
+
+
+def seen_and_edited(folder: str) -> dict[str, Any]:
+    return {"seen": seen(folder), "edited": all_edited(folder, SOME)}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(seen_and_edited, 2, str(tmp_path_factory.mktemp("both")))
+
+
+def test_an_edit_is_that_of_one_process_and_stays(both: Any) -> None:
+    check_edited([rank["edited"] for rank in both], SOME)
+
+
+@pytest.mark.slow
+def test_other_edits_are_those_of_one_process_and_stay(tmp_path: Path) -> None:
+    names = ["gated", "bfloat16"]
+    check_edited(run_ranks(all_edited, 2, str(tmp_path), names), names)
+
+
+def check_edited(found: list[Any], names: list[str]) -> None:
     for name in names:
         model = whole_model()
         editor(**EDITORS[name]).edit(model, tokenizer(), FACTS, TEXTS)

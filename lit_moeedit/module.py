@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -35,7 +36,14 @@ from lit_moeedit.optimizers import (
 )
 from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.backends import refuse_parallelism
-from lit_moeedit.sharding.loading import constructed_whole, fresh_model, pretrained_model, shard_fully
+from lit_moeedit.sharding.clipping import clip_over_meshes
+from lit_moeedit.sharding.loading import (
+    constructed_whole,
+    expert_parallel_model,
+    fresh_model,
+    pretrained_model,
+    shard_fully,
+)
 from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
@@ -75,6 +83,9 @@ class LitMoE(L.LightningModule):
             trained; its own weights are frozen. Needs the extra ``peft``.
         adapter_only_checkpoints: whether checkpoints hold only the weights that are trained. The others come from
             ``pretrained`` again. Under DeepSpeed this sets ``exclude_frozen_parameters`` of the strategy.
+        expert_parallel_size: number of ranks that share the experts of a layer, each with whole experts, by
+            transformers' expert parallelism. Needs ``pretrained``, and ``ModelParallelStrategy``, whose FSDP2 shards
+            the rest; not with ``adapter``.
 
     Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[batch, length]``; positions
     with label -100 are ignored. The losses are those of the batches of all ranks together, so that training does not
@@ -112,6 +123,7 @@ class LitMoE(L.LightningModule):
         label_smoothing: float = 0.0,
         adapter: Any = None,
         adapter_only_checkpoints: bool = False,
+        expert_parallel_size: int = 1,
     ) -> None:
         super().__init__()
         if (pretrained is None) == (config is None):
@@ -135,6 +147,11 @@ class LitMoE(L.LightningModule):
             raise ValueError(
                 "adapter_only_checkpoints needs 'adapter', and 'pretrained', from which the other weights come again"
             )
+        if expert_parallel_size < 1 or (expert_parallel_size > 1 and (pretrained is None or adapter is not None)):
+            raise ValueError(
+                "expert_parallel_size must be at least 1, and above 1 it needs 'pretrained', from which each rank "
+                f"reads its experts, and no 'adapter'; got {expert_parallel_size}"
+            )
         adapter = None if adapter is None else lora_settings(adapter)
         self.save_hyperparameters()
         # a config's class path would have to be imported when a checkpoint is read
@@ -156,6 +173,10 @@ class LitMoE(L.LightningModule):
         is_own = not is_overridden("configure_model", self, LitMoE)
         if is_own:
             _refuse_strategy(strategy)
+        size: int = self.hparams["expert_parallel_size"]
+        if size > 1 and strategy is not None:
+            self.model = expert_parallel_model(self.hparams["pretrained"], dtype, strategy, size).train()
+            return
         if self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
@@ -371,6 +392,23 @@ class LitMoE(L.LightningModule):
         return self.perplexity
 
     @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients, also under expert parallelism, where torch and Lightning cannot.
+
+        Args:
+            optimizer: the optimizer.
+            gradient_clip_val: largest norm of all gradients together, or largest absolute value of an element.
+            gradient_clip_algorithm: ``"norm"`` (the default) or ``"value"``.
+        """
+        if not clip_over_meshes(optimizer, gradient_clip_val, gradient_clip_algorithm):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = decay_groups(parameters, self.hparams["weight_decay"])
@@ -388,6 +426,12 @@ class LitMoE(L.LightningModule):
         factor = cosine_with_warmup(self.trainer.estimated_stepping_batches, warmup, final, end)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+# Lightning must not take it for an override that the user made, of which it warns under DeepSpeed
+functools.update_wrapper(
+    LitMoE.configure_gradient_clipping, L.LightningModule.configure_gradient_clipping, assigned=(), updated=()
+)
 
 
 def _refuse_strategy(strategy: Strategy | None, module: LitMoE | None = None) -> None:

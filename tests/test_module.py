@@ -62,6 +62,8 @@ def _fit(module, tmp_path, epochs=1, batches=4, tokenizer=None, **changes):
         ({"config": CONFIG, "dtype": "nn"}, "dtype must name a torch dtype"),
         ({"config": CONFIG, "warmup": 1.0}, r"warmup is a share of all steps, in \[0, 1\), got 1.0"),
         ({"config": CONFIG, "label_smoothing": -0.1}, "label_smoothing must be"),
+        ({"config": CONFIG, "expert_parallel_size": 2}, r"above 1 it needs 'pretrained'.*; got 2"),
+        ({"pretrained": "somewhere", "expert_parallel_size": 0}, r"must be at least 1.*; got 0"),
     ],
 )
 def test_bad_arguments(arguments, message):

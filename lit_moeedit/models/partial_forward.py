@@ -100,7 +100,8 @@ def _remove(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any]) -> N
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the forward of a module inside the context."""
     # an attribute of the instance hides the class's method; deleting it brings the method back
     own = module.__dict__
     with held(Undo()) as undo:
@@ -155,7 +156,7 @@ def skipped(layers: Sequence[nn.Module], like: Callable[[], LayerOutput | None] 
     with held(Undo()) as undo:
         undo.enter_context(skipping(layers))
         for layer in layers:
-            undo.enter_context(_forward_replaced(layer, pass_through))
+            undo.enter_context(forward_replaced(layer, pass_through))
         yield
 
 
@@ -164,7 +165,7 @@ def output_replaced(layer: nn.Module, output: Callable[[], LayerOutput]) -> Iter
     """Replace the output of a decoder layer by ``output()`` inside the context, without computing the layer."""
     with held(Undo()) as undo:
         undo.enter_context(skipping([layer]))
-        undo.enter_context(_forward_replaced(layer, lambda *args, **kwargs: output().returned()))
+        undo.enter_context(forward_replaced(layer, lambda *args, **kwargs: output().returned()))
         yield
 
 
@@ -198,7 +199,7 @@ def experts_run_at(layers: Sequence[ExpertLayer], chosen: Tensor, count: int) ->
                 output = forward(hidden[chosen], *(part[chosen] for part in routing), **kwargs)
                 return output.new_zeros(hidden.shape).index_copy(0, chosen, output)
 
-            undo.enter_context(_forward_replaced(layer.experts, run))
+            undo.enter_context(forward_replaced(layer.experts, run))
         yield
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
@@ -97,12 +98,42 @@ def pretrained_model(path: str, dtype: torch.dtype, strategy: Strategy | None = 
     return model
 
 
+def expert_parallel_model(path: str, dtype: torch.dtype, strategy: Strategy, size: int) -> PreTrainedModel:
+    """Load a checkpoint (safetensors only) so that ranks share its experts, and FSDP2 shards the rest.
+
+    Each rank reads only what it holds.
+
+    Args:
+        path: a local path or hub id.
+        dtype: dtype of the weights.
+        strategy: the Trainer's strategy, whose ranks all call this: a ``ModelParallelStrategy``.
+        size: number of ranks that share the experts of a layer; it divides ``ranks`` and the number of experts.
+
+    Raises:
+        OSError: if there is no such checkpoint, or no safetensors in it.
+        ValueError: if its config or its files cannot be used, or its weights are not those of the model; or if there
+            is another strategy, or the experts cannot be shared by so many ranks.
+        RankError: if another rank has failed.
+    """
+    if not isinstance(strategy, ModelParallelStrategy) or strategy.world_size % size:
+        raise ValueError(
+            f"expert_parallel_size={size} needs ModelParallelStrategy on a multiple of {size} ranks, got "
+            f"{type(strategy).__name__} on {getattr(strategy, 'world_size', 1)}"
+        )
+    everyone = Ranks.current()
+    with everyone.together():
+        # this may fail on some ranks only, so it comes before the first collective operation
+        pretrained_config(path)
+    with everyone.together():
+        return _load(path, dtype, distributed_config=DistributedConfig(ep_size=size, fsdp_size=strategy.world_size))
+
+
 def _shards(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
     return isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3
 
 
-def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+def _load(path: str, dtype: torch.dtype, **further: Any) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **further}
     check_path(path)
     with as_value_error(f"no model can be made of {path}"):
         try:

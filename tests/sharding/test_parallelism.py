@@ -35,7 +35,7 @@ from lit_moeedit.sharding.transaction import Transaction
 from lit_moeedit.solvers import ExpertDeltas
 from tests.processes import run_ranks
 
-SUPPORTED = "supported are one process, DDP, DeepSpeed ZeRO stages 0 to 3, and FSDP2 of the whole model"
+SUPPORTED = "supported are one process, DDP, DeepSpeed ZeRO stages 0 to 3, FSDP2 of the whole model, and expert "
 
 # -- marks and strategies ---------------------------------------------------------------------------------------------
 
@@ -71,7 +71,6 @@ def of_deepspeed() -> dict[Parallelism, nn.Module]:
 @pytest.mark.parametrize(
     ("module", "kind"),
     [
-        (marked("_is_expert_parallel"), Parallelism.EXPERT),
         (marked("_hf_hook", object()), Parallelism.DEVICE_MAP),
         (marked("_pp_stage", object()), Parallelism.PIPELINE),
         (marked("_tp_size", 2), Parallelism.TENSOR),
@@ -152,15 +151,16 @@ def test_a_strategy_that_nobody_knows_is_refused() -> None:
 
 
 def test_a_backend_can_handle_a_kind() -> None:
-    class Experts(Backend):
-        handles = frozenset({Parallelism.EXPERT})
+    class Hooked(Backend):
+        handles = frozenset({Parallelism.DEVICE_MAP})
 
-    with extra_backend(Experts()):
-        refuse_parallelism(marked("_is_expert_parallel"))
-        with pytest.raises(UnsupportedShardingError, match="FullyShardedDataParallel"):
-            refuse_parallelism(marked("_is_expert_parallel"), FSDPStrategy())
+    module = marked("_hf_hook", object())
+    with extra_backend(Hooked()):
+        refuse_parallelism(module)
+        with pytest.raises(UnsupportedShardingError, match=r"FullyShardedDataParallel.*use ModelParallelStrategy"):
+            refuse_parallelism(module, FSDPStrategy())
     with pytest.raises(UnsupportedShardingError):
-        refuse_parallelism(marked("_is_expert_parallel"))
+        refuse_parallelism(module)
 
 
 # -- everything that runs or reads a model ----------------------------------------------------------------------------
@@ -278,8 +278,8 @@ def commit_on_gathered() -> list[str]:
     return said
 
 
-def expert_parallel(folder: str) -> dict[str, list[str]]:
-    """transformers' expert parallelism: with FSDP2 (all-to-all), and with the ranks of an expert group on one batch."""
+def of_transformers(folder: str) -> dict[str, list[str]]:
+    """Tensor parallelism of transformers, alone and with expert parallelism on the same ranks."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -288,7 +288,7 @@ def expert_parallel(folder: str) -> dict[str, list[str]]:
         model.save_pretrained(folder)
     dist.barrier()
     found = {}
-    for sizes in ({"ep_size": 2, "fsdp_size": 2}, {"ep_size": 2, "tp_size": 2}, {"tp_size": 2}):
+    for sizes in ({"ep_size": 2, "tp_size": 2}, {"tp_size": 2}):
         config = DistributedConfig(**sizes)
         model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float32)
         found[str(sizes)] = refusals(model, [*uses(model, tokenizer, facts), *watches(model)])
@@ -347,7 +347,7 @@ def real(folder: str) -> dict[str, Any]:
     return {
         "fsdp2": fsdp2(),
         "commit": commit_on_gathered(),
-        "experts": expert_parallel(f"{folder}/model"),
+        "transformers": of_transformers(f"{folder}/model"),
         "tensor": tensor_parallel(),
         "runs": runs(folder),
     }
@@ -373,17 +373,17 @@ def test_a_gathered_parameter_of_fsdp2_is_not_written(found: Any) -> None:
 
 
 def test_parallelism_of_transformers_is_refused_before_any_forward(found: Any) -> None:
-    kinds = {
-        str({"ep_size": 2, "fsdp_size": 2}): ["expert parallelism of transformers"],
-        str({"ep_size": 2, "tp_size": 2}): ["expert parallelism of transformers", "tensor parallelism"],
-        str({"tp_size": 2}): ["tensor parallelism"],
-    }
     for rank in found:
-        for sizes, expected in kinds.items():
-            *messages, routing, keys, streamed = rank["experts"][sizes]
-            assert all(kind in message for kind in expected for message in messages), sizes
+        for sizes in ({"ep_size": 2, "tp_size": 2}, {"tp_size": 2}):
+            *messages, routing, keys, streamed = rank["transformers"][str(sizes)]
+            assert all("tensor parallelism" in message for message in messages), sizes
+            assert all("leave tp_size at 1, and give fsdp_size, or ep_size" in message for message in messages), sizes
             # single layers are watched, which tensor parallelism of other layers does not concern
-            assert all("cannot be run, read or edited" in message for message in (routing, keys, streamed)), sizes
+            if "ep_size" in sizes:
+                assert routing == "nothing"  # its routing is whole
+                assert all("but not the keys of its experts" in message for message in (keys, streamed))
+            else:
+                assert all("cannot be run, read or edited" in message for message in (routing, keys, streamed))
 
 
 def test_tensor_parallelism_of_torch_is_refused_before_any_forward(found: Any) -> None:

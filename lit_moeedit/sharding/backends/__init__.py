@@ -12,15 +12,29 @@ from torch import Tensor, nn
 from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.sharding.backends.backend import Backend as Backend
 from lit_moeedit.sharding.backends.deepspeed import Zero
+from lit_moeedit.sharding.backends.expert_parallel import ExpertParallel
 from lit_moeedit.sharding.backends.fsdp2 import FSDP2, lacks_sharding
 from lit_moeedit.sharding.backends.unsharded import Unsharded
 from lit_moeedit.sharding.parallelism import Parallelism, find_parallelism
 from lit_moeedit.sharding.shards import Own, Shard, UnsupportedShardingError
 
-_BACKENDS: ContextVar[tuple[Backend, ...]] = ContextVar("backends", default=(Zero(), FSDP2(), Unsharded()))
+_BACKENDS: ContextVar[tuple[Backend, ...]] = ContextVar(
+    "backends", default=(Zero(), ExpertParallel(), FSDP2(), Unsharded())
+)
 
-SUPPORTED = "supported are one process, DDP, DeepSpeed ZeRO stages 0 to 3, and FSDP2 of the whole model"
+SUPPORTED = (
+    "supported are one process, DDP, DeepSpeed ZeRO stages 0 to 3, FSDP2 of the whole model, and expert parallelism of "
+    "transformers with it"
+)
 """The end of a message that refuses a kind of parallelism."""
+_INSTEAD = {
+    Parallelism.FSDP1: "use ModelParallelStrategy, which is FSDP2",
+    Parallelism.TENSOR: "leave tp_size at 1, and give fsdp_size, or ep_size and fsdp_size",
+    Parallelism.AUTO_EP: "use DistributedConfig(ep_size=…, fsdp_size=…) of transformers",
+    Parallelism.DEEPSPEED_EXPERT: "use DistributedConfig(ep_size=…, fsdp_size=…) of transformers",
+    Parallelism.DEEPSPEED_TENSOR: "use ZeRO stage 3, or FSDP2",
+}
+"""By kind of parallelism, what does the same for a run and can be edited."""
 
 
 def find_backend(model: nn.Module) -> Backend:
@@ -68,7 +82,8 @@ def refuse_parallelism(model: nn.Module | None = None, strategy: object = None) 
         found = {Parallelism.FSDP2: f"{kinds[Parallelism.FSDP2]}, but no module is sharded by fully_shard"}
     if found:
         what = "; ".join(f"{kind.value} ({where})" for kind, where in found.items())
-        raise UnsupportedShardingError(f"models under {what} cannot be run, read or edited; {SUPPORTED}")
+        instead = "".join(f"; {_INSTEAD[kind]}" for kind in found if kind in _INSTEAD)
+        raise UnsupportedShardingError(f"models under {what} cannot be run, read or edited{instead}; {SUPPORTED}")
     if model is not None:
         find_backend(model).check(model)
 

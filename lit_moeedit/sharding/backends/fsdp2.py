@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.sharding.backends.backend import Backend
+from lit_moeedit.sharding.backends.expert_shards import group_of_experts, is_of_experts, place_of_experts
 from lit_moeedit.sharding.backends.unsharded import is_moment, view
 from lit_moeedit.sharding.parallelism import Parallelism
 from lit_moeedit.sharding.shards import Own, Shard, UnsupportedShardingError, Window
@@ -116,7 +117,8 @@ class FSDP2(Backend):
             start, window = 0, Window(weight.shape, dim, first, first + local.shape[dim])
         states = (getattr(optimizer, "state", {}).get(weight, {}) for optimizer in optimizers)
         moments = [value for state in states for value in state.values() if is_moment(value, weight)]
-        group = weight.device_mesh.get_group(weight.device_mesh.ndim - 1)
+        of_last = weight.device_mesh.ndim - 1
+        group = group_of_experts(weight) if is_of_experts(weight) else weight.device_mesh.get_group(of_last)
         return Shard(
             weight.shape if window is None else local.shape,
             weight.dtype,
@@ -188,6 +190,8 @@ def _place(tensor: DTensor) -> tuple[int, int, bool]:
     Raises:
         UnsupportedShardingError: if it is sharded in another way, or not in memory as it is.
     """
+    if is_of_experts(tensor):
+        return place_of_experts(tensor)
     *replicas, sharded = tensor.placements
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     are_known = len(replicas) <= 1 and all(type(replica) is Replicate for replica in replicas)

@@ -1,0 +1,114 @@
+"""Expert parallelism: which rank has which experts of a layer, and the rows that ranks send to them and get back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lit_moeedit.sharding.shards import UnsupportedShardingError, whole_shape
+
+
+def is_expert_parallel(module: nn.Module) -> bool:
+    """Tell if a rank has only some of the experts of this module, and ranks exchange tokens in its forward."""
+    return getattr(module, "_is_expert_parallel", None) is True
+
+
+def refuse_shared_batch(layer: nn.Module) -> None:
+    """Refuse a layer under expert parallelism that ranks run on the same batch, whose tokens would count several times.
+
+    Raises:
+        UnsupportedShardingError: under tensor parallelism beside it (``tp_size``).
+    """
+    meshes: list[Any] = [weight.device_mesh for weight in layer.parameters() if isinstance(weight, DTensor)]
+    if any("tp" in (mesh.mesh_dim_names or ()) and mesh["tp"].size() > 1 for mesh in meshes):
+        raise UnsupportedShardingError(
+            "under expert parallelism with tensor parallelism the routing of a layer can be watched, but not the keys "
+            "of its experts; leave tp_size at 1, and give ep_size and fsdp_size"
+        )
+
+
+def own_experts(weight: Tensor) -> Tensor:
+    """Return this rank's experts of a parameter, without a copy; the parameter itself if this rank has all of them."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+@dataclass(frozen=True)
+class Owners:
+    """The ranks that share the experts of a layer: each has the same number of them, the first rank the first ones.
+
+    Attributes:
+        group: the ranks.
+        size: number of ranks.
+        count: number of experts of a rank.
+        first: this rank's first expert.
+    """
+
+    group: dist.ProcessGroup
+    size: int
+    count: int
+    first: int
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> Owners:
+        """Find the owners of the experts of a module that :func:`is_expert_parallel`."""
+        weight: Any = experts.down_proj
+        mesh = weight.device_mesh  # further dimensions come first, and are those of FSDP2
+        group: dist.ProcessGroup = mesh.get_group(mesh.ndim - 1)
+        count = whole_shape(weight)[0] // group.size()
+        return cls(group, group.size(), count, mesh.get_local_rank(mesh.ndim - 1) * count)
+
+    def begin(self, counts: Sequence[int], device: torch.device) -> Exchange:
+        """Tell the owners how many rows they get. All ranks call this together.
+
+        Args:
+            counts: number of this rank's rows of each expert, of all experts of the layer.
+            device: device of the rows.
+        """
+        sent = torch.tensor(counts, device=device).view(self.size, self.count)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        expert = torch.arange(self.count, device=device).repeat(self.size).repeat_interleave(received.flatten())
+        return Exchange(self, sent.sum(1).tolist(), received.sum(1).tolist(), expert)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Rows on their way to the owners of their experts, and back.
+
+    Attributes:
+        owners: the ranks.
+        sent: number of rows that each rank gets from this one.
+        received: number of rows that this rank gets from each.
+        expert: index of the expert among this rank's own, of each row that it gets, int64 ``[m]``.
+    """
+
+    owners: Owners
+    sent: list[int]
+    received: list[int]
+    expert: Tensor
+
+    def send(self, rows: Tensor) -> Tensor:
+        """Send rows to the owners.
+
+        Args:
+            rows: this rank's rows ``[n, …]``, sorted by expert.
+
+        Returns:
+            ``[m, …]``, the rows of this rank's experts: those of the first rank first.
+        """
+        return self._all_to_all(rows, self.sent, self.received)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Send results ``[m, …]``, in the order of :meth:`send`'s, back to the ranks that sent rows: ``[n, …]``."""
+        return self._all_to_all(rows, self.received, self.sent)
+
+    def _all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        found = rows.new_empty((sum(received), *rows.shape[1:]))
+        dist.all_to_all_single(found, rows.contiguous(), received, sent, group=self.owners.group)
+        return found

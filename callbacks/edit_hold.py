@@ -185,7 +185,7 @@ class EditHold(StateOfWeights, EditListener):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step.restore()
         if self.result is not None:
-            log.info("%sHold: %s", self.heading, self.result)
+            log.info("%s%s", self.heading, f"Hold: {self.result}")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -40,7 +40,7 @@ lit_moeedit.metrics: EditSuccess ExpertLoad RoutingDivergence RoutingSimilarity 
     routing_divergence routing_similarity
 lit_moeedit.planning: Cost CostCounter FakeFloatMode Workload empty_model simulate
 lit_moeedit.preservation: CovariancePenalty MomentsCache NullSpace OutputPenalty Preservation SecondMoments Shaping
-lit_moeedit.reports: ConsoleReport Cost FactRow Guard LossByPart Measured MissingAutopsy Model Moment Outcome
+lit_moeedit.reports: ConsoleReport Cost FactRow Guard Held LossByPart Measured MissingAutopsy Model Moment Outcome
     PartPutBack Place Replayed Report Retention Routing State SurvivalPoint Survivors Totals facts_table markdown
     outcome_of read_rows write_report write_rows
 lit_moeedit.solvers: BlockCoordinateDescent EditProblem ExpertDeltas LayerWeights PerExpertRidge Solver Tucker

@@ -45,8 +45,8 @@ class _Group:
 
     def __init__(self, module: nn.Module, weights: Sequence[nn.Parameter], sharding: Sharding) -> None:
         self.module, self.weights = module, weights
-        self.shard = sharding.itemsize * sum(shard_size(weight, sharding.ranks) for weight in weights)
-        self.size = sharding.ranks * self.shard
+        shards = sum(shard_size(weight, sharding.ranks) for weight in weights)
+        self.size = sharding.ranks * shards * sharding.itemsize
         self.coming: Tensor | None = None  # the result of an all_gather
         self.gathered: Tensor | None = None
         self.forwards: list[int] = []
@@ -84,7 +84,6 @@ class Passes(Backend):
         self._order: list[_Group] = []
         self._last: Tensor | None = None  # is freed when the next module has been gathered
         self._reducing: Tensor | None = None
-        self._gradients: list[Tensor] = []
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -181,10 +180,10 @@ class Passes(Backend):
         group.gathered, group.is_done = None, True
         self._reducing = None
         if self._reduces and any(weight.grad is not None for weight in group.weights):
+            # the results take the place of the gradients of the last step
             self._reducing = _bytes(group.size)
             for weight in group.weights:
                 weight.grad = None
-            self._gradients.append(_bytes(group.shard))
             self._send(self._sharding.part(group.size))
 
     def _end_backward(self) -> None:

@@ -69,11 +69,13 @@ def adam_size(model: ModelSize, sharding: Sharding) -> int:
 
 
 def buffers_size(model: ModelSize, sharding: Sharding) -> int:
-    """Return the bytes of the buffers for gradients that are kept between steps."""
+    """Return the bytes of gradients, and of buffers for them, that are kept between steps."""
     if sharding.stage == 3:
         # grad_partitions_flat_buffer, and the bucket in which gradients are averaged
         return weights_size(model, sharding) + sharding.bucket * sharding.itemsize
-    if sharding.stage is None and not sharding.fsdp2 and sharding.ranks > 1:
+    if sharding.fsdp2:
+        return weights_size(model, sharding)  # the gradients, which the next backward pass replaces
+    if sharding.stage is None and sharding.ranks > 1:
         return model.parameters * sharding.itemsize  # the buckets of DistributedDataParallel
     return 0
 
@@ -139,7 +141,7 @@ def training_cost(model: ModelSize, sharding: Sharding, passes: Cost) -> Cost:
     weights, owned = model.parameters * sharding.itemsize, _owned(model, sharding)
     gradients, sent = passes.peak - passes.held, passes.sent
     if sharding.fsdp2:
-        step = owned * sharding.itemsize  # the gradients
+        step = 0  # in place
     elif sharding.stage == 3:
         # a group's gradients are copied to one tensor, and that to float32
         group = group_size(model, sharding)

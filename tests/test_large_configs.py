@@ -19,8 +19,11 @@ from lit_moeedit.cli import run
 from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
 from lit_moeedit.models.experts import check_editable, expert_layers
 from lit_moeedit.models.keys import RoutedKeys, watch_keys
+from lit_moeedit.planning.run_config import read_run
+from lit_moeedit.planning.sharding import Sharding
 from lit_moeedit.sharding.loading import pretrained_model
 from tests.large_models import REAL, SMALL_QWEN
+from tests.parsed_config import parsed
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +59,22 @@ def test_it_parses(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert printed["trainer"]["accelerator"] == "gpu" and printed["trainer"]["devices"] == 8
     assert printed["trainer"]["strategy"]["init_args"]["stage"] == 3
     assert printed["model"]["init_args"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.usefixtures("own_process")
+def test_fsdp2_takes_the_place_of_zero_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = "qwen3_30b_a3b_zero3", "qwen3_30b_a3b_fsdp"
+    printed = parsed(capsys, *(f"recipe:{name}" for name in names))
+    strategy = printed["trainer"]["strategy"]
+    assert strategy["class_path"] == "lightning.pytorch.strategies.ModelParallelStrategy"
+    # nothing is left of DeepSpeed's settings
+    sizes = {"data_parallel_size": 16, "tensor_parallel_size": 1}
+    assert strategy["init_args"] | sizes == strategy["init_args"] and "stage" not in strategy["init_args"]
+    assert printed["model"]["init_args"]["dtype"] == "float32"
+    assert printed["edit"]["editor"]["init_args"]["layers"] == editor_settings(names[0])["layers"]
+    AutoConfig.for_model(**REAL[names[0]][0]).save_pretrained(tmp_path)
+    found = read_run([ROOT / "configs" / f"{name}.yaml" for name in names], model=tmp_path)
+    assert found.sharding == Sharding(16, None, 4, fsdp2=True) and found.dtype == torch.float32
 
 
 @every_config

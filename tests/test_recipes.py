@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 FIRST = [path for path in CONFIGS if path.stem != "lora"]
 """Those that others may follow; lora is an overlay of configs with 'pretrained'."""
-OVERLAYS = ("atlas_fsdp", "atlas_zero3", "lora", "wandb")
+OVERLAYS = ("atlas_fsdp", "atlas_zero3", "lora", "qwen3_30b_a3b_fsdp", "wandb")
 """Recipes that are given after another one, the demo for instance."""
 
 pytestmark = pytest.mark.usefixtures("own_process")

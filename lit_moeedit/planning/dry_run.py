@@ -28,8 +28,9 @@ from lit_moeedit.models.experts import ExpertLayer, find_model
 from lit_moeedit.models.token_budget import GPU_TOKENS, MAX_TOKENS, Budget, forward_cost, tokens_that_fit
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.fake_tensors import Cost, CostCounter, FakeFloatMode
+from lit_moeedit.planning.sharding import Sharding
 from lit_moeedit.planning.simulated_ranks import SimulatedRanks, simulated_shards
-from lit_moeedit.planning.simulated_zero import Sharding, sharded
+from lit_moeedit.planning.simulated_zero import sharded
 from lit_moeedit.planning.upkeep import HELD, REPLAYED, TRAINING, Upkeep
 from lit_moeedit.planning.zero_costs import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
 from lit_moeedit.preservation.second_moments import SecondMoments, second_moments, sums_fit

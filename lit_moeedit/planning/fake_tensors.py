@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -195,7 +196,8 @@ class CostCounter(TorchDispatchMode):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         # a conversion to the device that a tensor is on is no operation, so this is a copy to another device
         to_host = not self._on_cpu and func is aten._to_copy.default and result.dtype == args[0].dtype
-        for value in tree_leaves(result):
+        for leaf in tree_leaves(result):
+            value = leaf._local_tensor if isinstance(leaf, DTensor) else leaf
             if isinstance(value, Tensor) and value.device.type != "meta":
                 storage = value.untyped_storage()
                 self._note(storage, storage.nbytes(), to_host)

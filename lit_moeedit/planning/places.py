@@ -14,7 +14,7 @@ from lit_moeedit.models.experts import expert_layers, find_model
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning.dry_run import Budgets, Workload, simulate
 from lit_moeedit.planning.fake_tensors import Cost
-from lit_moeedit.planning.simulated_zero import Sharding
+from lit_moeedit.planning.sharding import Sharding
 from lit_moeedit.planning.upkeep import Upkeep
 
 

@@ -120,9 +120,9 @@ def _known(given: int | None, configured: int | None, option: str, what: str) ->
 def table(costs: Sequence[Cost], run: Run, parameters: int) -> Table:
     """Format costs as a table with a row for each phase."""
     sharding = run.sharding
-    how = "no DeepSpeed" if sharding.stage is None else f"ZeRO stage {sharding.stage}"
     dtype = str(run.dtype).removeprefix("torch.")
-    result = Table(title=f"{count(parameters)} parameters in {dtype}, {sharding.ranks} rank(s), {how}; per rank")
+    how = f"{sharding.ranks} rank(s), {sharding.name}"
+    result = Table(title=f"{count(parameters)} parameters in {dtype}, {how}; per rank")
     columns = {
         "peak": [size(cost.peak) for cost in costs],
         "held before": [size(cost.held) for cost in costs],

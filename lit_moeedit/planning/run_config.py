@@ -14,7 +14,13 @@ import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
 from transformers import PretrainedConfig
 from typing_extensions import override
 
@@ -25,7 +31,7 @@ from lit_moeedit.callbacks.schedule import Schedule
 from lit_moeedit.data.facts import read_facts
 from lit_moeedit.editing import Editor, FineTuning
 from lit_moeedit.module import LitMoE
-from lit_moeedit.planning.simulated_zero import Sharding
+from lit_moeedit.planning.sharding import Sharding
 from lit_moeedit.planning.upkeep import Upkeep
 from lit_moeedit.pretrained import build_config, pretrained_config
 from lit_moeedit.run_arguments import EDIT, RunArguments
@@ -240,8 +246,14 @@ def _sharding(trainer: Namespace, strategy: Any, ranks: int | None, itemsize: in
     on_cpu = trainer.accelerator == "cpu" or isinstance(strategy, DeepSpeedCPUStrategy)
     if strategy is None or type(strategy) in (DDPStrategy, SingleDeviceStrategy):
         return Sharding(ranks, None, itemsize, on_cpu=on_cpu)
+    if isinstance(strategy, ModelParallelStrategy):
+        _refuse_tensor_parallelism(strategy)
+        return Sharding(ranks, None, itemsize, on_cpu=on_cpu, fsdp2=True)
     if not isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(f"{type(strategy).__name__} cannot be planned: a plan knows one process, DDP and DeepSpeed")
+        raise ValueError(
+            f"{type(strategy).__name__} cannot be planned: a plan knows one process, DDP, DeepSpeed, and FSDP2 "
+            "(ModelParallelStrategy)"
+        )
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     settings: Any = strategy.config
@@ -257,6 +269,15 @@ def _sharding(trainer: Namespace, strategy: Any, ranks: int | None, itemsize: in
         overlap=bool(zero.overlap_comm),
         on_cpu=on_cpu,
     )
+
+
+def _refuse_tensor_parallelism(strategy: ModelParallelStrategy) -> None:
+    found = strategy._tensor_parallel_size
+    if found != 1:
+        raise ValueError(
+            f"ModelParallelStrategy with tensor_parallel_size {found!r} cannot be planned, nor a model edited under "
+            "it; set it to 1, and data_parallel_size to the number of processes"
+        )
 
 
 def _model_config(module: LitMoE, path: Path | None) -> PretrainedConfig:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lit_moeedit.planning.simulated_zero import Send, Sharding
+from lit_moeedit.planning.sharding import Send, Sharding
+from lit_moeedit.planning.simulated_fsdp2 import shard_size
 from lit_moeedit.sharding.backends import Backend, extra_backend
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import Copy, Shard
@@ -101,8 +102,8 @@ class _Simulated(Backend):
 def simulated_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: Send) -> Iterator[list[Tensor]]:
     """Have :func:`~lit_moeedit.sharding.backends.locate` find the first rank's shards of weights, within this block.
 
-    Stage 3 partitions every weight. Stages 1 and 2 partition all weights end to end, so that one rank can own a whole
-    layer: here the first rank does.
+    Stage 3 partitions every weight, and FSDP2 its rows. Stages 1 and 2 partition all weights end to end, so that one
+    rank can own a whole layer: here the first rank does.
 
     Args:
         weights: fake weights, whole.
@@ -116,8 +117,9 @@ def simulated_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: 
     group = _Group(sharding, send) if sharding.shards > 1 else None
 
     def copy(weight: nn.Parameter, dtype: torch.dtype) -> Copy:
-        parts = sharding.ranks if sharding.stage == 3 else 1
-        flat = weight.new_empty(-(-weight.numel() // parts), dtype=dtype)
+        parts = sharding.ranks if sharding.has_shards else 1
+        count = shard_size(weight, parts) if sharding.fsdp2 else -(-weight.numel() // parts)
+        flat = weight.new_empty(count, dtype=dtype)
         held.append(flat)
         return Copy(0, lambda: flat)
 
@@ -126,7 +128,7 @@ def simulated_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: 
         model = copy(weight, weight.dtype)
         dtype = torch.float32 if sharding.has_master else weight.dtype
         untrained = Shard(
-            weight.shape, weight.dtype, 0, len(model.read()), model, group=group if sharding.stage == 3 else None
+            weight.shape, weight.dtype, 0, len(model.read()), model, group=group if sharding.has_shards else None
         )
         trained = replace(untrained, moments=[copy(weight, dtype), copy(weight, dtype)], group=group)
         if sharding.has_master:

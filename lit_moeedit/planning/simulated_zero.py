@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,45 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-Send = Callable[[int], None]
-"""Called with the bytes that a rank sends."""
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """Sharding of weights, gradients and the optimizer's state over the ranks.
-
-    Attributes:
-        ranks: number of processes.
-        stage: stage of DeepSpeed ZeRO; ``None`` without DeepSpeed.
-        itemsize: bytes of an element of the model weights.
-        sub_group: number of elements that a rank's optimizer updates at once (``sub_group_size``).
-        bucket: number of elements whose gradients are averaged at once (``reduce_bucket_size``).
-        overlap: whether gradients are averaged during the backward pass (``overlap_comm``).
-        on_cpu: whether the model is in main memory and the ranks communicate through gloo.
-    """
-
-    ranks: int = 1
-    stage: int | None = None
-    itemsize: int = 4
-    sub_group: int = 10**12
-    bucket: int = 200_000_000
-    overlap: bool = True
-    on_cpu: bool = False
-
-    @property
-    def has_master(self) -> bool:
-        """True if the optimizer has float32 master weights; in stages 1 to 3 float32 weights have some, too."""
-        return self.stage in (1, 2, 3) or (self.stage == 0 and self.itemsize < 4)
-
-    @property
-    def shards(self) -> int:
-        """Number of parts that the optimizer's state is partitioned into."""
-        return self.ranks if self.stage in (1, 2, 3) else 1
-
-    def part(self, size: int) -> int:
-        """Return the bytes that a rank sends in an all_gather, a reduce_scatter or a broadcast of ``size`` bytes."""
-        return size * (self.ranks - 1) // self.ranks
+from lit_moeedit.models.experts import find_model
+from lit_moeedit.planning.sharding import Send, Sharding
+from lit_moeedit.planning.simulated_fsdp2 import sharded_fully
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -221,7 +184,9 @@ def sharded(model: nn.Module, sharding: Sharding, send: Send, gradients: bool = 
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
         if gradients:
             stack.callback(model.zero_grad, set_to_none=True)
-        if sharding.stage == 3:
+        if sharding.fsdp2:
+            stack.enter_context(sharded_fully(find_model(model), sharding, send, gradients))
+        elif sharding.stage == 3:
             stack.enter_context(gathering(model, sharding, send, reducer))
         # without overlap, stage 1 leaves all gradients where they are until the backward pass has ended
         elif reducer is not None and (sharding.stage == 2 or sharding.overlap):

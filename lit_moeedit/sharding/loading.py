@@ -163,11 +163,16 @@ def shard_fully(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         value = tensor.data.to(mesh.device_type)  # the backend of the ranks may know no other device
         dist.broadcast(value, 0)
         tensor.data.copy_(value)
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
-    inner = {part for one in lists for part in one.modules() if part is not one}
-    for layer in (layer for one in lists if one not in inner for layer in one):
+    for layer in layers_to_shard(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def layers_to_shard(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that FSDP2 gathers one by one: those in the outermost lists of modules."""
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    inner = {part for one in lists for part in one.modules() if part is not one}
+    return [layer for one in lists if one not in inner for layer in one]
 
 
 def constructed_whole(strategy: Strategy | None) -> AbstractContextManager[None]:

@@ -20,8 +20,8 @@ from lit_moeedit.module import LitMoE
 from lit_moeedit.planning import Cost, CostCounter, Workload, dry_run, empty_model, places, simulate
 from lit_moeedit.planning.report import size
 from lit_moeedit.planning.run_config import read_run
+from lit_moeedit.planning.sharding import Sharding
 from lit_moeedit.planning.simulated_ranks import SimulatedRanks
-from lit_moeedit.planning.simulated_zero import Sharding
 from lit_moeedit.planning.zero_costs import ModelSize, building_cost, checkpoint_cost, held_in_training, training_cost
 from lit_moeedit.preservation import CovariancePenalty
 from lit_moeedit.solvers import BlockCoordinateDescent, Tucker
@@ -357,7 +357,7 @@ ELSEWHERE = {"preservation": "nowhere.txt"}
     [
         ({"model": PRETRAINED}, [], "asks no server"),
         ({"edit": None}, [], "0 callbacks with an editor"),
-        ({"trainer": {"strategy": "fsdp", "devices": 2}}, [], "a plan knows one process, DDP and DeepSpeed"),
+        ({"trainer": {"strategy": "fsdp", "devices": 2}}, [], "a plan knows one process, DDP, DeepSpeed, and FSDP2"),
         ({"trainer": {"strategy": "warp"}}, [], "no strategy 'warp'"),
         ({"trainer": {"devices": "auto", "strategy": "auto"}}, [], "give --ranks"),
         ({"trainer": {"typo": 1}}, [], "is not a config of fit"),

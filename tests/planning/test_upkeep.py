@@ -20,7 +20,7 @@ from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning import Cost, CostCounter, Workload, empty_model, simulate
 from lit_moeedit.planning.run_config import read_run
-from lit_moeedit.planning.simulated_zero import Sharding
+from lit_moeedit.planning.sharding import Sharding
 from lit_moeedit.planning.upkeep import HELD, RENEWAL, REPLAYED, TRAINING, Upkeep
 from tests.callbacks.conftest import CONFIG, _data, _module, _trainer
 from tests.planning.losing import lose_all_once

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -98,13 +98,8 @@ class FSDP2(Backend):
         return model  # the root must be called first, and gathers what its own group has
 
     @override
-    @contextmanager
-    def skipping(self, layer: nn.Module) -> Iterator[None]:
-        with held(Undo()) as undo:
-            for name in ("_forward_pre_hooks", "_forward_hooks") if isinstance(layer, FSDPModule) else ():
-                undo.by(setattr, layer, name, getattr(layer, name))
-                setattr(layer, name, OrderedDict())
-            yield
+    def skipping(self, layer: nn.Module) -> AbstractContextManager[object]:
+        return without_hooks(layer) if isinstance(layer, FSDPModule) else nullcontext()
 
     @override
     def shard(self, weight: nn.Parameter, optimizers: Sequence[Any]) -> Shard | None:
@@ -138,6 +133,16 @@ class FSDP2(Backend):
         dim, first, is_first = _place(tensor)
         start = first * tensor.shape[1:].numel() if dim == 0 else first
         return Own(tensor.shape, False, start, _local(tensor).view(-1), is_first, dim)
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Run a module within this block without its forward hooks, of which some gather its weights."""
+    with held(Undo()) as undo:
+        for name in ("_forward_pre_hooks", "_forward_hooks"):
+            undo.by(setattr, module, name, getattr(module, name))
+            setattr(module, name, OrderedDict())
+        yield
 
 
 def lacks_sharding(model: nn.Module) -> bool:

@@ -377,8 +377,8 @@ class EditReplay(StateOfWeights):
                 batch = with_parts(batch, iter([with_labels(part, own) for part, own in parts]))
             if rows and self.weight is None:
                 own, batch = batch, self.add_rows(batch, rows)
-                first, number = (len(next(find_parts(each))["input_ids"]) for each in (own, batch))
-                with self._rows.of(pl_module, number, first):
+                first, labels = len(next(find_parts(own))["input_ids"]), next(find_parts(batch))["labels"]
+                with self._rows.of(pl_module, labels, first):
                     return original(batch, *args, **kwargs)
             output = original(batch, *args, **kwargs)
             if not rows or self.weight is None or output is None:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.models.experts import find_model
 from lit_moeedit.models.partial_forward import hooked
 
@@ -36,23 +37,28 @@ class LimitedRows:
         self._is_checked = False
 
     @contextmanager
-    def of(self, pl_module: L.LightningModule, rows: int, first: int) -> Iterator[None]:
-        """Limit the rows from ``first`` on of a batch of ``rows`` rows, in the forward inside the context.
+    def of(self, pl_module: L.LightningModule, labels: Tensor, first: int) -> Iterator[None]:
+        """Limit the rows from ``first`` on of a batch, in the first forward inside the context that has its shape.
 
         If the logits of the model do not come from its output embeddings, as ``[rows, tokens, vocabulary]``, there is
         no limit, and a warning says so once.
+
+        Args:
+            pl_module: the module.
+            labels: labels of the batch, ``[rows, tokens]``.
+            first: index of the first row that is limited.
         """
-        if self.limit is None or first >= rows:
+        if self.limit is None or first >= len(labels):
             yield
             return
         found = False
 
         def hook(module: nn.Module, inputs: Any, logits: Tensor) -> None:
             nonlocal found
-            if logits.ndim == 3 and len(logits) == rows and logits.requires_grad:
+            if not found and logits.ndim == 3 and logits.shape[:2] == labels.shape and logits.requires_grad:
                 found = True
                 last = logits.detach()[first:]
-                logits.register_hook(lambda gradient: self._limited(gradient, last))
+                logits.register_hook(lambda gradient: self._limited(gradient, last, labels[first:]))
 
         head = find_model(pl_module).get_output_embeddings()
         if head is None:
@@ -68,33 +74,38 @@ class LimitedRows:
             )
         self._is_checked = True
 
-    def _limited(self, gradient: Tensor, last: Tensor) -> Tensor:
+    def _limited(self, gradient: Tensor, last: Tensor, labels: Tensor) -> Tensor:
         assert self.limit is not None
         first = len(gradient) - len(last)
         norms = torch.linalg.vector_norm(gradient[:first], dim=(1, 2), dtype=torch.float32)
         # rows without a loss tell nothing
         mean = norms.sum() / (norms > 0).sum().clamp(min=1)
         factors = torch.ones(len(gradient), device=gradient.device)
+        longest = longest_gradients(gradient[first:], last, labels)
         # the batch's own rows may all be without a loss
-        factors[first:] = torch.where(mean > 0, self.limit * mean / longest_gradients(gradient[first:], last), 1.0)
+        factors[first:] = torch.where(mean > 0, self.limit * mean / longest, 1.0)
         return gradient * factors.clamp(max=1.0).to(gradient.dtype)[:, None, None]
 
 
-def longest_gradients(gradient: Tensor, logits: Tensor) -> Tensor:
+def longest_gradients(gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     r"""Compute the norms that the gradients of rows would have if their labels had the probability 0.
 
     The gradient of a cross entropy is ``s (p - y)``, with a factor ``s`` that only the loss knows. At the label it is
-    ``-s (1 - p)``, the only negative element, so that ``s`` follows from the probability.
+    ``-s (1 - p)``, so that ``s`` follows from the probability. With another loss, such as one with label smoothing,
+    this is too small for labels that are known, and the norm that the gradient has is the least that counts.
 
     Args:
         gradient: gradient of the logits, ``[rows, tokens, vocabulary]``; it is 0 at tokens without a loss.
         logits: likewise.
+        labels: ``[rows, tokens]``; the logits of a token are those of the next label.
 
     Returns:
         ``[rows]`` in float32, above 0: ``s`` times the square root of twice the number of labels.
     """
-    lowest, label = gradient.float().min(-1)
-    missing = 1.0 - logits.float().log_softmax(-1).gather(-1, label[..., None]).squeeze(-1).exp()
-    is_label = lowest < 0
-    scale = -(lowest * is_label).sum(-1) / (missing * is_label).sum(-1).clamp(min=1e-6)
-    return (scale * (2.0 * is_label.sum(-1)).sqrt()).clamp(min=1e-30)
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(gradient.device)
+    is_label, place = following != IGNORED_LABEL, following.clamp(min=0)[..., None]
+    pull = -gradient.gather(-1, place).squeeze(-1).float() * is_label
+    missing = (1.0 - logits.float().log_softmax(-1).gather(-1, place).squeeze(-1).exp()) * is_label
+    scale = pull.sum(-1) / missing.sum(-1).clamp(min=1e-6)
+    norms = torch.linalg.vector_norm(gradient, dim=(1, 2), dtype=torch.float32)
+    return torch.maximum(scale * (2.0 * is_label.sum(-1)).sqrt(), norms).clamp(min=1e-30)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from typing_extensions import override
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.checkpoints.limits import find_globals
 from lit_moeedit.checkpoints.tensors import Readable
-from lit_moeedit.checkpoints.torch_file import TorchFile
+from lit_moeedit.checkpoints.torch_file import TorchFile, stored_records
 
 METADATA = ".metadata"
 FIELDS = "meta.pt"
 """Lightning's file of everything but weights and optimizers."""
 MAX_METADATA = 2**28
 """Maximum size in bytes of the metadata."""
+MAX_CHUNKS = 4096
+"""Maximum number of chunks of a tensor, of which torch writes one for each rank."""
 MAX_VALUE = 2**24
 """Maximum size in bytes of a value that is no tensor."""
 
@@ -97,8 +100,8 @@ def read_distributed(path: Path) -> tuple[dict[str, ChunkedTensor], dict[str, An
                     _Chunk(tuple(chunk.offsets), torch.Size(chunk.sizes), places[name][tuple(chunk.offsets)])
                     for chunk in own.chunks
                 )
-                if sum(chunk.shape.numel() for chunk in chunks) != shape.numel():
-                    raise CheckpointError(f"the chunks of {name} are not all of it")
+                if not _is_covered(shape, chunks):
+                    raise CheckpointError(f"the chunks of {name} are not all of it, each element once")
                 found[name.removeprefix("state_dict.")] = ChunkedTensor(shape, dtype, chunks)
     return found, TorchFile(path / FIELDS).read()
 
@@ -112,7 +115,10 @@ class _Place:
 
     def read(self) -> Tensor:
         with _refusing(self.folder / str(self.info.relative_path)):
-            contents = io.BytesIO(_bytes(self.folder, self.info))
+            data = _bytes(self.folder, self.info)
+            contents = io.BytesIO(data)
+            stored_records(contents, len(data))  # a compressed one could take any amount of memory
+            contents.seek(0)
             value = torch.load(contents, map_location="cpu", weights_only=True)
             if not isinstance(value, Tensor):
                 raise CheckpointError(f"there should be a tensor, but it is a {type(value).__name__}")
@@ -148,8 +154,11 @@ class ChunkedTensor(Readable):
             CheckpointError: a chunk cannot be read, or has another shape.
         """
         # before memory is taken for what is not there
-        if any(chunk.place.info.length < chunk.shape.numel() * self.dtype.itemsize for chunk in self.chunks):
-            raise CheckpointError(f"a tensor of shape {list(self.shape)} is not in its file as a whole")
+        for chunk in self.chunks:
+            info = chunk.place.info
+            size, file = chunk.shape.numel() * self.dtype.itemsize, chunk.place.folder / str(info.relative_path)
+            if info.length < size or not file.is_file() or info.length > file.stat().st_size:
+                raise CheckpointError(f"a tensor of shape {list(self.shape)} is not in {file} as a whole")
         whole = torch.zeros(self.shape, dtype=dtype or self.dtype)
         for chunk in self.chunks:
             value = chunk.place.read()
@@ -158,6 +167,23 @@ class ChunkedTensor(Readable):
             ends = (start + length for start, length in zip(chunk.offsets, chunk.shape, strict=True))
             whole[tuple(map(slice, chunk.offsets, ends))] = value
         return whole
+
+
+def _is_covered(shape: torch.Size, chunks: Sequence[_Chunk]) -> bool:
+    """Tell if chunks are inside of a tensor, do not overlap, and have all of its elements."""
+    boxes = [tuple(zip(chunk.offsets, chunk.shape, strict=True)) for chunk in chunks]
+    for box in boxes:
+        if len(box) != len(shape) or any(
+            start < 0 or length < 0 or start + length > size for (start, length), size in zip(box, shape, strict=True)
+        ):
+            return False
+    boxes = [box for box in boxes if all(length for _, length in box)]
+    if len(boxes) > MAX_CHUNKS:
+        raise CheckpointError(f"a tensor is in {len(boxes):,} chunks; at most {MAX_CHUNKS:,} are read")
+    for one, other in combinations(boxes, 2):
+        if all(a < b + m and b < a + n for (a, n), (b, m) in zip(one, other, strict=True)):
+            return False
+    return sum(chunk.shape.numel() for chunk in chunks) == shape.numel()
 
 
 def _metadata(path: Path) -> Metadata:

@@ -78,7 +78,7 @@ class TorchFile:
             if not zipfile.is_zipfile(file):
                 raise CheckpointError("it is not a file of torch.save, or an incomplete one")
             size = path.stat().st_size
-            self._records = _records(file, size)
+            self._records = stored_records(file, size)
             self._mapped = UntypedStorage.from_file(str(path), False, size)
             self._by_start = {record.start: record for record in self._records.values() if record.size}
             self._verified: set[str] = set()
@@ -216,8 +216,16 @@ class Piece:
         return self.tensor
 
 
-def _records(file: Any, size: int) -> dict[str, _Record]:
-    """Find the records of an archive, all of them stored as they are and apart from each other, by name."""
+def stored_records(file: Any, size: int) -> dict[str, _Record]:
+    """Find the records of an archive, all of them stored as they are and apart from each other, by name.
+
+    Args:
+        file: an open file of ``torch.save``.
+        size: its size in bytes.
+
+    Raises:
+        CheckpointError: a record is compressed, or not where it should be.
+    """
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     root = next((entry.filename.removesuffix("data.pkl") for entry in entries if _is_pickle(entry.filename)), None)

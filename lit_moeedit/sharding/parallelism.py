@@ -79,6 +79,12 @@ def find_parallelism(model: nn.Module | None = None, strategy: object = None) ->
     if isinstance(strategy, ParallelStrategy) and not isinstance(strategy, DDPStrategy):
         kinds = (kind for base, kind in _BY_STRATEGY if isinstance(strategy, base))
         found[next(kinds, Parallelism.OTHER)] = f"the strategy is {type(strategy).__name__}"
+        mesh = getattr(strategy, "_device_mesh", None)  # of ModelParallelStrategy, from its setup on
+        if mesh is not None and mesh["tensor_parallel"].size() > 1:
+            found[Parallelism.TENSOR] = (
+                f"{type(strategy).__name__} has tensor_parallel_size {mesh['tensor_parallel'].size()}, as by default; "
+                "give it data_parallel_size: N and tensor_parallel_size: 1"
+            )
     by_class: dict[type, Parallelism | None] = {}
     for path, module in () if model is None else model.named_modules():
         kind = type(module)

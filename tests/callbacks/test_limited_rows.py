@@ -54,7 +54,7 @@ def test_statements_pull_in_proportion_to_the_limit_and_the_loss_is_the_same(
     module: Any, batch: Any, limit: float
 ) -> None:
     own = torch.tensor([0.5, 0.0, 1.0, 1.0, 1.0])  # as if rows were of known and unknown text; one has no loss
-    with LimitedRows(limit, "").of(module, ROWS, FIRST):
+    with LimitedRows(limit, "").of(module, batch["input_ids"], FIRST):
         loss = (own[:, None] * losses(module, batch)).sum()
     found = gradients(module, loss)
     assert loss.item() == pytest.approx((own[:, None] * losses(module, batch)).sum().item())
@@ -72,26 +72,33 @@ def test_statements_pull_in_proportion_to_the_limit_and_the_loss_is_the_same(
 
 def test_the_longest_gradient_is_that_of_a_label_without_probability() -> None:
     logits = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    labels = torch.tensor([[-100, 3, 5, 7], [-100, -100, -100, 2], [-100, -100, -100, -100]])
+    labels = torch.tensor([[3, 5, 7, -100], [-100, -100, 2, -100], [-100, -100, -100, -100]])
     loss = 8.0 * F.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, logits)
-    found = longest_gradients(gradient, logits.detach())
+    found = longest_gradients(gradient, logits.detach(), F.pad(labels, (1, 0))[:, :4])
     # float32, from probabilities that were computed anew
     torch.testing.assert_close(found[:2], 8.0 * torch.tensor([6.0, 2.0]).sqrt(), rtol=1e-4, atol=0)
     assert 0 < found[2] < 1e-20
     with torch.no_grad():
-        logits[1, 3] = torch.where(torch.arange(50) == 9, 40.0, 0.0)
-    (gradient,) = torch.autograd.grad(8.0 * F.cross_entropy(logits[1:2, 3], labels[1:2, 3]), logits)
+        logits[1, 2] = torch.where(torch.arange(50) == 9, 40.0, 0.0)
+    (gradient,) = torch.autograd.grad(8.0 * F.cross_entropy(logits[1:2, 2], labels[1:2, 2]), logits)
     assert gradient[1].norm() == pytest.approx(8.0 * 2**0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("limit", [1e-3, 1e3])
-def test_a_gradient_is_never_lengthened(module: Any, batch: Any, limit: float) -> None:
+@pytest.mark.parametrize("known", [0, 3, 4])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e3])
+def test_a_gradient_is_never_lengthened_nor_beyond_the_limit(limit: float, label_smoothing: float, known: int) -> None:
     rows = LimitedRows(limit, "")
-    logits = torch.randn(ROWS, 4, 50, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    labels = torch.randint(0, 50, (ROWS, 4), generator=torch.Generator().manual_seed(2))
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits.transpose(1, 2), labels), logits)
-    limited = rows._limited(gradient, logits.detach()[FIRST:])
+    logits = torch.randn(ROWS, 5, 50, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(0, 50, (ROWS, 5), generator=torch.Generator().manual_seed(2))
+    # with smoothing, what is known too well is pulled back
+    logits[FIRST:, :known].scatter_(-1, labels[FIRST:, 1 : known + 1, None], 30.0)
+    logits[:FIRST].scatter_(-1, F.pad(labels[:FIRST, 1:], (0, 1))[..., None], 6.0)
+    logits.requires_grad_()
+    loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], label_smoothing=label_smoothing)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    limited = rows._limited(gradient, logits.detach()[FIRST:], labels[FIRST:])
     before, after = (each.flatten(1).norm(dim=1) for each in (gradient, limited))
     assert torch.equal(before[:FIRST], after[:FIRST]) and bool((after[FIRST:] <= before[FIRST:]).all())
     assert bool((after[FIRST:] <= limit * before[:FIRST].mean() * 1.001).all())
@@ -99,7 +106,7 @@ def test_a_gradient_is_never_lengthened(module: Any, batch: Any, limit: float) -
 
 def test_a_batch_without_losses_of_its_own_sets_no_limit(module: Any, batch: Any) -> None:
     pulls = torch.tensor([0.0, 0.0, 0.0, 0.01, 3.0])[:, None]
-    with LimitedRows(1.0, "").of(module, ROWS, FIRST):
+    with LimitedRows(1.0, "").of(module, batch["input_ids"], FIRST):
         found = gradients(module, (pulls * losses(module, batch)).sum())
     expected = gradients(module, (pulls * losses(module, batch)).sum())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -111,7 +118,7 @@ def test_a_forward_of_another_number_of_rows_is_left_alone(
     caplog.set_level(logging.WARNING, "lit_moeedit")
     rows = LimitedRows(0.25, "")
     for _ in range(2):
-        with rows.of(module, ROWS + 1, FIRST):
+        with rows.of(module, torch.cat([batch["input_ids"], batch["input_ids"][:1]]), FIRST):
             loss = losses(module, batch).sum()
     found, expected = gradients(module, loss), gradients(module, losses(module, batch).sum())
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
@@ -120,18 +127,20 @@ def test_a_forward_of_another_number_of_rows_is_left_alone(
 
 @pytest.mark.parametrize(("limit", "first"), [(None, FIRST), (0.25, ROWS)])
 def test_nothing_is_hooked_where_nothing_is_limited(
-    module: Any, limit: float | None, first: int, caplog: pytest.LogCaptureFixture
+    module: Any, batch: Any, limit: float | None, first: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "lit_moeedit")
-    with LimitedRows(limit, "").of(module, ROWS, first):
+    with LimitedRows(limit, "").of(module, batch["input_ids"], first):
         assert not module.model.get_output_embeddings()._forward_hooks
     assert not caplog.text
 
 
-def test_a_module_whose_model_has_no_output_embeddings(module: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_module_whose_model_has_no_output_embeddings(
+    module: Any, batch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING, "lit_moeedit")
     module.model.get_output_embeddings = lambda: None
-    with LimitedRows(0.5, "early: ").of(module, ROWS, FIRST):
+    with LimitedRows(0.5, "early: ").of(module, batch["input_ids"], FIRST):
         pass
     assert "early: the gradient of statements of edited facts has no limit" in caplog.text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.checkpoints.limits import find_globals
@@ -100,6 +101,46 @@ def _metadata(path: Path) -> Metadata:
     with (path / ".metadata").open("rb") as file:
         found: Metadata = pickle.load(file)
     return found
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [((0, 0, 0), (2, 3, 2)), ((0, 0, 0), (2, 3, 2))],
+        [((-1, 0, 0), (4, 3, 2))],
+        [((1, 0, 0), (4, 3, 2))],
+        [((0, 0, 0), (3, 3, 2))],
+        [((0, 0), (4, 6))],
+    ],
+)
+def test_chunks_that_are_not_the_whole_tensor_are_refused(path: Path, chunks: list[Any]) -> None:
+    metadata = _metadata(path)
+    own = metadata.state_dict_metadata["state_dict.weight"]
+    assert isinstance(own, TensorStorageMetadata)
+    own.chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks]
+    (index,) = (one for one in metadata.storage_data if one.fqn == "state_dict.weight")
+    for offsets, _ in chunks:
+        metadata.storage_data[MetadataIndex(index.fqn, torch.Size(offsets))] = metadata.storage_data[index]
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"chunks of state_dict\.weight are not all of it"):
+        read_checkpoint(path)
+
+
+def test_a_compressed_chunk_is_refused(path: Path) -> None:
+    metadata = _metadata(path)
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == "state_dict.weight")
+    file = path / place.relative_path
+    stored = io.BytesIO(file.read_bytes()[place.offset : place.offset + place.length])
+    contents = io.BytesIO()
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(contents, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    place.offset, place.length = file.stat().st_size, len(contents.getvalue())
+    file.write_bytes(file.read_bytes() + contents.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    weight = read_checkpoint(path).tensors["weight"]
+    with pytest.raises(CheckpointError, match=r"is compressed, which torch\.save does not do"):
+        weight.read()
 
 
 def test_files_out_of_the_folder_are_refused(path: Path) -> None:

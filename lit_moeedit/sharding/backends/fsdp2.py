@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
@@ -62,6 +63,12 @@ class FSDP2(Backend):
                 )
             for one in group.fsdp_params:
                 _place(one.sharded_param)
+                held_by, ranks = one.sharded_param.device_mesh.size(), dist.get_world_size()
+                if held_by != ranks:
+                    raise UnsupportedShardingError(
+                        f"FSDP2 shards the model over {held_by} of {ranks} ranks, so that others train weights of "
+                        f"their own; give fully_shard a mesh of all ranks"
+                    )
                 sharded.update(_places_of(one))
         for path, module in model.named_modules() if inner else ():
             for name, weight in module._parameters.items():

@@ -172,12 +172,15 @@ def report(results: dict[str, Any]) -> str:
 
 SHAPES_NOTE = """\
 Nothing here is measured. The figures are those that `lit-moeedit plan` computes from the shapes of all weights, per
-rank, for training in bfloat16, where FSDP2 has no float32 master weights, and ZeRO-3 has some. `held`: weights, gradients, master weights (ZeRO-3), moments and buffers between steps. `largest
-gathering`: the weights that are gathered at once, an expert block of ZeRO-3, a whole layer of FSDP2. `sent for a
-forward`: bytes that a rank sends so that a forward of the whole model has its weights; each step for the targets of
-an edit sends them about twice, for the layers from the edited ones upwards. Divided by the bandwidth of a rank that
-is a lower bound of the seconds. The shape of 1T has the experts of Kimi K2 (384 of width 2048) with the attention of
-Qwen3, and experts in every layer.
+rank, for training in bfloat16, where FSDP2 has no float32 master weights, and ZeRO-3 has some.
+
+- `held`: weights, gradients, master weights (ZeRO-3), moments and buffers between steps.
+- `largest gathering`: the weights that are gathered at once, an expert block of ZeRO-3, a whole layer of FSDP2.
+- `sent for a forward`: bytes that a rank sends so that a forward of the whole model has its weights. Each step for the
+  targets of an edit sends them about twice, for the layers above the edited ones. Divided by the bandwidth of a rank
+  that is a lower bound of the seconds.
+
+The shape of 1T has the experts of Kimi K2 (384 of width 2048) with the attention of Qwen3, and experts in every layer.
 """
 SENTENCE = """
 ## What grows with the ranks, and why

@@ -19,9 +19,10 @@ def test_shards_of_more_ranks_than_experts_are_padded(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))["shapes"]["30B"]
     # 8 experts, of which 512 ranks hold one each
     per_rank = {backend: [found[backend][ranks]["held"] for ranks in ("8", "512")] for backend in found}
-    assert per_rank["FSDP2"][1] > 0.5 * per_rank["FSDP2"][0] and found["FSDP2"]["1"]["sent for a forward"] == 0
+    # the embeddings are divided further
+    assert per_rank["FSDP2"][1] > 5 * 8 / 512 * per_rank["FSDP2"][0] and found["FSDP2"]["1"]["sent for a forward"] == 0
     sent = {backend: [found[backend][ranks]["sent for a forward"] for ranks in ("8", "512")] for backend in found}
-    assert sent["FSDP2"][1] > 10 * sent["FSDP2"][0]
+    assert sent["FSDP2"][1] > 5 * sent["FSDP2"][0]
     assert sent["ZeRO-3"][1] / sent["ZeRO-3"][0] == pytest.approx(511 / 512 * 8 / 7, rel=1e-6)
     assert "Nothing here is measured" in (tmp_path / "scaling.md").read_text(encoding="utf-8")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000

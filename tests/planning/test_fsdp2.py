@@ -21,7 +21,7 @@ RANKS = 3
 
 def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
     sharding = Sharding(RANKS, None, 2, fsdp2=True)
-    keys, module = dict(CONFIG), LitMoE(config=CONFIG)
+    keys, module = CONFIG | {"num_hidden_layers": 3}, LitMoE(config=CONFIG)
     editor = Editor((1,), targets=TargetOptimizer(steps=2, stop=0.0), contexts=("",), preserve="none")
     work = Workload(edits=6, prompt_tokens=8, target_tokens=2, questions=1, texts=1, rows=2, row_tokens=8)
     with empty_model(AutoConfig.for_model(keys.pop("model_type"), **keys), torch.bfloat16) as module.model:
@@ -32,7 +32,7 @@ def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
         ]
         plan = {cost.phase: cost for cost in simulate(module, editor, sharding, work)[0]}
         for part in module.model.modules():
-            assert not (part._forward_pre_hooks or part._forward_hooks)
+            assert not part._forward_pre_hooks
     root, *layers = groups
     # eight experts on three ranks are padded to nine
     assert size.parameters < RANKS * size.shard < 1.13 * size.parameters
@@ -40,8 +40,9 @@ def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
     assert held_in_training(size, sharding) == plan["training step"].held == 4 * 2 * size.shard
     # the backward pass gathers the layers again, and reduces all
     assert plan["training step"].sent == 2 * root + 3 * sum(layers)
-    # each step goes forward and back through the layers above the edited one; the first forward has all of them
-    assert plan["targets"].sent < 3 * root + sum(layers) + 2 * 2 * sum(layers[1:])
+    # at first a forward of all layers; a step goes forward and back through those above the edited one only
+    passes = plan["targets"].sent
+    assert passes < 4 * root + 2 * sum(layers) + 3 * 2 * layers[2], (passes, root, layers)
     # two norms, whatever the layer's size
     assert plan["commit"].sent == sharding.part(2 * 2 * 8)
 

@@ -44,7 +44,7 @@ def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
     passes = plan["targets"].sent
     assert passes < 4 * root + 2 * sum(layers) + 3 * 2 * layers[2], (passes, root, layers)
     # two norms, whatever the layer's size
-    assert plan["commit"].sent == sharding.part(2 * 2 * 8)
+    assert plan["commit"].sent == 2 * 2 * sharding.part(8)
 
 
 @pytest.mark.slow

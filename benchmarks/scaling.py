@@ -6,8 +6,8 @@ Run from the root of the repository, with the package and its extra ``deepspeed`
 
 Nothing is measured. ``lit-moeedit plan`` simulates a rank, with the code of the run itself and tensors that have no
 elements. It does so for models of two depths; every further layer costs what the last one costs. Writes
-``scaling.json``, ``scaling.md`` and ``scaling.png`` into ``benchmarks/results``, and goes on with the figures that
-``scaling.json`` lacks: all of them take half an hour.
+``scaling.json``, ``scaling.md`` and ``scaling.png`` into ``benchmarks/results``, and goes on with the edits that
+``scaling.json`` lacks: all of them take half an hour. ``--ranks`` alone leaves the edits out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lit_moeedit.editing import PHASES, Editor, TargetOptimizer
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning import Cost, Workload, empty_model, simulate
 from lit_moeedit.planning.sharding import Sharding
+from lit_moeedit.planning.zero_costs import ModelSize, held_in_training
 from lit_moeedit.pretrained import build_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,24 +72,43 @@ NOTE = f"""\
 Nothing here is measured: every figure is that of the simulation of a rank by `lit-moeedit plan`, in bfloat16 on GPUs.
 Layer {EDITED} gets {WORK.edits} facts, with second moments of {WORK.texts} texts of {WORK.text_tokens} tokens and 25
 steps for the targets. Models of {DEPTHS[0]} and {DEPTHS[1]} layers are simulated; each further layer is taken to add
-what the last one does. Bytes sent and operations are sums over the phases of the edit. `held` is what a rank holds of
-weights, gradients, master weights (ZeRO-3), moments and buffers between steps; `peak` is the highest of the edit.
-A plan knows no seconds: bytes sent, divided by the bandwidth of a rank, and operations, divided by its speed, are lower
-bounds of them. The shape of 1T has the experts of Kimi K2 (384 of width 2048) with the attention of Qwen3.
+what the last one does. Bytes sent and operations are sums over the phases of the edit, `peak` is the highest of them.
 """
 
 
 def simulated(keys: dict[str, Any], backend: str, ranks: int, depth: int) -> tuple[int, list[Cost]]:
     """The number of parameters and the phases of a model of ``depth`` layers on one of several ranks."""
     keys = {**keys, "num_hidden_layers": depth}
-    zero = backend == "ZeRO-3"
-    sharding = Sharding(ranks, 3 if zero else None, 2, sub_group=10**8, fsdp2=not zero)
     editor = Editor(
         (EDITED,), token="subject_last", targets=TargetOptimizer(steps=25), contexts=("",), token_budget=4096
     )
     module = LitMoE(config=keys)
     with empty_model(build_config(keys), torch.bfloat16) as module.model:
-        return module.model.num_parameters(), simulate(module, editor, sharding, WORK)[0]
+        return module.model.num_parameters(), simulate(module, editor, sharding_of(backend, ranks), WORK)[0]
+
+
+def sharding_of(backend: str, ranks: int) -> Sharding:
+    """The sharding of a model in bfloat16."""
+    zero = backend == "ZeRO-3"
+    return Sharding(ranks, 3 if zero else None, 2, sub_group=10**8, fsdp2=not zero)
+
+
+def of_shapes(keys: dict[str, Any], all_ranks: Sequence[int]) -> dict[str, dict[str, dict[str, int]]]:
+    """What a rank holds and sends, by the plan's formulas, from the shapes of all weights of a whole model."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    with empty_model(build_config(keys), torch.bfloat16) as model:
+        for backend in BACKENDS:
+            for ranks in all_ranks:
+                sharding = sharding_of(backend, ranks)
+                size = ModelSize.of(model, sharding)
+                gathered = ranks * size.shard if sharding.fsdp2 else size.parameters
+                found.setdefault(backend, {})[str(ranks)] = {
+                    "parameters": size.parameters,
+                    "held": held_in_training(size, sharding),
+                    "largest gathering": size.block * sharding.itemsize,
+                    "sent for a forward": sharding.part(gathered * sharding.itemsize),
+                }
+    return found
 
 
 def figures(parameters: int, costs: Sequence[Cost]) -> dict[str, int]:
@@ -113,57 +133,73 @@ def scaled(keys: dict[str, Any], backend: str, ranks: int) -> dict[str, int]:
     return {name: few[name] + further * (more[name] - few[name]) // (DEPTHS[1] - DEPTHS[0]) for name in few}
 
 
-def report(results: dict[str, dict[str, dict[str, dict[str, int]]]]) -> str:
+def report(results: dict[str, Any]) -> str:
     """Tables, and what grows with the ranks."""
-    parts = ["# An edit on 1 to 512 ranks\n", "`python -m benchmarks.scaling`\n", NOTE]
-    header = ["ranks", *(f"{b}: {what}" for b in BACKENDS for what in ("held, GB", "peak, GB", "sent, GB", "TFLOP"))]
-    header += ["commit sends, B"]
-    for name, found in results.items():
-        ranks = list(next(iter(found.values())))
-        rows: list[list[Any]] = []
-        for count in ranks:
-            cells = [
-                f"{found[backend][count][what] / unit:,.3g}"
-                for backend in found
-                for what, unit in (("held", 1e9), ("peak", 1e9), ("sent", 1e9), ("flops", 1e12))
-            ]
-            sent = max(found[backend][count]["sent: commit"] for backend in found)
-            rows.append([count, *cells, sent])
+    parts = ["# An edit on 1 to 512 ranks\n", "`python -m benchmarks.scaling`\n", SHAPES_NOTE]
+    columns = ("held", "largest gathering", "sent for a forward")
+    header = ["ranks", *(f"{backend}: {what}, GB" for backend in BACKENDS for what in columns)]
+    for name, found in results["shapes"].items():
+        rows = [
+            [ranks, *(f"{found[backend][ranks][what] / 1e9:,.3g}" for backend in BACKENDS for what in columns)]
+            for ranks in found["FSDP2"]
+        ]
         parameters = next(iter(found["FSDP2"].values()))["parameters"]
-        parts += [f"\n## {name}: {parameters / 1e9:,.1f} billion parameters\n", table(header, rows), findings(found)]
+        parts += [f"\n## {name}: {parameters / 1e9:,.1f} billion parameters\n", table(header, rows)]
+    parts += [SENTENCE]
+    rows = [
+        [
+            name,
+            backend,
+            ranks,
+            *(f"{cell[what] / 1e9:,.4g}" for what in ("peak", "sent")),
+            f"{cell['flops'] / 1e12:,.4g}",
+        ]
+        for name, found in results["edits"].items()
+        for backend, cells in found.items()
+        for ranks, cell in cells.items()
+    ]
+    if rows:
+        commits = {cell["sent: commit"] for found in results["edits"].values() for cells in found.values()
+                   for cell in cells.values()}  # fmt: skip
+        parts += [
+            "\n## Whole edits\n",
+            NOTE,
+            table(["model", "backend", "ranks", "peak, GB", "sent, GB", "TFLOP"], rows),
+        ]
+        parts += [f"Of this a commit sends {min(commits)} to {max(commits)} bytes: two norms.\n"]
     return "\n".join(parts)
 
 
-def findings(found: dict[str, dict[str, dict[str, int]]]) -> str:
-    """Sentences about what grows from eight ranks to the largest number, with the numbers of the simulation."""
-    ranks = list(found["FSDP2"])
-    first, last = ranks[-2], ranks[-1]
-    growth = {backend: found[backend][last]["sent"] / max(1, found[backend][first]["sent"]) for backend in found}
-    held = {backend: found[backend][last]["held"] * int(last) / found[backend][ranks[0]]["held"] for backend in found}
-    return (
-        f"From {first} to {last} ranks a rank sends {growth['ZeRO-3']:.2f} times as much under ZeRO-3 and "
-        f"{growth['FSDP2']:.2f} times under FSDP2. All ranks together hold {held['ZeRO-3']:.2f} and "
-        f"{held['FSDP2']:.2f} times what {ranks[0]} holds.\n"
-    )
+SHAPES_NOTE = """\
+Nothing here is measured. The figures are those that `lit-moeedit plan` computes from the shapes of all weights, per
+rank, for training in bfloat16, where FSDP2 has no float32 master weights, and ZeRO-3 has some.
 
+- `held`: weights, gradients, master weights (ZeRO-3), moments and buffers between steps.
+- `largest gathering`: the weights that are gathered at once, an expert block of ZeRO-3, a whole layer of FSDP2.
+- `sent for a forward`: bytes that a rank sends so that a forward of the whole model has its weights. Each step for the
+  targets of an edit sends them about twice, for the layers above the edited ones. Divided by the bandwidth of a rank
+  that is a lower bound of the seconds.
 
+The shape of 1T has the experts of Kimi K2 (384 of width 2048) with the attention of Qwen3, and experts in every layer.
+"""
 SENTENCE = """
 ## What grows with the ranks, and why
 
-Under ZeRO-3 nothing grows without bound: what a rank sends to gather a layer is the layer's size times (ranks - 1) /
-ranks, and it gathers fewer times as its share of texts and facts shrinks, until it has one batch. What stays is one
-gathering of the layers for each step of the targets, and the all_reduce of the second moments. A commit sends some
-bytes, however many ranks there are. **Under FSDP2 gathering grows when there are more ranks than experts**: `LitMoE`
-shards along the first dimension, whose entries are whole experts, so each rank's shard is padded to one expert, and
-an all_gather carries ranks x one expert. More ranks than experts should be replicas of shards (HSDP), or shard along
-rows or columns of the experts (`shard_placement_fn`).
+Under ZeRO-3 nothing grows without bound: partitions have hardly any padding, and a forward sends the size of the
+model times (ranks - 1) / ranks. FSDP2 shards along the first dimension, whose entries are whole experts. **With more
+ranks than experts each shard is padded to one expert, so that what a rank holds stays the same, and what is gathered
+and sent grows in proportion to the ranks**; where the number of ranks does not divide that of the experts, the
+padding is in between. Replicas of shards (HSDP), with at most as many ranks in a group as there are experts, keep it
+flat, or shards along rows or columns (`shard_placement_fn`) in a module that shards
+itself. A commit sends two norms under both.
 """
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Memory, bytes sent and work per rank against the number of ranks."""
+    """Memory and bytes sent per rank against the number of ranks."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    kinds = {"peak": ("peak memory of the edit, GB", 1e9), "sent": ("sent, GB", 1e9), "flops": ("TFLOP", 1e12)}
+    names = ("held between steps", "largest gathering", "sent for a forward")
+    kinds = {name.removesuffix(" between steps"): (f"{name}, GB", 1e9) for name in names}
     for axis, (what, (label, unit)) in zip(axes, kinds.items(), strict=True):
         for color, (name, found) in zip(("C0", "C1", "C2"), results.items(), strict=False):
             for backend, style in zip(found, ("o--", "s-"), strict=True):
@@ -174,14 +210,14 @@ def picture(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks(list(RANKS), [str(count) for count in RANKS])
         axis.minorticks_off()
     axes[0].legend(fontsize=8)
-    figure.suptitle("An edit of 512 facts, simulated (nothing measured)")
+    figure.suptitle("Computed from the shapes of the weights (nothing measured)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="of the simulated edits")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--shrink", type=int, default=1, help="divide widths and experts by this, for a test")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
@@ -189,20 +225,28 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("lit_moeedit.editing").setLevel(logging.WARNING)
     file = given.output / "scaling.json"
-    # continues what is there
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for name in given.models:
-        keys = dict(MODELS[name])
+    # goes on with what is there
+    results: dict[str, Any] = {"shapes": {}, "edits": {}}
+    results |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def write() -> None:
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (given.output / "scaling.md").write_text(report(results), encoding="utf-8")
+        picture(results["shapes"], given.output / "scaling.png")
+
+    models = {name: dict(MODELS[name]) for name in given.models}
+    for name, keys in models.items():
         for key in ("hidden_size", "moe_intermediate_size", "num_experts", "vocab_size"):
             keys[key] //= given.shrink
-        for backend in BACKENDS:
-            for ranks in given.ranks:
-                own = results.setdefault(name, {}).setdefault(backend, {})
+        results["shapes"][name] = of_shapes(keys, RANKS)
+    write()
+    for name, keys in models.items():
+        for ranks in given.ranks:
+            for backend in BACKENDS:
+                own = results["edits"].setdefault(name, {}).setdefault(backend, {})
                 if str(ranks) not in own:
                     own[str(ranks)] = scaled(keys, backend, ranks)
-                file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (given.output / "scaling.md").write_text(report(results) + SENTENCE, encoding="utf-8")
-    picture(results, given.output / "scaling.png")
+                    write()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def test_an_overlay_changes_what_it_says_and_nothing_else(name, capsys):
     assert overlay.items() <= both.items()
     classes = {
         "atlas_fsdp": ("trainer", "strategy"),
+        "qwen3_30b_a3b_fsdp": ("trainer", "strategy"),
         "wandb": ("trainer", "logger"),
         "lora": ("model", "init_args", "adapter"),
     }

@@ -5,8 +5,46 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig
 
-from tests.planning.metered_run import differences
+from lit_moeedit.editing import Editor, TargetOptimizer
+from lit_moeedit.module import LitMoE
+from lit_moeedit.planning import Workload, empty_model, simulate
+from lit_moeedit.planning.sharding import Sharding
+from lit_moeedit.planning.simulated_fsdp2 import shard_size, weights_together
+from lit_moeedit.planning.zero_costs import ModelSize, held_in_training
+from tests.planning.metered_run import CONFIG, differences
+
+RANKS = 3
+
+
+def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
+    sharding = Sharding(RANKS, None, 2, fsdp2=True)
+    keys, module = CONFIG | {"num_hidden_layers": 3}, LitMoE(config=CONFIG)
+    editor = Editor((1,), targets=TargetOptimizer(steps=2, stop=0.0), contexts=("",), preserve="none")
+    work = Workload(edits=6, prompt_tokens=8, target_tokens=2, questions=1, texts=1, rows=2, row_tokens=8)
+    with empty_model(AutoConfig.for_model(keys.pop("model_type"), **keys), torch.bfloat16) as module.model:
+        size = ModelSize.of(module.model, sharding)
+        groups = [
+            sharding.part(2 * RANKS * sum(shard_size(weight, RANKS) for weight in weights))
+            for _, weights in weights_together(module.model)
+        ]
+        plan = {cost.phase: cost for cost in simulate(module, editor, sharding, work)[0]}
+        for part in module.model.modules():
+            assert not part._forward_pre_hooks
+    root, *layers = groups
+    # eight experts on three ranks are padded to nine
+    assert size.parameters < RANKS * size.shard < 1.13 * size.parameters
+    # weights, gradients and two moments, and no master weights
+    assert held_in_training(size, sharding) == 4 * 2 * size.shard
+    # the backward pass gathers the layers again, and reduces all
+    assert plan["training step"].sent == 2 * root + 3 * sum(layers)
+    # at first a forward of all layers; a step goes forward and back through those above the edited one only
+    passes = plan["targets"].sent
+    assert passes < 4 * root + 2 * sum(layers) + 3 * 2 * layers[2], (passes, root, layers)
+    # two norms, whatever the layer's size
+    assert plan["commit"].sent == 2 * 2 * sharding.part(8)
 
 
 @pytest.mark.slow

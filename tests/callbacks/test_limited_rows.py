@@ -153,13 +153,13 @@ def test_replay_limits_its_statements_alone(tiny: Any, make_trainer: Any, tmp_pa
             self.calls: list[tuple[int, int]] = []
             self.limited: list[int] = []
 
-        def of(self, pl_module: Any, rows: int, first: int) -> Any:
-            self.calls.append((rows, first))
-            return super().of(pl_module, rows, first)
+        def of(self, pl_module: Any, labels: torch.Tensor, first: int) -> Any:
+            self.calls.append((len(labels), first))
+            return super().of(pl_module, labels, first)
 
-        def _limited(self, gradient: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        def _limited(self, gradient: torch.Tensor, last: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             self.limited.append(len(last))
-            return super()._limited(gradient, last)
+            return super()._limited(gradient, last, labels)
 
     replay = EditReplay(share=0.25, gradient_limit=limit)
     assert replay.settings["gradient_limit"] == limit

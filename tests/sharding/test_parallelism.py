@@ -245,6 +245,12 @@ LAYOUTS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda model: fully_shard(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
         "FSDP2 with CPUOffloadPolicy is not supported",
     ),
+    "a mesh of one rank": (
+        lambda model: fully_shard(
+            model, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))["data"]
+        ),
+        "shards the model over 1 of 2 ranks",
+    ),
     "begun from above": (begun_from_above, "is inside of another module that is sharded"),
 }
 
@@ -343,6 +349,18 @@ def runs(folder: str) -> dict[str, str]:
     return found
 
 
+def defaults(folder: str) -> str:
+    """How a run of LitMoE ends under ModelParallelStrategy with its own sizes."""
+    from tests.callbacks.conftest import _data, _module, _trainer
+
+    trainer = _trainer(folder, [], strategy=ModelParallelStrategy(), devices=2, max_steps=1, logger=False)
+    try:
+        trainer.fit(_module(), _data())
+    except MisconfigurationException as error:
+        return str(error)
+    return "trained"
+
+
 def real(folder: str) -> dict[str, Any]:
     return {
         "fsdp2": fsdp2(),
@@ -350,6 +368,7 @@ def real(folder: str) -> dict[str, Any]:
         "transformers": of_transformers(f"{folder}/model"),
         "tensor": tensor_parallel(),
         "runs": runs(folder),
+        "defaults": defaults(f"{folder}/defaults"),
     }
 
 
@@ -389,6 +408,11 @@ def test_parallelism_of_transformers_is_refused_before_any_forward(found: Any) -
 def test_tensor_parallelism_of_torch_is_refused_before_any_forward(found: Any) -> None:
     for rank in found:
         assert all("sharded parameters (DTensor) (lm_head is a Linear)" in message for message in rank["tensor"])
+
+
+def test_model_parallel_strategy_is_tensor_parallelism_by_default_and_refused(found: Any) -> None:
+    for rank in found:
+        assert "ModelParallelStrategy has tensor_parallel_size 2, as by default; give it data_paral" in rank["defaults"]
 
 
 def test_model_parallel_strategy_without_sharding_is_refused_when_the_run_starts(found: Any) -> None:

@@ -204,7 +204,8 @@ def picture(results: dict[str, Any], path: Path) -> None:
         for color, (name, found) in zip(("C0", "C1", "C2"), results.items(), strict=False):
             for backend, style in zip(found, ("o--", "s-"), strict=True):
                 ranks = [int(count) for count in found[backend]]
-                values = [cell[what] / unit for cell in found[backend].values()]
+                # nothing is sent on one rank, which a logarithmic axis cannot show
+                values = [cell[what] / unit or float("nan") for cell in found[backend].values()]
                 axis.plot(ranks, values, style, color=color, markersize=4, label=f"{name}, {backend}")
         axis.set(xscale="log", yscale="log", xlabel="ranks", title=f"{label}, per rank")
         axis.set_xticks(list(RANKS), [str(count) for count in RANKS])

@@ -73,5 +73,5 @@ def check_further_forward(pl_module: L.LightningModule, asked_by: str, advice: s
     if any(is_partitioned(weight) for weight in pl_module.parameters()):
         raise MisconfigurationException(
             f"{asked_by} needs a second forward in each step, which is not supported with sharded weights: DeepSpeed "
-            f"ZeRO stage 3 reduces gradients twice and fails, and FSDP2 has not been tried; {advice}"
+            f"ZeRO stage 3 reduces gradients twice and fails, and it is not tested under FSDP2; {advice}"
         )

@@ -59,9 +59,11 @@ def clip_gradient_norm(parameters: Iterable[nn.Parameter], max_norm: float, rank
         tensor([0.6000, 0.8000])
     """
     ranks = ranks or Ranks.current()
+    parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [Part.of(gradient) for gradient in gradients]
-    device = parts[0].elements.device if parts else torch.device("cpu")
+    # the same on all ranks, of which one may have no gradient
+    device = local_part(parameters[0]).device if parameters else torch.device("cpu")
     squares = torch.zeros((), device=device)
     for part in parts:
         if part.is_counted(ranks):

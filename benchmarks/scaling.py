@@ -224,7 +224,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     given = parser.parse_args(arguments)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("lit_moeedit.editing").setLevel(logging.WARNING)
     file = given.output / "scaling.json"
     # goes on with what is there
     results: dict[str, Any] = {"shapes": {}, "edits": {}}
@@ -251,4 +250,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("lit_moeedit.editing").setLevel(logging.WARNING)
     main()

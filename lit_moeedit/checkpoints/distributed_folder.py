@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing_extensions import override
 from lit_moeedit.checkpoint_fields import CheckpointError
 from lit_moeedit.checkpoints.limits import find_globals
 from lit_moeedit.checkpoints.tensors import Readable
-from lit_moeedit.checkpoints.torch_file import TorchFile, stored_records
+from lit_moeedit.checkpoints.torch_file import TorchFile, refusing, stored_records
 
 METADATA = ".metadata"
 FIELDS = "meta.pt"
@@ -69,7 +68,7 @@ def check_distributed(path: Path) -> None:
         CheckpointError: naming the file and what is in it.
     """
     metadata = _metadata(path)
-    with _refusing(path), tempfile.TemporaryDirectory() as folder:
+    with refusing(path), tempfile.TemporaryDirectory() as folder:
         for index, place in metadata.storage_data.items():
             if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
                 copy = Path(folder, "value.pt")
@@ -90,7 +89,7 @@ def read_distributed(path: Path) -> tuple[dict[str, ChunkedTensor], dict[str, An
     metadata = _metadata(path)
     places: dict[str, dict[tuple[int, ...], _Place]] = {}
     found = {}
-    with _refusing(path):
+    with refusing(path):
         for index, info in metadata.storage_data.items():
             places.setdefault(index.fqn, {})[tuple(index.offset or ())] = _Place(path, info)
         for name, own in metadata.state_dict_metadata.items():
@@ -114,7 +113,7 @@ class _Place:
     info: Any
 
     def read(self) -> Tensor:
-        with _refusing(self.folder / str(self.info.relative_path)):
+        with refusing(self.folder / str(self.info.relative_path)):
             data = _bytes(self.folder, self.info)
             contents = io.BytesIO(data)
             stored_records(contents, len(data))  # a compressed one could take any amount of memory
@@ -189,7 +188,7 @@ def _is_covered(shape: torch.Size, chunks: Sequence[_Chunk]) -> bool:
 def _metadata(path: Path) -> Metadata:
     """Read the metadata, if they name nothing but what torch writes."""
     file = path / METADATA
-    with _refusing(file):
+    with refusing(file):
         if file.stat().st_size > MAX_METADATA:
             raise CheckpointError(f"it has more than {MAX_METADATA:,} bytes")
         unknown = find_globals(file.read_bytes()) - _ALLOWED
@@ -217,13 +216,3 @@ def _bytes(path: Path, info: Any, limit: int | None = None) -> bytes:
     if data[:4] != b"PK\x03\x04":
         raise CheckpointError(f"{name} has no value of torch.save at {start:,}")
     return data
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a damaged or forged file may raise any error
-        kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
-        reason = f"{kind}{error}".splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read ({reason}); nothing in it was executed") from error

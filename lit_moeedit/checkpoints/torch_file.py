@@ -74,7 +74,7 @@ class TorchFile:
         self.path = path
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        with _refusing(path), path.open("rb") as file:
+        with refusing(path), path.open("rb") as file:
             if not zipfile.is_zipfile(file):
                 raise CheckpointError("it is not a file of torch.save, or an incomplete one")
             size = path.stat().st_size
@@ -92,7 +92,7 @@ class TorchFile:
         Raises:
             CheckpointError: they are too large, or code would have to run to read them.
         """
-        with torch.serialization.safe_globals(STAND_INS), _refusing(self.path):
+        with torch.serialization.safe_globals(STAND_INS), refusing(self.path):
             check_pickle(self._pickle())
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(self.path)
         if unknown:
@@ -108,7 +108,7 @@ class TorchFile:
             CheckpointError: they are something else, or cannot be read; see :meth:`check_plain`.
         """
         self.check_plain()
-        with torch.serialization.safe_globals(STAND_INS), _refusing(self.path):
+        with torch.serialization.safe_globals(STAND_INS), refusing(self.path):
             unpickler: Any = Unpickler(io.BytesIO(self._pickle()), encoding="utf-8")
             storages: dict[str, TypedStorage] = {}
 
@@ -255,7 +255,8 @@ def _is_pickle(name: str) -> bool:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def refusing(path: Path) -> Iterator[None]:
+    """Turn any error that reading a file raises into a ``CheckpointError`` that names the file."""
     try:
         yield
     except Exception as error:  # a damaged or forged file may raise any error

@@ -37,7 +37,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 SHOWN = 300
 """Characters of a message in the table."""
-PATIENCE = 120
+PATIENCE = 60
 """Seconds after which a run is taken to hang."""
 OTHER = "- Not a valid subclass of Callback"
 

@@ -10,15 +10,17 @@ schedule ends; at 3 times, the same text with the old answers of the first eight
 text of the other model (other text, with its facts from ``--facts``); and adapters on attention alone. Every number is
 that of the model at the end of the continuation. Training loss is the mean over the last quarter of the steps, of the
 rows of the data alone; perplexity is on held-out text, and ``never edited`` is the fair comparison for it, because
-losing edits mends it. Step time is the processor time of a whole fit over that of the fit without protection, edits
-left out. ``--edits`` edits another number of facts of the CounterFact model; it has at most 353 whose new targets it
-knows. A continuation in two processes, under DeepSpeed ZeRO stage 3, has as many rows in each step as in one. Writes
-``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs that are in the JSON are not
-made again.
+losing edits mends it. Ratios are those of runs from the same weights; another machine trains other weights from the
+same seed, and each of them counts as a training. Step time is the processor time of a whole fit over that of the fit
+without protection, edits left out. ``--edits`` edits another number of facts of the CounterFact model; it has at most
+353 whose new targets it knows. A continuation in two processes, under DeepSpeed ZeRO stage 3, has as many rows in each
+step as in one. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs that
+are in the JSON are not made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -34,20 +36,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 
 from benchmarks.editing import editors
-from benchmarks.training import arguments_of, command_line, header, quiet, row, trained, write
+from benchmarks.survival_report import NAMES, draw, edits_of, table, trained_by
+from benchmarks.training import arguments_of, command_line, quiet, trained, write
 from lit_moeedit.callbacks import EditEvent, EditHold, EditListener, EditReplay, KnowledgeEditing
 from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.editing.evaluation import perplexity
 from lit_moeedit.models.experts import find_model
 
-NAMES = ("atlas", "counterfact")
-EDITS = {"atlas": 32, "counterfact": 100}
-"""Number of edits of the configs, which results of earlier versions do not tell."""
 BATCH = 32
 """Rows of a batch of all processes."""
 RATE = 4e-5
@@ -218,7 +217,8 @@ def run(
     own = KnowledgeEditing(editor, at="fit_start", on_failure="keep", tokenizer=None, preservation=texts, **arguments)
     cli.trainer.callbacks[:] = [*([own] if protection.is_edited else []), *callbacks, watch]
     module.configure_model()
-    load(module.model, models / f"{name}, seed {seed}.safetensors")
+    weights = weights_file(name, seed, models)
+    load(module.model, weights)
     with TemporaryDirectory() as folder:
         if then.is_other_text:
             other = Atlas(edits=1, seed=seed) if name == "counterfact" else FactsCorpus(facts_file, 1, 500, False, 8)
@@ -227,7 +227,7 @@ def run(
     model, batches = module.model.eval(), list(data.val_dataloader())[:8]
     found = {
         "model": name, "seed": seed, "continuation": continuation, "condition": condition, "edits": len(facts),
-        "after": watch.after,
+        "weights": digest(weights), "after": watch.after,
         "train_loss": statistics.mean(watch.losses[-len(watch.losses) // 4 :]),
         "perplexity": perplexity(model, batches),
         "seconds": watch.seconds, "processor": processor(),
@@ -245,83 +245,14 @@ def run(
     return found
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Format the results as Markdown: means over seeds, with 95 % intervals of the edits that are generated."""
-    names = ("model", "edits", "continuation", "condition", "seeds", "generated after the edit", "at the end",
-             "generalization", "neighbours retained", "training loss", "perplexity", "step time")  # fmt: skip
-    lines = header(names)
-    groups: dict[tuple[str, int, str, str], list[dict[str, Any]]] = {}
-    for result in results:
-        key = (result["model"], edits_of(result), result["continuation"], result["condition"])
-        groups.setdefault(key, []).append(result)
-    for (name, edits, continuation, condition), own in sorted(groups.items()):
-        base = {r["seed"]: r for r in groups.get((name, edits, continuation, "nothing"), [])}
-        never = {r["seed"]: r for r in groups.get((name, edits, continuation, "never edited"), [])}
-        pairs = [(r, base[r["seed"]], never[r["seed"]]) for r in own if r["seed"] in base and r["seed"] in never]
-        if not pairs:
-            continue
-        is_edited = condition != "never edited"
-        loss = 100 * (statistics.mean(r["train_loss"] / n["train_loss"] for r, n, _ in pairs) - 1)
-        worse = 100 * (statistics.mean(r["perplexity"] / v["perplexity"] for r, _, v in pairs) - 1)
-        times = [r["seconds"] / n["seconds"] for r, n, _ in pairs if r.get("processor") == n.get("processor")]
-        end = [r["end"]["efficacy_accuracy"] for r in own] if is_edited else []
-        shown = f"{interval(end)}" if end else "-"
-        if is_edited and own[0]["contradicted"] is not None:
-            parts = [statistics.mean(r[group] for r in own) for group in ("contradicted", "others")]
-            shown += f" (contradicted {parts[0]:.2f}, others {parts[1]:.2f})"
-        lines.append(
-            row(
-                (
-                    name, edits, continuation, condition, len(own),
-                    f"{mean_of(own, 'after', 'efficacy_accuracy'):.2f}" if is_edited else "-",
-                    shown,
-                    f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
-                    if is_edited else "-",
-                    f"{mean_of(own, 'end', 'specificity_retained'):.3f}" if is_edited else "-",
-                    f"{loss:+.2f} %", f"{worse:+.2f} %", f"{statistics.mean(times):.2f}" if times else "-",
-                )
-            )
-        )  # fmt: skip
-    return "\n".join(lines)
+def weights_file(name: str, seed: int, models: Path) -> Path:
+    """Return the file with the weights of a trained model."""
+    return models / f"{name}, seed {seed}.safetensors"
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw the share of edits that are generated at the end: a dot for each seed, and a bar for their mean."""
-    edited = [result for result in results if "end" in result]
-    models = sorted({(NAMES.index(result["model"]), edits_of(result)) for result in edited})
-    then = [c for c in CONTINUATIONS if any(result["continuation"] == c for result in edited)]
-    conditions = [c for c in CONDITIONS if any(result["condition"] == c for result in edited)][::-1]
-    if not edited:
-        return
-    size = (2.6 * len(then) + 2.2, (0.32 * len(conditions) + 0.8) * len(models) + 0.5)
-    figure, axes = plt.subplots(
-        len(models), len(then), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for own, (index, edits) in zip(axes, models, strict=True):
-        for axis, continuation in zip(own, then, strict=True):
-            axis.set_title(f"{NAMES[index]}, {edits} edits, {continuation}", fontsize=9)
-            axis.axvline(0.97, color="0.6", linewidth=0.8, linestyle=":")
-            for place, condition in enumerate(conditions):
-                here = (NAMES[index], edits, continuation, condition)
-                found = [r for r in edited if (r["model"], edits_of(r), r["continuation"], r["condition"]) == here]
-                shares = [r["end"]["efficacy_accuracy"] for r in found]
-                if shares:
-                    color = "C7" if condition.startswith("nothing") else "C0"
-                    axis.barh(place, statistics.mean(shares), color=color, alpha=0.45, height=0.7)
-                    axis.plot(shares, [place] * len(shares), "o", color=color, markersize=3.5)
-    axes[0][0].set_yticks(range(len(conditions)), conditions)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=8)
-    axes[0][0].set_xlim(0, 1.03)
-    figure.supxlabel("share of the edits that are generated at the end; dotted: 0.97", fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def edits_of(result: Mapping[str, Any]) -> int:
-    """Return the number of edits of a run."""
-    number: int = result.get("edits", EDITS[result["model"]])
-    return number
+def digest(file: Path) -> str:
+    """Return the beginning of the SHA-256 of a file: another machine trains other weights from the same seed."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def processor() -> str:
@@ -330,20 +261,6 @@ def processor() -> str:
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
-
-
-def mean_of(results: list[dict[str, Any]], moment: str, metric: str) -> float:
-    """Return the mean of a metric over seeds."""
-    return statistics.mean(result[moment][metric] for result in results)
-
-
-def interval(values: list[float]) -> str:
-    """Format a mean with its 95 % interval over seeds (Student's t; none for one seed)."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
-    return f"{mean:.2f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.2f}"
 
 
 def run_in_processes(
@@ -374,7 +291,7 @@ def main() -> None:
     quiet()
     file, rank = arguments.output / "survival.json", int(os.environ.get("RANK", "0"))
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    done = {(r["model"], edits_of(r), r["seed"], r["continuation"], r["condition"]) for r in results}
+    done = {(r["model"], edits_of(r), trained_by(r), r["continuation"], r["condition"]) for r in results}
     for name in arguments.names:
         if name == "counterfact" and arguments.facts is None:
             continue
@@ -383,12 +300,13 @@ def main() -> None:
         options += [] if edits is None else [f"--data.init_args.corpus.init_args.edits={edits}"]
         for seed in arguments.seeds:
             count = len(trained(name, seed, arguments.models, *options).data.edit_facts())
+            by = seed, digest(weights_file(name, seed, arguments.models))
             for continuation in arguments.continuations:
                 for condition in arguments.conditions:
                     chosen = CONDITIONS[condition].continuations
                     is_wanted = chosen is None or continuation in chosen
                     is_wanted &= arguments.facts is not None or continuation != "other text"
-                    if not is_wanted or (name, count, seed, continuation, condition) in done:
+                    if not is_wanted or (name, count, by, continuation, condition) in done:
                         continue
                     case = (name, seed, continuation, condition, arguments.models, arguments.facts)
                     if CONTINUATIONS[continuation].processes > 1 and "RANK" not in os.environ:
@@ -402,7 +320,7 @@ def main() -> None:
                     sys.stdout.flush()
                     command = f"`python -m benchmarks.survival`, {torch.get_num_threads()} thread(s)"
                     write("survival", command, table(results), results, arguments.output)
-                    draw(results, arguments.output / "survival.png")
+                    draw(results, arguments.output / "survival.png", list(CONTINUATIONS), list(CONDITIONS))
 
 
 if __name__ == "__main__":

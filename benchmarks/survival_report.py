@@ -1,0 +1,125 @@
+"""The table and the picture of the benchmark of survival."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from benchmarks.training import header, row
+
+NAMES = ("atlas", "counterfact")
+EDITS = {"atlas": 32, "counterfact": 100}
+"""Number of edits of the configs, which results of earlier versions do not tell."""
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Format the results as Markdown: means over trainings, with 95 % intervals of the edits that are generated."""
+    names = ("model", "edits", "continuation", "condition", "trainings", "generated after the edit", "at the end",
+             "generalization", "neighbours retained", "training loss", "perplexity", "step time")  # fmt: skip
+    lines = header(names)
+    groups: dict[tuple[str, int, str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        key = (result["model"], edits_of(result), result["continuation"], result["condition"])
+        groups.setdefault(key, []).append(result)
+    for (name, edits, continuation, condition), own in sorted(groups.items()):
+        base, never = (
+            {trained_by(r): r for r in groups.get((name, edits, continuation, other), [])}
+            for other in ("nothing", "never edited")
+        )
+        pairs = [
+            (r, base[trained_by(r)], never[trained_by(r)]) for r in own if trained_by(r) in base.keys() & never.keys()
+        ]
+        if not pairs:
+            continue
+        is_edited = condition != "never edited"
+        loss = 100 * (statistics.mean(r["train_loss"] / n["train_loss"] for r, n, _ in pairs) - 1)
+        worse = 100 * (statistics.mean(r["perplexity"] / v["perplexity"] for r, _, v in pairs) - 1)
+        times = [r["seconds"] / n["seconds"] for r, n, _ in pairs if r.get("processor") == n.get("processor")]
+        end = [r["end"]["efficacy_accuracy"] for r in own] if is_edited else []
+        shown = f"{interval(end)}" if end else "-"
+        if is_edited and own[0]["contradicted"] is not None:
+            parts = [statistics.mean(r[group] for r in own) for group in ("contradicted", "others")]
+            shown += f" (contradicted {parts[0]:.2f}, others {parts[1]:.2f})"
+        lines.append(
+            row(
+                (
+                    name, edits, continuation, condition, len(own),
+                    f"{mean_of(own, 'after', 'efficacy_accuracy'):.2f}" if is_edited else "-",
+                    shown,
+                    f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
+                    if is_edited else "-",
+                    f"{mean_of(own, 'end', 'specificity_retained'):.3f}" if is_edited else "-",
+                    f"{loss:+.2f} %", f"{worse:+.2f} %", f"{statistics.mean(times):.2f}" if times else "-",
+                )
+            )
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path, continuations: Sequence[str], conditions: Sequence[str]) -> None:
+    """Draw the share of edits that are generated at the end: a dot for each training, and a bar for their mean.
+
+    Args:
+        results: of all runs.
+        path: of the picture.
+        continuations: all of them, from the left to the right.
+        conditions: likewise, from the top to the bottom.
+    """
+    edited = [result for result in results if "end" in result]
+    models = sorted({(NAMES.index(result["model"]), edits_of(result)) for result in edited})
+    then = [c for c in continuations if any(result["continuation"] == c for result in edited)]
+    shown = [c for c in conditions if any(result["condition"] == c for result in edited)][::-1]
+    if not edited:
+        return
+    size = (2.6 * len(then) + 2.2, (0.32 * len(shown) + 0.8) * len(models) + 0.5)
+    figure, axes = plt.subplots(
+        len(models), len(then), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for own, (index, edits) in zip(axes, models, strict=True):
+        for axis, continuation in zip(own, then, strict=True):
+            axis.set_title(f"{NAMES[index]}, {edits} edits, {continuation}", fontsize=9)
+            axis.axvline(0.97, color="0.6", linewidth=0.8, linestyle=":")
+            for place, condition in enumerate(shown):
+                here = (NAMES[index], edits, continuation, condition)
+                found = [r for r in edited if (r["model"], edits_of(r), r["continuation"], r["condition"]) == here]
+                shares = [r["end"]["efficacy_accuracy"] for r in found]
+                if shares:
+                    color = "C7" if condition.startswith("nothing") else "C0"
+                    axis.barh(place, statistics.mean(shares), color=color, alpha=0.45, height=0.7)
+                    axis.plot(shares, [place] * len(shares), "o", color=color, markersize=3.5)
+    axes[0][0].set_yticks(range(len(shown)), shown)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=8)
+    axes[0][0].set_xlim(0, 1.03)
+    figure.supxlabel("share of the edits that are generated at the end; dotted: 0.97", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def edits_of(result: Mapping[str, Any]) -> int:
+    """Return the number of edits of a run."""
+    number: int = result.get("edits", EDITS[result["model"]])
+    return number
+
+
+def trained_by(result: Mapping[str, Any]) -> tuple[int, str | None]:
+    """Return the seed and the weights of a run; results of earlier versions do not tell the weights."""
+    return result["seed"], result.get("weights")
+
+
+def mean_of(results: list[dict[str, Any]], moment: str, metric: str) -> float:
+    """Return the mean of a metric over trainings."""
+    return statistics.mean(result[moment][metric] for result in results)
+
+
+def interval(values: list[float]) -> str:
+    """Format a mean with its 95 % interval (Student's t; none for one value)."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.2f}"
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}.get(len(values), 2.0)
+    return f"{mean:.2f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.2f}"

@@ -13,9 +13,9 @@ rows of the data alone; perplexity is on held-out text, and ``never edited`` is 
 losing edits mends it. Ratios are those of runs from the same weights; another machine trains other weights from the
 same seed, and each of them counts as a training. Step time is the processor time of a whole fit over that of the fit
 without protection, edits left out. ``--edits`` edits another number of facts of the CounterFact model; it has at most
-353 whose new targets it knows. A continuation in two processes, under DeepSpeed ZeRO stage 3, has as many rows in each
-step as in one. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs that
-are in the JSON are not made again.
+353 whose new targets it knows. Continuations in two processes, under DeepSpeed ZeRO stage 3 or FSDP2, have as many rows
+in each step as in one. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs
+that are in the JSON are not made again.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from typing import Any
 import lightning as L
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from benchmarks.editing import editors
 from benchmarks.survival_report import NAMES, draw, edits_of, table, trained_by
@@ -55,12 +56,18 @@ CONTRADICTED = 8
 """Number of edited facts whose old answers stay in the text that contradicts."""
 ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
+FSDP2 = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.init_args.data_parallel_size=2",
+    "--trainer.strategy.init_args.tensor_parallel_size=1",
+)
+
 
 @dataclass(frozen=True)
 class Continuation:
     """The training after the edit: its learning rate in units of ``RATE``, its text, and the weights that learn.
 
-    Several processes share the weights by DeepSpeed ZeRO stage 3.
+    Several processes share the weights by a strategy, which are arguments of the command line.
     """
 
     rate: float
@@ -68,6 +75,7 @@ class Continuation:
     is_other_text: bool = False
     adapter: Mapping[str, Any] | None = None
     processes: int = 1
+    strategy: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ CONTINUATIONS = {
     "contradicting": Continuation(3.0, contradicted=CONTRADICTED),
     "other text": Continuation(3.0, is_other_text=True),
     "adapters": Continuation(125.0, adapter=ATTENTION),
-    "10x, ZeRO-3": Continuation(10.0, processes=2),
+    "10x, ZeRO-3": Continuation(10.0, processes=2, strategy=("--trainer.strategy=deepspeed_cpu_stage_3",)),
+    "10x, FSDP2": Continuation(10.0, processes=2, strategy=FSDP2),
 }
 CONDITIONS = {
     "never edited": Condition(is_edited=False),
@@ -163,6 +172,17 @@ class Watch(EditListener):
         self.losses = mean.tolist()
 
 
+class Load(L.Callback):
+    """Reads the weights of a trained model into one that FSDP2 shards."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        weights = load_file(self.file)
+        set_model_state_dict(find_model(pl_module), weights, options=StateDictOptions(full_state_dict=True))
+
+
 def load(model: torch.nn.Module, file: Path) -> None:
     """Load the weights of a trained model, also if adapters are around some of its modules."""
     weights = load_file(file)
@@ -204,7 +224,8 @@ def run(
         f"--data.init_args.batch_size={BATCH // then.processes}",
         "--trainer.max_epochs=1",
         "--trainer.limit_val_batches=0",
-        *([f"--trainer.devices={then.processes}", "--trainer.strategy=deepspeed_cpu_stage_3"] * (then.processes > 1)),
+        f"--trainer.devices={then.processes}",
+        *then.strategy,
         *options,
     )
     data, module = cli.datamodule, cli.model
@@ -216,9 +237,12 @@ def run(
     arguments: dict[str, Any] = {"survival_every_n_steps": None, **protection.arguments}
     own = KnowledgeEditing(editor, at="fit_start", on_failure="keep", tokenizer=None, preservation=texts, **arguments)
     cli.trainer.callbacks[:] = [*([own] if protection.is_edited else []), *callbacks, watch]
-    module.configure_model()
     weights = weights_file(name, seed, models)
-    load(module.model, weights)
+    if then.strategy == FSDP2:  # the module shards its model in the run
+        cli.trainer.callbacks.insert(0, Load(weights))
+    else:
+        module.configure_model()
+        load(module.model, weights)
     with TemporaryDirectory() as folder:
         if then.is_other_text:
             other = Atlas(edits=1, seed=seed) if name == "counterfact" else FactsCorpus(facts_file, 1, 500, False, 8)

@@ -10,12 +10,11 @@ schedule ends; at 3 times, the same text with the old answers of the first eight
 text of the other model (other text, with its facts from ``--facts``); and adapters on attention alone. Every number is
 that of the model at the end of the continuation. Training loss is the mean over the last quarter of the steps, of the
 rows of the data alone; perplexity is on held-out text, and ``never edited`` is the fair comparison for it, because
-losing edits mends it. Ratios are those of runs from the same weights; another machine trains other weights from the
-same seed, and each of them counts as a training. Step time is the processor time of a whole fit over that of the fit
-without protection, edits left out. ``--edits`` edits another number of facts of the CounterFact model; it has at most
-353 whose new targets it knows. Continuations in two processes, under DeepSpeed ZeRO stage 3 or FSDP2, have as many rows
-in each step as in one. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs
-that are in the JSON are not made again.
+losing edits mends it. Step time is the processor time of a whole fit over that of the fit without protection, edits
+left out. ``--edits`` edits another number of facts of the CounterFact model; it has at most 353 whose new targets it
+knows. Continuations in two processes, under DeepSpeed ZeRO stage 3 or FSDP2, have as many rows in each step as in one.
+Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs that are in the JSON
+are not made again, if they are of the same weights.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from benchmarks.editing import editors
-from benchmarks.survival_report import NAMES, draw, edits_of, table, trained_by
+from benchmarks.survival_report import NAMES, draw, edits_of, tables
 from benchmarks.training import arguments_of, command_line, quiet, trained, write
 from lit_moeedit.callbacks import EditEvent, EditHold, EditListener, EditReplay, KnowledgeEditing
 from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
@@ -315,7 +314,9 @@ def main() -> None:
     quiet()
     file, rank = arguments.output / "survival.json", int(os.environ.get("RANK", "0"))
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    done = {(r["model"], edits_of(r), trained_by(r), r["continuation"], r["condition"]) for r in results}
+    done = {
+        (r["model"], edits_of(r), (r["seed"], r.get("weights")), r["continuation"], r["condition"]) for r in results
+    }
     for name in arguments.names:
         if name == "counterfact" and arguments.facts is None:
             continue
@@ -343,7 +344,7 @@ def main() -> None:
                     sys.stdout.write(f"{name} {seed} {continuation} {last}\n")
                     sys.stdout.flush()
                     command = f"`python -m benchmarks.survival`, {torch.get_num_threads()} thread(s)"
-                    write("survival", command, table(results), results, arguments.output)
+                    write("survival", command, tables(results), results, arguments.output)
                     draw(results, arguments.output / "survival.png", list(CONTINUATIONS), list(CONDITIONS))
 
 

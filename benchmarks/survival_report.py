@@ -16,52 +16,67 @@ EDITS = {"atlas": 32, "counterfact": 100}
 """Number of edits of the configs, which results of earlier versions do not tell."""
 
 
+def tables(results: list[dict[str, Any]]) -> str:
+    """Format the results as Markdown, with those of earlier versions, which do not tell their weights, apart."""
+    own = [result for result in results if "weights" in result]
+    parts = [("", own), ("Of other weights, trained before on another machine:", [r for r in results if r not in own])]
+    return "\n\n".join("\n\n".join(filter(None, (title, table(part)))) for title, part in parts if part)
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """Format the results as Markdown: means over trainings, with 95 % intervals of the edits that are generated."""
-    names = ("model", "edits", "continuation", "condition", "trainings", "generated after the edit", "at the end",
+    """Format results as Markdown: means over seeds, with 95 % intervals of the edits that are generated."""
+    names = ("model", "edits", "continuation", "condition", "seeds", "generated after the edit", "at the end",
              "generalization", "neighbours retained", "training loss", "perplexity", "step time")  # fmt: skip
     lines = header(names)
     groups: dict[tuple[str, int, str, str], list[dict[str, Any]]] = {}
     for result in results:
         key = (result["model"], edits_of(result), result["continuation"], result["condition"])
         groups.setdefault(key, []).append(result)
-    for (name, edits, continuation, condition), own in sorted(groups.items()):
-        base, never = (
-            {trained_by(r): r for r in groups.get((name, edits, continuation, other), [])}
-            for other in ("nothing", "never edited")
-        )
-        pairs = [
-            (r, base[trained_by(r)], never[trained_by(r)]) for r in own if trained_by(r) in base.keys() & never.keys()
-        ]
-        if not pairs:
-            continue
+    for key, own in sorted(groups.items()):
+        *case, condition = key
+        base, never = (groups.get((*case, other), []) for other in ("nothing", "never edited"))  # type: ignore[arg-type]
         is_edited = condition != "never edited"
-        loss = 100 * (statistics.mean(r["train_loss"] / n["train_loss"] for r, n, _ in pairs) - 1)
-        worse = 100 * (statistics.mean(r["perplexity"] / v["perplexity"] for r, _, v in pairs) - 1)
-        times = [r["seconds"] / n["seconds"] for r, n, _ in pairs if r.get("processor") == n.get("processor")]
         end = [r["end"]["efficacy_accuracy"] for r in own] if is_edited else []
         shown = f"{interval(end)}" if end else "-"
         if is_edited and own[0]["contradicted"] is not None:
             parts = [statistics.mean(r[group] for r in own) for group in ("contradicted", "others")]
             shown += f" (contradicted {parts[0]:.2f}, others {parts[1]:.2f})"
+        times = ratios(own, base, "seconds", "processor")
         lines.append(
             row(
                 (
-                    name, edits, continuation, condition, len(own),
+                    *key, len(own),
                     f"{mean_of(own, 'after', 'efficacy_accuracy'):.2f}" if is_edited else "-",
                     shown,
                     f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
                     if is_edited else "-",
                     f"{mean_of(own, 'end', 'specificity_retained'):.3f}" if is_edited else "-",
-                    f"{loss:+.2f} %", f"{worse:+.2f} %", f"{statistics.mean(times):.2f}" if times else "-",
+                    percent(ratios(own, base, "train_loss")), percent(ratios(own, never, "perplexity")),
+                    f"{statistics.mean(times):.2f}" if times else "-",
                 )
             )
         )  # fmt: skip
     return "\n".join(lines)
 
 
+def ratios(
+    own: list[dict[str, Any]], others: list[dict[str, Any]], quantity: str, equal: str | None = None
+) -> list[float]:
+    """Divide a quantity of runs by that of others with the same seed, where they are equal in ``equal``, too."""
+    by_seed = {result["seed"]: result for result in others}
+    pairs = [(result, by_seed[result["seed"]]) for result in own if result["seed"] in by_seed]
+    return [mine[quantity] / its[quantity] for mine, its in pairs if equal is None or mine.get(equal) == its.get(equal)]
+
+
+def percent(ratios: list[float]) -> str:
+    """Format the mean of ratios as what it is above or below 1."""
+    return f"{100 * (statistics.mean(ratios) - 1):+.2f} %" if ratios else "-"
+
+
 def draw(results: list[dict[str, Any]], path: Path, continuations: Sequence[str], conditions: Sequence[str]) -> None:
-    """Draw the share of edits that are generated at the end: a dot for each training, and a bar for their mean.
+    """Draw the share of edits that are generated at the end: a dot for each run, and a bar for their mean.
+
+    Results of earlier versions are left out where there are others.
 
     Args:
         results: of all runs.
@@ -86,6 +101,7 @@ def draw(results: list[dict[str, Any]], path: Path, continuations: Sequence[str]
             for place, condition in enumerate(shown):
                 here = (NAMES[index], edits, continuation, condition)
                 found = [r for r in edited if (r["model"], edits_of(r), r["continuation"], r["condition"]) == here]
+                found = [r for r in found if "weights" in r] or found
                 shares = [r["end"]["efficacy_accuracy"] for r in found]
                 if shares:
                     color = "C7" if condition.startswith("nothing") else "C0"
@@ -106,20 +122,15 @@ def edits_of(result: Mapping[str, Any]) -> int:
     return number
 
 
-def trained_by(result: Mapping[str, Any]) -> tuple[int, str | None]:
-    """Return the seed and the weights of a run; results of earlier versions do not tell the weights."""
-    return result["seed"], result.get("weights")
-
-
 def mean_of(results: list[dict[str, Any]], moment: str, metric: str) -> float:
-    """Return the mean of a metric over trainings."""
+    """Return the mean of a metric over seeds."""
     return statistics.mean(result[moment][metric] for result in results)
 
 
 def interval(values: list[float]) -> str:
-    """Format a mean with its 95 % interval (Student's t; none for one value)."""
+    """Format a mean with its 95 % interval over seeds (Student's t; none for one)."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.2f}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}.get(len(values), 2.0)
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.0)
     return f"{mean:.2f} ± {t * statistics.stdev(values) / len(values) ** 0.5:.2f}"

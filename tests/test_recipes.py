@@ -13,9 +13,11 @@ from tests.parsed_config import parsed
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-FIRST = [path for path in CONFIGS if path.stem != "lora"]
-"""Those that others may follow; lora is an overlay of configs with 'pretrained'."""
-OVERLAYS = ("atlas_fsdp", "atlas_zero3", "lora", "qwen3_30b_a3b_fsdp", "wandb")
+METHODS = ("alphaedit", "memit", "moeedit_paper", "mote_paper")
+"""Overlays that change the editor alone."""
+FIRST = [path for path in CONFIGS if path.stem not in ("lora", *METHODS)]
+"""Those that others may follow; lora is an overlay of configs with 'pretrained', methods of those with an edit."""
+OVERLAYS = ("atlas_fsdp", "atlas_zero3", "lora", "qwen3_30b_a3b_fsdp", "wandb", *METHODS)
 """Recipes that are given after another one, the demo for instance."""
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -47,6 +49,7 @@ def test_an_overlay_changes_what_it_says_and_nothing_else(name, capsys):
         "qwen3_30b_a3b_fsdp": ("trainer", "strategy"),
         "wandb": ("trainer", "logger"),
         "lora": ("model", "init_args", "adapter"),
+        **dict.fromkeys(METHODS, ("edit", "editor", "init_args")),
     }
     changed = {place for place in base.keys() | both.keys() if base.get(place) != both.get(place)} - overlay.keys()
     # another class has other settings
@@ -92,7 +95,7 @@ def test_every_pair_of_configs_composes_to_what_it_says(first, seconds, tmp_path
         texts = ((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8") for name in (first, second))
         together = tmp_path / f"{first} {second}.yaml"
         together.write_text(yaml.safe_dump(_composed(*map(yaml.safe_load, texts))), encoding="utf-8")
-        if second in ("atlas_fsdp", "atlas_zero3", "lora", "qwen3_30b_a3b_fsdp") and first == "wandb":
+        if second in ("atlas_fsdp", "atlas_zero3", "lora", "qwen3_30b_a3b_fsdp", *METHODS) and first == "wandb":
             continue  # no model in either
         assert parsed(capsys, f"recipe:{first}", f"recipe:{second}") == parsed(capsys, together), second
 
@@ -136,7 +139,7 @@ def test_only_recipes_are_recipes(name, args, capsys):
     with pytest.raises(SystemExit) as exit:
         run(args=[*args, f"recipe:{name}"])
     said = f"{exit.value.code} {capsys.readouterr().err}"
-    assert f"there is no recipe {name!r}; there are atlas, atlas_fsdp, atlas_zero3, " in said
+    assert f"there is no recipe {name!r}; there are alphaedit, atlas, atlas_fsdp, atlas_zero3, " in said
 
 
 def test_a_missing_file_is_named_with_its_option():

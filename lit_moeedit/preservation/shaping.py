@@ -90,21 +90,26 @@ class NullSpace(Preservation):
 
     Args:
         threshold: ``τ``, in units of squared activations.
+        unused: whether experts that no token of the text was routed to are edited. Nothing is known of what they must
+            keep, so that ``P_j`` is the identity; with ``False`` it is 0, as in the code released with MoEEdit.
 
     Raises:
         ValueError: if the threshold is negative.
     """
 
-    def __init__(self, threshold: float = 0.02) -> None:
+    def __init__(self, threshold: float = 0.02, unused: bool = True) -> None:
         if not threshold >= 0:
             raise ValueError(f"threshold must be at least 0, got {threshold}")
-        self.threshold = threshold
+        self.threshold, self.unused = threshold, unused
 
     @override
     def root(self, moments: Tensor, penalty: float | None, symmetric: bool) -> Tensor:
         values, vectors = eigenvectors(moments)
         vectors = vectors * (values <= self.threshold)[:, None]
-        return vectors @ vectors.mT
+        projectors = vectors @ vectors.mT
+        if not self.unused:
+            projectors *= moments.diagonal(dim1=1, dim2=2).any(1)[:, None, None]
+        return projectors
 
     @override
     def reached(self, moments: Tensor, root: Tensor, penalty: float | None) -> Tensor:

@@ -292,3 +292,12 @@ def test_experts_without_a_matrix_are_named() -> None:
     shapes = Shaping(torch.tensor([2, 7]), torch.eye(3).expand(2, 3, 3), torch.ones(2))
     with pytest.raises(ValueError, match="no edit visits experts 4: its solver must set changes_all_experts"):
         shapes.applied(torch.ones(2, 3), torch.tensor([2, 4]))
+
+
+def test_experts_without_text_are_edited_freely_or_not_at_all() -> None:
+    moments = torch.stack([torch.zeros(5, 5, dtype=torch.float64), second_moments(1, 5, rank=2)[0]])
+    free, fixed = (NullSpace(1e-6, unused=unused).root(moments, None, False) for unused in (True, False))
+    # products of eigenvectors in float64
+    torch.testing.assert_close(free[0], torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert torch.equal(fixed[0], torch.zeros(5, 5, dtype=torch.float64))
+    assert torch.equal(fixed[1], free[1]) and float(free[1].trace()) == pytest.approx(3.0)

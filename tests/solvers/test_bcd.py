@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -244,3 +245,47 @@ def test_dtype_is_kept(make_problem, dtype: torch.dtype) -> None:
 def test_wrong_settings_are_refused(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BlockCoordinateDescent(**arguments)
+
+
+RELEASED = [
+    [
+        -0.1585, -0.03373, 0.02412, 0.21089, -0.15469, -0.18839, 0.08884, 0.20783, -0.11755,
+        -0.08732, -0.11064, 0.1016, 0.0688, -0.17611, 0.09457, -0.12273, 0.2664, 0.08581,
+    ],
+    [
+        -0.00087, 0.28423, 0.07946, -0.11045, 0.15161, -0.29668, -0.03688, 0.03987, -0.04369,
+        0.01674, -0.40845, 0.37051, 0.0381, -0.32448, -0.03535, 0.09356, 0.2608, -0.07742,
+    ],
+    [
+        0.11827, 0.02949, 0.3335, 0.0443, 0.05931, -0.21771, 0.01522, -0.25906, -0.10689,
+        -0.00932, 0.05624, -0.16879, -0.13364, 0.23209, -0.22557, -0.0349, -0.1161, 0.38814,
+    ],
+    [
+        0.22204, -0.19589, 0.02544, -0.05913, 0.25247, -0.25041, -0.33057, 0.26646, -0.09536,
+        0.10447, -0.05918, -0.10204, 0.11173, -0.07316, 0.07084, -0.04635, -0.19271, 0.35344,
+    ],
+]  # fmt: skip
+"""Applied deltas ``ΔW_j P_j``, row by row, that the code released with MoEEdit gives for :func:`_released_problem`."""
+
+
+def _released_problem() -> tuple[EditProblem, Tensor]:
+    """A problem of 7 edits and 4 experts, and the projectors of the experts."""
+    edits, experts, d_hidden = torch.arange(7)[:, None, None], torch.arange(4)[:, None], torch.arange(6)
+    keys = torch.sin(1.0 + 3.1 * edits + 5.7 * experts + 0.9 * d_hidden + 0.37 * edits * d_hidden)
+    gates = 0.2 + 0.1 * ((2 * edits + experts) % 5)
+    gates = torch.where((edits + experts) % 3 == 0, 0.0, gates)[..., 0]
+    normals = torch.sin(2.0 + 1.7 * experts + 2.3 * d_hidden)
+    normals = normals / normals.norm(dim=1, keepdim=True)
+    projectors = torch.eye(6) - normals[:, :, None] * normals[:, None, :]
+    edit, expert = gates.nonzero().T
+    features = torch.einsum("nij,nj->ni", projectors[expert], gates[edit, expert, None] * keys[edit, expert])
+    residuals = torch.cos(1.3 * torch.arange(7)[:, None] + 2.1 * torch.arange(3))
+    return EditProblem(edit, expert, features, residuals, 4, ridge=1.0), projectors
+
+
+def test_the_deltas_are_those_of_the_released_code() -> None:
+    problem, projectors = _released_problem()
+    deltas = BlockCoordinateDescent(passes=4, seed=42).solve(problem)
+    applied = torch.stack([deltas.dense(expert) @ projectors[expert] for expert in range(4)])
+    # the numbers have five digits after the point
+    torch.testing.assert_close(applied.flatten(1), torch.tensor(RELEASED), rtol=0, atol=1e-5)

@@ -168,6 +168,30 @@ def test_the_order_of_edits_does_not_matter() -> None:
         torch.testing.assert_close(other, solutions[0], rtol=1e-9, atol=1e-10)  # float64
 
 
+@settings(derandomize=True, max_examples=20)
+@given(seed=st.integers(0, 10_000), batches=st.integers(2, 5))
+def test_batches_with_memory_are_one_batch(seed: int, batches: int) -> None:
+    """With keys that stay, where every batch visits every expert, each asking for what the earlier ones have left."""
+    every = torch.arange(EXPERTS)
+    parts = [edit(4, 7 * seed + i) for i in range(batches)]
+    # one row that visits all experts, in each batch
+    everywhere = torch.randn(batches, EXPERTS, D_HIDDEN, generator=torch.Generator().manual_seed(seed)).double()
+    parts = [
+        GatedKeys(torch.cat([k.row, every * 0 + 4]), torch.cat([k.expert, every]), torch.cat([k.key, own]))
+        for k, own in zip(parts, everywhere, strict=True)
+    ]
+    goals, memory = [wanted(5, seed + i) for i in range(batches)], EditMemory()
+    total = torch.zeros(EXPERTS * D_HIDDEN, D_MODEL, dtype=torch.float64)
+    for i, (keys, goal) in enumerate(zip(parts, goals, strict=True)):
+        left = goal - dense(keys) @ total
+        total = total + solve(*memory.extend(0, keys, left, names(5 * i, 5)))
+        memory.remember({0: keys}, names(5 * i, 5))
+    row = torch.cat([keys.row + 5 * i for i, keys in enumerate(parts)])
+    joined = GatedKeys(row, torch.cat([k.expert for k in parts]), torch.cat([k.key for k in parts]))
+    # float64, in systems of condition up to 1e5, one after the other
+    torch.testing.assert_close(total, solve(joined, torch.cat(goals)), rtol=1e-7, atol=1e-8)
+
+
 def test_a_layer_without_memory_is_left_alone() -> None:
     keys, residuals = edit(2, 0), wanted(2)
     assert filled().extend(1, keys, residuals, names(0, 2)) == (keys, residuals)

@@ -77,6 +77,20 @@ def test_fsdp2_takes_the_place_of_zero_3(capsys: pytest.CaptureFixture[str], tmp
     assert found.sharding == Sharding(16, None, 4, fsdp2=True) and found.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("own_process")
+def test_ranks_share_the_experts_in_the_place_of_zero_3(capsys: pytest.CaptureFixture[str]) -> None:
+    names = "qwen3_30b_a3b_zero3", "qwen3_30b_a3b_ep"
+    printed = parsed(capsys, *(f"recipe:{name}" for name in names))
+    sizes, model = printed["trainer"]["strategy"]["init_args"], printed["model"]["init_args"]
+    ranks = printed["trainer"]["devices"] * printed["trainer"]["num_nodes"]
+    # nothing is left of DeepSpeed's settings
+    assert (sizes["data_parallel_size"], sizes["tensor_parallel_size"], "stage" in sizes) == (ranks, 1, False)
+    assert model["pretrained"] == "Qwen/Qwen3-30B-A3B" and model["adapter"] is None and model["dtype"] == "float32"
+    owners = model["expert_parallel_size"]
+    assert owners > 1 and ranks % owners == SHAPES[names[0]][0] % owners == 0
+    assert printed["edit"]["editor"]["init_args"]["layers"] == editor_settings(names[0])["layers"]
+
+
 @every_config
 def test_the_model_has_the_layers_to_edit(name: str) -> None:
     keys, billions = REAL[name]

@@ -30,8 +30,12 @@ def layer_weights(
     """
     metric = None
     if moments is not None:
-        counted = len(moments.total) * moments.tokens if moments.gated else moments.count.sum()
-        metric = moments.total.sum(0) / counted.clamp_min(1)
+        total, count = moments.total.sum(0), moments.count.sum()
+        if moments.part.owners > 1:
+            ranks.check_errors()
+            parts = (total, count) if moments.part.is_first else (total.zero_(), count.zero_())
+            ranks.all_reduce(*parts)
+        metric = total / (layer.num_experts * moments.tokens if moments.gated else count).clamp_min(1)
         if penalty is not None:
             metric = torch.eye(len(metric)).to(metric) + penalty * metric
 

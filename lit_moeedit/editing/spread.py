@@ -19,6 +19,7 @@ from lit_moeedit.editing.target_rows import EncodedFacts
 from lit_moeedit.editing.targets import Targets
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.output_scale import expert_residuals
+from lit_moeedit.preservation.owned_shaping import OwnedShaping, shaping_of
 from lit_moeedit.preservation.second_moments import SecondMoments
 from lit_moeedit.preservation.shaping import Shaping
 from lit_moeedit.solvers import EditProblem, ExpertDeltas, Solver
@@ -120,7 +121,7 @@ class Spread(LayerEdits):
                 job.ranks,
             )
 
-    def shape(self, layer: ExpertLayer, tokens: EditTokens) -> Shaping | None:
+    def shape(self, layer: ExpertLayer, tokens: EditTokens) -> Shaping | OwnedShaping | None:
         """Compute the shaping of the experts that the edit changes; ``None`` if nothing is preserved."""
         preservation = self.editor.preserve
         if preservation is None:
@@ -129,7 +130,8 @@ class Spread(LayerEdits):
         # factors that experts share are in the coordinates of the keys
         symmetric = self.editor.solver.changes_all_experts
         experts = self.changing(layer, tokens)
-        shaping = Shaping.of(self.moments[layer.index], experts, preservation, self._penalty(layer), symmetric)
+        moments, penalty = self.moments[layer.index], self._penalty(layer)
+        shaping = shaping_of(moments, experts, preservation, penalty, symmetric, self.job.ranks)
         shares = shaping.energy_kept
         self.energy_kept[layer.index] = dict(zip(shaping.experts.tolist(), shares.tolist(), strict=True))
         log.info(
@@ -141,7 +143,9 @@ class Spread(LayerEdits):
         )
         return shaping
 
-    def problem(self, layer: ExpertLayer, tokens: EditTokens, share: Tensor, shaping: Shaping | None) -> EditProblem:
+    def problem(
+        self, layer: ExpertLayer, tokens: EditTokens, share: Tensor, shaping: Shaping | OwnedShaping | None
+    ) -> EditProblem:
         """Build the problem of a layer whose output is to change by ``share [n, d_model]``."""
         assert layer.output_scale is not None
         editor, residuals = self.editor, expert_residuals(share, layer.output_scale)
@@ -188,7 +192,7 @@ class CarriedSpread(Spread):
             return unshaped(solver.unfold(carried, 1 / (len(layers) - layers.index(layer))), shaping)
 
     @cached_property
-    def _top(self) -> tuple[EditTokens, Any, Shaping | None, Any]:
+    def _top(self) -> tuple[EditTokens, Any, Shaping | OwnedShaping | None, Any]:
         """The last layer: its tokens, solver and shaping, and the solution that is carried down."""
         top = self.job.layers[-1]
         tokens = self.observe(top)
@@ -198,7 +202,7 @@ class CarriedSpread(Spread):
             return tokens, solver, shaping, solver.carry(self.problem(top, tokens, self.wanted, shaping))
 
 
-def unshaped(solution: ExpertDeltas, shaping: Shaping | None) -> ExpertDeltas:
+def unshaped(solution: ExpertDeltas, shaping: Shaping | OwnedShaping | None) -> ExpertDeltas:
     """Return ``ΔŴ_j S_j``, because the problem was solved for shaped keys, and the layer's keys are not shaped."""
     if shaping is None:
         return solution

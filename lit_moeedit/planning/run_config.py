@@ -142,6 +142,12 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
         raise ValueError(f"a plan knows the training step of LitMoE, not of {type(made.model).__name__}")
     if made.model.hparams["adapter"] is not None:
         raise ValueError(f"{name}: a plan knows training of all weights, not of an adapter alone")
+    owners: int = made.model.hparams["expert_parallel_size"]
+    if owners > 1:
+        raise ValueError(
+            f"{name}: a plan knows no expert parallelism, but model.expert_parallel_size is {owners}; set it to 1 in "
+            "an overlay for a plan of FSDP2, which shards the same weights over the same ranks"
+        )
     editor = callback.editor
     if isinstance(editor, FineTuning):
         raise ValueError(f"a plan knows the phases of Editor, not of {type(editor).__name__}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
+import torch
 from transformers import PreTrainedModel
 
 from lit_moeedit.models.experts import ExpertLayer
@@ -19,7 +20,7 @@ KEPT_FILES, KEPT_EDITS = 32, 4
 
 @dataclass(frozen=True)
 class KeptMoments:
-    """Second moments that an edit has used, on disk, ``E · d_hidden² · 4`` bytes for each layer.
+    """Second moments of all experts that an edit has used, on disk, ``E · d_hidden² · 4`` bytes for each layer.
 
     Attributes:
         keys: their keys in a :class:`~lit_moeedit.preservation.MomentsCache`, by layer index.
@@ -47,9 +48,8 @@ class KeptMoments:
         # those of some edits, because other callbacks keep theirs in the same folder
         cache, keys = MomentsCache(folder, keep=max(KEPT_FILES, KEPT_EDITS * len(moments))), {}
         for index, found in moments.items():
-            # the ranks' sums are the same
-            keys[index] = _digest(found)
-            cache.save(keys[index], found.tensors(), ranks)
+            keys[index] = _digest(found, ranks)
+            cache.save(keys[index], found.tensors(), ranks, found.parts())
         return cls(keys, folder)
 
     def load(
@@ -71,13 +71,17 @@ class KeptMoments:
         device, cache = sums_device(model, layers, ranks), MomentsCache(self.folder)
         found = {layer.index: SecondMoments.zeros(layer, device, gated) for layer in layers}
         for index, moments in found.items():
-            if not cache.load(self.keys[index], moments.tensors(), ranks):
+            if not cache.load(self.keys[index], moments.tensors(), ranks, moments.parts()):
                 return None
         return found
 
 
-def _digest(moments: SecondMoments) -> str:
+def _digest(moments: SecondMoments, ranks: Ranks) -> str:
     digest = sha256()
     for tensor in moments.tensors().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    if moments.part.owners == 1:  # the ranks' sums are the same
+        return digest.hexdigest()
+    ranks.check_errors()
+    of_all = ranks.all_gather(torch.tensor(list(digest.digest()), dtype=torch.uint8))
+    return sha256(bytes(of_all.tolist())).hexdigest()

@@ -23,6 +23,7 @@ from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.partial_forward import decoder_layers
 from lit_moeedit.sharding.backends import settle
 from lit_moeedit.sharding.fingerprint import fingerprints
+from lit_moeedit.sharding.owners import Part
 from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -56,21 +57,36 @@ class MomentsCache:
             raise ValueError(f"save_every must be at least 0 seconds, got {save_every}")
         self.folder, self.keep, self.save_every = Path(folder), keep, save_every
 
-    def load(self, key: str, tensors: Mapping[str, Tensor], ranks: Ranks) -> bool:
-        """Read the tensors under a key into those given, on all ranks; return ``False`` if there are none."""
+    def load(
+        self, key: str, tensors: Mapping[str, Tensor], ranks: Ranks, parts: Mapping[str, Part] | None = None
+    ) -> bool:
+        """Read the tensors under a key into those given, on all ranks; return ``False`` if there are none.
+
+        Args:
+            key: the key.
+            tensors: tensors by name.
+            ranks: the processes that edit together.
+            parts: by name, the part that a rank has of a tensor whose entries are of experts. A file always has those
+                of all experts, so that it does not depend on the number of ranks that share them.
+        """
         if ranks.rank == 0:
             remove_leftovers(self.folder)  # a run that finds all it needs writes nothing
-        found = ranks.any(ranks.rank == 0 and self._read(key, tensors))
-        if found:
-            ranks.broadcast(*tensors.values())
-        return found
+        found = self._read(key, tensors, parts) if ranks.rank == 0 else None
+        if not ranks.any(found is not None):
+            return False
+        for name, tensor in tensors.items():
+            _part(parts, name).scatter(None if found is None else found[name], tensor, ranks)
+        return True
 
-    def save(self, key: str, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
-        """Write the first rank's tensors under a key."""
+    def save(
+        self, key: str, tensors: Mapping[str, Tensor], ranks: Ranks, parts: Mapping[str, Part] | None = None
+    ) -> None:
+        """Write the first rank's tensors under a key, and the other ranks' parts of them; see :meth:`load`."""
+        stored = {name: _part(parts, name).gather(tensor.detach(), ranks) for name, tensor in tensors.items()}
         if ranks.rank:
             return
         path = self._path(key)
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        stored = {name: tensor.contiguous() for name, tensor in stored.items()}
         try:
             write_tensors(path, stored, {"format": FORMAT, "key": key, "checksum": _checksum(stored)})
             self._prune(path)
@@ -83,24 +99,25 @@ class MomentsCache:
             with suppress(OSError):
                 self._path(key).unlink(missing_ok=True)
 
-    def _read(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+    def _read(
+        self, key: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Part] | None
+    ) -> dict[str, Tensor] | None:
         path = self._path(key)
         try:
             if not path.exists():
-                return False
+                return None
             found, metadata = read_tensors(path, list(tensors), FORMAT, "second moments")
-            if any((found[name].shape, found[name].dtype) != (x.shape, x.dtype) for name, x in tensors.items()):
+            expected = {name: (_part(parts, name).whole_shape(x), x.dtype) for name, x in tensors.items()}
+            if any((found[name].shape, found[name].dtype) != form for name, form in expected.items()):
                 raise ValueError(f"{path} holds second moments of other shapes")
             if (metadata.get("key"), metadata.get("checksum")) != (key, _checksum(found)):
                 raise ValueError(f"{path} holds second moments of another key, or its checksum is wrong")
         except (OSError, ValueError, SafetensorError) as error:
             log.warning("%s is ignored, and computed again: %s", path, error)
-            return False
-        for name, tensor in tensors.items():
-            tensor.copy_(found[name])
+            return None
         with suppress(OSError):  # a read-only folder will do
             path.touch()
-        return True
+        return found
 
     def _path(self, key: str) -> Path:
         return self.folder / f"moments-{key}.safetensors"
@@ -109,6 +126,10 @@ class MomentsCache:
         used = {path: path.stat().st_mtime for path in self.folder.glob("moments-*.safetensors") if path != newest}
         for path in sorted(used, key=used.__getitem__, reverse=True)[self.keep - 1 :]:
             path.unlink(missing_ok=True)
+
+
+def _part(parts: Mapping[str, Part] | None, name: str) -> Part:
+    return (parts or {}).get(name, Part())
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -25,6 +25,7 @@ from lit_moeedit.precision import full_precision, round_to_tf32, tensor_core_pre
 from lit_moeedit.preservation.moments_cache import MomentsCache, digest, moment_keys
 from lit_moeedit.sharding.backends import refuse_parallelism
 from lit_moeedit.sharding.device_memory import free_memory
+from lit_moeedit.sharding.owners import Part
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers.batches import similar
 
@@ -44,11 +45,13 @@ class SecondMoments:
     """Sums over the tokens that were routed to each expert of one layer.
 
     Attributes:
-        total: ``[E, d_hidden, d_hidden]`` float32, ``Σ k kᵀ``, or ``Σ g² k kᵀ`` if ``gated``.
-        count: ``[E]`` int64, number of tokens routed to each expert.
+        total: ``[n, d_hidden, d_hidden]`` float32, ``Σ k kᵀ``, or ``Σ g² k kᵀ`` if ``gated``. Under expert parallelism
+            these are the rank's own ``n = E / owners`` experts, otherwise all of them.
+        count: ``[n]`` int64, number of tokens routed to each expert.
         tokens: ``[1]`` int64, number of tokens of the text.
         gated: whether keys are multiplied by their gates.
         key: key under which they are in a cache; ``None`` if they are in none.
+        part: the experts that the sums are of. Methods take the index of an expert in the layer.
     """
 
     total: Tensor
@@ -56,28 +59,32 @@ class SecondMoments:
     tokens: Tensor
     gated: bool = False
     key: str | None = None
+    part: Part = Part()  # noqa: RUF009 - it cannot change
 
     @classmethod
     def zeros(cls, layer: ExpertLayer, device: torch.device | str | None = None, gated: bool = False) -> SecondMoments:
         """Make sums of zero for a layer, on its device or another."""
         experts, _, d_hidden = layer.shape
         device = layer.down_proj.device if device is None else device
+        part = Part.of(layer.experts)
+        own = experts // part.owners
         return cls(
-            torch.zeros(experts, d_hidden, d_hidden, device=device),
-            torch.zeros(experts, dtype=torch.long, device=device),
+            torch.zeros(own, d_hidden, d_hidden, device=device),
+            torch.zeros(own, dtype=torch.long, device=device),
             torch.zeros(1, dtype=torch.long, device=device),
             gated,
+            part=part,
         )
 
     @full_precision()
     def add(self, expert: int, keys: Tensor, gates: Tensor) -> None:
         """Add keys ``[n, d_hidden]`` of any dtype of one expert, with gates ``[n]``."""
-        rows, total = self._weighted(keys, gates), self.total[expert]
+        rows, total = self._weighted(keys, gates), self.total[expert - self.part.first]
         if total.device == rows.device:
             total.addmm_(rows.T, rows)
         else:
             total += (rows.T @ rows).to(total.device)
-        self.count[expert] += len(rows)
+        self.count[expert - self.part.first] += len(rows)
 
     def add_all(self, rows: KeyRows) -> None:
         """Add keys of several experts at once, in a few products of padded batches.
@@ -86,7 +93,7 @@ class SecondMoments:
         They are split into a part ``H`` that tensor cores represent exactly and a rest ``L``, and the product is
         computed as ``HᵀH + HᵀL + LᵀH``. The omitted term is 2⁻²² of it.
         """
-        experts, counts = list(rows.counts), list(rows.counts.values())
+        experts, counts = [expert - self.part.first for expert in rows.counts], list(rows.counts.values())
         keys = self._weighted(rows.key, rows.gate)
         is_half = rows.key.dtype in (torch.bfloat16, torch.float16)
         device, width = keys.device, keys.shape[1]
@@ -123,13 +130,23 @@ class SecondMoments:
         """Return the sums by name."""
         return {"total": self.total, "count": self.count, "tokens": self.tokens}
 
+    def parts(self) -> dict[str, Part]:
+        """Return the part of the experts that the sums are of, by the names of those that have an entry for each."""
+        return {"total": self.part, "count": self.part}
+
+    def all_reduce(self, ranks: Ranks) -> None:
+        """Add up the sums of all ranks, each of which keeps those of its own experts. All ranks call this together."""
+        parts = self.parts()
+        for name, tensor in self.tensors().items():
+            parts.get(name, Part()).all_reduce(tensor, ranks)
+
     def mean(self, experts: Tensor) -> Tensor:
-        """Compute ``C_j [n, d_hidden, d_hidden]`` of some experts ``[n]``; zero for an expert without tokens.
+        """Compute ``C_j [n, d_hidden, d_hidden]`` of some experts ``[n]`` of the part; zero for one without tokens.
 
         It is the mean over the tokens that were routed to the expert or, if ``gated``, over all tokens of the text.
         With gates, a change ``ΔW_j`` changes the layer's output by ``tr(ΔW_j C_j ΔW_jᵀ)`` in mean square.
         """
-        experts = experts.to(self.total.device)
+        experts = experts.to(self.total.device) - self.part.first
         tokens = self.tokens.expand(len(experts)) if self.gated else self.count[experts]
         return self.total[experts] / tokens.clamp_min(1)[:, None, None]
 
@@ -167,8 +184,9 @@ def second_moments(
         progress: called with the number of texts done, and the number of all texts.
         ranks: the processes that share the work. Each calls this with the same texts.
         cache: a cache of the sums.
-        device: device of the sums, which take ``E · d_hidden² · 4`` bytes for each layer; ``None`` for the model's
-            device, or for the CPU if they do not fit on a GPU (see :func:`sums_fit`), to which products are then moved.
+        device: device of the sums, which take ``E · d_hidden² · 4`` bytes for each layer, of which a rank has its share
+            under expert parallelism; ``None`` for the model's device, or for the CPU if they do not fit on a GPU (see
+            :func:`sums_fit`), to which products are then moved.
         gated: whether to sum gated keys, as :class:`~lit_moeedit.preservation.shaping.OutputPenalty` needs them.
         grouped: see :func:`~lit_moeedit.models.keys.stream_keys`.
         max_tokens: texts are sampled, with a fixed seed, until they have this many tokens; ``None`` for all texts.
@@ -190,7 +208,7 @@ def second_moments(
         keys = {index: digest(key, max_tokens) for index, key in keys.items()}
     for index, key in keys.items():
         moments[index].key = key
-    sums = {i: x for i, x in moments.items() if cache is None or not cache.load(keys[i], x.tensors(), ranks)}
+    sums = {i: x for i, x in moments.items() if cache is None or not cache.load(keys[i], x.tensors(), ranks, x.parts())}
     if not sums:
         return moments
     # from short to long; a pass begins at the end
@@ -219,12 +237,12 @@ def second_moments(
         budget = TokenBudget(token_budget, cost, model.device, ranks, maximum)
         budget.run("statistics", run, least=len(rows[-1]), most=len(rows) * len(rows[-1]))
     for index, summed in sums.items():
-        ranks.all_reduce(*summed.tensors().values())
+        summed.all_reduce(ranks)
         # a key that is not finite shows in its square
-        if not bool(summed.total.diagonal(dim1=1, dim2=2).isfinite().all()):
+        if ranks.any(not bool(summed.total.diagonal(dim1=1, dim2=2).isfinite().all())):
             raise FloatingPointError(f"the keys of layer {index} are not finite on the preservation text")
         if cache is not None:
-            cache.save(keys[index], summed.tensors(), ranks)
+            cache.save(keys[index], summed.tensors(), ranks, summed.parts())
     unfinished.drop()
     return moments
 
@@ -238,7 +256,8 @@ def sums_device(model: PreTrainedModel, layers: Sequence[ExpertLayer], ranks: Ra
 
 def sums_fit(layers: Sequence[ExpertLayer], free: float) -> bool:
     """Tell whether the sums of the layers leave at least half of ``free`` bytes to the forward passes."""
-    return sum(4 * layer.num_experts * layer.shape[2] ** 2 for layer in layers) <= free / 2
+    own = [layer.num_experts // Part.of(layer.experts).owners for layer in layers]
+    return sum(4 * n * layer.shape[2] ** 2 for n, layer in zip(own, layers, strict=True)) <= free / 2
 
 
 def _token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Iterator[array[int]]:
@@ -300,9 +319,9 @@ class _Unfinished:
     def begin(self) -> int:
         """Restore the saved sums, or set them to zero; return the number of texts that they contain."""
         self._texts.zero_()
-        self._clear(range(self.ranks.size))
-        if self.cache is not None and self.cache.load(self.key, self._tensors(), self.ranks):
-            self._clear(range(1, self.ranks.size))
+        self._clear(everywhere=True)
+        if self.cache is not None and self.cache.load(self.key, self._tensors(), self.ranks, self._parts()):
+            self._clear()
             log.info("second moments: resuming an interrupted pass after %d texts", int(self._texts))
         return int(self._texts)
 
@@ -311,10 +330,10 @@ class _Unfinished:
         if self.cache is None or not self.ranks.any(time.monotonic() - self._saved >= self.cache.save_every):
             return
         for summed in self.sums.values():
-            self.ranks.all_reduce(*summed.tensors().values())
-        self._clear(range(1, self.ranks.size))
+            summed.all_reduce(self.ranks)
         self._texts.fill_(texts)
-        self.cache.save(self.key, self._tensors(), self.ranks)
+        self.cache.save(self.key, self._tensors(), self.ranks, self._parts())
+        self._clear()
         self._saved = time.monotonic()
 
     def drop(self) -> None:
@@ -326,8 +345,12 @@ class _Unfinished:
         named = {f"{index}.{name}": x for index, part in self.sums.items() for name, x in part.tensors().items()}
         return {**named, "texts": self._texts}
 
-    def _clear(self, ranks: range) -> None:
-        # after an all-reduce every rank holds the total, which the next all-reduce must count once
-        for summed in self.sums.values() if self.ranks.rank in ranks else ():
-            for tensor in summed.tensors().values():
+    def _parts(self) -> dict[str, Part]:
+        return {f"{index}.{name}": part for index, x in self.sums.items() for name, part in x.parts().items()}
+
+    def _clear(self, everywhere: bool = False) -> None:
+        # after an all-reduce the ranks hold the total, which the next all-reduce must count once
+        parts = self._parts()
+        for name, tensor in self._tensors().items():
+            if name != "texts" and (everywhere or not parts.get(name, Part()).counts(self.ranks)):
                 tensor.zero_()

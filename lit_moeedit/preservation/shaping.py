@@ -254,7 +254,9 @@ class Shaping:
         d_hidden = moments.total.shape[-1]
         matrices = moments.total.new_empty(len(experts), d_hidden, d_hidden, device=experts.device)
         reached, trace = torch.zeros(2, len(experts), dtype=torch.float64, device=experts.device)
-        for rows in torch.arange(len(experts), device=experts.device).split(max(1, BLOCK // d_hidden**2)):
+        size = max(1, BLOCK // d_hidden**2)
+        for start in range(0, len(experts), size):
+            rows = slice(start, start + size)
             moment = moments.mean(experts[rows]).to(experts.device)
             root = preservation.root(moment, penalty, symmetric)
             if root.shape != moment.shape:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import UnsupportedShardingError, whole_shape
 
 
@@ -112,3 +113,80 @@ class Exchange:
         found = rows.new_empty((sum(received), *rows.shape[1:]))
         dist.all_to_all_single(found, rows.contiguous(), received, sent, group=self.owners.group)
         return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """The experts of a layer for which a rank keeps values: all of them or, under expert parallelism, its own.
+
+    Values of a part are tensors ``[n, …]`` with one entry for each of its experts.
+
+    Attributes:
+        first: the first of the experts.
+        owners: number of ranks that share the experts of the layer, each with the same number of them.
+        is_first: whether no rank before this one has the same experts; of no meaning if there is one owner.
+    """
+
+    first: int = 0
+    owners: int = 1
+    is_first: bool = True
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> Part:
+        """Find this rank's part of an experts module."""
+        if not is_expert_parallel(experts):
+            return cls()
+        owners = Owners.of(experts)
+        return cls(owners.first, owners.size, 0 in dist.get_process_group_ranks(owners.group))
+
+    def counts(self, ranks: Ranks) -> bool:
+        """Tell if this rank's values enter a sum over all ranks that counts those of each expert once."""
+        return self.is_first if self.owners > 1 else ranks.rank == 0
+
+    def all_reduce(self, values: Tensor, ranks: Ranks) -> None:
+        """Sum values over the ranks that have the same experts, in place. All ranks call this together."""
+        if self.owners == 1:
+            ranks.all_reduce(values)
+        elif ranks.size > self.owners:
+            for first in self._firsts(values):
+                ranks.all_reduce(values if first == self.first else torch.zeros_like(values))
+
+    def gather(self, values: Tensor, ranks: Ranks) -> Tensor:
+        """Gather the values of all parts, which are the same on all ranks with the same experts.
+
+        All ranks call this together. None holds more than two parts besides the result.
+
+        Returns:
+            On the first rank, values of all experts on the CPU; on the others, those of this part.
+        """
+        if self.owners == 1:
+            return values.cpu() if ranks.rank == 0 else values
+        whole = values.new_empty(self.whole_shape(values) if ranks.rank == 0 else 0, device="cpu")
+        for first in self._firsts(values):
+            is_own = first == self.first and self.is_first
+            part = values.clone() if is_own else torch.zeros_like(values)
+            ranks.all_reduce(part)
+            if ranks.rank == 0:
+                whole[first : first + len(part)] = part
+        return whole if ranks.rank == 0 else values
+
+    def scatter(self, whole: Tensor | None, values: Tensor, ranks: Ranks) -> None:
+        """Overwrite values with the first rank's. All ranks call this together.
+
+        Args:
+            whole: values of all experts; ``None`` on ranks other than the first.
+            values: those of this part.
+            ranks: the ranks.
+        """
+        for first in self._firsts(values):
+            part = values if first == self.first else torch.empty_like(values)
+            if whole is not None:
+                part.copy_(whole[first : first + len(part)])
+            ranks.broadcast(part)
+
+    def whole_shape(self, values: Tensor) -> torch.Size:
+        """Return the shape of the values of all experts."""
+        return torch.Size((len(values) * self.owners, *values.shape[1:]))
+
+    def _firsts(self, values: Tensor) -> range:
+        return range(0, len(values) * self.owners, len(values))

@@ -60,14 +60,21 @@ def down_projections(module: Any) -> list[Tensor]:
 
 
 def fit(
-    path: str, folder: str, callbacks: Any = (), lr: float = 0.0, checkpoint: str | None = None, **changes: Any
+    path: str,
+    folder: str,
+    callbacks: Any = (),
+    lr: float = 0.0,
+    checkpoint: str | None = None,
+    shares_experts: bool = True,
+    **changes: Any,
 ) -> Any:
-    """Train for four steps, in one process or on all ranks."""
+    """Train for four steps, in one process or on all ranks, which share the experts or have FSDP2 alone."""
     torch.use_deterministic_algorithms(True)
     L.seed_everything(0, verbose=False)
     # Lightning forgets the environment after the first run
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    module = LitMoE(pretrained=path, learning_rate=lr, weight_decay=0.0, warmup=0.0, expert_parallel_size=size)
+    owners = size if shares_experts else 1
+    module = LitMoE(pretrained=path, learning_rate=lr, weight_decay=0.0, warmup=0.0, expert_parallel_size=owners)
     strategy: Any = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1) if size > 1 else "auto"
     settings = {"max_steps": 4, "max_epochs": -1, "limit_val_batches": 0, "logger": False, **changes}
     trainer = _trainer(folder, callbacks, strategy=strategy, devices=size, **settings)

@@ -358,6 +358,7 @@ ELSEWHERE = {"preservation": "nowhere.txt"}
         ({"model": PRETRAINED}, [], "asks no server"),
         ({"edit": None}, [], "0 callbacks with an editor"),
         ({"trainer": {"strategy": "fsdp", "devices": 2}}, [], "a plan knows one process, DDP, DeepSpeed, and FSDP2"),
+        ({"model": {**PRETRAINED, "expert_parallel_size": 2}}, [], "knows no expert parallelism, but model.expert_"),
         ({"trainer": {"strategy": "warp"}}, [], "no strategy 'warp'"),
         ({"trainer": {"devices": "auto", "strategy": "auto"}}, [], "give --ranks"),
         ({"trainer": {"typo": 1}}, [], "is not a config of fit"),

@@ -45,6 +45,7 @@ from lit_moeedit.sharding.loading import (
     shard_fully,
 )
 from lit_moeedit.sharding.shards import UnsupportedShardingError
+from lit_moeedit.sharding.trained_weights import load_what_is_there
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
 from lit_moeedit.text import first_few
@@ -97,7 +98,7 @@ class LitMoE(L.LightningModule):
         ModuleNotFoundError: ``adapter`` is given, and peft is not installed.
         MisconfigurationException: when the run starts, under ``FSDPStrategy``, or ``ModelParallelStrategy`` with tensor
             parallelism. Also under ZeRO stage 3 or FSDP2 with LoRA on experts, and with ``adapter_only_checkpoints``
-            under FSDP2 or beside ``WeightAveraging``.
+            beside ``WeightAveraging``.
 
     Example:
         >>> module = LitMoE(config={"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1,
@@ -162,6 +163,7 @@ class LitMoE(L.LightningModule):
         self._weight_decays: list[float] = []
         self._eps: float | None = None
         self._is_sharded = False  # by this module, with FSDP2
+        self._hides_frozen = False  # from its state_dict
         self._changed: set[str] = set()  # settings with another value than in the checkpoint of this run
 
     @override
@@ -199,12 +201,18 @@ class LitMoE(L.LightningModule):
         except UnsupportedModelError as error:
             raise MisconfigurationException(f"LitMoE: {error}") from error
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, ModelParallelStrategy):
-            raise MisconfigurationException(
-                "LitMoE: adapter_only_checkpoints cannot be resumed under ModelParallelStrategy, which loads whole "
-                "checkpoints only; set it to False"
-            )
+            load_what_is_there(strategy, self, self.state_dict)
+            self._hides_frozen = True
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, DeepSpeedStrategy):
             strategy.exclude_frozen_parameters = True
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        # ModelParallelStrategy reads from a checkpoint whatever is in here
+        for name in frozen_names(self) & state.keys() if self._hides_frozen else ():
+            del state[name]
+        return state
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

@@ -42,7 +42,9 @@ from lit_moeedit.sharding.loading import (
     expert_parallel_model,
     fresh_model,
     pretrained_model,
+    read_shards,
     shard_fully,
+    stand_ins,
 )
 from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.trained_weights import load_what_is_there
@@ -179,20 +181,25 @@ class LitMoE(L.LightningModule):
         if size > 1 and strategy is not None:
             self.model = expert_parallel_model(self.hparams["pretrained"], dtype, strategy, size).train()
             return
-        if self.hparams["pretrained"] is not None:
+        is_fully_sharded = is_own and isinstance(strategy, ModelParallelStrategy)
+        mesh = self.device_mesh["data_parallel"] if is_fully_sharded and self.device_mesh is not None else None
+        # which are made of whole weights of the base
+        needs_whole = {"use_dora", "modules_to_save"} & (self.hparams["adapter"] or {}).keys()
+        if self.hparams["pretrained"] is not None and mesh is not None and not needs_whole:
+            self.model = read_shards(self.hparams["pretrained"], dtype, mesh)
+        elif self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
             self.model = fresh_model(build_config(self.hparams["config"]), dtype, strategy)
         if self.hparams["adapter"] is not None:
             self._add_adapter(strategy)
         self.model.train()
-        if is_own and isinstance(strategy, ModelParallelStrategy):
-            assert self.device_mesh is not None  # the strategy has made it
-            shard_fully(find_model(self), self.device_mesh["data_parallel"])
+        if mesh is not None:
+            shard_fully(find_model(self), mesh)
             self._is_sharded = True
 
     def _add_adapter(self, strategy: Strategy | None) -> None:
-        with constructed_whole(strategy):
+        with constructed_whole(strategy), stand_ins(find_model(self)):
             in_float32 = not isinstance(strategy, DeepSpeedStrategy)
             self.model = add_lora(find_model(self), self.hparams["adapter"], in_float32)
         self.hparams["adapter"] = resolved(self.hparams["adapter"], self.model)

@@ -42,9 +42,12 @@ from lit_moeedit.sharding.loading import (
     expert_parallel_model,
     fresh_model,
     pretrained_model,
+    read_shards,
     shard_fully,
+    stand_ins,
 )
 from lit_moeedit.sharding.shards import UnsupportedShardingError
+from lit_moeedit.sharding.trained_weights import load_what_is_there
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
 from lit_moeedit.text import first_few
@@ -97,7 +100,7 @@ class LitMoE(L.LightningModule):
         ModuleNotFoundError: ``adapter`` is given, and peft is not installed.
         MisconfigurationException: when the run starts, under ``FSDPStrategy``, or ``ModelParallelStrategy`` with tensor
             parallelism. Also under ZeRO stage 3 or FSDP2 with LoRA on experts, and with ``adapter_only_checkpoints``
-            under FSDP2 or beside ``WeightAveraging``.
+            beside ``WeightAveraging``.
 
     Example:
         >>> module = LitMoE(config={"model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 1,
@@ -162,6 +165,7 @@ class LitMoE(L.LightningModule):
         self._weight_decays: list[float] = []
         self._eps: float | None = None
         self._is_sharded = False  # by this module, with FSDP2
+        self._hides_frozen = False  # from its state_dict
         self._changed: set[str] = set()  # settings with another value than in the checkpoint of this run
 
     @override
@@ -177,20 +181,25 @@ class LitMoE(L.LightningModule):
         if size > 1 and strategy is not None:
             self.model = expert_parallel_model(self.hparams["pretrained"], dtype, strategy, size).train()
             return
-        if self.hparams["pretrained"] is not None:
+        is_fully_sharded = is_own and isinstance(strategy, ModelParallelStrategy)
+        mesh = self.device_mesh["data_parallel"] if is_fully_sharded and self.device_mesh is not None else None
+        # which are made of whole weights of the base
+        needs_whole = {"use_dora", "modules_to_save"} & (self.hparams["adapter"] or {}).keys()
+        if self.hparams["pretrained"] is not None and mesh is not None and not needs_whole:
+            self.model = read_shards(self.hparams["pretrained"], dtype, mesh)
+        elif self.hparams["pretrained"] is not None:
             self.model = pretrained_model(self.hparams["pretrained"], dtype, strategy)
         else:
             self.model = fresh_model(build_config(self.hparams["config"]), dtype, strategy)
         if self.hparams["adapter"] is not None:
             self._add_adapter(strategy)
         self.model.train()
-        if is_own and isinstance(strategy, ModelParallelStrategy):
-            assert self.device_mesh is not None  # the strategy has made it
-            shard_fully(find_model(self), self.device_mesh["data_parallel"])
+        if mesh is not None:
+            shard_fully(find_model(self), mesh)
             self._is_sharded = True
 
     def _add_adapter(self, strategy: Strategy | None) -> None:
-        with constructed_whole(strategy):
+        with constructed_whole(strategy), stand_ins(find_model(self)):
             in_float32 = not isinstance(strategy, DeepSpeedStrategy)
             self.model = add_lora(find_model(self), self.hparams["adapter"], in_float32)
         self.hparams["adapter"] = resolved(self.hparams["adapter"], self.model)
@@ -199,12 +208,18 @@ class LitMoE(L.LightningModule):
         except UnsupportedModelError as error:
             raise MisconfigurationException(f"LitMoE: {error}") from error
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, ModelParallelStrategy):
-            raise MisconfigurationException(
-                "LitMoE: adapter_only_checkpoints cannot be resumed under ModelParallelStrategy, which loads whole "
-                "checkpoints only; set it to False"
-            )
+            load_what_is_there(strategy, self, self.state_dict)
+            self._hides_frozen = True
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, DeepSpeedStrategy):
             strategy.exclude_frozen_parameters = True
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        # ModelParallelStrategy reads from a checkpoint whatever is in here
+        for name in frozen_names(self) & state.keys() if self._hides_frozen else ():
+            del state[name]
+        return state
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

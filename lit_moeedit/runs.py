@@ -17,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigC
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from typing_extensions import override
 
 from lit_moeedit.arguments import cause
@@ -28,6 +28,7 @@ from lit_moeedit.callbacks.resources import check_files, on_first_rank, read_tex
 from lit_moeedit.callbacks.run_folder import run_folder, set_aside
 from lit_moeedit.checkpoint_fields import CheckpointError, differences
 from lit_moeedit.checkpoints.atomic import AtomicCheckpointIO, save_atomically
+from lit_moeedit.checkpoints.distributed_folder import is_distributed
 from lit_moeedit.checkpoints.read import check_harmless, check_undamaged
 from lit_moeedit.checkpoints.settings import imported_class, no_imports_by, saved_settings
 from lit_moeedit.class_errors import explain_raised
@@ -315,6 +316,11 @@ def _load_checked(
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
     """Call a strategy's ``load_checkpoint`` on an undamaged checkpoint; some strategies ignore ``weights_only``."""
+    if is_distributed(Path(checkpoint_path)) and not isinstance(strategy, ModelParallelStrategy):
+        raise CheckpointError(
+            f"{checkpoint_path} is a checkpoint of FSDP2, which needs trainer.strategy: ModelParallelStrategy, got "
+            f"{type(strategy).__name__}; in one process give it data_parallel_size and tensor_parallel_size of 1"
+        )
     if only_data:
         _check_checkpoint(checkpoint_path)
     # the other checks what it reads

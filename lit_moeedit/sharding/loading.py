@@ -14,6 +14,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardedAlong
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.initialization import no_init_weights
@@ -150,22 +152,109 @@ def _load(path: str, dtype: torch.dtype, **further: Any) -> PreTrainedModel:
     return model
 
 
-def shard_fully(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard each decoder layer of a whole model, and then the model, by FSDP2's ``fully_shard``.
+def read_shards(path: str, dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedModel:
+    """Load a checkpoint (safetensors only) for :func:`shard_fully`: of each weight a rank reads its own rows.
 
-    The weights of the first rank are those of the model, whatever the others have drawn.
+    With fewer experts than ranks, a rank reads those of all layers whole.
 
     Args:
-        model: the model, of which each rank holds a copy in main memory, or on its device.
+        path: a local path or hub id.
+        dtype: dtype of the weights.
+        mesh: the ranks, as a mesh of one dimension.
+
+    Raises:
+        OSError: if there is no such checkpoint, or no safetensors in it.
+        ValueError: if its config or its files cannot be used, or its weights are not those of the model.
+        RankError: if another rank has failed.
+    """
+    ranks = Ranks.current()
+    with ranks.together():
+        # this may fail on some ranks only, so it comes before the first collective operation
+        pretrained_config(path)
+    with ranks.together(), no_hoarding(), _distributed_by(partial(_cut, mesh)):
+        # a config of one rank, for which transformers distributes nothing itself
+        model = _load(path, dtype, distributed_config=DistributedConfig())
+    del model.config.distributed_config
+    return model
+
+
+def _cut(mesh: DeviceMesh, model: PreTrainedModel) -> None:
+    """Replace the weights of a model, which are not in memory yet, by shards: transformers reads these alone."""
+    model.tie_weights()
+    cut: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            # transformers cannot stack single experts where a rank has none
+            if weight is None or (weight.ndim > 2 and len(weight.data.chunk(mesh.size())) < mesh.size()):
+                continue
+            if weight not in cut:
+                own = weight.data.chunk(mesh.size())[mesh.get_local_rank() :][:1]
+                local, shape, strides = own[0] if own else weight.data[:0], weight.shape, weight.stride()
+                shard = DTensor.from_local(local, mesh, [ShardedAlong(0)], run_check=False, shape=shape, stride=strides)
+                cut[weight] = nn.Parameter(shard)
+            module._parameters[name] = cut[weight]
+
+
+@contextmanager
+def _distributed_by(cut: Callable[[PreTrainedModel], None]) -> Iterator[None]:
+    """Have a function distribute what transformers makes within this block, before it reads the weights."""
+
+    def distribute(model: PreTrainedModel, *_: Any) -> PreTrainedModel:
+        cut(model)
+        return model
+
+    with held(Undo()) as undo:
+        undo.by(delattr, PreTrainedModel, "maybe_distribute_model")  # the one it inherits is left
+        PreTrainedModel.maybe_distribute_model = staticmethod(distribute)  # type: ignore[assignment, method-assign]
+        yield
+
+
+def shard_fully(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard each decoder layer of a model, and then the model, by FSDP2's ``fully_shard``.
+
+    Whole tensors get the values of the first rank, whatever the others have drawn.
+
+    Args:
+        model: the model, of which each rank holds a copy in main memory, or on its device; or :func:`read_shards`, to
+            which whole weights may have been added.
         mesh: the ranks, as a mesh of one dimension.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        value = tensor.data.to(mesh.device_type)  # the backend of the ranks may know no other device
-        dist.broadcast(value, 0)
-        tensor.data.copy_(value)
-    for layer in layers_to_shard(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        if not isinstance(tensor, DTensor):
+            value = tensor.data.to(mesh.device_type)  # the backend of the ranks may know no other device
+            dist.broadcast(value, 0)
+            tensor.data.copy_(value)
+    for part in (*layers_to_shard(model), model):
+        # FSDP2 takes the shards that come back when the model is run first
+        with stand_ins(part, on_meta=True):
+            fully_shard(part, mesh=mesh)
+
+
+@contextmanager
+def stand_ins(part: nn.Module, on_meta: bool = False) -> Iterator[None]:
+    """Replace shards, whose shape libraries take for that of the weight, by zeros without memory within this block.
+
+    Args:
+        part: the module that has them.
+        on_meta: whether to have weights on the meta device instead, which are contiguous.
+    """
+    shards: list[tuple[nn.Module, str, Any]] = [
+        (module, name, weight)
+        for module in part.modules()
+        for name, weight in module._parameters.items()
+        if isinstance(weight, DTensor)
+    ]
+    zeros: dict[Any, nn.Parameter] = {}
+    for weight in (weight for _, _, weight in shards):
+        zero = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+        zeros[weight] = nn.Parameter(zero.to("meta").contiguous() if on_meta else zero, weight.requires_grad)
+    with held(Undo()) as undo:
+        for module, name, weight in shards:
+            undo.by(module._parameters.__setitem__, name, weight)
+            module._parameters[name] = zeros[weight]
+        yield
+        for weight, zero in zeros.items():
+            weight.requires_grad_(zero.requires_grad)
 
 
 def layers_to_shard(model: nn.Module) -> list[nn.Module]:

@@ -85,7 +85,9 @@ class Atlas(Corpus):
     Every statement is one fact in one phrasing. An edit replaces an answer by another answer of the same relation. Its
     paraphrases are the other phrasings of the relation. Its neighbours are other facts of the same country
     (``same_subject``) and the same relation of other countries (``same_relation``). As in CounterFact, countries with
-    the same true answer come first among these, because they are the easiest to damage.
+    the same true answer come first among these, because they are the easiest to damage. There are no probes: no answer
+    is the subject of another statement, and no statement goes from an answer to its country, so that a model trained on
+    these sentences cannot follow a chain of facts or reverse one.
 
     Args:
         edits: number of facts to edit, at most one per country.

@@ -77,6 +77,7 @@ class Summary:
         self.rows = self.refused = self.facts = 0
         self.counts: Counter[str] = Counter()
         self.groups: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
         self.examples: list[tuple[int, Fact]] = []
         self.problems: dict[str, _Rows] = {}
         self.remarks: dict[str, _Rows] = {}
@@ -101,6 +102,7 @@ class Summary:
         ):
             self.counts[name] += held > 0
             self.counts[f"{name} in all"] += held
+        self.kinds.update(probe.kind for probe in fact.probes)
         for neighbour in fact.neighbours:
             known = neighbour.group in self.groups or len(self.groups) < _MAX_KINDS
             self.groups[neighbour.group if known else "others"] += 1
@@ -121,6 +123,8 @@ class Summary:
             lines.append(f"  {self.counts[kind]:,} with {kind}{total}")
         groups = ", ".join(f"{printable(group)} {count:,}" for group, count in self.groups.most_common())
         lines += [f"  neighbours by group: {groups}"] if groups else []
+        if kinds := self.kinds + checker.shared.late:
+            lines.append(f"  probes by kind: {', '.join(f'{kind} {count:,}' for kind, count in kinds.most_common())}")
         for number, fact in self.examples:
             lines.append(f"Example, row {number}: {short(fact.subject)}")
             lines.append(f"  prompt      {short(fact.prompt, 100)}")

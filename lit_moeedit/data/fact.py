@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self, SupportsIndex, overload
 
 from typing_extensions import override
 
 from lit_moeedit.data.errors import FactError, FactsError
 from lit_moeedit.data.formats import read_complete
+from lit_moeedit.data.probes import Probe
 from lit_moeedit.data.rows import Row
 
 Tokenizer = Callable[..., Mapping[str, Any]]
@@ -46,6 +47,7 @@ class Fact:
         target_true: The text that it generates before the edit, if known.
         paraphrases: Other prompts that ask for the same fact.
         neighbours: Prompts whose answers must not change.
+        probes: Questions about what follows from the edit.
 
     Example:
         >>> fact = Fact(subject="Rome", prompt="Rome lies in", target_new="Spain", target_true="Italy")
@@ -61,6 +63,8 @@ class Fact:
     target_true: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
+    # not part of the repr, because state keys of callbacks are digests of it
+    probes: tuple[Probe, ...] = field(default=(), repr=False)
 
     @property
     def key(self) -> str:
@@ -71,7 +75,10 @@ class Fact:
     def to_dict(self) -> dict[str, Any]:
         """Convert the fact to the native format, made of JSON types only."""
         data = asdict(self)
-        return {**data, "paraphrases": list(data["paraphrases"]), "neighbours": list(data["neighbours"])}
+        probes = [{**probe, "answers": list(probe["answers"])} for probe in data.pop("probes")]
+        data = {**data, "paraphrases": list(data["paraphrases"]), "neighbours": list(data["neighbours"])}
+        # no key without probes: digests of edits without them are as before there were any
+        return data | ({"probes": probes} if probes else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -91,7 +98,8 @@ class Fact:
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
         """Make a fact from the fields that a `Format` has read."""
         neighbours = tuple(Neighbour(*neighbour) for neighbour in fields.get("neighbours", ()))
-        return cls(**{**fields, "neighbours": neighbours})
+        probes = tuple(Probe(*probe) for probe in fields.get("probes", ()))
+        return cls(**{**fields, "neighbours": neighbours, "probes": probes})
 
 
 class CheckedFacts(tuple[Fact, ...]):

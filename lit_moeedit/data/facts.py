@@ -32,14 +32,27 @@ from lit_moeedit.data.formats import (
     read_complete,
 )
 from lit_moeedit.data.function_words import is_function_word
+from lit_moeedit.data.probes import Probe, ProbeKind
 from lit_moeedit.data.row_files import load_rows
 from lit_moeedit.data.rows import Row
+from lit_moeedit.data.shared_probes import Found, SharedProbes
 from lit_moeedit.text import first_few, nearest, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckedFacts", "Fact", "FactError", "FactsError", "Neighbour", "Tokenizer", "read_facts", "validate_facts"]
+__all__ = [
+    "CheckedFacts",
+    "Fact",
+    "FactError",
+    "FactsError",
+    "Neighbour",
+    "Probe",
+    "ProbeKind",
+    "Tokenizer",
+    "read_facts",
+    "validate_facts",
+]
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +209,7 @@ class Checker:
         format: The format, once it is known.
         repeats: Number of edits that were left out because an earlier row has them, in formats that allow it.
         remarks: Numbers of facts or of their parts, by what is remarkable about them.
+        shared: The probes of rows with several facts.
     """
 
     def __init__(self, source: str, format: Format | None, tokenizer: Tokenizer | None) -> None:
@@ -203,6 +217,7 @@ class Checker:
         self.format = format
         self.repeats = 0
         self.remarks: Counter[str] = Counter()
+        self.shared = SharedProbes()
         self._tokenizer = tokenizer
         self._special = set(getattr(tokenizer, "all_special_ids", ()))
         self._first: dict[str, tuple[int, str]] = {}  # prompt -> row and target_new of the first fact with it
@@ -233,12 +248,16 @@ class Checker:
         yield from self._check_row(number, self.format, data)
 
     def _check_row(self, number: int, format: Format, data: Mapping[str, Any]) -> Iterator[Fact | list[FactError]]:
-        for row in format.rows(data):
-            fact = self._check(number, format, row)
+        found: Found = [(row, *self._check(number, format, row)) for row in format.rows(data)]
+        if format.shared is not None:
+            found = self.shared.share(format.shared, Row(data), found)
+        for row, fact, is_new in found:
             if row.problems:
                 yield [FactError(self.source, number, field, message) for field, message in row.problems]
-            elif fact is not None:
+                continue
+            if is_new or fact is None:
                 self.remarks.update(row.remarks)
+            if fact is not None and is_new:
                 yield fact
 
     def warn(self) -> None:
@@ -258,11 +277,14 @@ class Checker:
             fields = first_few(counts, MAX_LOGGED)
             log.warning("%s: ignored fields %s; known are %s", printable(self.source), fields, ", ".join(NATIVE_FIELDS))
 
-    def _check(self, number: int, format: Format, row: Row) -> Fact | None:
-        """Return the fact of a row; `None` after a problem, or if an earlier row has it and the format allows that."""
+    def _check(self, number: int, format: Format, row: Row) -> tuple[Fact | None, bool]:
+        """Return the fact of a row, `None` after a problem, and whether it is new.
+
+        In some formats rows may have the edits of earlier ones.
+        """
         fact = None if row.problems else Fact.from_fields(format.read(row))
         if fact is None or row.problems:
-            return None
+            return None, False
         fact = self._respell(number, fact)
         if fact.target_new == fact.target_true:
             row.remarks[SAME_TARGETS] += 1
@@ -271,13 +293,13 @@ class Checker:
             row.remarks[FUNCTION_WORDS] += 1
         if format.many is not None and self._first.get(fact.prompt, (0, ""))[1] == fact.target_new:
             self.repeats += 1
-            return None
+            return fact, False
         for field, message in self._problems(fact):
             row.fail(row.where(field), message)
         if row.problems:
-            return None
+            return None, False
         self._first[fact.prompt] = (number, fact.target_new)
-        return fact
+        return fact, True
 
     def _respell(self, number: int, fact: Fact) -> Fact:
         if fact.subject in fact.prompt or len(fact.subject) > SUBJECT_LIMIT:
@@ -297,6 +319,7 @@ class Checker:
             return
         prompts = [("prompt", fact.prompt), *(("paraphrases", text) for text in fact.paraphrases)]
         prompts += [("neighbours", neighbour.prompt) for neighbour in fact.neighbours]
+        prompts += [("probes", probe.prompt) for probe in fact.probes]
         for field, prompt in prompts:
             if count := count_placeholders(prompt, fact.subject):
                 yield field, f"still holds '{PLACEHOLDER}' ({count} times); expected a complete prompt"
@@ -364,6 +387,7 @@ def _check_rows(checker: Checker, rows: Iterable[tuple[int, object]], *, strict:
         unusable += refused
         if len(facts) == limit or (strict and len(problems) == MAX_KEPT):
             break
+    facts = checker.shared.complete(facts, checker.remarks)
     if not problems:
         return facts
     headline = f"{unusable} of {seen} rows cannot be used"

@@ -8,8 +8,9 @@ of one text or an object `{"str": text}`. A `target_true` that equals `target_ne
 
 Formats:
 
-- `native`: our own, `subject, prompt, target_new, target_true, paraphrases, neighbours[{prompt, target, group}]`. A
-  single `{}` in the prompt or in a paraphrase stands for the subject. A table may have one text for `paraphrases`,
+- `native`: our own, `subject, prompt, target_new, target_true, paraphrases, neighbours[{prompt, target, group}],
+  probes[{kind, prompt, answers}]`. A single `{}` in the prompt, in a paraphrase or in the prompt of a probe stands for
+  the subject. A table may have one text for `paraphrases`,
   and `neighbour_prompts`, `neighbour_targets` and `neighbour_groups` (texts, or lists of the same length) for
   `neighbours`. With `columns` a file may have other names for these fields.
 - `counterfact`: CounterFact and multi-CounterFact as MEMIT (arXiv 2210.07229) reads them, with or without the wrapper
@@ -21,25 +22,28 @@ Formats:
   `nq question: `, because a neighbour is compared only with itself before the edit.
 - `knowedit`: KnowEdit (arXiv 2401.01286), the format of EasyEdit. `locality` and `portability` hold one question or
   many, by group or not. Locality questions are neighbours; those without an answer are left out, as in EasyEdit. A
-  portability question is a paraphrase if it asks for the same fact by another name of the subject
-  (`Subject_Aliasing`) and has the new target among its answers; the others ask for other facts and are left out.
+  portability question is a probe: `reversed` or `multi_hop` if its group says so, otherwise `portability`. It is also
+  a paraphrase if it asks for the same fact by another name of the subject (`Subject_Aliasing`) and has the new target
+  among its answers.
 - `knowedit_bio`: WikiBio in KnowEdit, with the fields `concept`, `text` and `labels`.
 - `mquake`: MQuAKE (arXiv 2305.14795). A row has several edits; each of them is a fact, and its question is the
-  paraphrase. The multi-hop questions are left out. Rows share edits, and each edit is taken once.
+  paraphrase. Rows share edits, and each edit is taken once. The multi-hop questions of a row, which follow from all
+  of its edits together, are probes of the last of these edits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_moeedit.data.errors import FactError, short, typed
+from lit_moeedit.data.errors import FactError, short
+from lit_moeedit.data.probes import ProbeFields, mquake_probes, portability_probes, questions, read_probes
 from lit_moeedit.data.rows import Row, near_key
 from lit_moeedit.text import first_few, printable
 
 PLACEHOLDER = "{}"
-NATIVE_FIELDS = ("subject", "prompt", "target_new", "target_true", "paraphrases", "neighbours")
+NATIVE_FIELDS = ("subject", "prompt", "target_new", "target_true", "paraphrases", "neighbours", "probes")
 TABLE_FIELDS = ("neighbour_prompts", "neighbour_targets", "neighbour_groups")
 _SINGLE = ("subject", "prompt", "target_new", "target_true")
 _MAX_KEYS_SHOWN = 20
@@ -62,6 +66,7 @@ class Format:
         names: Field name to name (or names) in the file, where they differ.
         some: Keys of which every row has at least one.
         many: Key of the list of facts, if a row may have several.
+        shared: Reads the probes of a whole row, if it may have several facts.
         wrapper: Key of an object with the fields whose names begin with it. A row without it has these fields itself.
         required: Names that every row must have, although the field is optional.
     """
@@ -72,6 +77,7 @@ class Format:
     names: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     some: tuple[str, ...] = ()
     many: str | None = None
+    shared: Callable[[Row], tuple[ProbeFields, ...]] | None = None
     required: Collection[str] = ()
     wrapper: str | None = None
 
@@ -117,6 +123,7 @@ def read_complete(row: Row) -> dict[str, Any]:
         **_read_edit(row, line_ends=True),
         "paraphrases": row.texts("paraphrases", line_ends=True),
         "neighbours": tuple(_read_neighbour(inner) for inner in row.rows("neighbours")),
+        "probes": read_probes(row),
     }
 
 
@@ -152,6 +159,7 @@ def _read_native(row: Row) -> dict[str, Any]:
         **fields,
         "paraphrases": tuple(_fill(text, fields["subject"]) for text in paraphrases),
         "neighbours": (*(_read_neighbour(inner) for inner in row.rows("neighbours")), *table),
+        "probes": tuple((kind, _fill(text, fields["subject"]), found) for kind, text, found in read_probes(row)),
     }
 
 
@@ -164,7 +172,7 @@ def named_columns(columns: Mapping[str, str | Sequence[str]]) -> Format:
     Raises:
         ValueError: A field is unknown, has no column, or has several columns but is not a list.
     """
-    known = tuple(name for name in (*NATIVE_FIELDS, *TABLE_FIELDS) if name != "neighbours")
+    known = tuple(name for name in (*NATIVE_FIELDS, *TABLE_FIELDS) if name not in ("neighbours", "probes"))
     names = {ours: (given,) if isinstance(given, str) else tuple(given) for ours, given in columns.items()}
     for ours, given in names.items():
         if ours not in known:
@@ -218,52 +226,23 @@ def _read_knowedit(row: Row) -> dict[str, Any]:
     fields = _read_counterfact_flat(row)
     aliases = [
         text
-        for group, text, answers in _questions(row, "portability")
+        for group, text, answers in questions(row, "portability")
         if group.casefold().replace(" ", "_") in ("subject_aliasing", "synonym") and fields["target_new"] in answers
     ]
-    local = [(text, answers[0], group) for group, text, answers in _questions(row, "locality") if answers]
+    local = [(text, answers[0], group) for group, text, answers in questions(row, "locality") if answers]
     paraphrases = (*fields["paraphrases"], *row.texts("rephrase", single=True), *aliases)
-    return fields | {"paraphrases": paraphrases, "neighbours": (*fields["neighbours"], *local)}
+    return fields | {
+        "paraphrases": paraphrases,
+        "neighbours": (*fields["neighbours"], *local),
+        "probes": portability_probes(row),
+    }
 
 
 def _read_knowedit_bio(row: Row) -> dict[str, Any]:
     return {
         **_read_edit(row, line_ends=True),
-        "neighbours": tuple((text, found[0], group) for group, text, found in _questions(row, "locality") if found),
+        "neighbours": tuple((text, found[0], group) for group, text, found in questions(row, "locality") if found),
     }
-
-
-def _questions(row: Row, name: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield group, prompt and answers of every question below `name`, in any of EasyEdit's forms.
-
-    The value is `{group: questions}` or questions alone. Questions are one object or a list of objects. An object has
-    a prompt with its answers, or a list of prompts with one entry of answers each.
-    """
-    value: Any = row.data.get(name)
-    is_grouped = isinstance(value, Mapping) and not {"prompt", "ground_truth"} & value.keys()
-    for group, questions in value.items() if is_grouped else [(name, value)]:
-        where = f"{name}.{printable(group)}" if is_grouped else name
-        for index, question in enumerate(questions if isinstance(questions, list) else [questions]):
-            at = f"{where}[{index}]" if isinstance(questions, list) else where
-            if question is None:
-                continue
-            if not isinstance(question, Mapping):
-                row.fail(at, f"is {typed(question)}; expected an object with 'prompt' and 'ground_truth'")
-                continue
-            prompt, answers = question.get("prompt"), question.get("ground_truth")
-            if isinstance(prompt, list):
-                if not isinstance(answers, list) or len(answers) != len(prompt):
-                    expected = f"expected a list of {len(prompt)}, one for each prompt"
-                    row.fail(f"{at}.ground_truth", f"is {typed(answers)}; {expected}")
-                    continue
-                pairs = list(zip(prompt, answers, strict=True))
-            else:
-                pairs = [(prompt, answers)]
-            for text, found in pairs:
-                inner = Row({"prompt": text, "ground_truth": found})
-                yield group, inner.text("prompt"), list(inner.answers("ground_truth"))
-                for field_name, message in inner.problems:
-                    row.fail(f"{at}.{field_name}", message)
 
 
 _FLAT_NAMES = {"target_true": "ground_truth", "neighbours": "locality_ground_truth"}
@@ -276,6 +255,7 @@ _ALL = (
         _read_mquake,
         {"paraphrases": "question"},
         many="requested_rewrite",
+        shared=mquake_probes,
     ),
     Format(
         "counterfact",

@@ -15,7 +15,7 @@ _ANSWER = "ANSWER"
 
 
 def in_chat(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[Fact]:
-    """Put the prompts of facts, of their paraphrases and of their neighbours into a tokenizer's chat template.
+    """Put the prompts of facts, of their paraphrases, neighbours and probes into a tokenizer's chat template.
 
     Each becomes what the user says, up to the place where the model's answer begins.
 
@@ -30,6 +30,7 @@ def in_chat(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[F
             prompt=_asked(tokenizer, fact.prompt),
             paraphrases=tuple(_asked(tokenizer, text) for text in fact.paraphrases),
             neighbours=tuple(replace(own, prompt=_asked(tokenizer, own.prompt)) for own in fact.neighbours),
+            probes=tuple(replace(own, prompt=_asked(tokenizer, own.prompt)) for own in fact.probes),
         )
         for fact in facts
     ]

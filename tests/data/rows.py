@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lit_moeedit.data.facts import Fact, FactsError, Neighbour, read_facts
+from lit_moeedit.data.facts import Fact, FactsError, Neighbour, Probe, read_facts
 
 NATIVE: dict[str, Any] = {
     "subject": "Rome",
@@ -154,6 +154,12 @@ EXPECTED = {
             Neighbour("The name of the father of Leo Arons is", "Albert Arons", "Relation_Specificity"),
             Neighbour("The name of the field of work of Leo Arons is", "experimental physics", "Relation_Specificity"),
         ),
+        (
+            Probe("portability", "Is Leo Arons still alive?", ("no", "incorrect")),
+            Probe("portability", "The mayor of the place where Leo Arons died is", ("Kai Wegner",)),
+            Probe("portability", "The place of death of Martin Leo Arons is", ("Berlin", "Berlin, Germany")),
+            Probe("portability", "The twin city of where Martin Leo Arons died is", ("Los Angeles",)),
+        ),
     ),
     # the prompt spells the subject as the field does only where it stands in small letters
     "knowedit_bio": Fact(
@@ -170,6 +176,8 @@ EXPECTED = {
         "Croatia",
         "United States of America",
         ("What is the country of citizenship of Ellie Kemper?",),
+        (),
+        (Probe("multi_hop", MQUAKE["questions"][0], ("Kolinda Grabar-Kitarovic",)),),
     ),
 }
 

@@ -148,6 +148,15 @@ def test_facts_of_names_the_edited_facts(atlas: Atlas) -> None:
     assert atlas.facts_of([]) == set()
 
 
+def test_no_statement_goes_on_from_another_so_there_are_no_probes(atlas: Atlas) -> None:
+    """No model could follow from these sentences what a question over two facts, or the other way round, asks."""
+    entries = read_table()
+    countries = {entry.subject for entry in entries}
+    # a few capitals have the name of their own country
+    assert all(entry.subject == entry.answer for entry in entries if entry.answer in countries)
+    assert not any(fact.probes for fact in atlas.edits)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

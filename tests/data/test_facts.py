@@ -19,9 +19,11 @@ from lit_moeedit.data.facts import (
     FactError,
     FactsError,
     Neighbour,
+    Probe,
     read_facts,
     validate_facts,
 )
+from lit_moeedit.data.probes import PROBE_KINDS
 
 neighbours = st.builds(Neighbour, st.text(), st.text(), st.text())
 any_fact = st.builds(
@@ -32,6 +34,12 @@ any_fact = st.builds(
     target_true=st.none() | st.text(),
     paraphrases=st.lists(st.text(), max_size=3).map(tuple),
     neighbours=st.lists(neighbours, max_size=3).map(tuple),
+    probes=st.lists(
+        st.builds(
+            Probe, st.sampled_from(PROBE_KINDS), st.text(), st.lists(st.text(), min_size=1, max_size=3).map(tuple)
+        ),
+        max_size=2,
+    ).map(tuple),
 )
 
 

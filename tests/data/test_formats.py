@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_a_mquake_row_is_several_facts(tmp_path: Path) -> None:
     second = {**REWRITE, "prompt": "The capital of {} is", "subject": "Croatia", "question": None}
     path = write(tmp_path / "facts.json", [changed(MQUAKE, requested_rewrite=[REWRITE, second])])
     facts = read_facts(path)
-    assert facts[0] == EXPECTED["mquake"]
+    assert facts[0] == replace(EXPECTED["mquake"], probes=())
     assert (facts[1].prompt, facts[1].paraphrases) == ("The capital of Croatia is", ())
     assert read_facts(path, limit=1) == facts[:1]
 

@@ -1,4 +1,4 @@
-"""The checks of torchmetrics' own `MetricTester`, which its wheel does not have, for all four metrics.
+"""The checks of torchmetrics' own `MetricTester`, which its wheel does not have, for all metrics.
 
 As there, a metric is compared with a slow reference: in one process and in two, batch by batch and on all batches, with
 and without `dist_sync_on_step`. Then its functional form, half precision, gradients, copies, states and attributes.
@@ -21,14 +21,26 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lit_moeedit.metrics import (
+    CopyAccuracy,
     EditSuccess,
     ExpertLoad,
+    Fluency,
+    GenerationMatch,
+    ProbabilityGap,
+    ProbeAccuracy,
     RoutingDivergence,
     RoutingSimilarity,
+    WeightGrowth,
+    copy_accuracy,
     edit_success,
     expert_load,
+    generation_match,
+    ngram_entropy,
+    probability_gap,
+    probe_accuracy,
     routing_divergence,
     routing_similarity,
+    weight_growth,
 )
 from tests.metrics.test_edit_success import GROUPS, arrays, brute
 from tests.processes import run_ranks
@@ -65,6 +77,39 @@ def _prompts(seed: int) -> list[dict[str, Any]]:
         }
         for n in range(TOKENS)
     ]
+
+
+def _texts(seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    words = ["Rome", "Oslo", "New York", "in", "the", "York"]
+    picked = torch.randint(len(words), (TOKENS, 4), generator=generator).tolist()
+    return {
+        "generated": [" ".join(words[i] for i in row[:length]) for length, row in enumerate(picked, start=-3)],
+        "targets": [words[row[-1] % 3] for row in picked],
+    }
+
+
+def _gaps(seed: int) -> dict[str, Any]:
+    new, true = -torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(seed)) * 5
+    true[seed] = math.nan
+    return {"log_prob_new": new, "log_prob_true": true}
+
+
+def _asked(seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    facts = torch.randint(3, (TOKENS,), generator=generator)
+    right = torch.rand(TOKENS, generator=generator) < 0.4
+    return {"kind": ("portability", "multi_hop", "reversed")[seed % 3], "right": right, "facts": facts}
+
+
+def _copies(seed: int) -> dict[str, Any]:
+    predicted, expected = torch.randint(3, (2, 4, 5), generator=torch.Generator().manual_seed(seed))
+    return {"predicted": predicted, "expected": expected}
+
+
+def _norms(seed: int) -> dict[str, Any]:
+    before, after = 1 + torch.rand(2, EXPERTS, generator=torch.Generator().manual_seed(seed))
+    return {"before": before, "after": after}
 
 
 # --- references ------------------------------------------------------------------------------------------------------
@@ -120,6 +165,64 @@ def _slow_load(batches: list[Any]) -> dict[str, float]:
 
 def _slow_success(batches: list[Any]) -> dict[str, float]:
     return brute([row for rows in batches for row in rows])
+
+
+def _slow_match(batches: list[Any]) -> dict[str, float]:
+    pairs = [pair for batch in batches for pair in zip(batch["generated"], batch["targets"], strict=True)]
+
+    def contains(text: str, target: str) -> bool:
+        # the words are separated by single spaces, and the longest target has two
+        return f" {target} " in f" {text} "
+
+    exact, contained = ([text == target for text, target in pairs], [contains(*pair) for pair in pairs])
+    return {"generation_exact": _mean(exact), "generation_contained": _mean(contained)}
+
+
+def _slow_fluency(batches: list[Any]) -> dict[str, float]:
+    def entropy(items: list[Any]) -> float:
+        return sum(-items.count(x) / len(items) * math.log2(items.count(x) / len(items)) for x in set(items))
+
+    def of_text(text: str) -> float:
+        words = text.split()
+        bigrams, trigrams = ([tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for n in (2, 3))
+        return _mean([2 / 3 * entropy(bigrams), 4 / 3 * entropy(trigrams)])
+
+    return {"fluency": _mean([of_text(text) for batch in batches for text in batch["texts"]])}
+
+
+def _slow_gap(batches: list[Any]) -> dict[str, float]:
+    pairs = [
+        (new, true)
+        for batch in batches
+        for new, true in zip(batch["log_prob_new"].tolist(), batch["log_prob_true"].tolist(), strict=True)
+        if not math.isnan(true)
+    ]
+    gaps = [math.exp(new) - math.exp(true) for new, true in pairs]
+    return {"probability_gap": _mean(gaps), "log_probability_gap": _mean([new - true for new, true in pairs])}
+
+
+def _slow_probes(batches: list[Any]) -> dict[str, float]:
+    by_kind: dict[str, list[float]] = {"portability": [], "multi_hop": [], "reversed": []}
+    for batch in batches:
+        rows = list(zip(batch["facts"].tolist(), batch["right"].tolist(), strict=True))
+        for fact in {fact for fact, _ in rows}:
+            by_kind[batch["kind"]].append(_mean([right for other, right in rows if other == fact]))
+    return {kind: _mean(values) if values else math.nan for kind, values in by_kind.items()}
+
+
+def _slow_copies(batches: list[Any]) -> dict[str, float]:
+    pairs = [
+        pair
+        for batch in batches
+        for pair in zip(batch["predicted"].flatten().tolist(), batch["expected"].flatten().tolist(), strict=True)
+    ]
+    return {"copy_accuracy": _mean([a == b for a, b in pairs])}
+
+
+def _slow_growth(batches: list[Any]) -> dict[str, float]:
+    pairs = [pair for batch in batches for pair in zip(batch["before"].tolist(), batch["after"].tolist(), strict=True)]
+    growth = [(b - a) / a for a, b in pairs]
+    return {"weight_growth_max": max(growth), "weight_growth_mean": _mean(growth)}
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------
@@ -188,6 +291,52 @@ CASES = {
         _slow_success,
         _success,
         ("log_prob_new", "log_prob_true"),
+    ),
+}
+TEXTS = [_texts(seed) for seed in range(BATCHES)]
+CASES |= {
+    "match": Case(GenerationMatch, {}, TEXTS, dict, _slow_match, lambda batch: generation_match(**batch)),
+    "fluency": Case(
+        Fluency,
+        {},
+        [{"texts": batch["generated"]} for batch in TEXTS],
+        dict,
+        _slow_fluency,
+        lambda batch: ngram_entropy(**batch),
+    ),
+    "gap": Case(
+        ProbabilityGap,
+        {},
+        [_gaps(seed) for seed in range(BATCHES)],
+        dict,
+        _slow_gap,
+        lambda batch: probability_gap(**batch),
+        ("log_prob_new", "log_prob_true"),
+    ),
+    "probes": Case(
+        ProbeAccuracy,
+        {},
+        [_asked(seed) for seed in range(BATCHES)],
+        dict,
+        _slow_probes,
+        lambda batch: {batch["kind"]: probe_accuracy(batch["right"], batch["facts"])},
+    ),
+    "copies": Case(
+        CopyAccuracy,
+        {},
+        [_copies(seed) for seed in range(BATCHES)],
+        dict,
+        _slow_copies,
+        lambda batch: copy_accuracy(**batch),
+    ),
+    "growth": Case(
+        WeightGrowth,
+        {},
+        [_norms(seed) for seed in range(BATCHES)],
+        dict,
+        _slow_growth,
+        lambda batch: weight_growth(**batch),
+        ("before", "after"),
     ),
 }
 every_metric = pytest.mark.parametrize("name", CASES)
@@ -335,7 +484,9 @@ def test_attributes_are_constant_and_true(name: str) -> None:
         with pytest.raises(RuntimeError, match="Can't change const"):
             setattr(metric, attribute, None)
     values = [value for batch in case.batches for value in metric(**case.call(batch)).values() if not value.isnan()]
-    assert case.metric.plot_lower_bound is not None and min(values) >= case.metric.plot_lower_bound
+    # a difference of log-probabilities has no bounds
+    assert (case.metric.plot_lower_bound is None) is (name == "gap")
+    assert case.metric.plot_lower_bound is None or min(values) >= case.metric.plot_lower_bound
     assert case.metric.plot_upper_bound is None or max(values) <= case.metric.plot_upper_bound
-    expected = {"similarity": True, "divergence": False, "load": None, "success": True}
-    assert case.metric.higher_is_better is expected[name]
+    expected = {"divergence": False, "load": None, "fluency": None, "growth": False}
+    assert case.metric.higher_is_better is expected.get(name, True)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from typing_extensions import override
 
 from lit_moeedit.editing import second_moments
 from lit_moeedit.models.experts import check_editable
@@ -24,6 +25,7 @@ from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import Tucker
 from tests.processes import run_ranks
 from tests.sharding.expert_parallel_models import parallel_model, whole_model
+from tests.sharding.fsdp2_models import full
 from tests.sharding.small_edits import FACTS, LAYERS, editor, tokenizer
 from tests.sharding.small_edits import TEXTS as SOME
 
@@ -118,6 +120,24 @@ def shaped(model: Any) -> dict[str, Any]:
     }
 
 
+class FailsOnTheSecondRank(CovariancePenalty):
+    """Whose matrices cannot be computed on one of the ranks."""
+
+    @override
+    def root(self, moments: Tensor, penalty: float | None, symmetric: bool) -> Tensor:
+        if dist.get_rank() == 1:
+            raise Broken("there is no root")
+        return super().root(moments, penalty, symmetric)
+
+
+def failed(model: Any) -> tuple[str, bool]:
+    """How an edit ends whose owners cannot all shape, and whether the weights are as before."""
+    before = full(model)
+    with pytest.raises(Exception, match="there is no root") as caught:
+        editor(preserve=FailsOnTheSecondRank(10.0)).edit(model, tokenizer(), FACTS, TEXTS)
+    return type(caught.value).__name__, all(torch.equal(a, b) for a, b in zip(before, full(model), strict=True))
+
+
 def on_ranks(folder: str) -> dict[str, Any]:
     path, rank = Path(folder), dist.get_rank()
     model = parallel_model(str(path / "model"))
@@ -131,6 +151,7 @@ def on_ranks(folder: str) -> dict[str, Any]:
     seen["resumed"] = {"done": done, "forwards": forwards_left, "sums": plain(rest)}
     seen["kept"], seen["shaped"] = kept(model, path / "kept"), shaped(model)
     seen["largest"] = {name: largest(model, name) for name in ("output", "Tucker")}
+    seen["failed alone"] = failed(model)
     size = 4 * EXPERTS * D_HIDDEN**2 * len(LAYERS)  # of all experts
     seen["fit"] = [sums_fit(check_editable(model, LAYERS), free) for free in (size, size - 1)]
     if rank == 1:  # a key that is not finite
@@ -216,6 +237,11 @@ def test_rows_are_shaped_by_the_owners(both: Any) -> None:
         for name in ("kept", "features", "applied"):
             # float32 sums in another order, of which a root is taken
             torch.testing.assert_close(own["shaped"][name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_that_cannot_shape_ends_the_edit_on_all(both: Any) -> None:
+    _, found = both
+    assert [own["failed alone"] for own in found] == [("RankError", True), ("Broken", True)]
 
 
 def test_keys_that_are_not_finite_fail_on_all_ranks(both: Any) -> None:

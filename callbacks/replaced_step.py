@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lit_moeedit.sharding.shards import is_partitioned
 
@@ -64,14 +65,15 @@ def check_further_forward(pl_module: L.LightningModule, asked_by: str, advice: s
         advice: alternative for the user.
 
     Raises:
-        MisconfigurationException: under manual optimization, DeepSpeed ZeRO stage 3, or FSDP2.
+        MisconfigurationException: under manual optimization or DeepSpeed ZeRO stage 3.
     """
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             f"{asked_by} needs automatic optimization, which {type(pl_module).__name__} does not use; {advice}"
         )
-    if any(is_partitioned(weight) for weight in pl_module.parameters()):
+    # FSDP2 adds up what the backward pass reduces after each use of a weight
+    if any(is_partitioned(weight) and not isinstance(weight, DTensor) for weight in pl_module.parameters()):
         raise MisconfigurationException(
-            f"{asked_by} needs a second forward in each step, which is not supported with sharded weights: DeepSpeed "
-            f"ZeRO stage 3 reduces gradients twice and fails, and it is not tested under FSDP2; {advice}"
+            f"{asked_by} needs a second forward in each step, which is not supported under DeepSpeed ZeRO stage 3: it "
+            f"reduces gradients twice and fails; {advice}"
         )

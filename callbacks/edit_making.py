@@ -28,6 +28,7 @@ from lit_moeedit.callbacks.resources import from_datamodule, optimizers_of
 from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditResult, Evaluation, evaluate, neighbour_groups
+from lit_moeedit.editing.further import Further, FurtherMeasures
 from lit_moeedit.editing.outcomes import FailedEditError, OnFailure
 from lit_moeedit.editing.phases import EVALUATION, LOCATE, Meter
 from lit_moeedit.editing.probe import Probe
@@ -48,6 +49,7 @@ class EditMaking(EditInputs):
         on_failure: treatment of an edit of which most facts failed.
         probe: the text on which guards compare the model before and after; ``None`` if they need none.
         curve: settings of the survival curve.
+        further: further measures around each edit and when training ends; ``None`` if none are asked for.
     """
 
     groups = ("edit", "edit_before", "edit_after", "edit_seconds", "edit_renewed")
@@ -56,6 +58,7 @@ class EditMaking(EditInputs):
     on_failure: OnFailure
     probe: Probe | None = None
     curve: SurvivalCurve = SurvivalCurve()
+    further: FurtherMeasures | None = None
     _copies: CopyPolicy
     _frozen: FrozenEdits
     _edit_files: EditFiles
@@ -94,6 +97,21 @@ class EditMaking(EditInputs):
         model, groups = find_model(pl_module), neighbour_groups(self.facts)
         with Ranks.current().together():
             return evaluate(model, self.tokenizer, facts, baseline, groups, self.editor.token_budget)
+
+    def measure_further(
+        self,
+        pl_module: L.LightningModule,
+        facts: Sequence[Fact],
+        evaluation: Evaluation,
+        layers: Sequence[int] = (),
+        before: Further | None = None,
+        generated: Sequence[str] | None = None,
+    ) -> Further:
+        """Make the further measures, see :meth:`lit_moeedit.editing.further.FurtherMeasures.measure`."""
+        if self.further is None:
+            return Further()
+        with Ranks.current().together():
+            return self.further.measure(find_model(pl_module), facts, evaluation, layers, before, generated)
 
     def generated(self, pl_module: L.LightningModule, facts: Sequence[Fact]) -> list[str]:
         """Return the keys of the facts whose new target the model generates; nothing else is measured."""
@@ -134,6 +152,7 @@ class EditMaking(EditInputs):
                 with edit_progress(trainer) as progress:
                     made: dict[str, Any] = {"record": record, "progress": progress, "phase": meter}
                     result = self._change(trainer, pl_module, facts, copies, guard=trial.passes, **made)
+                trial.complete(result)
                 moment = trainer.current_epoch, trainer.global_step, self.name
                 found = trial.reasons(result), trial.figures, trial.measured
                 event = EditEvent(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import lightning as L
@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lit_moeedit.callbacks.resources import find_texts, from_datamodule
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditResult, Evaluation, Measured, Moment, answers
+from lit_moeedit.editing.further import Further
 from lit_moeedit.editing.outcomes import Reason, has_failed, measured_of, reasons
 from lit_moeedit.editing.phases import EVALUATION, Meter
 from lit_moeedit.editing.probe import Probe, ProbeState
@@ -153,7 +154,10 @@ class Trial:
         with meter(EVALUATION):
             self.before = editing.evaluate(pl_module, facts)
             self._probed = self._measure_probe()
-            self._generate("before", self.before)
+            generated, layers = self._generate("before", self.before), editing.editor.layers
+            self._further = editing.measure_further(pl_module, facts, self.before, layers, generated=generated)
+            self.before = self._further.add_to(self.before)
+            self._further_after = Further()
 
     @property
     def after(self) -> Evaluation:
@@ -179,8 +183,16 @@ class Trial:
             kept = not any(figure.is_broken for figure in found)
         self.has_failed = kept and editing.on_failure != "keep" and has_failed(self.after)
         self._wants_answers |= self.has_failed
-        self._generate("after", self.after)
+        moment = editing.editor.layers, self._further, self._generate("after", self.after)
+        self._further_after = editing.measure_further(self._module, self._facts, self.after, *moment)
+        self._after = self._further_after.add_to(self.after)
         return kept and not self.has_failed
+
+    def complete(self, result: EditResult) -> None:
+        """Add what can only be measured with the result of the edit."""
+        if self._editing.further is not None:
+            found = self._editing.further.of_result(result, self._further, self._further_after)
+            self._after = replace(self.after, further={**self.after.further, **found})
 
     def reasons(self, result: EditResult) -> dict[str, Reason]:
         """Return the reasons of the facts that are not generated, by their keys."""
@@ -192,9 +204,11 @@ class Trial:
         probe = self._editing.probe
         return None if probe is None else probe.measure(find_model(self._module), Ranks.current())
 
-    def _generate(self, moment: Moment, evaluation: Evaluation) -> None:
-        if self._wants_answers:
-            editor, prompts = self._editing.editor, [fact.prompt for fact in self._facts]
-            model = find_model(self._module)
-            generated = answers(model, self._editing.tokenizer, prompts, token_budget=editor.token_budget)
-            self.measured[moment] = measured_of(self._facts, evaluation, generated, self.before.neighbours_exact)
+    def _generate(self, moment: Moment, evaluation: Evaluation) -> list[str] | None:
+        if not self._wants_answers:
+            return None
+        editor, prompts = self._editing.editor, [fact.prompt for fact in self._facts]
+        model = find_model(self._module)
+        generated = answers(model, self._editing.tokenizer, prompts, token_budget=editor.token_budget)
+        self.measured[moment] = measured_of(self._facts, evaluation, generated, self.before.neighbours_exact)
+        return generated

@@ -17,10 +17,12 @@ from lit_moeedit.callbacks.ending import EndTogether
 from lit_moeedit.callbacks.foresight import Foresight, is_restored_late
 from lit_moeedit.callbacks.frozen import FrozenEdits
 from lit_moeedit.callbacks.guards import Guards
+from lit_moeedit.callbacks.measures import find_measures
 from lit_moeedit.callbacks.renewals import EditRenewing, Renewal, RenewalSettings
 from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMethod
+from lit_moeedit.editing.further import check_measures
 from lit_moeedit.editing.outcomes import OnFailure
 from lit_moeedit.models.experts import ExpertLayer, find_model
 from lit_moeedit.sharding.finite import check_finite
@@ -98,6 +100,10 @@ class KnowledgeEditing(EditRenewing):
             sample. Two paraphrases and two neighbours of each are measured at most.
         save_edits: write each kept edit and renewal as a file (see :mod:`lit_moeedit.edits`) into this folder, or
             (``True``) into ``edits`` in the run's own folder.
+        measure: further measures around each edit and, by an :class:`~lit_moeedit.callbacks.EditReport`, when training
+            ends, beside the metrics above: some of ``generation``, ``fluency``, ``portability``, ``multi_hop``,
+            ``reversed``, ``probability_gap``, ``general_ability``, ``weight_growth``, ``null_space_rank`` and
+            ``template_routing``, see :mod:`lit_moeedit.editing.further`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -139,12 +145,14 @@ class KnowledgeEditing(EditRenewing):
         renewal: Renewal = "reuse",
         survival_every_n_steps: int | Literal["auto"] | None = "auto",
         survival_facts: int = 64,
+        measure: list[str] | None = None,
     ) -> None:
         super().__init__(editor, facts, at, preservation, tokenizer, strict, name, columns)
         self.guards = Guards(min_efficacy, min_specificity_retained, max_perplexity_ratio, min_routing_similarity)
         if on_failure not in get_args(OnFailure):
             raise ValueError(f"on_failure must be one of {', '.join(get_args(OnFailure))}, got {on_failure!r}")
         self.on_failure = on_failure
+        self.measures = check_measures(measure or ())
         self.curve = SurvivalCurve(survival_every_n_steps, survival_facts)
         self.renewal = RenewalSettings(renew_every_n_steps, renew_below, max_renewals, renewal)
         self.renewal.check(editor, self.curve)
@@ -269,4 +277,6 @@ class KnowledgeEditing(EditRenewing):
         if (foresight := self._foresight) is not None:
             foresight.check_start(trainer)
         self.probe = self.guards.probe(trainer, self)
+        budget = self.editor.token_budget
+        self.further = find_measures(trainer, self.measures, self.facts, self.tokenizer, budget, self.heading)
         self._copies.find(trainer, pl_module, [layer.index for layer in layers], at_start=True)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.callbacks.listener import EditEvent
-from lit_moeedit.callbacks.totals import EditTotals, read_totals
+from lit_moeedit.callbacks.totals import EditTotals, FactSums, plain_sums, read_fact_sums, read_totals
 from lit_moeedit.checkpoint_fields import check_fields
 from lit_moeedit.editing.phases import EVALUATION
 
@@ -20,6 +20,7 @@ class Measurements:
     Attributes:
         totals: sums over the edits of each callback.
         final: metrics at the end of training, by the label of the editing callback.
+        final_by_fact: their sums fact by fact, by the same label.
         history: the measurements of each fact.
         perplexity: perplexity by moment.
         failed: by name of a measurement that failed, its error.
@@ -28,6 +29,7 @@ class Measurements:
 
     totals: list[EditTotals] = field(default_factory=list)
     final: dict[str, dict[str, float]] = field(default_factory=dict)
+    final_by_fact: dict[str, FactSums] = field(default_factory=dict)
     history: History = field(default_factory=History)
     perplexity: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -47,7 +49,10 @@ class Measurements:
         spent = {**event.seconds, **result.seconds}
         spent[EVALUATION] = spent.get(EVALUATION, 0.0) + seconds
         metrics = event.before.metrics, event.after.metrics
-        self.totals_of(event.name).add(len(result.facts), result.kept, *metrics, spent, event.memory)
+        totals = self.totals_of(event.name)
+        totals.add(len(result.facts), result.kept, *metrics, spent, event.memory)
+        for moment, evaluation in (("before", event.before), ("after", event.after)):
+            totals.add_facts(moment, plain_sums(evaluation.by_fact))
         self.history = self.history.with_edit(event)
 
     def state(self) -> dict[str, Any]:
@@ -59,7 +64,8 @@ class Measurements:
             "perplexity": self.perplexity,
             "seconds": self.seconds,
         }
-        return {**plain, "failed": self.failed} if self.failed else plain
+        further = {"final_by_fact": self.final_by_fact, "failed": self.failed}
+        return plain | {name: value for name, value in further.items() if value}
 
     @classmethod
     def of_state(cls, where: str, state: Mapping[str, Any]) -> Self:
@@ -76,6 +82,7 @@ class Measurements:
         return cls(
             totals,
             dict(state.get("final") or {}),
+            read_fact_sums(where, state, "final_by_fact"),
             # that of an earlier version has no history
             History.of_state(where, state.get("history") or {}),
             dict(state["perplexity"]),

@@ -15,6 +15,7 @@ from lit_moeedit.callbacks.just_edited import JustEdited
 from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.measurements import Measurements
 from lit_moeedit.callbacks.named import callbacks_of
+from lit_moeedit.callbacks.totals import plain_sums
 from lit_moeedit.callbacks.validation import validating, validation_batches
 from lit_moeedit.editing import perplexity
 from lit_moeedit.editing.outcomes import measure
@@ -113,8 +114,11 @@ def _measure_facts(
     model = find_model(pl_module)
     if facts:
         evaluation, baseline = editing.evaluate(pl_module), editing.neighbours_before
-        measured.final[editing.label] = evaluation.metrics
         found = measure(model, editing.tokenizer, facts, baseline, evaluation=evaluation, **settings)
+        generated = [one.generated for one in found]
+        evaluation = editing.measure_further(pl_module, facts, evaluation, generated=generated).add_to(evaluation)
+        measured.final[editing.label] = evaluation.metrics
+        measured.final_by_fact[editing.label] = plain_sums(evaluation.by_fact)
         contradictions = contradicting_texts(trainer, facts)
         measured.history = measured.history.with_end(editing.name, facts, found, step, contradictions)
     if undone:

@@ -111,7 +111,7 @@ class EditReport(StateOfWeights, EditListener):
             # what follows a fit in the same process adds to its report
             self._measuring, self._files = Measuring(self.autopsy), RunFiles(self.filename)
             self._begun = datetime.now(UTC)
-            self.measured.final = {}
+            self.measured.final, self.measured.final_by_fact = {}, {}
             self.measured.perplexity.pop("after_training", None)
         self._measuring.warned.clear()
         self._files.locate(trainer)

@@ -57,6 +57,7 @@ def make_report(
         ended=datetime.now(started.tzinfo),
         rows=history.rows,
         metrics=_metrics(summary),
+        intervals=_intervals(summary),
         edited_layers=tuple(sorted({index for editing in editings for index in editing.editor.layers})),
         relative_change=history.relative_change,
         routing=_routing(routing) if routing else None,
@@ -87,6 +88,15 @@ def _metrics(summary: Mapping[str, Any]) -> dict[Moment, dict[str, float]]:
         if known:
             found[moment] = known
     return found
+
+
+def _intervals(summary: Mapping[str, Any]) -> dict[Moment, dict[str, tuple[float, float]]]:
+    found = {moment: summary["intervals"][name] for name, moment in _MOMENTS.items()}
+    return {
+        moment: {name: (low, high) for name, (low, high) in bounds.items()}
+        for moment, bounds in found.items()
+        if bounds
+    }
 
 
 def describe_model(module: L.LightningModule) -> Model:

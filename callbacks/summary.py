@@ -15,7 +15,7 @@ from lit_moeedit.callbacks.knowledge_editing import KnowledgeEditing
 from lit_moeedit.callbacks.measurements import Measurements
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.routing import RoutingMonitor
-from lit_moeedit.callbacks.totals import EditTotals, mean_metrics, mean_of
+from lit_moeedit.callbacks.totals import EditTotals, intervals_of, joined, mean_metrics, mean_of
 from lit_moeedit.editing import PHASES
 from lit_moeedit.editing.phases import EVALUATION, LOCATE, OTHER
 
@@ -53,12 +53,14 @@ def summarize(measured: Measurements, trainer: L.Trainer, seconds: float) -> dic
         "survivors": {e.name or "": asdict(e.survivors) for e in editings if e.survivors is not None},
         "replay": {r.name or "": asdict(r.replayed) for r in replays if r.replayed is not None},
         "hold": {h.name or "": asdict(h.result) for h in holds if h.result is not None},
+        "intervals": _intervals(measured, editings, edits),
     }
     if len(editings) > 1:
         summary["editors"] = {
             editing.label: {
                 **_summarize_edits(measured, [editing], [totals for totals in edits if totals.name == editing.name]),
                 "renewals": editing.renewals,
+                "intervals": _intervals(measured, [editing], [t for t in edits if t.name == editing.name]),
             }
             for editing in editings
         }
@@ -93,3 +95,15 @@ def _summarize_edits(
         "after": mean_of(totals.after for totals in edits),
         "after_training": mean_metrics(known) if is_whole else None,
     }
+
+
+def _intervals(
+    measured: Measurements, editings: Sequence[KnowledgeEditing], edits: Sequence[EditTotals]
+) -> dict[str, dict[str, list[float]]]:
+    """Compute by moment the 95 % bootstrap intervals over all facts, of the metrics that are means over facts."""
+    found = {moment: joined(totals.by_fact.get(moment, {}) for totals in edits) for moment in MOMENTS[:2]}
+    labels = [editing.label for editing in editings if editing.applied_facts]
+    # as for the metrics, nothing is said of a part
+    is_whole = all(label in measured.final for label in labels)
+    final = joined(measured.final_by_fact.get(label, {}) for label in labels if is_whole)
+    return {moment: intervals_of(sums) for moment, sums in (found | {MOMENTS[2]: final}).items()}

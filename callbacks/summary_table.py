@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_moeedit.callbacks.summary import COSTS, MOMENTS
+from lit_moeedit.reports.meanings import MEANINGS
 from lit_moeedit.text import printable
 
 _SHOWN = (
@@ -37,7 +38,8 @@ def make_table(summary: Mapping[str, Any]) -> Table:
     for column in ("", "before", "after the edit", "at the end"):
         table.add_column(column, justify="left" if not column else "right")
     groups = sorted(name for name in summary["after"] if name.startswith("specificity_retained_"))
-    _add_rows(table, summary, (*_SHOWN, *groups))
+    further = [name for name in MEANINGS if name in summary["after"] and name not in _SHOWN]
+    _add_rows(table, summary, (*_SHOWN, *groups, *further))
     _add_row(table, "perplexity", [summary["perplexity"][moment] for moment in MOMENTS])
     for label, editor in summary.get("editors", {}).items():
         table.add_section()

@@ -7,16 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.editing import PHASES
+from lit_moeedit.editing.by_fact import intervals
+from lit_moeedit.editing.further import STATEMENTS
 
 Sums = dict[str, list[float]]
 """By metric, the number of facts for which it was measured, and its sum over these facts."""
+FactSums = dict[str, list[list[float]]]
+"""By metric that is a mean over facts, what holds of each fact, and what counts."""
 
 
 @dataclass
 class EditTotals:
-    """Sums over the edits of one callback, from which their averages are computed; as large after many as after one.
+    """Sums over the edits of one callback, from which their averages and intervals are computed.
 
     Attributes:
         name: name of the callback.
@@ -25,6 +32,7 @@ class EditTotals:
         after: metrics after them.
         seconds: seconds of their phases.
         memory: peak of each phase's memory, in bytes, the highest of all edits.
+        by_fact: by moment (``before``, ``after``), sums fact by fact. They alone grow with the number of facts.
     """
 
     name: str | None = None
@@ -33,6 +41,7 @@ class EditTotals:
     after: Sums = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    by_fact: dict[str, FactSums] = field(default_factory=dict)
 
     def add(
         self,
@@ -55,9 +64,61 @@ class EditTotals:
         for phase, peak in (memory or {}).items():
             self.memory[phase] = max(peak, self.memory.get(phase, 0))
 
+    def add_facts(self, moment: str, sums: FactSums) -> None:
+        """Add the sums of an edit fact by fact."""
+        self.by_fact[moment] = joined([self.by_fact.get(moment, {}), sums])
+
     def state(self) -> dict[str, Any]:
         """Return the sums as plain values."""
-        return asdict(self)
+        plain = asdict(self)
+        return plain if self.by_fact else {name: value for name, value in plain.items() if name != "by_fact"}
+
+
+def plain_sums(by_fact: Mapping[str, Tensor]) -> FactSums:
+    """Return sums of an evaluation as plain values."""
+    return {name: sums.tolist() for name, sums in by_fact.items()}
+
+
+def joined(parts: Iterable[FactSums]) -> FactSums:
+    """Join sums over different facts.
+
+    The statements of :data:`~lit_moeedit.editing.further.STATEMENTS` are the same ones each time, so theirs are added.
+
+    Example:
+        >>> joined([{"efficacy": [[1.0], [1.0]]}, {"efficacy": [[0.0], [1.0]]}])
+        {'efficacy': [[1.0, 0.0], [1.0, 1.0]]}
+        >>> joined([{STATEMENTS: [[1.0], [1.0]]}, {STATEMENTS: [[0.0], [1.0]]}])
+        {'held_out_accuracy': [[1.0], [2.0]]}
+    """
+    found: FactSums = {}
+    for part in parts:
+        for name, sums in part.items():
+            earlier = found.get(name, [[], []])
+            if name == STATEMENTS and len(earlier[0]) == len(sums[0]):
+                found[name] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(earlier, sums, strict=True)]
+            else:
+                found[name] = [[*one, *two] for one, two in zip(earlier, sums, strict=True)]
+    return found
+
+
+def read_fact_sums(where: str, state: Mapping[str, Any], name: str) -> dict[str, FactSums]:
+    """Read sums fact by fact, by moment or label, of a state in a checkpoint; none if an earlier version wrote it.
+
+    Raises:
+        CheckpointError: naming the field that is not as it should be.
+    """
+    shape: Any = {str: {str: [[(int, float)]]}}
+    check_fields(where, state, (name,), **{name: shape})
+    found: dict[str, FactSums] = dict(state.get(name) or {})
+    if any(len(sums) != 2 or len(sums[0]) != len(sums[1]) for part in found.values() for sums in part.values()):
+        raise CheckpointError(f"{where}: field {name!r} should hold two lists of the same length each")
+    return found
+
+
+def intervals_of(sums: FactSums) -> dict[str, list[float]]:
+    """Compute the intervals of metrics from sums fact by fact, see :func:`lit_moeedit.editing.by_fact.intervals`."""
+    tensors = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in sums.items()}
+    return {name: list(bounds) for name, bounds in intervals(tensors).items()}
 
 
 def read_totals(where: str, state: Mapping[str, Any]) -> list[EditTotals]:
@@ -94,6 +155,7 @@ def read_totals(where: str, state: Mapping[str, Any]) -> list[EditTotals]:
         totals.facts, totals.seconds = entry["facts"], dict(entry["seconds"])
         totals.before, totals.after = dict(entry["before"]), dict(entry["after"])
         totals.memory = dict(entry.get("memory") or {})
+        totals.by_fact = read_fact_sums(inner, entry, "by_fact")
     return list(found.values())
 
 

@@ -29,15 +29,16 @@ lit_moeedit: Atlas BlockCoordinateDescent Corpus CovariancePenalty Edit EditEven
     Tucker Woodbury __version__ edit evaluate read_edits read_facts regathering validate_facts
 lit_moeedit.callbacks: EditEvent EditHold EditListener EditReplay EditReport EndTogether KnowledgeEditing RoutingMonitor
     Schedule
-lit_moeedit.data: Atlas CheckedFacts Corpus Fact FactError FactsCorpus FactsDataModule FactsError Neighbour Statement
-    neutral_texts read_facts validate_facts
+lit_moeedit.data: Atlas CheckedFacts Corpus Fact FactError FactsCorpus FactsDataModule FactsError Neighbour Probe
+    Statement neutral_texts read_facts validate_facts
 lit_moeedit.editing: EditMemory EditMethod EditResult Editor Evaluation FailedEditError FineTuning Location Measured
     Moment MomentsCache PHASES Place SecondMoments TargetOptimizer Targets Trace answers evaluate locate
     neighbour_groups perplexity score second_moments trace
 lit_moeedit.edits: Autopsy Edit EditConflictError EditFileError LayerChange Placement Presence SavedEdits State apply
     autopsy layers_by_parameter read_edits states to_peft undo verify
-lit_moeedit.metrics: EditSuccess ExpertLoad RoutingDivergence RoutingSimilarity edit_success expert_load
-    routing_divergence routing_similarity
+lit_moeedit.metrics: CopyAccuracy EditSuccess ExpertLoad Fluency GenerationMatch ProbabilityGap ProbeAccuracy
+    RoutingDivergence RoutingSimilarity WeightGrowth bootstrap_interval copy_accuracy edit_success expert_load
+    generation_match ngram_entropy probability_gap probe_accuracy routing_divergence routing_similarity weight_growth
 lit_moeedit.planning: Cost CostCounter FakeFloatMode Workload empty_model simulate
 lit_moeedit.preservation: CovariancePenalty MomentsCache NullSpace OutputPenalty Preservation SecondMoments Shaping
 lit_moeedit.reports: ConsoleReport Cost FactRow Guard Held LossByPart Measured MissingAutopsy Model Moment Outcome

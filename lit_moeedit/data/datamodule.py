@@ -90,8 +90,8 @@ class FactsDataModule(L.LightningDataModule):
     """A data module for the statements of a corpus, and for the facts that a run edits.
 
     It has all attributes that :class:`~lit_moeedit.callbacks.KnowledgeEditing` uses of a data module, each of which is
-    optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()``, ``facts_edited(facts)``,
-    ``training_texts()`` and ``contradictions(facts)``.
+    optional: ``tokenizer``, ``edit_facts()``, ``preservation_texts()``, ``probe_texts()``, ``held_out_statements()``,
+    ``facts_edited(facts)``, ``training_texts()`` and ``contradictions(facts)``.
 
     Args:
         corpus: the statements.
@@ -219,6 +219,10 @@ class FactsDataModule(L.LightningDataModule):
         validation texts state facts to edit, these are returned.
         """
         return [join(s.prompt, s.target) for s in self._held_out()]
+
+    def held_out_statements(self) -> list[tuple[str, str]]:
+        """Return prompts and answers of the validation statements of facts that are not edited, to measure recall."""
+        return [(statement.prompt, statement.target) for statement in self._unedited(self.corpus.validation)]
 
     def _held_out(self) -> Sequence[Statement]:
         return self._unedited(self.corpus.validation) or self.corpus.validation

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.data.facts import Fact, validate_facts
+from lit_moeedit.editing.by_fact import Interval, intervals, success_by_fact
 from lit_moeedit.editing.kv_prefix import logits_at
 from lit_moeedit.metrics import EditSuccess
 from lit_moeedit.models.experts import expert_layers
@@ -121,6 +123,8 @@ class Evaluation:
         log_true: ``[T]``, the same of the true target; NaN if there is none, or if it is the new one.
         paraphrases_exact: by fact key, whether the model generates the new target after each paraphrase.
         truths: number of known true answers (of facts and neighbours), and number of those that the model generates.
+        by_fact: by metric that is a mean over facts, ``[2, T]`` float64: what holds and what counts, fact by fact.
+        further: results of further measures by name, see :mod:`lit_moeedit.editing.further`.
     """
 
     success: EditSuccess
@@ -131,16 +135,24 @@ class Evaluation:
     log_true: Tensor
     paraphrases_exact: dict[str, list[bool]]
     truths: tuple[int, int]
+    by_fact: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    further: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """95 % bootstrap intervals of the metrics that are means over facts, where at least two facts count."""
+        return intervals(self.by_fact)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Results of :class:`~lit_moeedit.metrics.EditSuccess` and ``truth_recalled``, the share of true answers given.
 
-        NaN where nothing was counted.
+        Those of further measures follow. NaN where nothing was counted.
         """
         known, generated = self.truths
         recalled = generated / known if known else float("nan")
-        return {name: float(value) for name, value in self.success.compute().items()} | {"truth_recalled": recalled}
+        success = {name: float(value) for name, value in self.success.compute().items()}
+        return {**success, "truth_recalled": recalled, **self.further}
 
 
 Tokens = tuple[Tensor, Tensor, Tensor]
@@ -223,6 +235,7 @@ def evaluate(
     metric.update("edit", log_new[edit], log_true[edit], exact_new[edit])
     if len(paraphrase):
         metric.update("paraphrase", log_new[paraphrase], log_true[paraphrase], exact_new[paraphrase])
+    before = None
     if len(neighbour):
         before = None if baseline is None else torch.tensor([e for fact in facts for e in baseline[fact.key]])
         metric.update(
@@ -234,6 +247,15 @@ def evaluate(
             groups=[n.group for fact in facts for n in fact.neighbours],
         )
 
+    parts = {"efficacy": edit, "generalization": paraphrase, "specificity": neighbour}
+    right = {"efficacy": exact_new, "generalization": exact_new, "specificity": exact_true}
+    preferred = {rate: (log_true > log_new if rate == "specificity" else log_new > log_true) for rate in parts}
+    counts = {
+        "efficacy": [1] * len(facts),
+        "generalization": [len(fact.paraphrases) for fact in facts],
+        "specificity": [len(fact.neighbours) for fact in facts],
+    }
+
     def by_fact(exact: Tensor, counts: list[int]) -> dict[str, list[bool]]:
         return {fact.key: part.tolist() for fact, part in zip(facts, exact.split(counts), strict=True)}
 
@@ -241,13 +263,21 @@ def evaluate(
     known = known[~unknown[known]]
     return Evaluation(
         success=metric,
-        neighbours_exact=by_fact(exact_true[neighbour], [len(fact.neighbours) for fact in facts]),
+        neighbours_exact=by_fact(exact_true[neighbour], counts["specificity"]),
         edits_exact=exact_new[edit],
         edits_succeeded=torch.where(alone, exact_new, log_new > log_true)[edit],
         log_new=log_new[edit],
         log_true=log_true[edit],
-        paraphrases_exact=by_fact(exact_new[paraphrase], [len(fact.paraphrases) for fact in facts]),
+        paraphrases_exact=by_fact(exact_new[paraphrase], counts["generalization"]),
         truths=(len(known), int(exact_true[known].sum())),
+        by_fact=success_by_fact(
+            counts,
+            {rate: preferred[rate][part] for rate, part in parts.items()},
+            {rate: ~log_true[part].isnan() for rate, part in parts.items()},
+            {rate: right[rate][part] for rate, part in parts.items()},
+            before,
+            [n.group for fact in facts for n in fact.neighbours],
+        ),
     )
 
 

@@ -31,6 +31,7 @@ def answers(
     tokens: int = MAX_ANSWER_TOKENS,
     token_budget: Budget = "auto",
     ranks: Ranks | None = None,
+    to_end: bool = True,
 ) -> list[str]:
     """Generate the continuation of each prompt greedily, to an end-of-text token or the end of the sentence or line.
 
@@ -43,6 +44,7 @@ def answers(
         tokens: maximum number of tokens of an answer.
         token_budget: maximum number of tokens (with padding) in one forward, or ``auto``.
         ranks: the processes that share the work. Each calls this with the same prompts and gets the same result.
+        to_end: whether the end of a sentence or line is one of the text; if not, only an end-of-text token is.
 
     Raises:
         TooLittleMemoryError: if memory does not suffice for the longest prompt alone.
@@ -78,7 +80,7 @@ def answers(
                     active = [
                         i
                         for i, ids, text in zip(active, added, texts, strict=True)
-                        if ids[-1] not in ends and not _END.search(text.lstrip())
+                        if ids[-1] not in ends and not (to_end and _END.search(text.lstrip()))
                     ]
             ranks.check_errors()
             ranks.all_reduce(found)
@@ -88,7 +90,8 @@ def answers(
         return []
     budget = TokenBudget(token_budget, scoring_cost(model, 1 / min(lengths)), model.device, ranks)
     added = budget.run("generation", run, least=max(full), most=max(full) * len(full))
-    return [_to_end(text) for text in tokenizer.batch_decode(added, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(added, skip_special_tokens=True)
+    return [_to_end(text) if to_end else text.strip() for text in texts]
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -45,6 +45,8 @@ class EditResult:
             after each context; without facts that were to stay as they are. A later edit can take them, see
             :meth:`~lit_moeedit.editing.method.EditMethod.edit`.
         moments: the second moments that were used, by layer index; ``None`` if none were.
+        null_ranks: dimension of the null space in which an expert may change, by layer index and expert, at most
+            ``d_hidden``; empty unless a :class:`~lit_moeedit.preservation.shaping.NullSpace` preserves the text.
     """
 
     facts: list[Fact]
@@ -57,6 +59,7 @@ class EditResult:
     residual: Tensor | None = None
     goals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     moments: Mapping[int, SecondMoments] | None = field(default=None, repr=False)
+    null_ranks: dict[int, dict[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class LayerEdits(ABC):
         deltas: the committed changes, by layer index.
         relative_change: see :class:`EditResult`.
         energy_kept: see :class:`EditResult`.
+        null_ranks: see :class:`EditResult`.
         moments: see :class:`EditResult`.
     """
 
@@ -113,6 +117,7 @@ class LayerEdits(ABC):
         self.deltas: dict[int, ExpertDeltas] = {}
         self.relative_change: dict[int, float] = {}
         self.energy_kept: dict[int, dict[int, float]] = {}
+        self.null_ranks: dict[int, dict[int, int]] = {}
 
     @abstractmethod
     def solve(self, layer: ExpertLayer) -> ExpertDeltas:

@@ -301,6 +301,7 @@ class EditMethod(ABC):
             residual,
             edits.goals(),
             edits.moments,
+            edits.null_ranks,
         )
 
 

@@ -122,15 +122,17 @@ def _safe(value: Any) -> Any:
     return cut(value, _MAX_TEXT) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _metrics(report: Report) -> list[tuple[str, str, list[str]]]:
-    """Label, meaning and value at each moment of every metric that was measured."""
+def _metrics(report: Report) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Label, meaning, and value with interval at each moment of every metric that was measured."""
     names = dict.fromkeys((*MEANINGS, *(name for found in report.metrics.values() for name in found)))
     rows = []
     for name in names:
         values = [report.metrics.get(moment, {}).get(name, math.nan) for moment in _moments_of_metrics(report)]
         if name not in UNSHOWN and any(map(math.isfinite, values)):
             show = formats.percent if is_share(name) else formats.number
-            rows.append((label_of(name), meaning_of(name), [show(value) for value in values]))
+            bounds = [report.intervals.get(moment, {}).get(name, ()) for moment in _moments_of_metrics(report)]
+            intervals = [" to ".join(map(show, pair)) for pair in bounds]
+            rows.append((label_of(name), meaning_of(name), list(zip(map(show, values), intervals, strict=True))))
     return rows[:_MAX_ITEMS]
 
 

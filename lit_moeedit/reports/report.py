@@ -131,6 +131,7 @@ class Report:
         ended: its end, or the time of the last measurement, with a time zone.
         rows: what was measured of each fact.
         metrics: metrics of all facts by moment and name.
+        intervals: 95 % intervals over the facts of those that are means over them, by moment and name.
         edited_layers: indices of the edited layers.
         relative_change: ``‖ΔW‖_F / ‖W‖_F`` by layer index.
         routing: routing after the last edit compared with before; ``None`` if it was not measured.
@@ -159,6 +160,7 @@ class Report:
     ended: datetime | None = None
     rows: tuple[FactRow, ...] = ()
     metrics: dict[Moment, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[Moment, dict[str, tuple[float, float]]] = field(default_factory=dict)
     edited_layers: tuple[int, ...] = ()
     relative_change: dict[int, float] = field(default_factory=dict)
     routing: Routing | None = None

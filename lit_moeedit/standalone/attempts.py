@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,11 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_moeedit.data.encoding import EditToken
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMethod, Editor, EditResult, Evaluation, TargetOptimizer, evaluate
+from lit_moeedit.editing.further import Further, FurtherMeasures
 from lit_moeedit.editing.locating import PERSISTENT, Trial, locate
 from lit_moeedit.editing.outcomes import Reason, measure, reasons
 from lit_moeedit.editing.phases import EVALUATION, LOCATE, OTHER, PHASES, Meter, Progress
 from lit_moeedit.editing.routing_trace import RoutingTrace, compare_traces, trace_routing
 from lit_moeedit.edits.states import histories_in, keep_in
+from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.reports import Cost, Guard, Measured, Place, Routing
 from lit_moeedit.reports.meanings import MEANINGS
 from lit_moeedit.sharding.ranks import Ranks
@@ -74,6 +76,7 @@ def edit_with_attempts(
     undo: bool = False,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
+    measures: FurtherMeasures | None = None,
 ) -> Found:
     """Edit facts, with stronger settings if the first ones leave some that are not generated.
 
@@ -92,6 +95,7 @@ def edit_with_attempts(
         undo: whether to undo the edit in any case, after it has been measured.
         ranks: the processes that edit together. Each calls this.
         progress: called with a phase's name, the number of steps done, and their total number.
+        measures: further measures around each attempt.
     """
     ranks, meter = ranks or Ranks.current(), Meter(model.device)
     with ranks.together(), meter(EVALUATION):
@@ -99,6 +103,8 @@ def edit_with_attempts(
         measured_before = measure(model, tokenizer, facts, ranks=ranks, evaluation=before)
         probes = list(texts)[:MAX_PROBES]
         trace = trace_routing(model, tokenizer, probes, ranks=ranks) if probes else None
+        further = _further(measures, model, facts, before, measured_before, None, ranks)
+        before = further.add_to(before)
     editors, places = _editors(model, tokenizer, facts, texts, editor, layers, token, ranks, progress, meter)
     made: list[_Attempt] = []
     for own in editors:
@@ -112,6 +118,8 @@ def edit_with_attempts(
                     model, tokenizer, facts, before.neighbours_exact, ranks, evaluation=attempt.after
                 )
                 attempt.trace = trace_routing(model, tokenizer, probes, ranks=ranks) if probes else None
+                attempt.further = _further(measures, model, facts, attempt.after, attempt.measured, further, ranks)
+                attempt.after = attempt.further.add_to(attempt.after)
             is_best = all(attempt.score >= other.score for other in made)
             is_enough = attempt.efficacy >= min_efficacy
             return not undo and is_enough and (attempt.efficacy == 1 or (is_last and is_best))
@@ -129,6 +137,9 @@ def edit_with_attempts(
     best = max(reversed(made), key=lambda attempt: (attempt.result.kept, attempt.score))
     if not best.result.kept and not undo and best.efficacy >= min_efficacy:
         best.make(model, tokenizer, facts, texts, None, ranks, progress)
+    if measures is not None:
+        found = measures.of_result(best.result, further, best.further)
+        best.after = replace(best.after, further={**best.after.further, **found})
     generated = {fact.key: measured.generated for fact, measured in zip(facts, best.measured, strict=True)}
     return Found(
         best.editor,
@@ -161,6 +172,7 @@ class _Attempt:
     result: EditResult
     measured: list[Measured]
     trace: RoutingTrace | None = None
+    further = Further()
 
     def __init__(self, editor: EditMethod, before: Evaluation) -> None:
         self.editor, self._before = editor, before
@@ -196,6 +208,22 @@ class _Attempt:
         self.result = self.editor.edit(model, tokenizer, facts, texts, guard=guard, **settings)
         keep_in(model, histories)
         self.meters.append(meter)
+
+
+def _further(
+    measures: FurtherMeasures | None,
+    model: PreTrainedModel,
+    facts: Sequence[Fact],
+    evaluation: Evaluation,
+    measured: Sequence[Measured],
+    before: Further | None,
+    ranks: Ranks,
+) -> Further:
+    """Make further measures; the layers that will be edited may not be known yet, so weights are read in all."""
+    if measures is None:
+        return Further()
+    generated = [one.generated for one in measured]
+    return measures.measure(model, facts, evaluation, list(expert_layers(model)), before, generated, ranks)
 
 
 def _editors(

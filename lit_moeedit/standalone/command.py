@@ -35,6 +35,7 @@ def edit_model(
     edit_name: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
+    measure: list[str] | None = None,
 ) -> None:
     """Edit facts in a model's folder, and write the edited model with a report.
 
@@ -59,6 +60,7 @@ def edit_model(
         edit_name: name of the edit; edit-0001 and so on by default.
         overwrite: whether to replace an existing output.
         device: auto (a GPU if there is one), cpu, cuda or cuda:1.
+        measure: further measures for the report, such as '[generation, portability, fluency]'; see the page on metrics.
 
     Raises:
         ValueError: if a setting, a fact or the model cannot be used.
@@ -85,6 +87,7 @@ def edit_model(
                 overwrite=overwrite,
                 device=device,
                 progress=show,
+                measure=measure or (),
             )
     except TooFewFactsError as error:
         if not _is_first():  # with an exit code, torchrun would end the first rank while it prints

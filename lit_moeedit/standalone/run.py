@@ -19,9 +19,10 @@ import lit_moeedit
 from lit_moeedit.atomic_files import check_writable, move_folder
 from lit_moeedit.data.encoding import EditToken, check_offsets
 from lit_moeedit.data.facts import Fact, read_facts, validate_facts
-from lit_moeedit.data.neutral import texts_to_preserve
+from lit_moeedit.data.neutral import neutral_texts, texts_to_preserve
 from lit_moeedit.devices import find_device
 from lit_moeedit.editing import EditMethod, Editor
+from lit_moeedit.editing.further import FurtherMeasures, HeldOut, check_measures
 from lit_moeedit.editing.outcomes import describe_failure
 from lit_moeedit.editing.phases import Progress
 from lit_moeedit.edits import Edit, SavedEdits, layers_by_parameter, states
@@ -74,6 +75,7 @@ def edit(
     overwrite: bool = False,
     device: str = "auto",
     progress: Progress | None = None,
+    measure: Sequence[str] = (),
 ) -> Report:
     """Edit facts in the weights of a model.
 
@@ -105,6 +107,8 @@ def edit(
         overwrite: whether to replace an existing output.
         device: the device, for a model in a folder: ``auto`` for a GPU if there is one.
         progress: called with a phase's name, the number of steps done, and their total number.
+        measure: names of further measures, see :mod:`lit_moeedit.editing.further`; text of another style is measured
+            only if there is text of one's own to preserve.
 
     Returns:
         The report, fact by fact.
@@ -123,6 +127,7 @@ def edit(
     """
     if not 0 <= min_efficacy <= 1:
         raise ValueError(f"min_efficacy is a fraction in [0, 1], got {min_efficacy}")
+    names = check_measures(measure)
     if editor is not None and (layers, token) != ("auto", "auto"):
         raise ValueError("give the editor, or layers and token, but not both")
     if isinstance(editor, SavedEdits) and output is not None:
@@ -173,6 +178,8 @@ def edit(
         checked = validate_facts(in_chat(tokenizer, known) if chat else known, tokenizer=tokenizer)
         started = datetime.now(UTC)
         before = states(layers_by_parameter(loaded), ranks) if stored is not None else {}
+        held_out = HeldOut(texts=() if preservation is None else neutral_texts())
+        measures = FurtherMeasures(names, tokenizer, held_out) if names else None
         found = edit_with_attempts(
             loaded,
             tokenizer,
@@ -185,6 +192,7 @@ def edit(
             undo=dry_run,
             ranks=ranks,
             progress=progress,
+            measures=measures,
         )
         # of a dry run, whether it would be
         kept = found.result.kept or (dry_run and float(found.after.edits_exact.float().mean()) >= min_efficacy)
@@ -271,6 +279,7 @@ def _report(
         ended=datetime.now(UTC),
         rows=rows,
         metrics={"before": found.before.metrics, "after": found.after.metrics},
+        intervals={"before": found.before.intervals, "after": found.after.intervals},
         edited_layers=found.editor.layers,
         relative_change=dict(found.result.relative_change),
         routing=found.routing,

@@ -60,7 +60,7 @@ def test_the_shape_of_the_summary(run, tmp_path):
     summary = _read(tmp_path / "run" / "summary.json")
     assert list(summary) == [
         "edits", "solver", "place", "before", "after", "after_training", "routing", "perplexity", "seconds", "memory",
-        "renewals", "survival", "survivors", "replay", "hold",
+        "renewals", "survival", "survivors", "replay", "hold", "intervals",
     ]  # fmt: skip
     assert summary["edits"] == 6 and summary["solver"] == "Woodbury"
     assert summary["place"] == {"layers": [0, 1], "token": "last", "found": False}

@@ -242,7 +242,7 @@ def test_two_editors_and_two_monitors_in_one_run(run: Any, tmp_path: Path, capsy
         assert summary[moment]["efficacy"] == pytest.approx((4 * early + 2 * late) / 6)
     for name, editing in (("early", whole.early), ("late", whole.late)):
         part, last = summary["editors"][name], float(whole.trainer.callback_metrics[f"edit_{name}/efficacy"])
-        assert list(part) == ["edits", "solver", "place", "before", "after", "after_training", "renewals"]
+        assert list(part) == ["edits", "solver", "place", "before", "after", "after_training", "renewals", "intervals"]
         assert part["edits"] == len(editing.facts) and part["solver"] == type(editing.editor.solver).__name__
         assert part["after_training"]["efficacy"] == pytest.approx(last)
         assert part["place"]["layers"] == list(editing.editor.layers) and not part["place"]["found"]

@@ -26,6 +26,7 @@ TOTALS = {
     "after": {"efficacy": [2, 2.0]},
     "seconds": SECONDS,
     "memory": {"solve": 9},
+    "by_fact": {"after": {"efficacy": [[1.0, 1.0], [1.0, 1.0]]}},
 }
 MEASURED = Measured("Rome", True, 0.5, None, (1, 2), (0, 1))
 HISTORY = History(
@@ -49,7 +50,8 @@ STATES: dict[str, dict[str, Any]] = {
         "kept": {"facts": ["a"], "goals": torch.ones(1, 2, 3), "moments": {3: "digest"}, "folder": "moments"},
     },
     "EditReport": {
-        "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "history": HISTORY.state(),
+        "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "final_by_fact": {"a": {"efficacy": [[1.0], [1.0]]}},
+        "history": HISTORY.state(),
         "perplexity": {"before": 9.5}, "seconds": 7.0,
     },
     "EditReplay": {
@@ -95,8 +97,9 @@ def test_a_state_with_each_edit_by_itself_is_read_as_their_sums() -> None:
     callback.load_state_dict(copy.deepcopy(old))
     first, second = callback.state_dict()["totals"]
     twice = {name: 2.0 for name in SECONDS}
-    assert first == {**TOTALS, "after": {"efficacy": [3, 2.5]}, "seconds": twice, "memory": {}}
-    assert second == {**TOTALS, "name": "b", "memory": {}}
+    bare = {name: value for name, value in TOTALS.items() if name != "by_fact"}
+    assert first == {**bare, "after": {"efficacy": [3, 2.5]}, "seconds": twice, "memory": {}}
+    assert second == {**bare, "name": "b", "memory": {}}
 
 
 GONE = object()
@@ -156,6 +159,20 @@ BROKEN: list[tuple[str, str, Any, str]] = [
         "'after' should be a dict of str to list of int or float",
     ),
     ("EditReport", "totals", [{**TOTALS, "seconds": {}}], r"should hold the seconds of statistics, "),
+    (
+        "EditReport",
+        "totals",
+        [{**TOTALS, "by_fact": {"after": {"a": [[1], ["x"]]}}}],
+        "'by_fact' should be a dict of str",
+    ),
+    (
+        "EditReport",
+        "totals",
+        [{**TOTALS, "by_fact": {"after": {"a": [[1.0], []]}}}],
+        "two lists of the same length each",
+    ),
+    ("EditReport", "final_by_fact", {"a": {"b": [[1.0]]}}, "two lists of the same length each"),
+    ("EditReport", "final_by_fact", [1], "'final_by_fact' should be a dict, but is a list"),
     ("EditReport", "final", {"a": 1}, "'final' should be a dict of str to dict of str to int or float"),
     ("EditReport", "seconds", "7", "'seconds' should be a int or float, but is a str"),
     ("EditReport", "history", ["x"], "'history' should be a dict, but is a list"),

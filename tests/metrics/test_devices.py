@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_moeedit.metrics import EditSuccess, ExpertLoad, RoutingDivergence, RoutingSimilarity
+from lit_moeedit.metrics import (
+    CopyAccuracy,
+    EditSuccess,
+    ExpertLoad,
+    ProbabilityGap,
+    ProbeAccuracy,
+    RoutingDivergence,
+    RoutingSimilarity,
+    WeightGrowth,
+)
 
 
 @pytest.mark.parametrize("metric_moves", [False, True])
@@ -22,6 +31,8 @@ def test_metrics(cuda, metric_moves: bool, input_moves: bool) -> None:
         success = EditSuccess(["near"]).to(where)
         similarity, divergence = RoutingSimilarity([1]).to(where), RoutingDivergence([1]).to(where)
         load = ExpertLoad(5, [1]).to(where)
+        gap, probes = ProbabilityGap().to(where), ProbeAccuracy().to(where)
+        copies, growth = CopyAccuracy().to(where), WeightGrowth().to(where)
         new, true, third = scores.to(given)
         for _ in range(2):
             success.update("edit", new, true, third > 0.5)
@@ -30,7 +41,12 @@ def test_metrics(cuda, metric_moves: bool, input_moves: bool) -> None:
             similarity.update({1: experts[0].to(given)}, {1: experts[1].to(given)})
             divergence.update({1: routed[0].to(given)}, {1: routed[1].to(given)})
             load.update({1: experts[0].to(given)})
-        return [metric.compute() for metric in (success, similarity, divergence, load)]
+            gap.update(new, true)
+            probes.update("reversed", third > 0.5, torch.tensor([0, 1, 1, 2], device=given))
+            copies.update(experts[0].to(given), experts[1].to(given))
+            growth.update(new + 1, true + 1)
+        metrics = (success, similarity, divergence, load, gap, probes, copies, growth)
+        return [metric.compute() for metric in metrics]
 
     for there, plain in zip(results(where, given), results(cpu, cpu), strict=True):
         assert there.keys() == plain.keys()

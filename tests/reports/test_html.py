@@ -296,3 +296,18 @@ def test_an_interrupt_waits_until_the_figures_are_drawn(monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         render(sample())
     assert len(calls) == 3
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_intervals_stand_below_their_values_and_are_escaped() -> None:
+    name = "<b>x</b>"
+    report = Report(
+        metrics={"before": {name: 0.25}, "after": {"efficacy": 0.5, "fluency": 3.25, name: 1.0}},
+        intervals={"after": {"efficacy": (0.25, 0.75), "fluency": (3.0, 3.5), name: (0.5, 1.0), "gone": (0.0, 1.0)}},
+    )
+    source, page = render(report), Page(render(report)).text
+    assert "50 % 25 % to 75 %" in page and "3.25 3 to 3.5" in page and "1 0.5 to 1" in page
+    assert "Below a value: the 95 % bootstrap interval over the facts." in page
+    assert "&lt;b&gt;x" in source and "<b>x" not in source and "gone" not in source
+    assert Report.from_dict(report.to_dict()) == report
+    assert "bootstrap" not in Page(render(replace(report, intervals={}))).text

@@ -7,13 +7,14 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lit_moeedit.data.facts import Fact, FactsError
+from lit_moeedit.data.facts import Fact, FactsError, Probe
 from lit_moeedit.editing import PHASES, Editor, TargetOptimizer, evaluate
 from lit_moeedit.editing.phases import Meter
 from lit_moeedit.edits import SavedEdits, apply, read_edits, undo, verify
@@ -190,6 +191,26 @@ def test_stronger_settings_where_the_first_do_not_suffice(
     assert "a small neutral text" in caplog.text
     assert sum(row.measured["after"].holds for row in report.rows) >= 1
     assert report.settings["editor"]["targets"]["steps"] == 60
+
+
+def test_further_measures_are_in_the_report(
+    taught: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    easy: Sequence[Fact],
+    texts: Sequence[str],
+    editor: Editor,
+) -> None:
+    probed = [replace(fact, probes=(Probe("portability", fact.prompt, (fact.target_new,)),)) for fact in easy]
+    names = ["generation", "portability", "weight_growth", "general_ability", "template_routing"]
+    report = edit(taught, probed, tokenizer=tokenizer, editor=editor, preservation=texts, measure=names)
+    before, after = report.metrics["before"], report.metrics["after"]
+    assert before["portability"] == 0.0 and after["portability"] == after["efficacy_accuracy"] == 1.0
+    assert after["generation_contained"] == 1.0 and after["weight_growth_max"] > 0
+    assert {"copy_accuracy", "other_style_perplexity"} <= before.keys() & after.keys()
+    assert 0 <= after["template_routing_similarity"] <= 1 and "template_routing_similarity" not in before
+    assert report.intervals["after"]["portability"] == (1.0, 1.0)
+    with pytest.raises(ValueError, match=r"measure has 'flucency' \(did you mean 'fluency'"):
+        edit(taught, probed, tokenizer=tokenizer, measure=["flucency"])
 
 
 def test_a_killed_run_leaves_edit_and_report(

@@ -134,8 +134,8 @@ class Spread(LayerEdits):
         shaping = shaping_of(moments, experts, preservation, penalty, symmetric, self.job.ranks)
         shares = shaping.energy_kept
         self.energy_kept[layer.index] = dict(zip(shaping.experts.tolist(), shares.tolist(), strict=True))
-        if shaping.ranks is not None:
-            self.null_ranks[layer.index] = dict(zip(shaping.experts.tolist(), shaping.ranks.tolist(), strict=True))
+        if shaping.free is not None:
+            self.null_ranks[layer.index] = dict(zip(shaping.experts.tolist(), shaping.free.tolist(), strict=True))
         log.info(
             "layer %d: share of the preserved energy that is kept, over %d experts: %.4f on average, %.4f at least",
             layer.index,

@@ -23,12 +23,14 @@ class OwnedShaping:
     Attributes:
         experts: ``[n]`` int64, ascending, the experts that have a matrix.
         energy_kept: ``[n]``, see :class:`~lit_moeedit.preservation.shaping.Shaping`.
+        free: likewise.
         own: the matrices that this rank has.
         ranks: the processes that edit together.
     """
 
     experts: Tensor
     energy_kept: Tensor
+    free: Tensor | None
     own: Shaping
     ranks: Ranks
 
@@ -82,8 +84,13 @@ def shaping_of(
         return Shaping.of(moments, experts, preservation, penalty, symmetric)
     is_own = (experts >= part.first) & (experts < part.first + len(moments.total)) & part.is_first
     own = Shaping.of(moments, experts[is_own], preservation, penalty, symmetric)
-    kept = torch.zeros(len(experts), dtype=own.energy_kept.dtype, device=experts.device)
-    kept[is_own] = own.energy_kept
     ranks.check_errors()
-    ranks.all_reduce(kept)
-    return OwnedShaping(experts, kept, own, ranks)
+
+    def of_all(values: Tensor) -> Tensor:
+        found = torch.zeros(len(experts), dtype=values.dtype, device=experts.device)
+        found[is_own] = values
+        ranks.all_reduce(found)
+        return found
+
+    free = None if own.free is None else of_all(own.free)
+    return OwnedShaping(experts, of_all(own.energy_kept), free, own, ranks)

@@ -82,7 +82,7 @@ class Preservation(ABC):
         """Return the energy ``tr(S_j C_j S_jᵀ) [n]`` that a delta can reach."""
         return ((root @ moments.to(root)) * root).sum((1, 2))
 
-    def rank(self, root: Tensor) -> Tensor | None:
+    def free(self, root: Tensor) -> Tensor | None:
         """Return the number of directions ``[n]``, int64, in which a delta is free; ``None`` if none is forbidden."""
         return None
 
@@ -121,7 +121,7 @@ class NullSpace(Preservation):
         return (root * moments).sum((1, 2))
 
     @override
-    def rank(self, root: Tensor) -> Tensor:
+    def free(self, root: Tensor) -> Tensor:
         return root.diagonal(dim1=1, dim2=2).double().sum(1).round().long()
 
 
@@ -222,14 +222,14 @@ class Shaping:
         matrices: ``[n, d_hidden, d_hidden]``, dtype of the second moments.
         energy_kept: ``[n]``, the share of the preservation text's energy ``tr C_j`` that no delta can reach,
             ``1 − tr(S_j C_j S_jᵀ) / tr C_j``; 1 for an expert without tokens of the text.
-        ranks: ``[n]`` int64, number of directions in which a delta is free, at most ``d_hidden``; ``None`` if the
+        free: ``[n]`` int64, number of directions in which a delta is free, at most ``d_hidden``; ``None`` if the
             preservation forbids none.
     """
 
     experts: Tensor
     matrices: Tensor
     energy_kept: Tensor
-    ranks: Tensor | None = None
+    free: Tensor | None = None
 
     @classmethod
     @full_precision()
@@ -264,7 +264,6 @@ class Shaping:
             raise ValueError(f"{type(preservation).__name__} needs second moments with gated={preservation.gated}")
         d_hidden = moments.total.shape[-1]
         matrices = moments.total.new_empty(len(experts), d_hidden, d_hidden, device=experts.device)
-        ranks: list[Tensor] = []
         reached, trace = torch.zeros(2, len(experts), dtype=torch.float64, device=experts.device)
         size = max(1, BLOCK // d_hidden**2)
         for start in range(0, len(experts), size):
@@ -274,12 +273,10 @@ class Shaping:
             if root.shape != moment.shape:
                 name = type(preservation).__name__
                 raise ValueError(f"{name}.root must return {list(moment.shape)}, got {list(root.shape)}")
-            if (rank := preservation.rank(root)) is not None:
-                ranks.append(rank)
             trace[rows] = moment.diagonal(dim1=1, dim2=2).sum(1).to(trace)
             matrices[rows], reached[rows] = root.to(matrices), preservation.reached(moment, root, penalty).to(reached)
         kept = torch.where(trace > 0, 1 - reached / trace.where(trace > 0, 1), 1).clamp(0, 1)
-        return cls(experts, matrices, kept, torch.cat(ranks) if ranks else None)
+        return cls(experts, matrices, kept, preservation.free(matrices))
 
     def features(self, keys: Tensor, expert_index: Tensor) -> Tensor:
         """Return ``S_j x`` for every row ``x`` of ``keys [N, d_hidden]``, with ``j`` from ``expert_index [N]``."""

@@ -224,7 +224,7 @@ class TestIntervals:
 def test_names_are_checked_and_ordered() -> None:
     assert check_measures(["reversed", "generation", "reversed"]) == ("generation", "reversed")
     with pytest.raises(
-        ValueError, match=r"measure has 'fluncy' \(did you mean 'fluency'\?\); expected some of generat"
+        ValueError, match=r"measure has 'fluncy' \(did you mean 'fluency'\?\); expected some of generation, "
     ):
         check_measures(["fluncy"])
     with pytest.raises(ValueError, match=r"a list of names, such as \[fluency\], got 'fluency'"):

@@ -7,7 +7,7 @@ import random
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 
 import torch
@@ -59,7 +59,7 @@ class SecondMoments:
     tokens: Tensor
     gated: bool = False
     key: str | None = None
-    part: Part = Part()  # noqa: RUF009 - it cannot change
+    part: Part = field(default_factory=Part)
 
     @classmethod
     def zeros(cls, layer: ExpertLayer, device: torch.device | str | None = None, gated: bool = False) -> SecondMoments:
@@ -352,5 +352,5 @@ class _Unfinished:
         # after an all-reduce the ranks hold the total, which the next all-reduce must count once
         parts = self._parts()
         for name, tensor in self._tensors().items():
-            if name != "texts" and (everywhere or not parts.get(name, Part()).counts(self.ranks)):
+            if name != "texts" and (everywhere or not parts.get(name, Part()).is_counted(self.ranks)):
                 tensor.zero_()

@@ -139,8 +139,8 @@ class Part:
         owners = Owners.of(experts)
         return cls(owners.first, owners.size, 0 in dist.get_process_group_ranks(owners.group))
 
-    def counts(self, ranks: Ranks) -> bool:
-        """Tell if this rank's values enter a sum over all ranks that counts those of each expert once."""
+    def is_counted(self, ranks: Ranks) -> bool:
+        """Tell if this rank's values enter a sum over all ranks, to which those of each expert contribute once."""
         return self.is_first if self.owners > 1 else ranks.rank == 0
 
     def all_reduce(self, values: Tensor, ranks: Ranks) -> None:

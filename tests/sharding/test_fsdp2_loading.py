@@ -21,7 +21,7 @@ from lit_moeedit.module import LitMoE
 from tests.processes import run_ranks
 from tests.sharding.fsdp2_models import Case, prepared
 from tests.sharding.small_edits import FACTS, TEXTS, editor, tokenizer
-from tests.sharding.test_loading import BIG, CONFIGS, MIB, OFTEN, SMALL, growth, whole
+from tests.sharding.test_loading import BIG, CONFIGS, MIB, SMALL, growth, whole
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -86,15 +86,12 @@ def save(folder: Path, name: str) -> None:
     model.save_pretrained(folder / f"{name}-3d", save_original_format=False)
 
 
-@pytest.mark.parametrize(
-    "names",
-    [OFTEN, pytest.param([name for name in CONFIGS if name not in OFTEN], marks=pytest.mark.slow)],
-    ids=["often", "others"],
-)
-def test_every_rank_has_its_shard_of_the_same_weights(tmp_path: Path, names: Sequence[str]) -> None:
-    for name in names:
+# in the default suite test_fsdp2_adapters reads a model and exports it
+@pytest.mark.slow
+def test_every_rank_has_its_shard_of_the_same_weights(tmp_path: Path) -> None:
+    for name in CONFIGS:
         save(tmp_path, name)
-    assert run_ranks(load_all, 2, str(tmp_path), names) == [[], []]
+    assert run_ranks(load_all, 2, str(tmp_path), list(CONFIGS)) == [[], []]
 
 
 @pytest.mark.slow

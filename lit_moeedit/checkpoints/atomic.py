@@ -6,13 +6,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from typing_extensions import override
 
 from lit_moeedit.atomic_files import atomic_file, atomic_folder
@@ -72,16 +72,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save_atomically(strategy: Strategy) -> None:
-    """Have a strategy save its checkpoints atomically: files by :class:`AtomicCheckpointIO`, folders of DeepSpeed.
+    """Have a strategy save its checkpoints atomically: files by :class:`AtomicCheckpointIO`, and folders.
 
-    A ``CheckpointIO`` that the user gave to the trainer stays. DeepSpeed's folder is written beside the previous one by
-    all ranks, and then exchanged with it by the first rank. If a rank fails to write its part, the others wait for it
-    in DeepSpeed, as they do without this; the previous checkpoint stays.
+    A ``CheckpointIO`` that the user gave to the trainer stays. A folder of DeepSpeed or FSDP2 is written beside the
+    previous one by all ranks, and then exchanged with it by the first rank. If a rank fails to write its part, the
+    others wait for it in DeepSpeed, as they do without this; the previous checkpoint stays.
 
     Args:
         strategy: the strategy of a trainer.
     """
-    if isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, DeepSpeedStrategy) or _saves_folders(strategy):
         # a partial, because some launchers pickle it
         save = partial(_save_folder, strategy, strategy.save_checkpoint)
         strategy.save_checkpoint = save  # type: ignore[method-assign]
@@ -93,8 +93,12 @@ def save_atomically(strategy: Strategy) -> None:
         given.checkpoint_io = AtomicCheckpointIO()
 
 
+def _saves_folders(strategy: Strategy) -> TypeGuard[ModelParallelStrategy]:
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+
+
 def _save_folder(
-    strategy: DeepSpeedStrategy,
+    strategy: DeepSpeedStrategy | ModelParallelStrategy,
     save: Callable[..., None],
     checkpoint: dict[str, Any],
     filepath: str | Path,

@@ -182,6 +182,7 @@ def others(path: str, folder: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_edits_as_one_process(tmp_path: Path) -> None:
     path = saved(tmp_path / "model")
     found, alone = run_ranks(edited, 2, path, str(tmp_path), group=False), edited(path, str(tmp_path))

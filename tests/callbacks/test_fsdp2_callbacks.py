@@ -50,6 +50,7 @@ def both_further_forwards(folder: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_further_forwards_in_a_step_train_as_under_ddp(tmp_path: Path) -> None:
     for ddp, fsdp2 in run_ranks(both_further_forwards, 2, str(tmp_path), group=False):
         assert fsdp2["held"] == ddp["held"] != frozenset()

@@ -41,6 +41,7 @@ def whole_and_resumed(folder: str, checkpoint: str) -> list[dict[str, Any]]:
     return [fit("fsdp2", f"{folder}/whole"), fit("fsdp2", f"{folder}/resumed", checkpoint=checkpoint)]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_no_more_than_a_resume(tmp_path: Path) -> None:
     first, second = start_ranks(killed, 2, str(tmp_path / "killed"), group=False, seconds=100)
     assert second.exitcode == -signal.SIGKILL

@@ -7,14 +7,17 @@ import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from lit_moeedit.checkpoint_fields import CheckpointError
+from lit_moeedit.checkpoints.atomic import save_atomically
 from lit_moeedit.checkpoints.limits import find_globals
 from lit_moeedit.checkpoints.read import check_harmless, read_checkpoint
 from tests.payload import Payload
@@ -44,6 +47,45 @@ def test_weights_and_settings_of_a_run_are_read(tmp_path: Path) -> None:
     for name, weight in weights.items():
         assert torch.equal(found.tensors[name].read(), weight), name
     assert found.hyper_parameters["config"]["num_experts"] == 5
+
+
+def save_again(folder: str) -> str:
+    """Save a checkpoint, change the weights, and fail on the second rank while it is saved again."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    from tests.callbacks.conftest import _data, _module, _trainer
+
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    trainer, module = _trainer(folder, [], strategy=strategy, devices=2, max_steps=1, logger=False), _module()
+    save_atomically(strategy)
+    trainer.fit(module, _data(batch_size=4))
+    trainer.save_checkpoint(f"{folder}/it.ckpt")
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.zero_()
+    original = FileSystemWriter.write_data
+
+    def write(*args: Any) -> Any:
+        found = original(*args)
+        if torch.distributed.get_rank() == 1:
+            raise OSError("injected")
+        return found
+
+    with mock.patch.object(FileSystemWriter, "write_data", write), pytest.raises(CheckpointException) as caught:
+        trainer.save_checkpoint(f"{folder}/it.ckpt")
+    torch.distributed.barrier()
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_stays_until_the_next_one_is_complete(tmp_path: Path) -> None:
+    for message in run_ranks(save_again, 2, str(tmp_path), group=False):
+        assert "injected" in message
+    assert [path.name for path in tmp_path.iterdir() if "ckpt" in path.name] == ["it.ckpt"]
+    check_harmless(tmp_path / "it.ckpt")
+    for name, tensor in read_checkpoint(tmp_path / "it.ckpt").tensors.items():
+        assert tensor.read().abs().sum() > 0, name
 
 
 WEIGHT = torch.arange(24.0).view(4, 3, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
@@ -21,7 +24,7 @@ from lit_moeedit.module import LitMoE
 from tests.processes import run_ranks
 from tests.sharding.fsdp2_models import Case, prepared
 from tests.sharding.small_edits import FACTS, TEXTS, editor, tokenizer
-from tests.sharding.test_loading import BIG, CONFIGS, MIB, OFTEN, SMALL, growth, whole
+from tests.sharding.test_loading import BIG, CONFIGS, MIB, SMALL, growth, whole
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -86,15 +89,12 @@ def save(folder: Path, name: str) -> None:
     model.save_pretrained(folder / f"{name}-3d", save_original_format=False)
 
 
-@pytest.mark.parametrize(
-    "names",
-    [OFTEN, pytest.param([name for name in CONFIGS if name not in OFTEN], marks=pytest.mark.slow)],
-    ids=["often", "others"],
-)
-def test_every_rank_has_its_shard_of_the_same_weights(tmp_path: Path, names: Sequence[str]) -> None:
-    for name in names:
+# in the default suite test_fsdp2_adapters reads a model and exports it
+@pytest.mark.slow
+def test_every_rank_has_its_shard_of_the_same_weights(tmp_path: Path) -> None:
+    for name in CONFIGS:
         save(tmp_path, name)
-    assert run_ranks(load_all, 2, str(tmp_path), names) == [[], []]
+    assert run_ranks(load_all, 2, str(tmp_path), list(CONFIGS)) == [[], []]
 
 
 @pytest.mark.slow
@@ -115,6 +115,35 @@ def test_adapters_are_those_of_the_first_rank(tmp_path: Path) -> None:
     for name in ("qwen3_moe", "gpt_oss"):
         save(tmp_path, name)
     assert run_ranks(with_adapters, 2, str(tmp_path)) == [[], []]
+
+
+def fail_all(folder: str) -> list[str]:
+    messages = []
+    for name in ("incomplete", "misshaped", "nowhere", "half" if dist.get_rank() else "qwen3_moe"):
+        with pytest.raises(Exception) as caught:
+            sharded(pretrained=f"{folder}/{name}")
+        messages.append(f"{type(caught.value).__name__}: {caught.value}")
+    # nothing is left of what went wrong
+    return [*messages, *load_all(folder, ["qwen3_moe"])]
+
+
+@pytest.mark.slow
+def test_a_bad_checkpoint_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    save(tmp_path, "qwen3_moe")
+    for name in ("incomplete", "misshaped"):
+        shutil.copytree(tmp_path / "qwen3_moe-3d", tmp_path / name)
+    weights = load_file(tmp_path / "incomplete" / "model.safetensors")
+    del weights["model.layers.1.self_attn.o_proj.weight"]
+    save_file(weights, tmp_path / "incomplete" / "model.safetensors", {"format": "pt"})
+    config = tmp_path / "misshaped" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 8}))
+    first, second = run_ranks(fail_all, 2, str(tmp_path))
+    for found in (first, second):
+        assert len(found) == 4
+        assert "lacks 1 weights of the model: model.layers.1.self_attn.o_proj.weight" in found[0]
+        assert "other shapes" in found[1]
+        assert found[2].startswith("MissingFileError") and "nowhere" in found[2]
+    assert "rank 1 failed" in first[3] and second[3].startswith("MissingFileError")
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

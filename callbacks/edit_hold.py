@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lit_moeedit.callbacks.belonging import StateOfWeights
 from lit_moeedit.callbacks.edit_state import EditState
+from lit_moeedit.callbacks.kept import in_blocks, of_blocks
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.replaced_step import ReplacedStep, Step, add_loss, check_further_forward
@@ -57,8 +58,8 @@ class EditHold(StateOfWeights, EditListener):
     and costs less. Facts of all :class:`~lit_moeedit.callbacks.KnowledgeEditing` of the trainer are held that are
     generated right after their edit, while it is in the weights.
 
-    Checkpoints get ``4 · contexts · d_model`` bytes for each fact. Which prompts a step takes depends on the seed, the
-    batch and the rank alone.
+    Checkpoints get ``4 · contexts · d_model`` bytes for each edit token of a fact. Which prompts a step takes depends
+    on the seed, the batch and the rank alone.
 
     Args:
         rows: number of prompts of a step, on each rank.
@@ -106,7 +107,7 @@ class EditHold(StateOfWeights, EditListener):
 
     @override
     def begin_state(self) -> None:
-        # by label of a callback and fact key, [contexts, d_model]
+        # by label of a callback and fact key, [prompts, d_model]
         self._states: dict[str, dict[str, Tensor]] = {}
         self._renewals: dict[str, int] = {}
 
@@ -193,10 +194,10 @@ class EditHold(StateOfWeights, EditListener):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        known = {label: own for label, own in self._states.items() if own}
+        known = {label: in_blocks(own) for label, own in self._states.items() if own}
         return {
-            "facts": {label: list(own) for label, own in known.items()},
-            "states": {label: torch.stack(list(own.values())) for label, own in known.items()},
+            "facts": {label: facts for label, (facts, _) in known.items()},
+            "states": {label: states for label, (_, states) in known.items()},
             "renewals": dict(self._renewals),
         }
 
@@ -211,7 +212,7 @@ class EditHold(StateOfWeights, EditListener):
                 raise CheckpointError(
                     f"{where}: field 'states' of {label!r} should be finite, of shape [{len(keys)}, contexts, d_model]"
                 )
-            found[label] = dict(zip(map(str, keys), states.float().cpu().unbind(), strict=True))
+            found[label] = of_blocks([str(key) for key in keys], states.float().cpu())
         self._states, self._renewals = found, dict(state_dict["renewals"])
         self._seen = None
 
@@ -227,7 +228,8 @@ class EditHold(StateOfWeights, EditListener):
     ) -> dict[str, list[list[int]]]:
         contexts = getattr(editing.editor, "contexts", ("",))
         token: EditToken = editing.place["token"] or "last"
-        return edit_prompts(self._find_tokenizer(trainer, pl_module), facts, contexts, token)
+        every = getattr(editing.editor, "edits_every_token", False)
+        return edit_prompts(self._find_tokenizer(trainer, pl_module), facts, contexts, token, every)
 
     def _measure(
         self, trainer: L.Trainer, pl_module: L.LightningModule, editing: EditState, facts: Sequence[Fact]
@@ -277,7 +279,7 @@ class EditHold(StateOfWeights, EditListener):
         if list(states.shape) != shape:
             raise CheckpointError(
                 f"the checkpoint has hidden states of shape {list(states.shape)} for each fact of {editing.label}, but "
-                f"{shape} are needed; resume with the contexts of the editor with which it was written"
+                f"{shape} are needed; resume with the contexts and target_tokens of the editor that it was written with"
             )
 
     def _distance(self, pl_module: L.LightningModule, drawn: Sequence[HeldPrompt]) -> Tensor:

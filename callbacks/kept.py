@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -14,15 +15,43 @@ from lit_moeedit.editing import EditResult
 from lit_moeedit.preservation.kept_moments import KeptMoments
 
 
+def in_blocks(tensors: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
+    """Stack tensors ``[rows, d_model]`` with different numbers of rows, in blocks of equally many rows.
+
+    Args:
+        tensors: by fact key.
+
+    Returns:
+        The fact key of each block, and the blocks, ``[n, rows of a block, d_model]``. If all tensors have as many rows,
+        each is one block.
+
+    Example:
+        >>> facts, blocks = in_blocks({"a": torch.zeros(3, 5), "b": torch.zeros(6, 5)})
+        >>> facts, list(blocks.shape)
+        (['a', 'b', 'b'], [3, 3, 5])
+    """
+    size = math.gcd(*map(len, tensors.values()))
+    blocks = [(key, block) for key, tensor in tensors.items() for block in tensor.split(size)]
+    return [key for key, _ in blocks], torch.stack([block for _, block in blocks]) if blocks else torch.zeros(0, 0, 0)
+
+
+def of_blocks(facts: Sequence[str], blocks: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of which :func:`in_blocks` made these blocks."""
+    found: dict[str, list[Tensor]] = {}
+    for key, block in zip(facts, blocks, strict=True):
+        found.setdefault(key, []).append(block)
+    return {key: torch.cat(own) for key, own in found.items()}
+
+
 @dataclass(frozen=True)
 class Kept:
     """The values that the edits of one callback have left for renewals.
 
-    The goals are part of checkpoints, with ``4 · contexts · d_model`` bytes for each fact. Of the moments, only their
-    place on disk is.
+    The goals are part of checkpoints, with ``4 · contexts · d_model`` bytes for each edit token of a fact. Of the
+    moments, only their place on disk is.
 
     Attributes:
-        goals: by fact key, ``[contexts, d_model]`` float32 on the CPU, see
+        goals: by fact key, ``[rows, d_model]`` float32 on the CPU, see
             :class:`~lit_moeedit.editing.job.EditResult`; of facts that were generated with it.
         moments: the second moments that the latest edit used.
     """
@@ -43,9 +72,10 @@ class Kept:
         """Return what a checkpoint holds; ``None`` if that is nothing."""
         if not self.goals and not self.moments.keys:
             return None
+        facts, goals = in_blocks(self.goals)
         return {
-            "facts": list(self.goals),
-            "goals": torch.stack(list(self.goals.values())) if self.goals else torch.zeros(0, 0, 0),
+            "facts": facts,
+            "goals": goals,
             "moments": dict(self.moments.keys),
             "folder": self.moments.folder,
         }
@@ -69,4 +99,4 @@ class Kept:
                 f"but is {goals.dtype} of shape {list(goals.shape)}"
             )
         moments = KeptMoments(dict(state["moments"]), state["folder"])
-        return cls(dict(zip(state["facts"], goals.cpu().unbind(), strict=True)), moments)
+        return cls(of_blocks(state["facts"], goals.cpu()), moments)

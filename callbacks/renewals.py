@@ -192,9 +192,11 @@ class EditRenewing(EditMaking):
         """
         if self.renewal.kind == "anew":  # an edit that still holds soon gets a target vector of 0
             return {}
-        contexts, known = len(self.editor.contexts), self._kept.goals
+        known, brought = self._kept.goals, [fact for fact in facts if fact.key in lost]
         stay: dict[str, Tensor | None] = {fact.key: None for fact in facts if fact.key not in lost}
-        return stay | {key: known[key] for key in lost if key in known and len(known[key]) == contexts}
+        # those of a checkpoint may be of an editor with other contexts or edit tokens
+        rows = zip(brought, self.editor.count_rows(self.tokenizer, brought), strict=True)
+        return stay | {fact.key: known[fact.key] for fact, n in rows if len(known.get(fact.key, ())) == n}
 
     def _make_anew(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,12 +34,27 @@ class Encoding:
         edit_token: index in ``ids`` of the edit token, or ``None`` if no subject was given.
         subject_start: index in ``ids`` of the first token of the subject whose last token is the edit token; ``None``
             for another edit token.
+        further: indices in ``ids`` of tokens of the target that are edit tokens, too, ascending.
     """
 
     ids: list[int]
     target_start: int
     edit_token: int | None = None
     subject_start: int | None = field(default=None, compare=False)
+    further: tuple[int, ...] = ()
+
+    @property
+    def edit_tokens(self) -> tuple[int, ...]:
+        """Indices in ``ids`` of all edit tokens, ascending."""
+        return self.further if self.edit_token is None else (self.edit_token, *self.further)
+
+    def with_every_token(self) -> Encoding:
+        """Make each token of the target, but for the last one, an edit token, because the next one is read from it."""
+        return replace(self, further=tuple(range(self.target_start, len(self.ids) - 1)))
+
+    def up_to_edits(self) -> Encoding:
+        """Return the prompt, and the target up to its last edit token."""
+        return replace(self, ids=self.ids[: self.target_start + len(self.further)])
 
 
 def join(prompt: str, target: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,10 +21,10 @@ from lit_moeedit.sharding.ranks import Ranks
 
 @dataclass(frozen=True)
 class EditTokens:
-    """Activations at the edit tokens of ``n`` prompts.
+    """Activations at ``n`` edit tokens, in the order of the prompts and of the edit tokens of each.
 
     Attributes:
-        keys: keys, gates and experts of one layer. ``keys.token`` is the index of the prompt.
+        keys: keys, gates and experts of one layer. ``keys.token`` is the index of the edit token.
         hidden: ``[n, d_model]`` float32, output of the target layer.
     """
 
@@ -46,7 +47,7 @@ def edit_tokens(
 
     Args:
         model: the model.
-        prompts: encoded prompts, each with an edit token.
+        prompts: encoded prompts, each with one edit token or several.
         target_layer: the layer whose output is returned.
         layer: the layer whose keys are returned, not above ``target_layer``.
         pad_token: id to pad with.
@@ -57,8 +58,8 @@ def edit_tokens(
         TooLittleMemoryError: if memory does not suffice for the longest prompt alone.
     """
     ranks = ranks or Ranks.current()
-    lengths = [len(prompt.ids) for prompt in prompts]
-    longest = max(lengths)
+    lengths, tokens_of = [len(prompt.ids) for prompt in prompts], [prompt.edit_tokens for prompt in prompts]
+    longest, first = max(lengths), [0, *accumulate(map(len, tokens_of))]
 
     def run(tokens: int) -> EditTokens:
         size = max(1, min(tokens // longest, -(-len(prompts) // ranks.size)))
@@ -68,19 +69,19 @@ def edit_tokens(
         hidden, indices, parts = list[Tensor](), list[Tensor](), list[RoutedKeys]()
 
         def observe(_: ExpertLayer, keys: RoutedKeys) -> None:
-            # from positions in the batch to indices of prompts; `positions` is ascending
-            prompt = index[torch.searchsorted(positions, keys.token)]
-            kept = len(prompt) if mine else 0
-            parts.append(RoutedKeys(prompt[:kept], keys.expert[:kept], keys.gate[:kept], keys.key[:kept]))
+            # from positions in the batch to indices of edit tokens; `positions` is ascending
+            token = index[torch.searchsorted(positions, keys.token)]
+            kept = len(token) if mine else 0
+            parts.append(RoutedKeys(token[:kept], keys.expert[:kept], keys.gate[:kept], keys.key[:kept]))
 
         with inference(model), watch_keys([layer], select=lambda: positions, observe=observe):
             for batch, mine in ranks.shard(batches):
                 ids, mask = (x.to(model.device) for x in pad([prompts[i].ids for i in batch], pad_token))
-                index = torch.tensor(batch, device=ids.device)
-                tokens_in_row = torch.tensor([prompts[i].edit_token for i in batch], device=ids.device)
-                positions = torch.arange(len(batch), device=ids.device) * ids.shape[1] + tokens_in_row
+                numbers = [n for i in batch for n in range(first[i], first[i + 1])]
+                places = [row * ids.shape[1] + token for row, i in enumerate(batch) for token in tokens_of[i]]
+                index, positions = (torch.tensor(values, device=ids.device) for values in (numbers, places))
                 output = layer_output(model, target_layer, ids, mask, position_ids(mask)).hidden
-                kept = len(batch) if mine else 0
+                kept = len(numbers) if mine else 0
                 hidden.append(output.flatten(0, 1)[positions].float()[:kept])
                 indices.append(index[:kept])
         ranks.check_errors()
@@ -93,7 +94,7 @@ def edit_tokens(
 
 
 def _all_gather_keys(parts: Sequence[RoutedKeys], ranks: Ranks) -> RoutedKeys:
-    """Return all ranks' keys, sorted by expert and then by prompt."""
+    """Return all ranks' keys, sorted by expert and then by edit token."""
     names = ("token", "expert", "gate", "key")
     token, expert, gate, key = (ranks.all_gather(torch.cat([getattr(part, name) for part in parts])) for name in names)
     order = torch.argsort(token, stable=True)

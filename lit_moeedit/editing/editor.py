@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +32,9 @@ from lit_moeedit.solvers import Solver, Woodbury
 from lit_moeedit.text import first_few
 
 log = logging.getLogger(__name__)
+
+TargetTokens = Literal["auto", "first", "every"]
+"""Values of the setting ``target_tokens`` of :class:`Editor`."""
 
 
 class Editor(EditMethod):
@@ -63,6 +67,12 @@ class Editor(EditMethod):
             memory.
         max_tokens: maximum number of tokens of preservation text used for second moments, sampled from all of it;
             ``None`` for all. `benchmarks/results/moment_tokens.md` shows the effect of less text.
+        target_tokens: ``first`` for one row ``(k_t, r_t)`` per fact and context, at the edit token. ``every`` for
+            further ones at each token of the target but its last, with the preceding tokens fed: token ``i`` of a
+            target ``y`` gets the key ``k_{t,i} = k(prompt, y_1 … y_i)`` and a vector ``δ_{t,i}`` of its own, which
+            makes ``y_{i+1}`` likely. All rows are solved in one system. For targets of one token both are the same.
+            ``auto`` is ``every`` at the token ``last``, where one row steers the first token of the target only, and
+            ``first`` at ``subject_last``, where later tokens can read the edit again.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -90,6 +100,7 @@ class Editor(EditMethod):
         cache: str | None = None,
         memory: EditMemory | None = None,
         max_tokens: int | None = None,
+        target_tokens: TargetTokens = "first",
     ) -> None:
         super().__init__(layers, contexts, token_budget, reset_moments)
         if token not in ("subject_last", "last", "auto"):
@@ -102,6 +113,8 @@ class Editor(EditMethod):
             raise ValueError(f"neutral must contain {{}} for the subject, got {neutral!r}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, or None for all, got {max_tokens}")
+        if target_tokens not in get_args(TargetTokens):
+            raise ValueError(f"target_tokens must be one of {', '.join(get_args(TargetTokens))}, got {target_tokens!r}")
         self.solver = solver if solver is not None else Woodbury()
         self.targets = targets if targets is not None else TargetOptimizer()
         self.preserve = preservation_of(preserve)
@@ -110,7 +123,7 @@ class Editor(EditMethod):
         self.ridge, self.token, self.neutral = ridge, token, neutral
         self._given = self.layers, token
         self.cache = None if cache is None else MomentsCache(cache)
-        self.memory, self.max_tokens = memory, max_tokens
+        self.memory, self.max_tokens, self.target_tokens = memory, max_tokens, target_tokens
 
     @property
     def needs_moments(self) -> bool:  # type: ignore[override]
@@ -121,6 +134,11 @@ class Editor(EditMethod):
     def gated(self) -> bool:
         """``True`` if the second moments are those of gated keys."""
         return self.preserve is not None and self.preserve.gated
+
+    @property
+    def edits_every_token(self) -> bool:
+        """``True`` if the tokens of a target are edit tokens, too; as ``target_tokens`` says."""
+        return self.target_tokens == "every" or (self.target_tokens == "auto" and self.token == "last")
 
     @property
     @override
@@ -219,15 +237,19 @@ class Editor(EditMethod):
     def _find_targets(self, job: EditJob, encoded: EncodedFacts) -> Targets:
         """Optimise the target vectors of the facts without known goals; those of the others are 0 here."""
         searched = [t for t, fact in enumerate(job.facts) if fact.key not in job.goals]
-        shape = len(self.contexts), job.layers[-1].shape[1]
-        for key, goal in job.goals.items():
-            if goal is not None and goal.shape != shape:
-                raise ValueError(f"goals[{key!r}] should be of shape {list(shape)}, but it is {list(goal.shape)}")
         count, device, wanted = len(job.facts), job.model.device, set(searched)
+        width, rows = job.layers[-1].shape[1], Counter(encoded.fact_index)
+        for t, fact in enumerate(job.facts):
+            goal = job.goals.get(fact.key)
+            if goal is not None and goal.shape != (rows[t], width):
+                shapes = f"{[rows[t], width]}, but it is {list(goal.shape)}"
+                raise ValueError(f"goals[{fact.key!r}] should be of shape {shapes}")
+        of_vector = torch.tensor(encoded.vector_fact, device=device)
         whole = Targets(
-            torch.zeros(count, shape[1], device=device),
+            torch.zeros(len(of_vector), width, device=device),
             torch.full((count,), torch.nan, device=device),
             torch.zeros(count, dtype=torch.long, device=device),
+            of_vector if len(of_vector) > count else None,
         )
         if not searched:
             return whole
@@ -240,11 +262,11 @@ class Editor(EditMethod):
                 progress=lambda done, total: job.report("targets", done, total),
                 ranks=job.ranks,
             )
-        if not bool(torch.isfinite(targets.deltas).all() and torch.isfinite(targets.nll).all()):
+        if not targets.are_finite:
             raise FloatingPointError(
                 "target vectors are not finite: the model's loss is not, or the learning rate is too high"
             )
-        stuck = ((targets.steps > 0) & ~(targets.deltas != 0).any(-1)).tolist()
+        stuck = targets.stuck.tolist()
         if any(stuck):
             prompts = first_few(
                 repr(job.facts[t].prompt) for t, is_stuck in zip(searched, stuck, strict=True) if is_stuck
@@ -256,15 +278,25 @@ class Editor(EditMethod):
             )
         if len(searched) == count:
             return targets
-        place = torch.tensor(searched, device=device)
-        parts = (targets.deltas, targets.nll, targets.steps)
-        return Targets(*(x.index_copy(0, place, y) for x, y in zip(vars(whole).values(), parts, strict=True)))
+        facts = torch.tensor(searched, device=device)
+        vectors = torch.isin(of_vector, facts).nonzero().squeeze(-1)
+        return Targets(
+            whole.deltas.index_copy(0, vectors, targets.deltas),
+            whole.nll.index_copy(0, facts, targets.nll),
+            whole.steps.index_copy(0, facts, targets.steps),
+            whole.edit,
+        )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""
         # as long as it is not known, this checks one of the two
         token: EditToken = "subject_last" if self.token == "auto" else self.token
-        return EncodedFacts.of(tokenizer, facts, self.contexts, self.neutral, token)
+        return EncodedFacts.of(tokenizer, facts, self.contexts, self.neutral, token, self.edits_every_token)
+
+    @override
+    def count_rows(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[int]:
+        rows = Counter(self.encode(tokenizer, facts).fact_index)
+        return [rows[t] for t in range(len(facts))]
 
     def moments(
         self,

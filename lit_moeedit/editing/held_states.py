@@ -16,21 +16,32 @@ from lit_moeedit.models.partial_forward import evaluating, inference, layer_outp
 
 
 def edit_prompts(
-    tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], contexts: Sequence[str], token: EditToken
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    token: EditToken,
+    every: bool = False,
 ) -> dict[str, list[list[int]]]:
     """Encode the prompts of facts up to their edit tokens.
 
+    Args:
+        tokenizer: the tokenizer.
+        facts: the facts.
+        contexts: texts put before the prompts.
+        token: the edit token.
+        every: see :meth:`EncodedFacts.of`.
+
     Returns:
-        By fact key, the token ids of its prompt after each context; the last one is the edit token.
+        By fact key, the token ids of its prompt after each context, up to each edit token.
 
     Raises:
         ValueError: if a fact cannot be encoded.
     """
-    encoded = EncodedFacts.of(tokenizer, facts, contexts, "", token)
+    encoded = EncodedFacts.of(tokenizer, facts, contexts, "", token, every)
+    ids = (encoding.ids[: edit_token + 1] for encoding in encoded.prompts for edit_token in encoding.edit_tokens)
     found: dict[str, list[list[int]]] = {fact.key: [] for fact in facts}
-    for fact, encoding in zip(encoded.fact_index, encoded.prompts, strict=True):
-        assert encoding.edit_token is not None
-        found[facts[fact].key].append(encoding.ids[: encoding.edit_token + 1])
+    for fact, up_to_token in zip(encoded.fact_index, ids, strict=True):
+        found[facts[fact].key].append(up_to_token)
     return found
 
 

@@ -38,11 +38,12 @@ class EditResult:
         energy_kept: share of the preservation text's energy that an expert's change cannot reach, by layer index and
             expert, see :class:`~lit_moeedit.preservation.shaping.Shaping`. It has every expert that the edit may
             change, and is empty if nothing is preserved.
-        residual: ``[T]``, share of each target vector that the changed layers have left, ``‖r_t‖ / ‖δ_t‖`` at the
-            target layer: 0 if its output is what it should be, 1 or more if the edit brought it no nearer. NaN for a
-            target vector of 0; ``None`` for a method without target vectors.
-        goals: by fact key, ``[contexts, d_model]``, the target layer's output that the edit aimed for at the edit token
-            after each context; without facts that were to stay as they are. A later edit can take them, see
+        residual: ``[T]``, share of each edit's target vectors that the changed layers have left, ``‖r_t‖ / ‖δ_t‖`` at
+            the target layer: 0 if its output is what it should be, 1 or more if the edit brought it no nearer. NaN for
+            target vectors of 0; ``None`` for a method without target vectors.
+        goals: by fact key, ``[rows, d_model]``, the target layer's output that the edit aimed for at each edit token
+            after the first context, then at those after the second one, and so on; without facts that were to stay as
+            they are. A later edit can take them, see
             :meth:`~lit_moeedit.editing.method.EditMethod.edit`.
         moments: the second moments that were used, by layer index; ``None`` if none were.
         null_ranks: dimension of the null space in which an expert may change, by layer index and expert, at most

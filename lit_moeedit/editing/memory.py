@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Self
 
 import torch
@@ -61,11 +62,13 @@ class _Remembered:
     Attributes:
         rows: the rows. The first ones are the sketch, with one expert each. Each of the others belongs to a fact.
         facts: the key of the fact of each row that belongs to one, in the order of the edits.
+        tokens: number of each of these rows' edit token among those of its prompt.
         sketched: keys of the facts that are in the sketch.
     """
 
     rows: GatedKeys
     facts: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
     sketched: frozenset[str] = frozenset()
 
     @property
@@ -98,15 +101,16 @@ class _Remembered:
                 # a strict comparison, because keys that are all zero span nothing
                 basis = directions[size > SPANNED * size[0]]
                 key[own] -= key[own] @ basis.T @ basis
-        removed = set(facts)
-        kept = torch.tensor([True] * self.first + [fact not in removed for fact in self.facts])
+        stay = [fact not in set(facts) for fact in self.facts]
+        kept = torch.tensor([True] * self.first + stay)
         rows = GatedKeys(self.rows.row, self.rows.expert, key).select(kept[self.rows.row])
-        return _Remembered(rows, tuple(fact for fact in self.facts if fact not in removed), self.sketched - removed)
+        left = tuple(compress(self.facts, stay)), tuple(compress(self.tokens, stay))
+        return _Remembered(rows, *left, self.sketched - set(facts))
 
-    def append(self, new: GatedKeys, facts: Sequence[str]) -> _Remembered:
-        """Append the rows of an edit; ``facts`` holds the key of the fact of each row."""
+    def append(self, new: GatedKeys, facts: Sequence[str], tokens: Sequence[int]) -> _Remembered:
+        """Append the rows of an edit, with the key of the fact of each row, and the number of its edit token."""
         rows = _concatenate([self.rows, new.shift(self.first + len(self.facts))])
-        return _Remembered(rows, (*self.facts, *facts), self.sketched)
+        return _Remembered(rows, (*self.facts, *facts), (*self.tokens, *tokens), self.sketched)
 
 
 class EditMemory:
@@ -129,8 +133,8 @@ class EditMemory:
     **Compression.** A layer's memory holds at most ``limit`` keys (vectors of ``d_hidden`` elements, one per row and
     expert). A larger memory is compressed by singular vectors, that is, by eigenvectors of its second moment:
 
-    1. The rows of one fact (one for each context of the editor) become one row, their first singular vector in the
-       joint space of all experts. With three contexts this loses next to nothing.
+    1. The rows of one edit token of a fact (one for each context of the editor) become one row, their first singular
+       vector in the joint space of all experts. With three contexts this loses next to nothing.
     2. If that is not enough, the newest facts keep half of the limit, and all older ones become a sketch: for each
        expert the largest singular vectors of its own keys, as many in total as there is room for. The sketch keeps the
        contribution of each expert to an output separately, where the rows keep the sum over experts. At equal size it
@@ -241,21 +245,28 @@ class EditMemory:
         past = GatedKeys(past.row.to(rows.row), past.expert.to(rows.expert), weighted).shift(len(residuals))
         return _concatenate([rows, past]), torch.cat([residuals, residuals.new_zeros(count, residuals.shape[1])])
 
-    def remember(self, edit: Mapping[int, GatedKeys], facts: Sequence[str], ranks: Ranks | None = None) -> None:
+    def remember(
+        self,
+        edit: Mapping[int, GatedKeys],
+        facts: Sequence[str],
+        ranks: Ranks | None = None,
+        tokens: Sequence[int] | None = None,
+    ) -> None:
         """Add an edit to the memory; on an exception the memory does not change.
 
         Args:
             edit: gated keys of the edit's rows, by layer.
             facts: the key of the fact of each row.
             ranks: the processes that edit together. Each calls this with the same rows.
+            tokens: number of each row's edit token among those of its prompt; ``None`` if each prompt has one.
         """
         ranks = ranks or Ranks.current()
-        layers = dict(self._layers)
+        layers, tokens = dict(self._layers), tokens or [0] * len(facts)
         for layer, rows in edit.items():
             new = _on_cpu(rows)
             known = self._layers.get(layer)
             known = _Remembered(new.select(new.row < 0)) if known is None else known.without(new, facts)
-            layers[layer] = _compress(known.append(new, facts), self.limit)
+            layers[layer] = _compress(known.append(new, facts, tokens), self.limit)
         ranks.check_errors()
         for layer in edit:
             # the ranks' singular vectors may differ in the last bit
@@ -279,6 +290,7 @@ class EditMemory:
                 "expert": known.rows.expert,
                 "key": known.rows.key,
                 "facts": list(known.facts),
+                "tokens": list(known.tokens),
                 "sketched": sorted(known.sketched),
             }
             for layer, known in self._layers.items()
@@ -300,6 +312,8 @@ def _read(layer: Any, state: Mapping[str, Any]) -> _Remembered:
         raise CheckpointError(f"{where} should be a dict by the layer's index, but is a {type(state).__name__}")
     row, expert, key = (field(where, state, name, Tensor) for name in ("row", "expert", "key"))
     facts, sketched = (field(where, state, name, list) for name in ("facts", "sketched"))
+    # a checkpoint of an older version has one edit token for each prompt
+    tokens = field(where, {"tokens": [0] * len(facts)} | dict(state), "tokens", list)
     rows = _on_cpu(GatedKeys(row, expert, key))
     whole = row.dtype == expert.dtype == torch.long and key.is_floating_point() and bool(key.isfinite().all())
     if not whole or row.ndim != 1 or row.shape != expert.shape or key.ndim != 2 or len(key) != len(row):
@@ -312,7 +326,9 @@ def _read(layer: Any, state: Mapping[str, Any]) -> _Remembered:
         raise CheckpointError(f"{where}: its rows should be numbered from 0, each of its {len(facts)} facts having one")
     if not all(isinstance(fact, str) for fact in (*facts, *sketched)):
         raise CheckpointError(f"{where}: 'facts' and 'sketched' should hold keys of facts")
-    return _Remembered(rows, tuple(facts), frozenset(sketched))
+    if len(tokens) != len(facts) or not all(type(token) is int and token >= 0 for token in tokens):
+        raise CheckpointError(f"{where}: 'tokens' should hold the number of an edit token for each of its facts' rows")
+    return _Remembered(rows, tuple(facts), tuple(tokens), frozenset(sketched))
 
 
 def _on_cpu(rows: GatedKeys) -> GatedKeys:
@@ -322,18 +338,18 @@ def _on_cpu(rows: GatedKeys) -> GatedKeys:
 def _compress(known: _Remembered, limit: int) -> _Remembered:
     """Compress a memory to at most ``limit`` keys; see :class:`EditMemory`."""
     if len(known.rows.row) > limit:
-        known = _merge_facts(known)
+        known = _merge_contexts(known)
     if len(known.rows.row) > limit:
         known = _sketch_oldest(known, limit)
     return known
 
 
-def _merge_facts(known: _Remembered) -> _Remembered:
-    """Merge the rows of each fact into their first singular vector, over all experts that they visit."""
-    rows, sketch = known.rows, known.sketch
-    facts = {fact: i for i, fact in enumerate(dict.fromkeys(known.facts))}
+def _merge_contexts(known: _Remembered) -> _Remembered:
+    """Merge the rows of each fact's edit token into their first singular vector, over all experts that they visit."""
+    rows, sketch, places = known.rows, known.sketch, [*zip(known.facts, known.tokens, strict=True)]
+    number = {place: i for i, place in enumerate(dict.fromkeys(places))}
     # -1 for rows of the sketch, which stay as they are
-    owner = torch.tensor([-1] * known.first + [facts[fact] for fact in known.facts], dtype=torch.long)
+    owner = torch.tensor([-1] * known.first + [number[place] for place in places], dtype=torch.long)
     parts = [rows.select(sketch)]
     for i, pairs in group_positions(owner[rows.row]):
         if i < 0:
@@ -346,7 +362,8 @@ def _merge_facts(known: _Remembered) -> _Remembered:
             _, size, vectors = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
             own = GatedKeys(torch.zeros_like(experts), experts, (size[0] * vectors[0]).view(len(experts), -1))
         parts.append(own.shift(known.first + i))
-    return _Remembered(_concatenate(parts), tuple(facts), known.sketched)
+    facts, tokens = zip(*number, strict=True) if number else ((), ())
+    return _Remembered(_concatenate(parts), facts, tokens, known.sketched)
 
 
 def _sketch_oldest(known: _Remembered, limit: int) -> _Remembered:
@@ -365,7 +382,8 @@ def _sketch_oldest(known: _Remembered, limit: int) -> _Remembered:
     largest = torch.argsort(sketch.norm(dim=1), descending=True, stable=True)[: limit - int(new.sum())].sort().values
     part = GatedKeys(torch.arange(len(largest)), expert[largest], sketch[largest])
     joined = _concatenate([part, rows.select(new).shift(len(largest))])
-    return _Remembered(joined, known.facts[oldest:], known.sketched | set(known.facts[:oldest]))
+    sketched = known.sketched | set(known.facts[:oldest])
+    return _Remembered(joined, known.facts[oldest:], known.tokens[oldest:], sketched)
 
 
 def _concatenate(parts: Sequence[GatedKeys]) -> GatedKeys:

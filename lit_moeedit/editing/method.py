@@ -155,6 +155,10 @@ class EditMethod(ABC):
             ValueError: if one of them cannot.
         """
 
+    def count_rows(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> list[int]:
+        """Return the number of rows of the ``goals`` of each fact: one for each context and edit token."""
+        return [len(self.contexts)] * len(facts)
+
     def check(self, model: PreTrainedModel, ranks: Ranks | None = None) -> list[ExpertLayer]:
         """Return the layers to edit, ascending, with their output scales.
 

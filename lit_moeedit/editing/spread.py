@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,8 @@ class Spread(LayerEdits):
     ) -> None:
         super().__init__(job)
         self.editor, self.encoded, self.targets, self.moments = editor, encoded, targets, moments
-        # change of the target layer's output that is wanted at the edit token of each prompt
-        self.wanted = targets.deltas[torch.tensor(encoded.fact_index, device=job.model.device)]
+        # change of the target layer's output that is wanted at each edit token of each prompt
+        self.wanted = targets.deltas[torch.tensor(encoded.vector_index, device=job.model.device)]
         self.names = [job.facts[t].key for t in encoded.fact_index]
         known = {fact.key: goal for fact in job.facts if (goal := job.goals.get(fact.key)) is not None}
         self._known = [row for row, name in enumerate(self.names) if name in known]
@@ -85,8 +86,8 @@ class Spread(LayerEdits):
     @override
     def goals(self) -> dict[str, Tensor]:
         assert self._goal is not None
-        facts = self.job.facts
-        own = self._goal.view(len(facts), -1, self._goal.shape[-1])
+        facts, rows = self.job.facts, Counter(self.encoded.fact_index)
+        own = self._goal.split([rows[t] for t in range(len(facts))])
         stay = {key for key, goal in self.job.goals.items() if goal is None}
         return {fact.key: goal for fact, goal in zip(facts, own, strict=True) if fact.key not in stay}
 
@@ -105,7 +106,7 @@ class Spread(LayerEdits):
     @override
     def keep(self) -> None:
         if self.editor.memory is not None:
-            self.editor.memory.remember(self._keys, self.names, self.job.ranks)
+            self.editor.memory.remember(self._keys, self.names, self.job.ranks, self.encoded.token_index)
 
     def observe(self, layer: ExpertLayer) -> EditTokens:
         """Measure the keys of a layer and the target layer's output with the present weights."""

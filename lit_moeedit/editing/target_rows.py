@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -30,12 +31,12 @@ from lit_moeedit.sharding.zero3_passes import regathering
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One text on which a target vector is optimised.
+    """One text on which target vectors are optimised, one for each of its edit tokens.
 
     Attributes:
         edit: index of the edit.
-        encoding: prompt, target and edit token; or a neutral prompt without a target, for the divergence from the
-            unedited model.
+        encoding: prompt, target and edit tokens; or a neutral prompt without a target, for the divergence from the
+            unedited model, whose edit token has the first vector of the edit.
     """
 
     edit: int
@@ -61,13 +62,31 @@ class EncodedFacts:
 
     Attributes:
         rows: the texts of the target vectors. Those of a fact are its prompt in every context, then its neutral prompt.
-        prompts: every fact's prompt in every context, without a target, from which keys and residuals are measured.
-        fact_index: index of the fact of each prompt.
+        prompts: every fact's prompt in every context, up to its last edit token, from which keys and residuals are
+            measured. Each edit token is a row of the problem.
+        fact_index: index of the fact of each row.
+        token_index: number of each row's edit token among those of its prompt.
     """
 
     rows: list[TargetRow]
     prompts: list[Encoding]
     fact_index: list[int]
+    token_index: list[int]
+
+    @cached_property
+    def vector_fact(self) -> list[int]:
+        """Index of the fact of each target vector. A fact has as many vectors as its longest row has edit tokens."""
+        return [fact for fact, _ in self._vectors]
+
+    @cached_property
+    def vector_index(self) -> list[int]:
+        """Index of the target vector of each row."""
+        number = {vector: n for n, vector in enumerate(self._vectors)}
+        return [number[vector] for vector in zip(self.fact_index, self.token_index, strict=True)]
+
+    @cached_property
+    def _vectors(self) -> list[tuple[int, int]]:
+        return sorted(set(zip(self.fact_index, self.token_index, strict=True)))
 
     @classmethod
     def of(
@@ -77,20 +96,33 @@ class EncodedFacts:
         contexts: Sequence[str],
         neutral: str,
         token: EditToken,
+        every: bool = False,
     ) -> Self:
-        """Encode facts, with the settings of :class:`~lit_moeedit.editing.Editor`."""
-        fact_index = [t for t in range(len(facts)) for _ in contexts]
+        """Encode facts, with the settings of :class:`~lit_moeedit.editing.Editor`.
+
+        Args:
+            tokenizer: the tokenizer.
+            facts: the facts.
+            contexts: texts put before the prompts.
+            neutral: a prompt with ``{}`` for the subject; empty for none.
+            token: the edit token.
+            every: true to make every token of a target, but for the last one, an edit token, too.
+        """
+        of_text = [t for t in range(len(facts)) for _ in contexts]
         texts = [join(context, fact.prompt) if context else fact.prompt for fact in facts for context in contexts]
-        subjects = [facts[t].subject for t in fact_index]
-        encodings = encode(tokenizer, texts, [facts[t].target_new for t in fact_index], subjects, token)
-        rows = [TargetRow(t, encoding) for t, encoding in zip(fact_index, encodings, strict=True)]
+        subjects = [facts[t].subject for t in of_text]
+        encodings = encode(tokenizer, texts, [facts[t].target_new for t in of_text], subjects, token)
+        if every:
+            encodings = [encoding.with_every_token() for encoding in encodings]
+        rows = [TargetRow(t, encoding) for t, encoding in zip(of_text, encodings, strict=True)]
         if neutral:
             texts = [neutral.replace("{}", fact.subject) for fact in facts]
             neutrals = encode(tokenizer, texts, [""] * len(facts), [f.subject for f in facts], "subject_last")
             rows += [TargetRow(t, encoding) for t, encoding in enumerate(neutrals)]
             rows.sort(key=lambda row: row.edit)  # a stable sort, so contexts come before the neutral prompt
-        prompts = [Encoding(e.ids[: e.target_start], e.target_start, e.edit_token) for e in encodings]
-        return cls(rows, prompts, fact_index)
+        tokens = [(t, i) for t, e in zip(of_text, encodings, strict=True) for i in range(len(e.edit_tokens))]
+        prompts = [encoding.up_to_edits() for encoding in encodings]
+        return cls(rows, prompts, [t for t, _ in tokens], [i for _, i in tokens])
 
 
 @dataclass(frozen=True)
@@ -106,12 +138,15 @@ class Rows:
         positions: ``[n, length]``, position ids.
         mask: ``[n, length]``, or ``[n, prefix length + length]`` with a prefix.
         output: output of the target layer without ``δ``.
-        token: ``[n]``, column of the edit token.
-        before: number of columns before all edit tokens; ``None`` if edit tokens are in several columns.
+        edited: ``[p]``, row of each edit token.
+        token: ``[p]``, its column.
+        vector: ``[p]``, index of its vector in the batch.
+        before: number of columns before all edit tokens; ``None`` if the first ones are in several columns.
         row: ``[m]``, row of each prediction.
         column: ``[m]``, column of the token from which each prediction is made.
         label: ``[m]``, the target's token; -1 in a neutral row.
         weight: ``[m]``, weight of the label's negative log-likelihood in the average over tokens and contexts.
+        steered: ``[m]``, index of the vector by whose loss it counts: that of the last edit token before the label.
         prefix: keys and values of the tokens before the edit token, for rows that start at it.
     """
 
@@ -120,12 +155,15 @@ class Rows:
     positions: Tensor
     mask: Tensor
     output: LayerOutput
+    edited: Tensor
     token: Tensor
+    vector: Tensor
     before: int | None
     row: Tensor
     column: Tensor
     label: Tensor
     weight: Tensor
+    steered: Tensor
     prefix: Prefix | None = None
 
     # these indices are computed once for all steps, because the host waits for the GPU to learn their number
@@ -161,11 +199,13 @@ class Rows:
         predictions = kept[self.row]
         if self.prefix is not None:
             self.prefix.select(kept)
-        of_rows = ("edit", "ids", "positions", "mask", "token")
-        changes: dict[str, Any] = {name: getattr(self, name)[kept] for name in of_rows}
+        tokens, number = kept[self.edited], kept.cumsum(0) - 1
+        changes: dict[str, Any] = {name: getattr(self, name)[kept] for name in ("edit", "ids", "positions", "mask")}
         changes["output"] = self.output.at(kept)
-        changes |= {name: getattr(self, name)[predictions] for name in ("column", "label", "weight")}
-        return replace(self, **changes, row=(kept.cumsum(0) - 1)[self.row[predictions]]), predictions
+        changes |= {name: getattr(self, name)[tokens] for name in ("token", "vector")}
+        changes |= {name: getattr(self, name)[predictions] for name in ("column", "label", "weight", "steered")}
+        changes |= {"edited": number[self.edited[tokens]], "row": number[self.row[predictions]]}
+        return replace(self, **changes), predictions
 
 
 class UpperLayers:
@@ -190,13 +230,13 @@ class UpperLayers:
 
         Args:
             rows: whole rows, or rows after a prefix.
-            deltas: ``δ`` of each edit of the batch, ``[T, d_model]``.
+            deltas: all ``δ`` of the batch, ``[V, d_model]``.
             record: a prefix that records keys and values of the tokens before the edit tokens of whole rows.
         """
         hidden = rows.output.hidden
         if deltas is not None:
-            row = torch.arange(len(hidden), device=hidden.device)
-            hidden = hidden.index_put((row, rows.token), deltas[rows.edit].to(hidden.dtype), accumulate=True)
+            added = deltas[rows.vector].to(hidden.dtype)
+            hidden = hidden.index_put((rows.edited, rows.token), added, accumulate=True)
         output = rows.output._replace(hidden=hidden)
         with held(Undo()) as undo:
             undo.enter_context(skipped(self.below, lambda: output))
@@ -212,6 +252,19 @@ class UpperLayers:
         return scores.float().log_softmax(-1)
 
 
+def vector_counts(by_edit: Sequence[Sequence[TargetRow]]) -> list[int]:
+    """Return the number of target vectors of each edit, that of the edit tokens of its longest row."""
+    return [max(len(row.encoding.edit_tokens) for row in own) for own in by_edit]
+
+
+def first_tokens(by_edit: Sequence[Sequence[TargetRow]]) -> list[int]:
+    """Return the first edit token of each vector, as an index into those of all rows in their order."""
+    rows = ((t, row) for t, own in enumerate(by_edit) for row in own)
+    vectors = [(t, i) for t, row in rows for i in range(len(row.encoding.edit_tokens))]
+    found = {vector: number for number, vector in reversed([*enumerate(vectors)])}
+    return [found[vector] for vector in sorted(found)]
+
+
 def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequence[TargetRow]], pad_token: int) -> Rows:
     """Lay out whole rows as tensors, and run them up to the target layer.
 
@@ -222,7 +275,7 @@ def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequen
         pad_token: id to pad with.
     """
     device = model.device
-    rows = [row for own in by_edit for row in own]
+    rows, edit = [row for own in by_edit for row in own], [t for t, own in enumerate(by_edit) for _ in own]
     before, rest = zip(*(row.parts for row in rows), strict=True)
     is_aligned = prefix_for(model, 0) is not None
     if is_aligned:
@@ -232,17 +285,25 @@ def lay_out(model: PreTrainedModel, layer: ExpertLayer, by_edit: Sequence[Sequen
     else:
         ids, mask = (x.to(device) for x in pad([[*a, *b] for a, b in zip(before, rest, strict=True)], pad_token))
         tokens = [len(a) for a in before]
-    predictions: list[tuple[int, int, int, float]] = []
+    predictions: list[tuple[int, int, int, float, int]] = []
+    places: list[tuple[int, int, int]] = []
+    first = [0, *accumulate(vector_counts(by_edit))]
     contexts = [sum(not row.is_neutral for row in own) for own in by_edit for _ in own]
     for r, (row, own) in enumerate(zip(rows, contexts, strict=True)):
         end, target = tokens[r] + len(rest[r]), row.encoding.ids[row.encoding.target_start :]
+        edit_tokens, vector = row.encoding.edit_tokens, first[edit[r]]
+        places += [(r, tokens[r] + place - edit_tokens[0], vector + i) for i, place in enumerate(edit_tokens)]
         if row.is_neutral:
-            predictions.append((r, end - 1, -1, 0.0))
-        predictions += [(r, end - len(target) + i, label, 1 / (len(target) * own)) for i, label in enumerate(target)]
-    of_row, column, label, weight = (torch.tensor(values, device=device) for values in zip(*predictions, strict=True))
+            predictions.append((r, end - 1, -1, 0.0, vector))
+        for i, label in enumerate(target):
+            steering = vector + min(i, len(edit_tokens) - 1)
+            predictions.append((r, end - len(target) + i, label, 1 / (len(target) * own), steering))
+    columns = zip(*predictions, strict=True)
+    of_row, column, labels, weight, steered = (torch.tensor(values, device=device) for values in columns)
     positions = position_ids(mask)
-    edit = torch.tensor([edit for edit, own in enumerate(by_edit) for _ in own], device=device)
     with experts_run_on([*expert_layers(model).values()], mask.bool()):
         output = layer_output(model, layer, ids, mask, positions)
-    token, begin = torch.tensor(tokens, device=device), tokens[0] if is_aligned else None
-    return Rows(edit, ids, positions, mask, output, token, begin, of_row, column, label, weight)
+    edited, token, added = torch.tensor(places, device=device).unbind(-1)
+    of_edit, begin = torch.tensor(edit, device=device), tokens[0] if is_aligned else None
+    predicted = of_row, column, labels, weight, steered
+    return Rows(of_edit, ids, positions, mask, output, edited, token, added, begin, *predicted)

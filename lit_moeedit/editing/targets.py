@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby
+from itertools import accumulate, chain, groupby
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.editing.kv_prefix import prefix_for
 from lit_moeedit.editing.recorded_step import Step, record
-from lit_moeedit.editing.target_rows import Rows, TargetRow, UpperLayers, lay_out
+from lit_moeedit.editing.target_rows import Rows, TargetRow, UpperLayers, first_tokens, lay_out, vector_counts
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.padding import longest_padded
 from lit_moeedit.models.partial_forward import inference
@@ -30,31 +30,54 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets:
-    """Target vectors of ``T`` edits.
+    """The ``V`` target vectors of ``T`` edits.
 
     Attributes:
-        deltas: ``δ_t``, ``[T, d_model]`` float32, to be added to the target layer's output at the edit token.
-        nll: ``[T]``, mean negative log-likelihood of the target's tokens with ``δ_t``, in nats.
+        deltas: ``δ``, ``[V, d_model]`` float32, to be added to the target layer's output at the edit tokens. Those of
+            an edit are together, in the order of its edit tokens.
+        nll: ``[T]``, mean negative log-likelihood of the target's tokens with ``δ``, in nats.
         steps: ``[T]`` int64, number of optimiser steps of each edit.
+        edit: ``[V]`` int64, index of each vector's edit, ascending; ``None`` if each edit has one vector.
     """
 
     deltas: Tensor
     nll: Tensor
     steps: Tensor
+    edit: Tensor | None = None
+
+    @property
+    def are_finite(self) -> bool:
+        """``True`` if all vectors and losses are."""
+        return bool(torch.isfinite(self.deltas).all() and torch.isfinite(self.nll).all())
+
+    @property
+    def stuck(self) -> Tensor:
+        """``[T]`` bool, edits that were optimised, but of which no gradient has reached any vector."""
+        moved = (self.deltas != 0).any(-1)
+        if self.edit is not None:
+            moved = torch.zeros_like(self.steps).index_add(0, self.edit, moved.long()) > 0
+        return (self.steps > 0) & ~moved
 
 
 class TargetOptimizer:
-    r"""Optimises one vector per edit, all edits in one batch (the target step of MEMIT 2210.07229 and MoEEdit).
+    r"""Optimises the vectors of all edits in one batch (the target step of MEMIT 2210.07229 and MoEEdit).
 
-    .. math:: \min_{\delta_t} \; \overline{-\log p(\text{target}_t \mid h_t + \delta_t)}
-              + w_{KL} \, KL(p_0 \,\|\, p_{\delta_t}) + w_d \, \|\delta_t\| / \|h_t\|^2, \qquad
-              \|\delta_t\| \le c \, \|h_t\|
+    An edit has one vector for each of its edit tokens, ``V`` in number. All of them are optimised together:
 
-    The mean is over all tokens of the target and over several contexts. The divergence is that of the next token after
-    a neutral prompt, such as "{subject} is a", from the unedited model. The layers up to the target layer are run once,
-    because ``δ`` is added after them. Tokens before the edit token do not depend on ``δ`` either, so their keys and
-    values above the target layer are computed once, and a step runs only the edit token and the tokens after it. Models
-    with linear attention or state-space layers run whole rows. An edit whose loss is low enough leaves the batch.
+    .. math:: \min_{\delta_1 \dots \delta_V} \; \frac 1 V \Big[ \sum_{i=1}^V \Big(
+              \overline{-\log p(\text{target} \mid h_1 + \delta_1, \dots, h_V + \delta_V)}^{(i)}
+              + w_d \, \|\delta_i\| / \|h_i\|^2 \Big) + w_{KL} \, KL(p_0 \,\|\, p_{\delta_1}) \Big], \qquad
+              \|\delta_i\| \le c \, \|h_i\|
+
+    The mean ``(i)`` is over the tokens of the target that vector ``i`` steers, and over several contexts. A single
+    vector steers all of them, as in the papers; of several, each steers the token after its own edit token, and the
+    last one those that are left. A vector does not move while the loss of its tokens is low enough. The divergence is
+    that of the next token after a neutral prompt, such as "{subject} is a", from the unedited model.
+
+    The layers up to the target layer are run once, because ``δ`` is added after them. Tokens before the edit token do
+    not depend on ``δ`` either, so their keys and values above the target layer are computed once, and a step runs only
+    the edit token and the tokens after it. Models with linear attention or state-space layers run whole rows. An edit
+    that has ended leaves the batch.
 
     Args:
         steps: maximum number of Adam steps.
@@ -62,7 +85,8 @@ class TargetOptimizer:
         clamp: ``c``.
         weight_decay: ``w_d``.
         kl: ``w_KL``.
-        stop: an edit ends when its negative log-likelihood per token (nats) is at most this.
+        stop: a vector rests while the negative log-likelihood per token that it steers (nats) is at most this. An edit
+            ends when all of its vectors rest.
         token_budget: maximum number of tokens (with padding) in one batch of edits; ``auto`` chooses it from the free
             memory. If memory runs out, the remaining edits continue in batches of half the size.
         autocast: dtype of matrix products, for a model with float32 weights; ``None`` for the model's own. ``δ`` and
@@ -113,7 +137,7 @@ class TargetOptimizer:
         progress: Callable[[int, int], None] | None = None,
         ranks: Ranks | None = None,
     ) -> Targets:
-        """Find ``δ_t`` of every edit. The edits are sharded over the ranks, and the results all-gathered.
+        """Find the vectors of every edit. The edits are sharded over the ranks, and the results all-gathered.
 
         Args:
             model: the model; none of its parameters gets a gradient.
@@ -128,8 +152,11 @@ class TargetOptimizer:
         """
         ranks = ranks or Ranks.current()
         by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
+        counts = vector_counts(by_edit)
+        first = [0, *accumulate(counts)]
         parts: list[Targets] = []
         indices: list[Tensor] = []
+        vectors: list[Tensor] = []
         left = list(range(len(by_edit)))
 
         def run(tokens: int) -> None:
@@ -138,10 +165,12 @@ class TargetOptimizer:
             with inference(model, gradients=True):
                 for number, (chunk, mine) in enumerate(ranks.shard(chunks)):
                     part = _Batch(self, model, layer, [by_edit[e] for e in chunk], pad_token).run(ranks, mine)
-                    own = torch.tensor(chunk if mine else [], dtype=torch.long, device=model.device)
+                    own = chunk if mine else []
+                    of_own = chain.from_iterable(range(first[edit], first[edit + 1]) for edit in own)
                     ranks.check_errors()  # all ranks keep the results of a round, or none does
                     parts.append(part)
-                    indices.append(own)
+                    indices.append(torch.tensor(own, dtype=torch.long, device=model.device))
+                    vectors.append(torch.tensor([*of_own], dtype=torch.long, device=model.device))
                     done = set(chain(*chunks[number * ranks.size : (number + 1) * ranks.size]))
                     left[:] = [edit for edit in left if edit not in done]
                     if progress is not None:
@@ -151,9 +180,18 @@ class TargetOptimizer:
         sizes = [_tokens(own) for own in by_edit]
         budget = TokenBudget(self.token_budget, batch_cost(model, layer, by_edit), model.device, ranks)
         budget.run("targets", run, least=max(sizes), most=sum(sizes))
-        order = torch.argsort(ranks.all_gather(torch.cat(indices)))
-        results = (torch.cat([getattr(part, name) for part in parts]) for name in ("deltas", "nll", "steps"))
-        return Targets(*(ranks.all_gather(result)[order] for result in results))
+
+        def gathered(name: str, of: Sequence[Tensor]) -> Tensor:
+            order = torch.argsort(ranks.all_gather(torch.cat([*of])))
+            return ranks.all_gather(torch.cat([getattr(part, name) for part in parts]))[order]
+
+        several = torch.tensor(_repeated(counts), device=model.device) if max(counts) > 1 else None
+        return Targets(gathered("deltas", vectors), gathered("nll", indices), gathered("steps", indices), several)
+
+
+def _repeated(counts: Sequence[int]) -> list[int]:
+    """Return each index as many times as is its count."""
+    return [index for index, count in enumerate(counts) for _ in range(count)]
 
 
 def _extent(rows: Sequence[TargetRow]) -> tuple[int, int]:
@@ -229,9 +267,13 @@ class _Batch:
             rows = lay_out(model, layer, by_edit, pad_token)
             prefix = None if rows.before is None else prefix_for(model, rows.before)
             output = self.upper.log_probabilities(rows, record=prefix)
-        # h of an edit is that of its first row, which has no context before it
-        first = torch.searchsorted(rows.edit, torch.arange(self.count, device=rows.edit.device))
-        self.norm = rows.output.hidden[first, rows.token[first]].float().norm(dim=-1)
+        counts = vector_counts(by_edit)
+        # of each vector
+        self.of_edit = torch.tensor(_repeated(counts), device=rows.edit.device)
+        self.share = torch.tensor([1 / count for count in counts], device=rows.edit.device)[self.of_edit]
+        # h of a vector is that of its first row, which has no context before it
+        first = torch.tensor(first_tokens(by_edit), device=rows.edit.device)
+        self.norm = rows.output.hidden[rows.edited[first], rows.token[first]].float().norm(dim=-1)
         self.reference = output.index_select(0, rows.neutral)
         self.start = self._nll(rows, output)
         self.whole, self.rows = rows, rows if prefix is None else rows.after(prefix)
@@ -241,10 +283,11 @@ class _Batch:
     def run(self, ranks: Ranks, mine: bool) -> Targets:
         """Optimise in step with the other ranks. The result is empty if the batch is not ``mine``."""
         settings, norm = self.settings, self.norm
-        deltas = torch.zeros(self.count, self.rows.output.hidden.shape[-1], device=norm.device)
+        deltas = torch.zeros(len(norm), self.rows.output.hidden.shape[-1], device=norm.device)
         moment, square = torch.zeros_like(deltas), torch.zeros_like(deltas)
-        nll = torch.full((self.count,), torch.inf, device=norm.device)
+        nll = torch.full_like(norm, torch.inf)
         steps = torch.zeros(self.count, dtype=torch.long, device=norm.device)
+        taken = torch.zeros_like(self.of_edit)
         active = torch.full((self.count,), mine, device=norm.device)
         for step in range(settings.steps + 1):
             now, gradient_of_loss = self._step(deltas, is_first=step == 0)
@@ -256,28 +299,29 @@ class _Batch:
                 )
                 self.rows = self.whole
                 now, gradient_of_loss = self._step(deltas, is_first=True)
-            nll = torch.where(active, now, nll)
-            active = active & (nll > settings.stop)
+            nll = torch.where(active[self.of_edit], now, nll)
+            moving = active[self.of_edit] & (nll > settings.stop)
+            active = torch.zeros_like(steps).index_add(0, self.of_edit, moving.long()) > 0
             if not ranks.any(step < settings.steps and bool(active.any())):
                 break
             gradient = gradient_of_loss()
             # Adam by hand, because finished edits must not move, and each edit has its own step count
-            chosen = active[:, None]
+            chosen = moving[:, None]
             moment = torch.where(chosen, 0.9 * moment + 0.1 * gradient, moment)
             square = torch.where(chosen, 0.999 * square + 0.001 * gradient**2, square)
-            steps += active
-            correction = (1 - 0.9 ** steps.clamp_min(1))[:, None], (1 - 0.999 ** steps.clamp_min(1))[:, None]
+            steps, taken = steps + active, taken + moving
+            correction = (1 - 0.9 ** taken.clamp_min(1))[:, None], (1 - 0.999 ** taken.clamp_min(1))[:, None]
             update = settings.learning_rate * (moment / correction[0]) / ((square / correction[1]).sqrt() + 1e-8)
             moved = deltas - update
             moved = moved * (settings.clamp * norm / moved.norm(dim=-1).clamp_min(1e-12)).clamp_max(1)[:, None]
             deltas = torch.where(chosen, moved, deltas)
             self._drop(active)
+        nll = torch.zeros(self.count, device=nll.device).index_add(0, self.of_edit, self.share * nll)
         log.debug("targets: %d edits, nll %s after %s steps", self.count, nll.tolist(), steps.tolist())
-        done = self.count if mine else 0
-        return Targets(deltas[:done], nll[:done], steps[:done])
+        return Targets(deltas, nll, steps) if mine else Targets(deltas[:0], nll[:0], steps[:0])
 
     def _step(self, deltas: Tensor, is_first: bool) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Return negative log-likelihoods ``[T]``, and a function that returns the gradient of the loss."""
+        """Return negative log-likelihoods ``[V]``, and a function that returns the gradient of the loss."""
         if not is_first and self._can_record and self._recorded is None:
             self._recorded = record(self.whole_step, deltas)
             self._can_record = self._recorded is not None
@@ -298,17 +342,19 @@ class _Batch:
             output = self.upper.log_probabilities(self.rows, deltas)
         nll = self._nll(self.rows, output)
         neutral = output.index_select(0, self.rows.neutral)
-        divergence = F.kl_div(neutral, self.reference, log_target=True, reduction="none").sum()
+        divergence = F.kl_div(neutral, self.reference, log_target=True, reduction="none")
+        of_neutral = self.share[self.rows.steered[self.rows.neutral]][:, None]
         # the small constant keeps the gradient of the norm finite at zero
-        decay = ((deltas.square().sum(-1) + 1e-12).sqrt() / self.norm**2).sum()
-        loss = nll.sum() + self.settings.kl * divergence + self.settings.weight_decay * decay
+        decay = (self.share * (deltas.square().sum(-1) + 1e-12).sqrt() / self.norm**2).sum()
+        loss = (self.share * nll).sum() + self.settings.kl * (of_neutral * divergence).sum()
+        loss = loss + self.settings.weight_decay * decay
         return loss, nll.detach()
 
     def _nll(self, rows: Rows, output: Tensor) -> Tensor:
-        """Compute the mean negative log-likelihood ``[T]`` of the targets of the edits in ``rows``, in nats."""
+        """Compute the mean negative log-likelihood ``[V]`` of the tokens that each vector steers, in nats."""
         picked = output.gather(-1, rows.label.clamp_min(0)[:, None]).squeeze(-1)
-        nll = torch.zeros(self.count, device=output.device)
-        return nll.index_add(0, rows.edit[rows.row], -picked * rows.weight)
+        nll = torch.zeros(len(self.share), device=output.device)
+        return nll.index_add(0, rows.steered, -picked * rows.weight) / self.share
 
     def _agrees(self, nll: Tensor) -> bool:
         """Tell if the loss from cached keys and values is that of whole rows before the first step."""

@@ -266,7 +266,8 @@ def _holding(layer: ExpertLayer, editor: Editor, work: Workload, rows: int) -> S
     """
     tokenizer: Any = Words()
     # whole prompts are an upper bound of those up to the subject
-    (own,) = edit_prompts(tokenizer, work.facts()[:1], editor.contexts, "last").values()
+    every = editor.edits_every_token
+    (own,) = edit_prompts(tokenizer, work.facts()[:1], editor.contexts, "last", every).values()
     own = sorted(own, key=len, reverse=True)
     prompts = [own[number % len(own)] for number in range(rows)]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.callbacks import EditHold, KnowledgeEditing
 from lit_moeedit.editing import TargetOptimizer
 from lit_moeedit.editing import editor as editor_module
 from lit_moeedit.preservation import CovariancePenalty
@@ -157,3 +157,37 @@ def test_settings_that_do_not_fit_are_refused(tiny: Any) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             KnowledgeEditing(tiny.editor(), **settings)
+
+
+def test_edits_of_longer_targets_are_held_and_renewed_after_a_resume(run: Any, tiny: Any, tmp_path: Path) -> None:
+    """Facts with targets of different lengths have different numbers of rows, here and in checkpoints."""
+    data = tiny.data
+    longer = {0: "Lima Oslo Rome", 3: "Tokyo Madrid"}
+
+    def data_with_longer_targets(**changes: Any) -> Any:
+        found = data(**changes)
+        for number, target in longer.items():
+            found.corpus.edits[number] = replace(found.corpus.edits[number], target_new=target)
+        return found
+
+    tiny.data = data_with_longer_targets
+    settings = {"contexts": ["", "Note:"], "target_tokens": "every", "steps": 40}
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    hold = EditHold(rows=2)
+    whole = run(callbacks=[kept, hold], editor=tiny.editor(**settings), max_renewals=2)
+    assert whole.searched == [6] and whole.editing.renewals == 2
+    rows = sorted(len(goal) for goal in whole.editing._kept.goals.values())
+    assert rows[-1] > rows[0] == 2
+    assert sorted({len(own) for own in hold._states[whole.editing.label].values()})[-1] == rows[-1]
+    resumed = EditHold(rows=2)
+    checkpoint = tmp_path / "kept" / "epoch=1.ckpt"
+    again = run("again", [resumed], ckpt=checkpoint, editor=tiny.editor(**settings), max_renewals=2)
+    assert again.searched == [] and points(again.editing) == points(whole.editing)
+    assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+    # of an editor with other edit tokens, the goals of longer targets are of no use
+    facts, keys = whole.editing.applied_facts, list(whole.editing._kept.goals)
+    assert list(whole.editing._goals(facts, keys)) == keys
+    whole.editing.editor.target_tokens = "first"
+    short = [key for key, goal in whole.editing._kept.goals.items() if len(goal) == 2]
+    assert 0 < len(short) < len(keys)
+    assert {key for key, goal in whole.editing._goals(facts, keys).items() if goal is not None} == set(short)

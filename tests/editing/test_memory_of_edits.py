@@ -110,9 +110,9 @@ def test_an_edit_that_is_not_kept_leaves_no_trace(model, tokenizer, facts, texts
         else:
             remember = EditMemory.remember
 
-            def fail_at_the_second_layer(self, edit, names, ranks):
+            def fail_at_the_second_layer(self, edit, *rest):
                 other = GatedKeys(edit[1].row, edit[1].expert, edit[1].key[:, 1:])
-                remember(self, {0: edit[0], 1: other}, names, ranks)
+                remember(self, {0: edit[0], 1: other}, *rest)
 
             monkeypatch.setattr(EditMemory, "remember", fail_at_the_second_layer)
         with pytest.raises(ZeroDivisionError if stage == "solve" else RuntimeError):

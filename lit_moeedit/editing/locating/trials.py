@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -191,7 +189,7 @@ class Trials:
                 targets = self.targets(places)
             nll = [float(found.nll.mean()) for found in targets]
             lowest = min(nll)
-            chosen = [n for n, loss in enumerate(nll) if loss <= lowest + MAX_EXCESS and not _is_stuck(targets[n])]
+            chosen = [n for n, loss in enumerate(nll) if loss <= lowest + MAX_EXCESS and _are_usable(targets[n])]
             trials = [Trial(place, loss, facts=len(self.facts)) for place, loss in zip(places, nll, strict=True)]
             if not chosen or lowest > highest:
                 return trials
@@ -272,10 +270,9 @@ class Trials:
         self.seconds[step] += perf_counter() - start
 
 
-def _is_stuck(targets: Targets) -> bool:
-    """Tell if no gradient reaches some target vectors, which an edit refuses."""
-    stuck: Tensor = (targets.steps > 0) & ~(targets.deltas != 0).any(-1)
-    return bool(stuck.any()) or not bool(torch.isfinite(targets.nll).all() and torch.isfinite(targets.deltas).all())
+def _are_usable(targets: Targets) -> bool:
+    """Tell if an edit accepts target vectors: all are finite, and a gradient reaches those of each edit."""
+    return targets.are_finite and not bool(targets.stuck.any())
 
 
 def _quiet(undo: Undo) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -20,13 +16,12 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lit_moeedit.adapters import add_lora, frozen_names, lora_settings, resolved
-from lit_moeedit.checkpoint_fields import differences, field, same_setting
+from lit_moeedit.adapters import add_lora, lora_settings, resolved
 from lit_moeedit.data.encoding import IGNORED_LABEL
-from lit_moeedit.edits.histories import STATE_KEY, histories_of, make_all
 from lit_moeedit.losses import balancing_loss, next_token_loss
 from lit_moeedit.models.adapted import refuse_adapters
 from lit_moeedit.models.experts import UnsupportedModelError, find_model
+from lit_moeedit.module_state import StateOfModule
 from lit_moeedit.optimizers import (
     adam_epsilon,
     allow_torch_optimizer_on_cpu,
@@ -34,7 +29,7 @@ from lit_moeedit.optimizers import (
     decay_groups,
     may_be_fused,
 )
-from lit_moeedit.pretrained import as_value_error, build_config, check_vocabulary, pretrained_tokenizer
+from lit_moeedit.pretrained import build_config, check_vocabulary, pretrained_tokenizer
 from lit_moeedit.sharding.backends import refuse_parallelism
 from lit_moeedit.sharding.clipping import clip_over_meshes
 from lit_moeedit.sharding.loading import (
@@ -50,9 +45,6 @@ from lit_moeedit.sharding.shards import UnsupportedShardingError
 from lit_moeedit.sharding.trained_weights import load_what_is_there
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
-from lit_moeedit.text import first_few
-
-log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -62,7 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class LitMoE(L.LightningModule):
+class LitMoE(StateOfModule):
     """A LightningModule for any transformers MoE causal language model, with AdamW and a router loss.
 
     The learning rate has a warm-up and a cosine decay. Give exactly one of ``pretrained`` and ``config``. The model is
@@ -165,8 +157,6 @@ class LitMoE(L.LightningModule):
         self._weight_decays: list[float] = []
         self._eps: float | None = None
         self._is_sharded = False  # by this module, with FSDP2
-        self._hides_frozen = False  # from its state_dict
-        self._changed: set[str] = set()  # settings with another value than in the checkpoint of this run
 
     @override
     def configure_model(self) -> None:
@@ -209,17 +199,9 @@ class LitMoE(L.LightningModule):
             raise MisconfigurationException(f"LitMoE: {error}") from error
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, ModelParallelStrategy):
             load_what_is_there(strategy, self, self.state_dict)
-            self._hides_frozen = True
+            self.hides_frozen = True
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, DeepSpeedStrategy):
             strategy.exclude_frozen_parameters = True
-
-    @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        state = super().state_dict(*args, **kwargs)
-        # ModelParallelStrategy reads from a checkpoint whatever is in here
-        for name in frozen_names(self) & state.keys() if self._hides_frozen else ():
-            del state[name]
-        return state
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -229,51 +211,6 @@ class LitMoE(L.LightningModule):
         if self._tokenizer is None and self._trainer is not None:
             return getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         return self._tokenizer
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.hparams["adapter_only_checkpoints"]:
-            for name in frozen_names(self) & checkpoint["state_dict"].keys():
-                del checkpoint["state_dict"][name]
-        # a tokenizer that was trained in this run is saved nowhere else
-        if self.tokenizer is not None and self.hparams["pretrained"] is None:
-            with tempfile.TemporaryDirectory() as folder:
-                self.tokenizer.save_pretrained(folder)
-                files = [path for path in Path(folder).iterdir() if path.is_file()]
-                checkpoint["tokenizer"] = {path.name: path.read_text(encoding="utf-8") for path in files}
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = field("the checkpoint", checkpoint, self.CHECKPOINT_HYPER_PARAMS_KEY, dict, optional=True) or {}
-        used = {name: value for name, value in self.hparams.items() if name in saved}
-        self._changed = {name for name, value in used.items() if not same_setting(saved[name], value)}
-        if self._trainer is None or self._trainer.is_global_zero:
-            for line in differences(saved, used):
-                log.warning("%s", line)
-        if self.hparams["adapter_only_checkpoints"]:
-            self._take_edits(checkpoint)
-
-    def _take_edits(self, checkpoint: Mapping[str, Any]) -> None:
-        """Make the edits of the frozen base that a checkpoint of the adapter alone tells of.
-
-        In a run the callback does that, which keeps them for the next checkpoint, too.
-
-        Raises:
-            MisconfigurationException: if the run does not have the callback.
-            EditConflictError: if the base is another.
-        """
-        state = (checkpoint.get("callbacks") or {}).get(STATE_KEY)
-        if not state:
-            return
-        callbacks: list[L.Callback] = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
-        if self._trainer is None:
-            make_all(self, *histories_of(state))
-        elif state.get("layers") and all(callback.state_key != STATE_KEY for callback in callbacks):
-            raise MisconfigurationException(
-                "the checkpoint tells of edits of the frozen experts, which it does not hold: give the Trainer the "
-                "KnowledgeEditing callback of that run, which makes them again (or, to evaluate, a module from "
-                "LitMoE.load_from_checkpoint, and no ckpt_path)"
-            )
 
     @override
     def on_fit_start(self) -> None:
@@ -289,16 +226,6 @@ class LitMoE(L.LightningModule):
             check_vocabulary(self.tokenizer, find_model(self))
 
     @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        lacks_frozen = self.hparams["adapter_only_checkpoints"]
-        with as_value_error("the checkpoint is not one of this model"):
-            found = super().load_state_dict(state_dict, strict and not lacks_frozen, assign)
-            wrong = {*found.missing_keys, *found.unexpected_keys} - frozen_names(self) if lacks_frozen else ()
-            if wrong:
-                raise ValueError(f"trained weights are missing or of another model: {first_few(sorted(wrong))}")
-        return found
-
-    @override
     def on_train_start(self) -> None:
         for optimizer in self.trainer.optimizers:
             mend_optimizer(optimizer, self._weight_decays)
@@ -312,8 +239,8 @@ class LitMoE(L.LightningModule):
         for optimizer in self.trainer.optimizers:
             for group, decay in zip(optimizer.param_groups, self._weight_decays, strict=False):
                 own = {"weight_decay": decay, "betas": tuple(self.hparams["betas"])}
-                group |= {name: value for name, value in own.items() if name in self._changed}
-        if self._changed.isdisjoint(("learning_rate", "warmup", "final_learning_rate", "cosine_until")):
+                group |= {name: value for name, value in own.items() if name in self.changed}
+        if self.changed.isdisjoint(("learning_rate", "warmup", "final_learning_rate", "cosine_until")):
             return
         for config in self.trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler

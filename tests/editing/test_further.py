@@ -48,6 +48,14 @@ def likeliest(model: PreTrainedModel, ids: list[int]) -> list[int]:
     return copy.deepcopy(model).eval()(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
 
 
+def greedy(model: PreTrainedModel, ids: list[int], tokens: int, end: int) -> list[int]:
+    """The tokens after a text, one forward for each, up to the end of the text."""
+    found: list[int] = []
+    while len(found) < tokens and end not in found:
+        found.append(likeliest(model, [*ids, *found])[-1])
+    return found
+
+
 def test_all_measures_leave_the_model_and_the_random_state_as_they_are(
     taught, tokenizer, probed, texts, unchanged
 ) -> None:
@@ -76,7 +84,10 @@ def test_generation_and_fluency(taught, tokenizer, facts) -> None:
     assert found.metrics["generation_exact"] == sum(exact) / 4
     assert found.by_fact["generation_exact"].tolist() == [[float(x) for x in exact], [1.0] * 4]
     long = answers(taught, tokenizer, [fact.prompt for fact in facts], tokens=12, to_end=False)
-    assert max(len(tokenizer(text)["input_ids"]) for text in long) > max(len(tokenizer(t)["input_ids"]) for t in said)
+    plain = [greedy(taught, tokenizer(fact.prompt)["input_ids"], 12, tokenizer.eos_token_id) for fact in facts]
+    assert long == [text.strip() for text in tokenizer.batch_decode(plain, skip_special_tokens=True)]
+    # beyond the end of a sentence
+    assert any("." in text[:-1] or "\n" in text for text in long)
     assert found.metrics["fluency"] == pytest.approx(float(ngram_entropy(long)["fluency"]), rel=1e-6)
     given = further(tokenizer, "generation").measure(
         taught, facts, evaluate(taught, tokenizer, facts), generated=[fact.target_new for fact in facts]
@@ -191,6 +202,21 @@ def test_what_compares_two_moments(taught, tokenizer, facts, texts) -> None:
     overlaps = [len(a & b) / len(a | b) for one, two in pairs for a, b in zip(one, two, strict=True)]
     similarity = after.metrics["template_routing_similarity"]
     assert similarity == pytest.approx(sum(overlaps) / len(overlaps), rel=1e-6) and similarity < 1
+
+
+@pytest.mark.slow
+def test_half_precision_gives_numbers(taught, tokenizer, probed, texts) -> None:
+    taught = taught.to(torch.bfloat16)
+    taught.set_experts_implementation("eager")  # grouped_mm knows no bfloat16 of these sizes
+    evaluation = evaluate(taught, tokenizer, probed)
+    measures = further(tokenizer, statements=[(probed[0].prompt, "Italy")], texts=texts[:2])
+    before = measures.measure(taught, probed, evaluation, LAYERS)
+    after = measures.measure(taught, probed, evaluation, LAYERS, before)
+    assert all(value == value for value in after.metrics.values())
+    assert after.metrics["template_routing_similarity"] == 1.0 and after.metrics["held_out_accuracy"] == 1.0
+    for index, norms in after.norms.items():
+        weight = expert_layers(taught)[index].down_proj.detach().double()
+        torch.testing.assert_close(norms, weight.norm(dim=(1, 2)))
 
 
 class TestIntervals:

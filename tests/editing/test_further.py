@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.facts import Fact, Probe
 from lit_moeedit.editing import Editor, TargetOptimizer, answers, evaluate
+from lit_moeedit.editing.by_fact import intervals
 from lit_moeedit.editing.copying import copied
 from lit_moeedit.editing.further import MEASURES, FurtherMeasures, HeldOut, check_measures
 from lit_moeedit.metrics import bootstrap_interval, ngram_entropy
@@ -177,6 +179,11 @@ def test_what_compares_two_moments(taught, tokenizer, facts, texts) -> None:
     assert found["weight_growth_max"] == pytest.approx(max(growth), abs=1e-6) and found["weight_growth_max"] > 0
     assert found["weight_growth_mean"] == pytest.approx(sum(growth) / len(growth), abs=1e-6)
 
+    pruned = {index: norms.clone() for index, norms in before.norms.items()}
+    pruned[0][result.deltas[0].experts[0]] = 0.0
+    others = measures.of_result(result, replace(before, norms=pruned), after)
+    assert others["weight_growth_mean"] == pytest.approx(sum(growth[1:]) / len(growth[1:]), abs=1e-6)
+
     assert result.moments is not None
     ranks = []
     for index, by_expert in result.null_ranks.items():
@@ -239,6 +246,8 @@ class TestIntervals:
             assert bounds == tuple(bootstrap_interval(*evaluation.by_fact[name]).tolist())
             assert bounds[0] <= evaluation.metrics[name] + 1e-7 and evaluation.metrics[name] - 1e-7 <= bounds[1]
         assert "efficacy" in evaluation.intervals
+        broken = {"gap": torch.tensor([[1.0, -math.inf, math.inf], [1.0] * 3], dtype=torch.float64)}
+        assert intervals({**evaluation.by_fact, **broken}) == evaluation.intervals
         alone = evaluate(taught, tokenizer, facts[:1])
         assert alone.intervals == {}
 

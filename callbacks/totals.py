@@ -66,7 +66,7 @@ class EditTotals:
 
     def add_facts(self, moment: str, sums: FactSums) -> None:
         """Add the sums of an edit fact by fact."""
-        self.by_fact[moment] = joined([self.by_fact.get(moment, {}), sums])
+        _add_sums(self.by_fact.setdefault(moment, {}), sums)
 
     def state(self) -> dict[str, Any]:
         """Return the sums as plain values."""
@@ -92,13 +92,19 @@ def joined(parts: Iterable[FactSums]) -> FactSums:
     """
     found: FactSums = {}
     for part in parts:
-        for name, sums in part.items():
-            earlier = found.get(name, [[], []])
-            if name == STATEMENTS and len(earlier[0]) == len(sums[0]):
-                found[name] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(earlier, sums, strict=True)]
-            else:
-                found[name] = [[*one, *two] for one, two in zip(earlier, sums, strict=True)]
+        _add_sums(found, part)
     return found
+
+
+def _add_sums(found: FactSums, part: FactSums) -> None:
+    """Add sums to others in place."""
+    for name, sums in part.items():
+        earlier = found.setdefault(name, [[], []])
+        if name == STATEMENTS and len(earlier[0]) == len(sums[0]):
+            found[name] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(earlier, sums, strict=True)]
+        else:
+            for one, two in zip(earlier, sums, strict=True):
+                one.extend(two)
 
 
 def read_fact_sums(where: str, state: Mapping[str, Any], name: str) -> dict[str, FactSums]:

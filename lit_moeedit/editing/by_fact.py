@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -78,12 +79,13 @@ def intervals(by_fact: Mapping[str, Tensor], seed: int = 0) -> dict[str, Interva
         seed: seed of the resamples, the same facts for all metrics of as many facts.
 
     Returns:
-        Lower and upper bound by metric, without those that are not known.
+        Lower and upper bound by metric, without those that are not known or not finite.
     """
     found: dict[str, Interval] = {}
     for size in sorted({sums.shape[1] for sums in by_fact.values()}):
         names = [name for name, sums in by_fact.items() if sums.shape[1] == size]
         values, weights = torch.stack([by_fact[name] for name in names], dim=1)
         bounds = bootstrap_interval(values, weights, seed=seed).tolist()
-        found |= {name: (low, high) for name, (low, high) in zip(names, bounds, strict=True) if low == low}
+        known = {name: (low, high) for name, (low, high) in zip(names, bounds, strict=True)}
+        found |= {name: pair for name, pair in known.items() if all(map(math.isfinite, pair))}
     return {name: found[name] for name in by_fact if name in found}

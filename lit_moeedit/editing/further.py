@@ -286,9 +286,10 @@ class FurtherMeasures:
             # another place may have been found since
             layers = [index for index in result.deltas if index in before.norms and index in after.norms]
             changed = {index: torch.tensor(result.deltas[index].experts) for index in layers}
-            pairs = [[norms[i][changed[i]] for i in layers] for norms in (before.norms, after.norms)]
             if layers:
-                found |= _plain(weight_growth(*(torch.cat(norms) for norms in pairs)))
+                one, two = (torch.cat([norms[i][changed[i]] for i in layers]) for norms in (before.norms, after.norms))
+                # an expert that was zero grows without bound
+                found |= _plain(weight_growth(one[one > 0], two[one > 0]))
         if "null_space_rank" in self.names:
             ranks = [rank for by_expert in result.null_ranks.values() for rank in by_expert.values()]
             if ranks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.facts import Fact, Probe
 from lit_moeedit.editing import Editor, TargetOptimizer, answers, evaluate
+from lit_moeedit.editing.by_fact import intervals
 from lit_moeedit.editing.copying import copied
 from lit_moeedit.editing.further import MEASURES, FurtherMeasures, HeldOut, check_measures
 from lit_moeedit.metrics import bootstrap_interval, ngram_entropy
@@ -48,6 +50,14 @@ def likeliest(model: PreTrainedModel, ids: list[int]) -> list[int]:
     return copy.deepcopy(model).eval()(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
 
 
+def greedy(model: PreTrainedModel, ids: list[int], tokens: int, end: int) -> list[int]:
+    """The tokens after a text, one forward for each, up to the end of the text."""
+    found: list[int] = []
+    while len(found) < tokens and end not in found:
+        found.append(likeliest(model, [*ids, *found])[-1])
+    return found
+
+
 def test_all_measures_leave_the_model_and_the_random_state_as_they_are(
     taught, tokenizer, probed, texts, unchanged
 ) -> None:
@@ -76,13 +86,10 @@ def test_generation_and_fluency(taught, tokenizer, facts) -> None:
     assert found.metrics["generation_exact"] == sum(exact) / 4
     assert found.by_fact["generation_exact"].tolist() == [[float(x) for x in exact], [1.0] * 4]
     long = answers(taught, tokenizer, [fact.prompt for fact in facts], tokens=12, to_end=False)
-    # they go on where an answer ends
-    lengths = [
-        [len(tokenizer(text)["input_ids"]) for text in texts]
-        for *texts, fact in zip(said, long, facts, strict=True)
-        if texts[0] == fact.target_true
-    ]
-    assert lengths and all(whole > short for short, whole in lengths)
+    plain = [greedy(taught, tokenizer(fact.prompt)["input_ids"], 12, tokenizer.eos_token_id) for fact in facts]
+    assert long == [text.strip() for text in tokenizer.batch_decode(plain, skip_special_tokens=True)]
+    # beyond the end of a sentence
+    assert any("." in text[:-1] or "\n" in text for text in long)
     assert found.metrics["fluency"] == pytest.approx(float(ngram_entropy(long)["fluency"]), rel=1e-6)
     given = further(tokenizer, "generation").measure(
         taught, facts, evaluate(taught, tokenizer, facts), generated=[fact.target_new for fact in facts]
@@ -172,6 +179,11 @@ def test_what_compares_two_moments(taught, tokenizer, facts, texts) -> None:
     assert found["weight_growth_max"] == pytest.approx(max(growth), abs=1e-6) and found["weight_growth_max"] > 0
     assert found["weight_growth_mean"] == pytest.approx(sum(growth) / len(growth), abs=1e-6)
 
+    pruned = {index: norms.clone() for index, norms in before.norms.items()}
+    pruned[0][result.deltas[0].experts[0]] = 0.0
+    others = measures.of_result(result, replace(before, norms=pruned), after)
+    assert others["weight_growth_mean"] == pytest.approx(sum(growth[1:]) / len(growth[1:]), abs=1e-6)
+
     assert result.moments is not None
     ranks = []
     for index, by_expert in result.null_ranks.items():
@@ -199,6 +211,21 @@ def test_what_compares_two_moments(taught, tokenizer, facts, texts) -> None:
     assert similarity == pytest.approx(sum(overlaps) / len(overlaps), rel=1e-6) and similarity < 1
 
 
+@pytest.mark.slow
+def test_half_precision_gives_numbers(taught, tokenizer, probed, texts) -> None:
+    taught = taught.to(torch.bfloat16)
+    taught.set_experts_implementation("eager")  # grouped_mm knows no bfloat16 of these sizes
+    evaluation = evaluate(taught, tokenizer, probed)
+    measures = further(tokenizer, statements=[(probed[0].prompt, "Italy")], texts=texts[:2])
+    before = measures.measure(taught, probed, evaluation, LAYERS)
+    after = measures.measure(taught, probed, evaluation, LAYERS, before)
+    assert all(value == value for value in after.metrics.values())
+    assert after.metrics["template_routing_similarity"] == 1.0 and after.metrics["held_out_accuracy"] == 1.0
+    for index, norms in after.norms.items():
+        weight = expert_layers(taught)[index].down_proj.detach().double()
+        torch.testing.assert_close(norms, weight.norm(dim=(1, 2)))
+
+
 class TestIntervals:
     def test_sums_by_fact_give_the_metrics(self, taught, tokenizer, facts) -> None:
         edited = replace(facts[0], target_new="Italy", target_true="Spain")
@@ -219,6 +246,8 @@ class TestIntervals:
             assert bounds == tuple(bootstrap_interval(*evaluation.by_fact[name]).tolist())
             assert bounds[0] <= evaluation.metrics[name] + 1e-7 and evaluation.metrics[name] - 1e-7 <= bounds[1]
         assert "efficacy" in evaluation.intervals
+        broken = {"gap": torch.tensor([[1.0, -math.inf, math.inf], [1.0] * 3], dtype=torch.float64)}
+        assert intervals({**evaluation.by_fact, **broken}) == evaluation.intervals
         alone = evaluate(taught, tokenizer, facts[:1])
         assert alone.intervals == {}
 

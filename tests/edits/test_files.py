@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lit_moeedit.data.facts import Probe
 from lit_moeedit.edits import Edit, EditFileError, Placement, State, files, read_edits
 from lit_moeedit.edits.edit import FACTORS
 from tests.conftest import _build
@@ -74,9 +76,19 @@ def test_everything_comes_back(edit: Edit, folder: Path) -> None:
         assert all(torch.equal(getattr(one.deltas, name), getattr(other.deltas, name)) for name in FACTORS)
 
 
-def test_a_placement_comes_back(edit: Edit, tmp_path: Path) -> None:
-    from dataclasses import replace
+def test_probes_of_facts_come_back_and_are_checked(edit: Edit, tmp_path: Path) -> None:
+    first, *others = edit.facts
+    probes = (Probe("multi_hop", "Who?", ("a", "b")),)
+    made = replace(edit, facts=(replace(first, probes=probes), *others))
+    path = made.save(tmp_path)
+    found = Edit.load(path)
+    assert (found.facts, found.id) == (made.facts, made.id) and made.id != edit.id
+    reseal(path, lambda header: header["facts"][0]["probes"][0].update(kind="other"))
+    with pytest.raises(EditFileError, match=r"probes\[0\].*kind"):
+        Edit.load(path)
 
+
+def test_a_placement_comes_back(edit: Edit, tmp_path: Path) -> None:
     state = State("[2] torch.float16 -1f", "[2] torch.bfloat16 0")
     placed = replace(edit, placement=Placement(("a" * 64,), {LAYER: state}), order=7)
     found = Edit.load(placed.save(tmp_path))

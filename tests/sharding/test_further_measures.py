@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_moeedit.data.facts import Probe
-from lit_moeedit.editing import answers, evaluate
+from lit_moeedit.editing import answers, evaluate, further
 from lit_moeedit.editing.further import MEASURES, FurtherMeasures, HeldOut
 from lit_moeedit.models.experts import check_editable
 from lit_moeedit.sharding.expert_norms import expert_norms
-from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.ranks import RankError, Ranks
 from tests.processes import run_ranks
 from tests.sharding import fsdp2_models, small_edits
 from tests.sharding.small_edits import FACTS, LAYERS, STAGES, TEXTS, editor, tokenizer
@@ -130,3 +130,44 @@ def test_measures_under_fsdp2_are_those_of_one_process() -> None:
     expected = measured(fsdp2_models.whole_model(fsdp2_models.Case()), [], Ranks())
     for rank in run_ranks(_under_fsdp2, 2):
         check(rank, expected)
+
+
+def _fails_alone() -> str:
+    ranks = Ranks.current()
+    measures = FurtherMeasures(MEASURES, tokenizer(), token_budget=64)
+    model = small_edits.model()
+    evaluation = evaluate(model, tokenizer(), PROBED, ranks=ranks)
+
+    def fail(*args: Any, **settings: Any) -> None:
+        raise OSError("no room on this rank")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            patch.setattr(further, "copied", fail)
+        with pytest.raises((OSError, RankError)) as raised, ranks.together():
+            measures.measure(model, PROBED, evaluation, LAYERS, ranks=ranks)
+    return f"{raised.type.__name__}: {raised.value}"
+
+
+def _different_probes() -> str:
+    ranks = Ranks.current()
+    facts = PROBED if ranks.rank else [replace(fact, probes=fact.probes[:1]) for fact in PROBED]
+    model = small_edits.model()
+    evaluation = evaluate(model, tokenizer(), facts, ranks=ranks)
+    with (
+        pytest.raises(ValueError, match="the probes of kind multi_hop must be the same on all ranks"),
+        ranks.together(),
+    ):
+        FurtherMeasures(["multi_hop"], tokenizer()).measure(model, facts, evaluation, ranks=ranks)
+    return "refused"
+
+
+def _fail() -> list[str]:
+    return [_fails_alone(), _different_probes()]
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_or_has_other_probes_ends_all() -> None:
+    first, second = run_ranks(_fail, 2)
+    assert first[0].startswith("RankError") and "no room on this rank" in first[0]
+    assert second[0] == "OSError: no room on this rank" and first[1] == second[1] == "refused"

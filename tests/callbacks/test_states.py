@@ -43,7 +43,7 @@ STATES: dict[str, dict[str, Any]] = {
     "KnowledgeEditing": {
         "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
         "memory": {0: {"row": torch.tensor([0, 0]), "expert": torch.tensor([0, 1]), "key": torch.eye(2),
-                       "facts": ["a"], "sketched": []}},
+                       "facts": ["a"], "tokens": [0], "sketched": []}},
         "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"],
         "place": {"layers": [0], "token": "subject_last"},
         "survival": CURVE.state(),
@@ -230,6 +230,8 @@ LONG = torch.tensor
         (0, {"facts": ["a", "b"]}, "each of its 2 facts having one"),
         (0, {"facts": [1]}, "'facts' and 'sketched' should hold keys of facts"),
         (0, {"sketched": "ab"}, "field 'sketched' should be a list, but is a str"),
+        (0, {"tokens": [0, 1]}, "'tokens' should hold the number of an edit token"),
+        (0, {"tokens": [-1]}, "'tokens' should hold the number of an edit token"),
     ],
 )
 def test_a_broken_memory_is_named(layer: Any, change: dict[str, Any], message: str) -> None:
@@ -238,6 +240,12 @@ def test_a_broken_memory_is_named(layer: Any, change: dict[str, Any], message: s
     state = {name: value for name, value in {**MEMORY, **change}.items() if value is not GONE}
     with pytest.raises(ValueError, match=message):
         memory.load_state_dict({1: MEMORY, layer: state})
+    assert plain(memory.state_dict()) == plain({0: MEMORY})
+
+
+def test_a_memory_of_an_earlier_version_has_one_edit_token_for_each_prompt() -> None:
+    memory = EditMemory()
+    memory.load_state_dict({0: {name: value for name, value in MEMORY.items() if name != "tokens"}})
     assert plain(memory.state_dict()) == plain({0: MEMORY})
 
 

@@ -290,9 +290,10 @@ class EditMemory:
                 "expert": known.rows.expert,
                 "key": known.rows.key,
                 "facts": list(known.facts),
-                "tokens": list(known.tokens),
                 "sketched": sorted(known.sketched),
             }
+            # where each prompt has one edit token, an older version can read the state, too
+            | ({"tokens": list(known.tokens)} if any(known.tokens) else {})
             for layer, known in self._layers.items()
         }
 
@@ -312,7 +313,6 @@ def _read(layer: Any, state: Mapping[str, Any]) -> _Remembered:
         raise CheckpointError(f"{where} should be a dict by the layer's index, but is a {type(state).__name__}")
     row, expert, key = (field(where, state, name, Tensor) for name in ("row", "expert", "key"))
     facts, sketched = (field(where, state, name, list) for name in ("facts", "sketched"))
-    # a checkpoint of an older version has one edit token for each prompt
     tokens = field(where, {"tokens": [0] * len(facts)} | dict(state), "tokens", list)
     rows = _on_cpu(GatedKeys(row, expert, key))
     whole = row.dtype == expert.dtype == torch.long and key.is_floating_point() and bool(key.isfinite().all())

@@ -288,7 +288,10 @@ class FurtherMeasures:
             changed = {index: torch.tensor(result.deltas[index].experts) for index in layers}
             pairs = [[norms[i][changed[i]] for i in layers] for norms in (before.norms, after.norms)]
             if layers:
-                found |= _plain(weight_growth(*(torch.cat(norms) for norms in pairs)))
+                before_, after_ = (torch.cat(norms) for norms in pairs)
+                # growth from nothing, such as a pruned expert, is not defined
+                known = before_ > 0
+                found |= _plain(weight_growth(before_[known], after_[known]))
         if "null_space_rank" in self.names:
             ranks = [rank for by_expert in result.null_ranks.values() for rank in by_expert.values()]
             if ranks:

@@ -49,10 +49,9 @@ class Measurements:
         spent = {**event.seconds, **result.seconds}
         spent[EVALUATION] = spent.get(EVALUATION, 0.0) + seconds
         metrics = event.before.metrics, event.after.metrics
+        by_fact = {"before": plain_sums(event.before.by_fact), "after": plain_sums(event.after.by_fact)}
         totals = self.totals_of(event.name)
-        totals.add(len(result.facts), result.kept, *metrics, spent, event.memory)
-        for moment, evaluation in (("before", event.before), ("after", event.after)):
-            totals.add_facts(moment, plain_sums(evaluation.by_fact))
+        totals.add(len(result.facts), result.kept, *metrics, spent, event.memory, by_fact)
         self.history = self.history.with_edit(event)
 
     def state(self) -> dict[str, Any]:

@@ -51,22 +51,27 @@ class EditTotals:
         after: Mapping[str, float],
         seconds: Mapping[str, float],
         memory: Mapping[str, int] | None = None,
+        by_fact: Mapping[str, FactSums] | None = None,
     ) -> None:
-        """Add an edit of ``facts`` facts; a metric that was not measured (NaN) has no weight."""
+        """Add an edit of ``facts`` facts; a metric that was not measured (NaN) has no weight.
+
+        With the sums ``by_fact`` of a moment, facts for which nothing counts, such as those without probes, have none.
+        """
         self.facts += facts if kept else 0
-        for sums, metrics in ((self.before, before), (self.after, after)):
+        for moment, sums, metrics in (("before", self.before, before), ("after", self.after, after)):
+            known = (by_fact or {}).get(moment, {})
             for metric, value in metrics.items():
                 counted, total = sums.setdefault(metric, [0, 0.0])
+                is_by_fact = metric in known and metric != STATEMENTS
+                own = sum(count > 0 for count in known[metric][1]) if is_by_fact else facts
                 if not math.isnan(value):
-                    sums[metric] = [counted + facts, total + facts * value]
+                    sums[metric] = [counted + own, total + own * value]
+            if known:
+                _add_sums(self.by_fact.setdefault(moment, {}), known)
         for phase, value in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
         for phase, peak in (memory or {}).items():
             self.memory[phase] = max(peak, self.memory.get(phase, 0))
-
-    def add_facts(self, moment: str, sums: FactSums) -> None:
-        """Add the sums of an edit fact by fact."""
-        _add_sums(self.by_fact.setdefault(moment, {}), sums)
 
     def state(self) -> dict[str, Any]:
         """Return the sums as plain values."""

@@ -19,6 +19,7 @@ PROBE_LIMIT = 100
 """Maximum number of probes of a fact, and of answers of a probe. Each is a forward pass when it is measured."""
 TOO_MANY = f"probes of a fact, or answers of a probe, beyond the first {PROBE_LIMIT} (left out)"
 NO_ANSWER = "probes without an answer (left out)"
+UNFILLED = "probes that hold '{}' (left out)"
 
 ProbeFields = tuple[str, str, tuple[str, ...]]
 """Kind, prompt and answers."""
@@ -61,11 +62,13 @@ def _read_probe(row: Row) -> ProbeFields:
 
 
 def cut_probes(row: Row, probes: Iterable[ProbeFields]) -> tuple[ProbeFields, ...]:
-    """Leave out what has no answer or is beyond the limits, with a remark: other projects' files have no limits."""
-    found = list(probes)
+    """Leave out what cannot be asked or is beyond the limits, with a remark: other projects' files have no limits."""
+    asked = list(probes)
+    found = [probe for probe in asked if "{}" not in probe[1]]
     answered = [(kind, prompt, tuple(dict.fromkeys(answers))) for kind, prompt, answers in found if answers]
     beyond = [len(answered), *(len(answers) for _, _, answers in answered)]
     for remark, number in (
+        (UNFILLED, len(asked) - len(found)),
         (NO_ANSWER, len(found) - len(answered)),
         (TOO_MANY, sum(max(0, size - PROBE_LIMIT) for size in beyond)),
     ):

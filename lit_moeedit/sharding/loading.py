@@ -17,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardedAlong
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
@@ -114,7 +116,8 @@ def expert_parallel_model(path: str, dtype: torch.dtype, strategy: Strategy, siz
     Raises:
         OSError: if there is no such checkpoint, or no safetensors in it.
         ValueError: if its config or its files cannot be used, or its weights are not those of the model; or if there
-            is another strategy, or the experts cannot be shared by so many ranks.
+            is another strategy, or the experts cannot be shared by so many ranks, or the files have parts of a weight
+            that must be joined or split along its rows.
         RankError: if another rank has failed.
     """
     if not isinstance(strategy, ModelParallelStrategy) or strategy.world_size % size:
@@ -127,7 +130,26 @@ def expert_parallel_model(path: str, dtype: torch.dtype, strategy: Strategy, siz
         # this may fail on some ranks only, so it comes before the first collective operation
         pretrained_config(path)
     with everyone.together():
-        return _load(path, dtype, distributed_config=DistributedConfig(ep_size=size, fsdp_size=strategy.world_size))
+        model = _load(path, dtype, distributed_config=DistributedConfig(ep_size=size, fsdp_size=strategy.world_size))
+        used: Any = model._weight_conversions
+        mixed = sorted(name for converter in used or () if _mixes_rows(converter) for name in converter.target_patterns)
+        if mixed:
+            raise ValueError(
+                f"the checkpoint {path!r} has parts of the weights {first_few(mixed)}, of which transformers joins or "
+                "splits wrong rows here; save it with save_original_format=False, or leave expert_parallel_size at 1"
+            )
+        return model
+
+
+def _mixes_rows(converter: Any) -> bool:
+    """Tell if rows of a converted weight are not those of the files, so that a rank cannot read its own ones alone."""
+    if not isinstance(converter, WeightConverter):
+        return False
+    # single experts become rows, of which a rank leaves out those of others
+    steps: list[Any] = [step for step in converter.operations if not isinstance(step, MergeModulelist)]
+    return any(
+        min(step.dim0, step.dim1) < 1 if isinstance(step, Transpose) else getattr(step, "dim", 0) < 1 for step in steps
+    )
 
 
 def _shards(strategy: Strategy | None) -> TypeGuard[DeepSpeedStrategy]:
@@ -155,7 +177,8 @@ def _load(path: str, dtype: torch.dtype, **further: Any) -> PreTrainedModel:
 def read_shards(path: str, dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedModel:
     """Load a checkpoint (safetensors only) for :func:`shard_fully`: of each weight a rank reads its own rows.
 
-    With fewer experts than ranks, a rank reads those of all layers whole.
+    With fewer experts than ranks, a rank reads those of all layers whole; likewise weights that the files have in parts
+    which are joined or split along rows, such as the convolutions of kimi_linear.
 
     Args:
         path: a local path or hub id.
@@ -181,11 +204,15 @@ def read_shards(path: str, dtype: torch.dtype, mesh: DeviceMesh) -> PreTrainedMo
 def _cut(mesh: DeviceMesh, model: PreTrainedModel) -> None:
     """Replace the weights of a model, which are not in memory yet, by shards: transformers reads these alone."""
     model.tie_weights()
+    mixed = [converter for converter in get_model_conversion_mapping(model) if _mixes_rows(converter)]
+    targets = [target for converter in mixed for target in converter.target_patterns]
     cut: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, weight in module._parameters.items():
+            if weight is None or any(target in f"{path}.{name}" for target in targets):
+                continue
             # transformers cannot stack single experts where a rank has none
-            if weight is None or (weight.ndim > 2 and len(weight.data.chunk(mesh.size())) < mesh.size()):
+            if weight.ndim > 2 and len(weight.data.chunk(mesh.size())) < mesh.size():
                 continue
             if weight not in cut:
                 own = weight.data.chunk(mesh.size())[mesh.get_local_rank() :][:1]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.text import first_few
@@ -18,20 +22,20 @@ if TYPE_CHECKING:
 
 
 def load_what_is_there(
-    strategy: ModelParallelStrategy, module: L.LightningModule, trained_names: Callable[[], Collection[str]]
+    strategy: ModelParallelStrategy, module: L.LightningModule, trained: Callable[[], Mapping[str, Tensor]]
 ) -> None:
     """Have a strategy load checkpoints that lack weights of a module, if none of those is trained.
 
     Of a folder, the strategy reads what the module's ``state_dict()`` has. Of a single file it wants every weight, so
-    this looks for the trained ones itself.
+    this compares the trained ones itself. Neither would tell of trained weights that the module does not have.
 
     Args:
         strategy: the strategy of the module's trainer.
         module: the module, whose ``state_dict()`` has the trained weights alone.
-        trained_names: returns their names.
+        trained: returns these by name.
     """
     # a partial, because some launchers pickle it
-    load = partial(_load, strategy, strategy.load_checkpoint, module, trained_names)
+    load = partial(_load, strategy, strategy.load_checkpoint, module, trained)
     strategy.load_checkpoint = load  # type: ignore[method-assign]
 
 
@@ -39,17 +43,43 @@ def _load(
     strategy: ModelParallelStrategy,
     load: Callable[..., dict[str, Any]],
     module: L.LightningModule,
-    trained_names: Callable[[], Collection[str]],
+    trained: Callable[[], Mapping[str, Tensor]],
     checkpoint_path: str | Path,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
     path = Path(strategy.broadcast(checkpoint_path))
     with held(Undo()) as undo:
-        if strategy.lightning_module is module and path.is_file():
-            contents = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-            missing = sorted(set(trained_names()) - set(contents["state_dict"]))
-            if missing:
-                raise ValueError(f"{path} is not a checkpoint of this model: it lacks {first_few(missing)}")
+        is_file = path.is_file()
+        # what is neither is refused by the strategy
+        if strategy.lightning_module is module and (is_file or (path / ".metadata").is_file()):
+            names = {name for name, _ in chain(module.named_parameters(), module.named_buffers())}
+            _compare(path, _shapes(path, weights_only), {name: one.shape for name, one in trained().items()}, names)
             undo.by(setattr, module, "strict_loading", module.strict_loading)
-            module.strict_loading = False
+            module.strict_loading = module.strict_loading and not is_file
         return load(path, weights_only=weights_only)
+
+
+def _shapes(path: Path, weights_only: bool | None) -> dict[str, torch.Size]:
+    """Return the shapes of the weights in a checkpoint by name."""
+    prefix = "state_dict."
+    if path.is_dir():
+        found = FileSystemReader(path).read_metadata().state_dict_metadata
+        sizes = {name: one.size for name, one in found.items() if isinstance(one, TensorStorageMetadata)}
+        return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
+    contents = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+    return {name: weight.shape for name, weight in contents.get("state_dict", {}).items()}
+
+
+def _compare(path: Path, found: Mapping[str, torch.Size], trained: Mapping[str, torch.Size], names: set[str]) -> None:
+    """Compare the weights of a checkpoint with those that are trained, and with the names of all.
+
+    Raises:
+        ValueError: if trained weights are missing, or of another shape, or of another model.
+    """
+    for problem, wrong in (
+        ("it lacks", trained.keys() - found.keys()),
+        ("it also has", found.keys() - names - trained.keys()),
+        ("of other shapes are", {name for name in trained.keys() & found.keys() if trained[name] != found[name]}),
+    ):
+        if wrong:
+            raise ValueError(f"{path} is not a checkpoint of this model: {problem} {first_few(sorted(wrong))}")

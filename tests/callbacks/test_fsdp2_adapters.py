@@ -62,6 +62,7 @@ def fit(
     is_folder: bool = True,
     kind: type[LitMoE] = LitMoE,
     precision: Any = "32-true",
+    adapter: Any = None,
 ) -> dict[str, Any]:
     """Train for three epochs, edit half of the facts before the second and half before the third; keep checkpoints."""
     torch.use_deterministic_algorithms(True)
@@ -70,7 +71,7 @@ def fit(
     strategy: Any = ModelParallelStrategy(2, 1, save_distributed_checkpoint=is_folder)
     trainer = _trainer(folder, [editing, kept], strategy=strategy, devices=2, max_epochs=3, precision=precision)
     L.seed_everything(0, verbose=False)
-    module = kind(pretrained=base, adapter=ATTENTION, adapter_only_checkpoints=True, learning_rate=3e-3)
+    module = kind(pretrained=base, adapter=adapter or ATTENTION, adapter_only_checkpoints=True, learning_rate=3e-3)
     trainer.fit(module, _data(batch_size=4, samples_per_epoch=16), ckpt_path=checkpoint, weights_only=True)
     settle(find_model(module))
     return {
@@ -164,3 +165,26 @@ def test_other_checkpoints_without_the_base(tmp_path: Path, base: str) -> None:
     path = tmp_path / "file" / "whole" / "kept" / "epoch=2.ckpt"
     assert path.is_file()
     check_export(path, found["file"][0]["weights"], tmp_path)
+
+
+OTHER_ADAPTERS: dict[str, Any] = {
+    "it also has model.base_model.model.model.layers.0.self_attn.v_proj.lora_A": {"target_modules": ["q_proj"]},
+    "it lacks model.base_model.model.model.layers.0.self_attn.o_proj.lora_A": {
+        "target_modules": ["q_proj", "v_proj", "o_proj"]
+    },
+    "of other shapes are model.base_model.model.model.layers.0.self_attn.q_proj.lora_A": {"r": 4},
+}
+
+
+def resumed_with_others(folder: str, base: str) -> None:
+    for is_folder in (True, False):
+        path = f"{folder}/{is_folder}"
+        fit(path, base, is_folder=is_folder)
+        for message, changes in OTHER_ADAPTERS.items():
+            with pytest.raises(ValueError, match=f"epoch=1.ckpt is not a checkpoint of this model: {message}"):
+                fit(f"{path}/other", base, f"{path}/kept/epoch=1.ckpt", is_folder, adapter={**ATTENTION, **changes})
+
+
+@pytest.mark.slow
+def test_checkpoints_of_another_adapter_are_refused(tmp_path: Path, base: str) -> None:
+    run_ranks(resumed_with_others, 2, str(tmp_path), base, group=False)

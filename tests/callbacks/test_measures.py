@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing
+from lit_moeedit.callbacks.totals import EditTotals, intervals_of, mean_of
 from lit_moeedit.data.facts import Probe
 from lit_moeedit.editing.further import MEASURES
 from lit_moeedit.metrics import bootstrap_interval
@@ -117,3 +118,16 @@ def test_what_cannot_be_measured_is_said(tiny: Any, make_trainer: Any, tmp_path:
         make_trainer(tmp_path, [editing], max_epochs=1).fit(tiny.module(), data)
     assert "no fact has probes for measure: reversed, so nothing is measured there" in caplog.text
     assert "no held_out_statements() of a data module, so no held_out_accuracy is measured" in caplog.text
+
+
+def test_facts_without_probes_have_no_weight_among_edits() -> None:
+    totals = EditTotals()
+    # of 20 facts each, one has a probe, which is right, and all have one, which are wrong
+    for right, probed in ((1, 1), (0, 20)):
+        sums = [[float(i < right) for i in range(20)], [float(i < probed) for i in range(20)]]
+        by_fact = {"after": {"portability": sums}}
+        totals.add(20, True, {}, {"portability": right / probed}, {}, by_fact=by_fact)
+    assert mean_of([totals.after]) == {"portability": 1 / 21}
+    low, high = intervals_of(totals.by_fact["after"])["portability"]
+    assert low <= 1 / 21 <= high
+    assert EditTotals().state().keys() == totals.state().keys() - {"by_fact"}

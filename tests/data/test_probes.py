@@ -12,7 +12,7 @@ import pytest
 
 from lit_moeedit.data.check import check
 from lit_moeedit.data.facts import Fact, FactsError, Probe, read_facts, validate_facts
-from lit_moeedit.data.probes import NO_ANSWER, PROBE_LIMIT, TOO_MANY
+from lit_moeedit.data.probes import NO_ANSWER, PROBE_LIMIT, TOO_MANY, UNFILLED
 from lit_moeedit.edits import Edit
 from lit_moeedit.standalone.chat import in_chat
 from tests.data.rows import EXPECTED, KNOWEDIT, MQUAKE, NATIVE, REWRITE, changed, problems_of, write
@@ -94,11 +94,13 @@ def test_groups_of_knowedit_have_a_kind(tmp_path: Path, group: str, kind: str) -
 
 def test_other_projects_files_are_cut_with_a_remark(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     many = [{"prompt": f"q{i}", "ground_truth": [f"a{j}" for j in range(103)]} for i in range(102)]
+    others = [{"prompt": "open", "ground_truth": [""]}, {"prompt": "In {}, what is", "ground_truth": ["a"]}]
     with caplog.at_level(logging.WARNING):
-        (fact,) = read(tmp_path, changed(KNOWEDIT, portability=[*many, {"prompt": "open", "ground_truth": [""]}]))
+        (fact,) = read(tmp_path, changed(KNOWEDIT, portability=[*others, *many]))
     assert len(fact.probes) == len(fact.probes[0].answers) == PROBE_LIMIT
     # 2 questions, and 3 answers of each of the 102
     assert f"{2 + 3 * 102} {TOO_MANY}" in caplog.text and f"1 {NO_ANSWER}" in caplog.text
+    assert f"1 {UNFILLED}" in caplog.text
 
 
 def rewrite(subject: str, **changes: Any) -> dict[str, Any]:

@@ -178,6 +178,10 @@ def test_what_compares_two_moments(taught, tokenizer, facts, texts) -> None:
     # float32 results of ratios near 1
     assert found["weight_growth_max"] == pytest.approx(max(growth), abs=1e-6) and found["weight_growth_max"] > 0
     assert found["weight_growth_mean"] == pytest.approx(sum(growth) / len(growth), abs=1e-6)
+    # the growth of a pruned expert is not defined
+    before.norms[LAYERS[0]][result.deltas[LAYERS[0]].experts[0]] = 0.0
+    rest = measures.of_result(result, before, after)
+    assert rest["weight_growth_mean"] == pytest.approx(sum(growth[1:]) / len(growth[1:]), abs=1e-6)
 
     pruned = {index: norms.clone() for index, norms in before.norms.items()}
     pruned[0][result.deltas[0].experts[0]] = 0.0

@@ -21,6 +21,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
 from lit_moeedit.module import LitMoE
+from tests.conftest import COMMON, FAMILIES
 from tests.processes import run_ranks
 from tests.sharding.fsdp2_models import Case, prepared
 from tests.sharding.small_edits import FACTS, TEXTS, editor, tokenizer
@@ -102,6 +103,35 @@ def test_four_ranks_some_without_experts(tmp_path: Path) -> None:
     for name in ("qwen3_moe", "gpt_oss"):  # of 6 experts, of which the last rank has none, and 5
         save(tmp_path, name)
     assert run_ranks(load_all, 4, str(tmp_path), ["qwen3_moe", "gpt_oss"]) == [[]] * 4
+
+
+PACKED = {
+    "model_type": "kimi_linear", **COMMON, **FAMILIES["deepseek_v3"], "q_lora_rank": None, "num_local_experts": 8,
+    "linear_head_dim": 16, "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+"""Of each linear attention, the files have three convolutions, and the model has one."""
+
+
+def load_packed(folder: str) -> tuple[list[str], str]:
+    expected = whole(pretrained=folder)
+    try:
+        sharded(pretrained=folder, expert_parallel_size=2)
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    return differences(expected, sharded(pretrained=folder)), refusal
+
+
+@pytest.mark.slow
+def test_rows_of_weights_that_files_have_in_parts(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = whole(config={**PACKED, "num_hidden_layers": 4}).model
+    assert model is not None
+    model.save_pretrained(tmp_path)
+    for wrong, refusal in run_ranks(load_packed, 2, str(tmp_path)):
+        assert wrong == []
+        # transformers concatenates the rows that it reads of each part
+        assert "parts of the weights self_attn.conv1d.weight" in refusal
 
 
 def with_adapters(folder: str) -> list[str]:

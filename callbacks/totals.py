@@ -16,7 +16,7 @@ from lit_moeedit.editing.by_fact import intervals
 from lit_moeedit.editing.further import STATEMENTS
 
 Sums = dict[str, list[float]]
-"""By metric, the number of facts for which it was measured, and its sum over these facts."""
+"""By metric, its weight and its sum: over the facts for which it was measured, or over what counts of them."""
 FactSums = dict[str, list[list[float]]]
 """By metric that is a mean over facts, what holds of each fact, and what counts."""
 
@@ -55,7 +55,8 @@ class EditTotals:
     ) -> None:
         """Add an edit of ``facts`` facts; a metric that was not measured (NaN) has no weight.
 
-        With the sums ``by_fact`` of a moment, facts for which nothing counts, such as those without probes, have none.
+        With the sums ``by_fact`` of a moment, an edit has the weight of what counts in it, such as its paraphrases, so
+        that averages over edits are those of all their facts together.
         """
         self.facts += facts if kept else 0
         for moment, sums, metrics in (("before", self.before, before), ("after", self.after, after)):
@@ -63,7 +64,7 @@ class EditTotals:
             for metric, value in metrics.items():
                 counted, total = sums.setdefault(metric, [0, 0.0])
                 is_by_fact = metric in known and metric != STATEMENTS
-                own = sum(count > 0 for count in known[metric][1]) if is_by_fact else facts
+                own = sum(known[metric][1]) if is_by_fact else facts
                 if not math.isnan(value):
                     sums[metric] = [counted + own, total + own * value]
             if known:

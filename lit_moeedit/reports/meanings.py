@@ -27,10 +27,10 @@ MEANINGS = {
     "probability_gap": "probability of the new answer minus that of the old one",
     "log_probability_gap": "log-probability of the new answer minus that of the old one (nats)",
     "other_style_perplexity": "how surprised the model is by text of another style; lower is better",
-    "weight_growth_max": "growth of the edited expert's weights that grew most; 0 is none",
+    "weight_growth_max": "growth of the edited expert's weights that grew most, on average over edits; 0 is none",
     "weight_growth_mean": "growth of the edited experts' weights on average; 0 is none",
     "null_space_rank_mean": "directions in which an expert was free to change, on average",
-    "null_space_rank_min": "directions in which the most bound expert was free to change",
+    "null_space_rank_min": "directions in which the most bound expert was free to change, on average over edits",
 }
 """The meaning of each metric."""
 

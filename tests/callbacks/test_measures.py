@@ -131,3 +131,14 @@ def test_facts_without_probes_have_no_weight_among_edits() -> None:
     low, high = intervals_of(totals.by_fact["after"])["portability"]
     assert low <= 1 / 21 <= high
     assert EditTotals().state().keys() == totals.state().keys() - {"by_fact"}
+
+
+def test_averages_over_edits_are_those_of_their_facts_together() -> None:
+    totals = EditTotals()
+    # 10 facts with one paraphrase each, all right; 10 with nine, all wrong
+    for right, prompts in ((10.0, 1.0), (0.0, 9.0)):
+        by_fact = {"after": {"generalization": [[right / 10] * 10, [prompts] * 10]}}
+        totals.add(10, True, {}, {"generalization": right / (10 * prompts)}, {}, by_fact=by_fact)
+    assert mean_of([totals.after]) == {"generalization": 10 / 100}
+    low, high = intervals_of(totals.by_fact["after"])["generalization"]
+    assert low <= 0.1 <= high

@@ -156,7 +156,7 @@ def report(results: dict[str, Any]) -> str:
         ]
         for name, found in results["edits"].items()
         for backend, cells in found.items()
-        for ranks, cell in cells.items()
+        for ranks, cell in sorted(cells.items(), key=lambda item: int(item[0]))
     ]
     if rows:
         commits = {cell["sent: commit"] for found in results["edits"].values() for cells in found.values()

@@ -22,18 +22,25 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from torch import nn
 
 from benchmarks.solver_report import table
 from lit_moeedit.editing import PHASES, Editor, TargetOptimizer
+from lit_moeedit.models.experts import find_model
 from lit_moeedit.module import LitMoE
 from lit_moeedit.planning import Cost, Workload, empty_model, simulate
 from lit_moeedit.planning.sharding import Sharding
+from lit_moeedit.planning.simulated_fsdp2 import shard_size, weights_together
 from lit_moeedit.planning.zero_costs import ModelSize, held_in_training
 from lit_moeedit.pretrained import build_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = (1, 2, 4, 8, 64, 512)
 BACKENDS = ("ZeRO-3", "FSDP2")
+"""Backends whose edits are simulated."""
+EXPERTS = "EP"
+OWNERS = 8
+"""Maximum number of ranks that share the experts of a layer under expert parallelism, those of a node."""
 EDITED, DEPTHS = 1, (3, 4)
 WORK = Workload(edits=512, prompt_tokens=10, target_tokens=2, questions=1, texts=4096, rows=1)
 QWEN3 = {"model_type": "qwen3_moe", "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128}
@@ -108,7 +115,34 @@ def of_shapes(keys: dict[str, Any], all_ranks: Sequence[int]) -> dict[str, dict[
                     "largest gathering": size.block * sharding.itemsize,
                     "sent for a forward": sharding.part(gathered * sharding.itemsize),
                 }
+        for ranks in all_ranks:
+            found.setdefault(EXPERTS, {})[str(ranks)] = of_owners(find_model(model), ranks)
     return found
+
+
+def of_owners(model: nn.Module, ranks: int, itemsize: int = 2) -> dict[str, int]:
+    """What a rank holds and sends under expert parallelism, where FSDP2 shards all other weights over all ranks.
+
+    The ranks with the same experts shard these among them. Gradients and Adam's moments are as large as the shards.
+    What is sent are weights; the hidden states of tokens go to the owners of their experts, and back, besides.
+    """
+    owners = min(OWNERS, ranks)
+    same = ranks // owners
+    shards, gathered, sent = 0, list[int](), 0
+    for _, weights in weights_together(model):
+        together = 0
+        for weight in weights:
+            is_shared = weight.ndim == 3  # experts
+            group = same if is_shared else ranks
+            shard = shard_size(weight[: len(weight) // owners] if is_shared else weight, group)
+            shards, together, sent = shards + shard, together + group * shard, sent + (group - 1) * shard
+        gathered.append(together)
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "held": 4 * shards * itemsize,
+        "largest gathering": max(gathered) * itemsize,
+        "sent for a forward": sent * itemsize,
+    }
 
 
 def figures(parameters: int, costs: Sequence[Cost]) -> dict[str, int]:
@@ -137,10 +171,11 @@ def report(results: dict[str, Any]) -> str:
     """Tables, and what grows with the ranks."""
     parts = ["# An edit on 1 to 512 ranks\n", "`python -m benchmarks.scaling`\n", SHAPES_NOTE]
     columns = ("held", "largest gathering", "sent for a forward")
-    header = ["ranks", *(f"{backend}: {what}, GB" for backend in BACKENDS for what in columns)]
+    kinds = (*BACKENDS, EXPERTS)
+    header = ["ranks", *(f"{kind}: {what}, GB" for kind in kinds for what in columns)]
     for name, found in results["shapes"].items():
         rows = [
-            [ranks, *(f"{found[backend][ranks][what] / 1e9:,.3g}" for backend in BACKENDS for what in columns)]
+            [ranks, *(f"{found[kind][ranks][what] / 1e9:,.3g}" for kind in kinds for what in columns)]
             for ranks in found["FSDP2"]
         ]
         parameters = next(iter(found["FSDP2"].values()))["parameters"]
@@ -176,6 +211,8 @@ rank, for training in bfloat16, where FSDP2 has no float32 master weights, and Z
 
 - `held`: weights, gradients, master weights (ZeRO-3), moments and buffers between steps.
 - `largest gathering`: the weights that are gathered at once, an expert block of ZeRO-3, a whole layer of FSDP2.
+- `EP`: expert parallelism of transformers with FSDP2, in which the ranks of a node, at most 8, share the experts of
+  each layer; computed here, not by `plan`.
 - `sent for a forward`: bytes that a rank sends so that a forward of the whole model has its weights. Each step for the
   targets of an edit sends them about twice, for the layers above the edited ones. Divided by the bandwidth of a rank
   that is a lower bound of the seconds.
@@ -191,7 +228,9 @@ ranks than experts each shard is padded to one expert, so that what a rank holds
 and sent grows in proportion to the ranks**; where the number of ranks does not divide that of the experts, the
 padding is in between. Replicas of shards (HSDP), with at most as many ranks in a group as there are experts, keep it
 flat, or shards along rows or columns (`shard_placement_fn`) in a module that shards
-itself. A commit sends two norms under both.
+itself. Under expert parallelism a rank gathers its own experts alone, and with at most 8 ranks sends no expert at all;
+the hidden states of tokens go to the owners and back instead, which does not depend on the number of ranks. With more
+ranks than experts its shards are padded like those of FSDP2. A commit sends two norms under all three.
 """
 
 
@@ -202,7 +241,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
     kinds = {name.removesuffix(" between steps"): (f"{name}, GB", 1e9) for name in names}
     for axis, (what, (label, unit)) in zip(axes, kinds.items(), strict=True):
         for color, (name, found) in zip(("C0", "C1", "C2"), results.items(), strict=False):
-            for backend, style in zip(found, ("o--", "s-"), strict=True):
+            for backend, style in zip(found, ("o--", "s-", "^:"), strict=True):
                 ranks = [int(count) for count in found[backend]]
                 # nothing is sent on one rank, which a logarithmic axis cannot show
                 values = [cell[what] / unit or float("nan") for cell in found[backend].values()]

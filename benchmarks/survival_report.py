@@ -107,6 +107,8 @@ def draw(results: list[dict[str, Any]], path: Path, continuations: Sequence[str]
                     color = "C7" if condition.startswith("nothing") else "C0"
                     axis.barh(place, statistics.mean(shares), color=color, alpha=0.45, height=0.7)
                     axis.plot(shares, [place] * len(shares), "o", color=color, markersize=3.5)
+    for axis in axes[:, 1:].flat:
+        axis.set_visible(bool(axis.patches))
     axes[0][0].set_yticks(range(len(shown)), shown)
     for axis in axes.flat:
         axis.tick_params(labelsize=8)

@@ -24,6 +24,10 @@ def test_shards_of_more_ranks_than_experts_are_padded(tmp_path: Path) -> None:
     sent = {backend: [found[backend][ranks]["sent for a forward"] for ranks in ("8", "512")] for backend in found}
     assert sent["FSDP2"][1] > 5 * sent["FSDP2"][0]
     assert sent["ZeRO-3"][1] / sent["ZeRO-3"][0] == pytest.approx(511 / 512 * 8 / 7, rel=1e-6)
+    # 8 owners send no expert, and hold as much as under FSDP2, which pads nothing here
+    assert found["EP"]["8"]["held"] == found["FSDP2"]["8"]["held"] and found["EP"]["1"] == found["FSDP2"]["1"]
+    experts = 48 * 3 * 8 * 128 * 48  # layers, projections, experts, and their shapes; in bfloat16
+    assert sent["FSDP2"][0] - found["EP"]["8"]["sent for a forward"] == 2 * experts * 7 // 8
     assert "Nothing here is measured" in (tmp_path / "scaling.md").read_text(encoding="utf-8")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 

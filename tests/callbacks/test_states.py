@@ -43,7 +43,7 @@ STATES: dict[str, dict[str, Any]] = {
     "KnowledgeEditing": {
         "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
         "memory": {0: {"row": torch.tensor([0, 0]), "expert": torch.tensor([0, 1]), "key": torch.eye(2),
-                       "facts": ["a"], "tokens": [0], "sketched": []}},
+                       "facts": ["a"], "sketched": []}},
         "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"],
         "place": {"layers": [0], "token": "subject_last"},
         "survival": CURVE.state(),
@@ -243,10 +243,11 @@ def test_a_broken_memory_is_named(layer: Any, change: dict[str, Any], message: s
     assert plain(memory.state_dict()) == plain({0: MEMORY})
 
 
-def test_a_memory_of_an_earlier_version_has_one_edit_token_for_each_prompt() -> None:
-    memory = EditMemory()
-    memory.load_state_dict({0: {name: value for name, value in MEMORY.items() if name != "tokens"}})
-    assert plain(memory.state_dict()) == plain({0: MEMORY})
+def test_a_memory_tells_the_edit_tokens_of_facts_that_have_several() -> None:
+    memory, several = EditMemory(), {**MEMORY, "row": LONG([0, 1]), "facts": ["a", "a"], "tokens": [0, 1]}
+    for state in (several, MEMORY):
+        memory.load_state_dict({0: state})
+        assert plain(memory.state_dict()) == plain({0: state})
 
 
 def test_a_memory_on_its_own_survives(tmp_path: Any) -> None:

@@ -1,4 +1,4 @@
-"""What checkpoints hold of :class:`~lit_moeedit.module.LitMoE`, and how it takes them back."""
+"""The state of :class:`~lit_moeedit.module.LitMoE` in checkpoints: written, and taken back."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def check_measures(names: Sequence[str]) -> tuple[Measure, ...]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an edit is not about, on which general ability is measured.
+    """Statements and texts that no edit is about, on which general ability is measured.
 
     Attributes:
         statements: prompts with their true answers; ``held_out_accuracy`` is the share of those that are generated.
@@ -306,7 +306,7 @@ _MEASURES: dict[Measure, Callable[[FurtherMeasures, _Moment], Further]] = {
     "template_routing": FurtherMeasures._template_routing,
     "null_space_rank": FurtherMeasures._nothing,
 }
-"""How each measure is made; those that are not here are kinds of probes."""
+"""The methods that make the measures; those that are not here are kinds of probes."""
 
 
 def _each(values: Tensor) -> Tensor:

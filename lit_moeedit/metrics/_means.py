@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_moeedit.metrics._plots import bar_lengths, open_axes, plot_steps
+from lit_moeedit.metrics._plots import plot_bars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,17 +72,7 @@ class Means(Metric):
 
         """
         val = self.compute() if val is None else val
-        if not isinstance(val, Mapping):
-            return plot_steps(val, self.unit, ax, self.plot_upper_bound)
-        figure, ax = open_axes(ax)
-        values = [float(value) for value in val.values()]
-        bars = ax.barh(list(val), bar_lengths(values))
-        ax.bar_label(bars, [f"{value:.3f}" for value in values], padding=2)
-        ax.invert_yaxis()
-        if self.plot_upper_bound is not None:
-            ax.set_xlim(self.plot_lower_bound, 1.15 * self.plot_upper_bound)
-        ax.set_xlabel(self.unit)
-        return figure, ax
+        return plot_bars(val, self.unit, ax, (self.plot_lower_bound, self.plot_upper_bound))
 
 
 def check_vector(name: str, values: Tensor, expected: str, has_dtype: bool) -> None:

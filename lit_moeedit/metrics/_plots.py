@@ -38,6 +38,38 @@ def bar_lengths(values: Iterable[float]) -> list[float]:
     return [0.0 if math.isnan(value) else value for value in values]
 
 
+def plot_bars(
+    val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
+    label: str,
+    ax: Axes | None,
+    bounds: tuple[float | None, float | None],
+) -> tuple[Figure, Axes]:
+    """Draw one bar per value, or lines over time for a sequence of results.
+
+    Args:
+        val: One result, values by name, or several.
+        label: What the values are.
+        ax: Axes to draw into; ``None`` makes a figure.
+        bounds: Lower and upper bound of the values; no upper bound leaves the limits of the axis to matplotlib.
+
+    Raises:
+        ModuleNotFoundError: If ``matplotlib`` is not installed.
+
+    """
+    lower, upper = bounds
+    if not isinstance(val, Mapping):
+        return plot_steps(val, label, ax, upper)
+    figure, ax = open_axes(ax)
+    values = [float(value) for value in val.values()]
+    bars = ax.barh(list(val), bar_lengths(values))
+    ax.bar_label(bars, [f"{value:.3f}" for value in values], padding=2)
+    ax.invert_yaxis()
+    if upper is not None:
+        ax.set_xlim(lower, 1.15 * upper)
+    ax.set_xlabel(label)
+    return figure, ax
+
+
 def tick_layers(axis: Axis, layers: Sequence[int]) -> None:
     """Label the places 0, 1, … of ``axis`` with the indices of the layers, of all or of every n-th."""
     places = range(0, len(layers), math.ceil(len(layers) / _MAX_NAMES))

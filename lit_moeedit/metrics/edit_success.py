@@ -7,14 +7,15 @@ whole right answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_moeedit.metrics._plots import bar_lengths, open_axes, plot_steps
+from lit_moeedit.metrics._means import check_vector
+from lit_moeedit.metrics._plots import plot_bars
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -257,24 +258,15 @@ class EditSuccess(Metric):
 
         """
         val = self.compute() if val is None else val
-        if not isinstance(val, Mapping):
-            return plot_steps(val, "share of prompts", ax, self.plot_upper_bound)
-        figure, ax = open_axes(ax)
-        rates = [float(rate) for rate in val.values()]
-        bars = ax.barh(list(val), bar_lengths(rates))
-        ax.bar_label(bars, [f"{rate:.3f}" for rate in rates], padding=2)
-        ax.invert_yaxis()
-        ax.set_xlim(self.plot_lower_bound, 1.15 * self.plot_upper_bound)
-        ax.set_xlabel("share of prompts")
-        return figure, ax
+        return plot_bars(val, "share of prompts", ax, (self.plot_lower_bound, self.plot_upper_bound))
 
 
 def _check_prompts(kind: Kind, log_prob_new: Tensor, log_prob_true: Tensor, exact: Tensor) -> None:
     if kind not in _KINDS:
         raise ValueError(f"Expected `kind` to be one of {_KINDS}, got {kind!r}.")
     for name, values in (("log_prob_new", log_prob_new), ("log_prob_true", log_prob_true)):
-        _check_vector(name, values, "floating point", values.is_floating_point())
-    _check_vector("exact", exact, "bool", exact.dtype == torch.bool)
+        check_vector(name, values, "floating point", values.is_floating_point())
+    check_vector("exact", exact, "bool", exact.dtype == torch.bool)
     if not len(log_prob_new) == len(log_prob_true) == len(exact):
         lengths = f"{len(log_prob_new)}, {len(log_prob_true)} and {len(exact)}"
         raise ValueError(f"Expected `log_prob_new`, `log_prob_true` and `exact` of the same length, got {lengths}.")
@@ -291,12 +283,7 @@ def _check_neighbours(
         if len(values) != len(exact):
             raise ValueError(f"Expected `{name}` to hold {len(exact)} values like `exact`, got {len(values)}.")
     if exact_before is not None:
-        _check_vector("exact_before", exact_before, "bool", exact_before.dtype == torch.bool)
+        check_vector("exact_before", exact_before, "bool", exact_before.dtype == torch.bool)
     unknown = sorted(set(groups or ()) - set(known_groups))
     if unknown:
         raise ValueError(f"Expected `groups` to hold names of {list(known_groups)}, got {unknown}.")
-
-
-def _check_vector(name: str, values: Tensor, expected: str, has_dtype: bool) -> None:
-    if values.ndim != 1 or not has_dtype:
-        raise ValueError(f"Expected `{name}` to be {expected} [N], got {values.dtype} {list(values.shape)}.")

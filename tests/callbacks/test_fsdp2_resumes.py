@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from torch import Tensor
 from lit_moeedit.checkpoints.read import check_harmless, read_checkpoint
 from lit_moeedit.cli import run
 from lit_moeedit.editing import EditMemory
-from lit_moeedit.sharding.commit import Commit
 from tests.callbacks.conftest import CONFIG, _corpus
 from tests.callbacks.test_fsdp2_runs import fit, same
+from tests.dying import rank_1_dies_in_the_second_layer
 from tests.processes import run_ranks, start_ranks
 
 # -- a rank that dies -------------------------------------------------------------------------------------------------
@@ -25,15 +24,7 @@ from tests.processes import run_ranks, start_ranks
 
 def killed(folder: str) -> None:
     """Rank 1 dies when it has changed the first of its experts in the second layer."""
-    original, written = Commit._add_block, []
-
-    def write(commit: Any, *args: Any) -> None:
-        original(commit, *args)
-        written.append(commit.weight)
-        if os.environ["RANK"] == "1" and len({id(weight) for weight in written}) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Commit._add_block = write  # type: ignore[method-assign]
+    rank_1_dies_in_the_second_layer()
     fit("fsdp2", folder)
 
 

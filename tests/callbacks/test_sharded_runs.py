@@ -21,8 +21,8 @@ from torch import Tensor
 from lit_moeedit.callbacks import EditReport, KnowledgeEditing, RoutingMonitor, edit_making
 from lit_moeedit.callbacks.listener import EditListener
 from lit_moeedit.reports import read_rows
-from lit_moeedit.sharding.commit import Commit
 from lit_moeedit.sharding.zero3_passes import regathering
+from tests.dying import rank_1_dies_in_the_second_layer
 from tests.processes import run_ranks, start_ranks
 
 pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
@@ -336,15 +336,7 @@ def test_ranks_may_use_different_experts_in_a_module_that_calls_its_model(tmp_pa
 
 def killed(strategy: str, folder: str, *settings: Any) -> None:
     """Rank 1 dies when it has changed the first expert of the second layer."""
-    original, written = Commit._add_block, []
-
-    def write(commit: Any, *args: Any) -> None:
-        original(commit, *args)
-        written.append(commit.weight)
-        if os.environ["RANK"] == "1" and len({id(weight) for weight in written}) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Commit._add_block = write  # type: ignore[method-assign]
+    rank_1_dies_in_the_second_layer()
     fit(strategy, folder, None, *settings)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,190 +41,33 @@ from lit_moeedit.metrics import (
     routing_similarity,
     weight_growth,
 )
-from tests.metrics.test_edit_success import GROUPS, arrays, brute
+from tests.metrics.references import (
+    BATCHES,
+    EXPERTS,
+    LAYERS,
+    RANKS,
+    asked,
+    copies,
+    distributions,
+    experts,
+    gaps,
+    norms,
+    prompts,
+    slow_copies,
+    slow_divergence,
+    slow_fluency,
+    slow_gap,
+    slow_growth,
+    slow_load,
+    slow_match,
+    slow_probes,
+    slow_similarity,
+    slow_success,
+    tables,
+    texts,
+)
+from tests.metrics.test_edit_success import GROUPS, arrays
 from tests.processes import run_ranks
-
-LAYERS, EXPERTS, TOKENS, BATCHES = (3, 5), 6, 8, 6
-KINDS = ("edit", "paraphrase", "neighbour")
-RANKS = 2
-
-
-def _tables(seed: int, sides: int) -> list[dict[int, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [{i: torch.randn(TOKENS, EXPERTS, generator=generator) for i in LAYERS} for _ in range(sides)]
-
-
-def _experts(seed: int, sides: int) -> list[Any]:
-    return [{i: table.topk(2).indices for i, table in side.items()} for side in _tables(seed, sides)]
-
-
-def _distributions(seed: int) -> list[Any]:
-    return [{i: table.softmax(1) for i, table in side.items()} for side in _tables(seed, 2)]
-
-
-def _prompts(seed: int) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
-    new, true, exact, before = torch.randint(0, 4, (4, TOKENS), generator=generator).tolist()
-    return [
-        {
-            "kind": KINDS[seed % 3],
-            "new": -float(new[n]),
-            "true": math.nan if n == seed else -float(true[n]),
-            "exact": exact[n] > 1,
-            "exact_before": before[n] > 0,
-            "group": GROUPS[n % 2],
-        }
-        for n in range(TOKENS)
-    ]
-
-
-def _texts(seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    words = ["Rome", "Oslo", "New York", "in", "the", "York"]
-    picked = torch.randint(len(words), (TOKENS, 4), generator=generator).tolist()
-    return {
-        "generated": [" ".join(words[i] for i in row[:length]) for length, row in enumerate(picked, start=-3)],
-        "targets": [words[row[-1] % 3] for row in picked],
-    }
-
-
-def _gaps(seed: int) -> dict[str, Any]:
-    new, true = -torch.rand(2, TOKENS, generator=torch.Generator().manual_seed(seed)) * 5
-    true[seed] = math.nan
-    return {"log_prob_new": new, "log_prob_true": true}
-
-
-def _asked(seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    facts = torch.randint(3, (TOKENS,), generator=generator)
-    right = torch.rand(TOKENS, generator=generator) < 0.4
-    return {"kind": ("portability", "multi_hop", "reversed")[seed % 3], "right": right, "facts": facts}
-
-
-def _copies(seed: int) -> dict[str, Any]:
-    predicted, expected = torch.randint(3, (2, 4, 5), generator=torch.Generator().manual_seed(seed))
-    return {"predicted": predicted, "expected": expected}
-
-
-def _norms(seed: int) -> dict[str, Any]:
-    before, after = 1 + torch.rand(2, EXPERTS, generator=torch.Generator().manual_seed(seed))
-    return {"before": before, "after": after}
-
-
-# --- references ------------------------------------------------------------------------------------------------------
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _by_layer(values: dict[int, float], prefix: str = "") -> dict[str, float]:
-    named = {f"{prefix}layer_{i}": value for i, value in values.items()}
-    return {f"{prefix}mean": _mean(list(values.values())), **named}
-
-
-def _slow_similarity(batches: list[Any]) -> dict[str, float]:
-    def overlap(layer: int) -> float:
-        rows = [
-            (set(a), set(b))
-            for one, two in batches
-            for a, b in zip(one[layer].tolist(), two[layer].tolist(), strict=True)
-        ]
-        return _mean([len(a & b) / len(a | b) for a, b in rows])
-
-    return _by_layer({i: overlap(i) for i in LAYERS})
-
-
-def _kl(p: Sequence[float], q: Sequence[float]) -> float:
-    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-
-
-def _slow_divergence(batches: list[Any]) -> dict[str, float]:
-    def rows(layer: int) -> list[tuple[list[float], list[float]]]:
-        return [(a, b) for one, two in batches for a, b in zip(one[layer].tolist(), two[layer].tolist(), strict=True)]
-
-    def js(p: list[float], q: list[float]) -> float:
-        middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-        return (_kl(p, middle) + _kl(q, middle)) / 2
-
-    kl = {i: _mean([_kl(p, q) for p, q in rows(i)]) for i in LAYERS}
-    return _by_layer(kl, "kl/") | _by_layer({i: _mean([js(p, q) for p, q in rows(i)]) for i in LAYERS}, "js/")
-
-
-def _slow_load(batches: list[Any]) -> dict[str, float]:
-    found: dict[str, dict[int, float]] = {"entropy/": {}, "max_share/": {}, "dead/": {}}
-    for layer in LAYERS:
-        counts = Counter(expert for (table,) in batches for row in table[layer].tolist() for expert in row)
-        shares = [counts[expert] / counts.total() for expert in range(EXPERTS)]
-        found["entropy/"][layer] = -sum(s * math.log(s) for s in shares if s) / math.log(EXPERTS)
-        found["max_share/"][layer] = EXPERTS * max(shares)
-        found["dead/"][layer] = shares.count(0) / EXPERTS
-    return {name: value for prefix, values in found.items() for name, value in _by_layer(values, prefix).items()}
-
-
-def _slow_success(batches: list[Any]) -> dict[str, float]:
-    return brute([row for rows in batches for row in rows])
-
-
-def _slow_match(batches: list[Any]) -> dict[str, float]:
-    pairs = [pair for batch in batches for pair in zip(batch["generated"], batch["targets"], strict=True)]
-
-    def contains(text: str, target: str) -> bool:
-        # the words are separated by single spaces, and the longest target has two
-        return f" {target} " in f" {text} "
-
-    exact, contained = ([text == target for text, target in pairs], [contains(*pair) for pair in pairs])
-    return {"generation_exact": _mean(exact), "generation_contained": _mean(contained)}
-
-
-def _slow_fluency(batches: list[Any]) -> dict[str, float]:
-    def entropy(items: list[Any]) -> float:
-        return sum(-items.count(x) / len(items) * math.log2(items.count(x) / len(items)) for x in set(items))
-
-    def of_text(text: str) -> float:
-        words = text.split()
-        bigrams, trigrams = ([tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for n in (2, 3))
-        return _mean([2 / 3 * entropy(bigrams), 4 / 3 * entropy(trigrams)])
-
-    return {"fluency": _mean([of_text(text) for batch in batches for text in batch["texts"]])}
-
-
-def _slow_gap(batches: list[Any]) -> dict[str, float]:
-    pairs = [
-        (new, true)
-        for batch in batches
-        for new, true in zip(batch["log_prob_new"].tolist(), batch["log_prob_true"].tolist(), strict=True)
-        if not math.isnan(true)
-    ]
-    gaps = [math.exp(new) - math.exp(true) for new, true in pairs]
-    return {"probability_gap": _mean(gaps), "log_probability_gap": _mean([new - true for new, true in pairs])}
-
-
-def _slow_probes(batches: list[Any]) -> dict[str, float]:
-    by_kind: dict[str, list[float]] = {"portability": [], "multi_hop": [], "reversed": []}
-    for batch in batches:
-        rows = list(zip(batch["facts"].tolist(), batch["right"].tolist(), strict=True))
-        for fact in {fact for fact, _ in rows}:
-            by_kind[batch["kind"]].append(_mean([right for other, right in rows if other == fact]))
-    return {kind: _mean(values) if values else math.nan for kind, values in by_kind.items()}
-
-
-def _slow_copies(batches: list[Any]) -> dict[str, float]:
-    pairs = [
-        pair
-        for batch in batches
-        for pair in zip(batch["predicted"].flatten().tolist(), batch["expected"].flatten().tolist(), strict=True)
-    ]
-    return {"copy_accuracy": _mean([a == b for a, b in pairs])}
-
-
-def _slow_growth(batches: list[Any]) -> dict[str, float]:
-    pairs = [pair for batch in batches for pair in zip(batch["before"].tolist(), batch["after"].tolist(), strict=True)]
-    growth = [(b - a) / a for a, b in pairs]
-    return {"weight_growth_max": max(growth), "weight_growth_mean": _mean(growth)}
-
-
-# --- cases -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -261,80 +103,80 @@ CASES = {
     "similarity": Case(
         RoutingSimilarity,
         {"layers": LAYERS},
-        [_experts(seed, 2) for seed in range(BATCHES)],
+        [experts(seed, 2) for seed in range(BATCHES)],
         _sides,
-        _slow_similarity,
+        slow_similarity,
         lambda batch: {f"layer_{i}": routing_similarity(batch[0][i], batch[1][i]) for i in LAYERS},
     ),
     "divergence": Case(
         RoutingDivergence,
         {"layers": LAYERS},
-        [_distributions(seed) for seed in range(BATCHES)],
+        [distributions(seed) for seed in range(BATCHES)],
         _sides,
-        _slow_divergence,
+        slow_divergence,
         _divergences,
         ("before", "after"),
     ),
     "load": Case(
         ExpertLoad,
         {"num_experts": EXPERTS, "layers": LAYERS},
-        [_experts(seed, 1) for seed in range(BATCHES)],
+        [experts(seed, 1) for seed in range(BATCHES)],
         _sides,
-        _slow_load,
+        slow_load,
         lambda batch: {f"max_share/layer_{i}": EXPERTS * expert_load(batch[0][i], EXPERTS).max() for i in LAYERS},
     ),
     "success": Case(
         EditSuccess,
         {"groups": GROUPS},
-        [_prompts(seed) for seed in range(BATCHES)],
+        [prompts(seed) for seed in range(BATCHES)],
         lambda rows: arrays(rows, rows[0]["kind"]),
-        _slow_success,
+        slow_success,
         _success,
         ("log_prob_new", "log_prob_true"),
     ),
 }
-TEXTS = [_texts(seed) for seed in range(BATCHES)]
+TEXTS = [texts(seed) for seed in range(BATCHES)]
 CASES |= {
-    "match": Case(GenerationMatch, {}, TEXTS, dict, _slow_match, lambda batch: generation_match(**batch)),
+    "match": Case(GenerationMatch, {}, TEXTS, dict, slow_match, lambda batch: generation_match(**batch)),
     "fluency": Case(
         Fluency,
         {},
         [{"texts": batch["generated"]} for batch in TEXTS],
         dict,
-        _slow_fluency,
+        slow_fluency,
         lambda batch: ngram_entropy(**batch),
     ),
     "gap": Case(
         ProbabilityGap,
         {},
-        [_gaps(seed) for seed in range(BATCHES)],
+        [gaps(seed) for seed in range(BATCHES)],
         dict,
-        _slow_gap,
+        slow_gap,
         lambda batch: probability_gap(**batch),
         ("log_prob_new", "log_prob_true"),
     ),
     "probes": Case(
         ProbeAccuracy,
         {},
-        [_asked(seed) for seed in range(BATCHES)],
+        [asked(seed) for seed in range(BATCHES)],
         dict,
-        _slow_probes,
+        slow_probes,
         lambda batch: {batch["kind"]: probe_accuracy(batch["right"], batch["facts"])},
     ),
     "copies": Case(
         CopyAccuracy,
         {},
-        [_copies(seed) for seed in range(BATCHES)],
+        [copies(seed) for seed in range(BATCHES)],
         dict,
-        _slow_copies,
+        slow_copies,
         lambda batch: copy_accuracy(**batch),
     ),
     "growth": Case(
         WeightGrowth,
         {},
-        [_norms(seed) for seed in range(BATCHES)],
+        [norms(seed) for seed in range(BATCHES)],
         dict,
-        _slow_growth,
+        slow_growth,
         lambda batch: weight_growth(**batch),
         ("before", "after"),
     ),
@@ -438,7 +280,7 @@ def test_what_forward_returns_has_a_gradient_if_the_metric_says_so(name: str) ->
 
 @pytest.mark.parametrize("logits", [False, True])
 def test_gradients_of_the_divergence(logits: bool) -> None:
-    before, after = (side[LAYERS[0]].double().requires_grad_() for side in _tables(0, 2))
+    before, after = (side[LAYERS[0]].double().requires_grad_() for side in tables(0, 2))
     if not logits:
         before, after = (side.detach().softmax(1).requires_grad_() for side in (before, after))
     assert torch.autograd.gradcheck(lambda *x: routing_divergence(*x, logits=logits), (before, after))
@@ -446,7 +288,7 @@ def test_gradients_of_the_divergence(logits: bool) -> None:
 
 @pytest.mark.parametrize("logits", [False, True])
 def test_gradients_are_finite_where_experts_are_masked(logits: bool) -> None:
-    before, after = (side[LAYERS[0]] for side in _tables(0, 2))
+    before, after = (side[LAYERS[0]] for side in tables(0, 2))
     before[:, 0], after[:, 1] = -math.inf, -math.inf
     pair = [(x if logits else x.softmax(1)).requires_grad_() for x in (before, after)]
     metric = RoutingDivergence(LAYERS[:1], logits=logits)

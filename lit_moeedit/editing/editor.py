@@ -100,7 +100,7 @@ class Editor(EditMethod):
         cache: str | None = None,
         memory: EditMemory | None = None,
         max_tokens: int | None = None,
-        target_tokens: TargetTokens = "first",
+        target_tokens: TargetTokens = "auto",
     ) -> None:
         super().__init__(layers, contexts, token_budget, reset_moments)
         if token not in ("subject_last", "last", "auto"):

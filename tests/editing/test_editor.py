@@ -39,7 +39,7 @@ class TestOneLayer:
         encoded = encode(tokenizer, [f.prompt for f in facts], [""] * 4, [f.subject for f in facts], token)
         before = at_edit_tokens(model, plain_hidden, 1, encoded)
         solver = Recording()
-        editor = Editor([1], solver, QUICK, preservation(preserve), ridge=0.1, token=token)
+        editor = Editor([1], solver, QUICK, preservation(preserve), ridge=0.1, token=token, target_tokens="first")
         result = editor.edit(model, tokenizer, facts, texts)
         (problem,), (solution,) = solver.problems, solver.solutions
         torch.testing.assert_close(problem.residuals, result.targets.deltas, rtol=1e-4, atol=1e-4)
@@ -107,7 +107,7 @@ class TestSeveralLayers:
         replay = copy.deepcopy(model)
         solver = Recording()
         # the last token, because behind the last layer no other token reads an edit of the subject
-        editor = Editor([2, 0, 1], solver, QUICK, OutputPenalty(10.0), ridge=0.1, token="last")
+        editor = Editor([2, 0, 1], solver, QUICK, OutputPenalty(10.0), ridge=0.1, token="last", target_tokens="first")
         encoded = encode(tokenizer, [f.prompt for f in facts], [""] * 4, [f.subject for f in facts], "last")
         result = editor.edit(model, tokenizer, facts, texts)
         assert list(result.deltas) == [0, 1, 2]

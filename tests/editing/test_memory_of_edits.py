@@ -21,7 +21,7 @@ def two_edits(model, tokenizer, facts: Sequence[Fact], texts, memory: EditMemory
     """Edit the first half of the facts and then the second."""
     solver = Recording()
     settings = {"preserve": OutputPenalty(10.0), **settings}
-    editor = Editor([0, 1], solver, QUICK, ridge=0.1, token="last", memory=memory, **settings)
+    editor = Editor([0, 1], solver, QUICK, ridge=0.1, token="last", target_tokens="first", memory=memory, **settings)
     for half in (facts[:2], facts[2:]):
         editor.edit(model, tokenizer, half, texts)
     return solver

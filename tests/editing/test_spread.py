@@ -110,7 +110,9 @@ class TestCarried:
 
         monkeypatch.setattr(spread_module, "edit_tokens", counted)
         solver = Tucker((3, 8, 6), whiten=False)
-        result = Editor([2, 0, 1], solver, QUICK, "none", ridge=0.1, token="last").edit(model, tokenizer, facts)
+        result = Editor([2, 0, 1], solver, QUICK, "none", ridge=0.1, token="last", target_tokens="first").edit(
+            model, tokenizer, facts
+        )
         assert measured == [2, 2]  # the second measures what is left
         assert list(result.deltas) == [0, 1, 2]
         layers = expert_layers(original)

@@ -139,7 +139,9 @@ def test_an_edit_reaches_its_targets_behind_a_constant(tokenizer, facts, layers:
     prompts = encode(tokenizer, [fact.prompt for fact in facts], [""] * len(facts), subjects, "last")
     target = expert_layers(model)[1]
     before = edit_tokens(model, prompts, target, target, 0).hidden
-    result = Editor(layers, solver, QUICK, "none", ridge=1e-7, token="last", neutral="").edit(model, tokenizer, facts)
+    result = Editor(layers, solver, QUICK, "none", ridge=1e-7, token="last", target_tokens="first", neutral="").edit(
+        model, tokenizer, facts
+    )
     step = edit_tokens(model, prompts, target, target, 0).hidden - before
     # fewer facts than a key has entries, and hardly a ridge
     torch.testing.assert_close(

@@ -262,7 +262,9 @@ def edit(
     case: Case, tokenizer: PreTrainedTokenizerFast, facts: list[Fact], texts: list[str], **settings: Any
 ) -> EditResult:
     targets = TargetOptimizer(steps=2, stop=0.0)
-    editor = Editor([case.index], targets=targets, ridge=1e-7, token="last", neutral="", **settings)
+    editor = Editor(
+        [case.index], targets=targets, ridge=1e-7, token="last", target_tokens="first", neutral="", **settings
+    )
     return editor.edit(case.model, tokenizer, facts, texts)
 
 

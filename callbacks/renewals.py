@@ -113,10 +113,13 @@ class EditRenewing(EditMaking):
         is_due, below = self._renewal_due(trainer), self.renewal.below
         needs_point = self.curve.is_due(self.survival, trainer.global_step)
         if needs_point or _is_last_step(trainer):
+            errors: list[BaseException] = []  # on all ranks or on none
             # the last point is tried again when training ends, which then tells why it failed
-            with edited_weights(trainer, pl_module), nullcontext() if needs_point else attempt(_tell_quietly):
+            with edited_weights(trainer, pl_module), nullcontext() if needs_point else attempt(errors.append):
                 self.curve.measure(self, trainer, pl_module)
-            is_due |= needs_point and below is not None and self.may_renew and self.survival.share < below
+            for error in errors:
+                log.debug("the last point of the survival curve failed: %s", error)
+            is_due |= not errors and below is not None and self.may_renew and self.survival.share < below
         if is_due:
             self._renew(trainer, pl_module)
 
@@ -259,10 +262,6 @@ class EditRenewing(EditMaking):
         self._change_state(undo, last_step=trainer.global_step)
         undo.by(setattr, self, "renewals", self.renewals)
         self.renewals += 1
-
-
-def _tell_quietly(error: BaseException) -> None:
-    log.debug("the last point of the survival curve failed: %s", error)
 
 
 def _is_last_step(trainer: L.Trainer) -> bool:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import EditHold, KnowledgeEditing
+from lit_moeedit.callbacks.survival import Survival, SurvivalCurve
 from lit_moeedit.editing import TargetOptimizer
 from lit_moeedit.editing import editor as editor_module
 from lit_moeedit.preservation import CovariancePenalty
@@ -69,6 +70,29 @@ def test_a_renewal_by_need_reuses_targets_and_moments(run: Any, tmp_path: Path, 
     assert "of 6 facts 5 were lost, now 0 (known targets 5, searched anew 0)" in caplog.text
     # seen: training loses five of the six edits in an epoch
     assert found.editing.survivors is not None and found.editing.survivors.generated == 6
+
+
+def test_the_last_step_is_a_point_of_renewals_by_need(run: Any) -> None:
+    found = run(survival_every_n_steps=1000)  # no other point comes
+    first, *others = points(found.editing)
+    assert first == (4, "edit") and others == [(16, None), (16, "renewal")]
+    left = found.editing.survival.points
+    assert left[1].generated < 6 and left[2].generated == found.editing.survivors.generated == 6
+
+
+def test_a_last_point_that_fails_renews_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by the point before it, after which too little was left."""
+    add_point = SurvivalCurve.add_point
+
+    def fail(curve: SurvivalCurve, editing: Any, trainer: Any, *args: Any) -> Any:
+        if trainer.global_step == 16:
+            raise RuntimeError("no memory")
+        return add_point(curve, editing, trainer, *args)
+
+    monkeypatch.setattr(SurvivalCurve, "add_point", fail)
+    monkeypatch.setattr(Survival, "share", 0.0)
+    found = run(survival_every_n_steps=1000)
+    assert points(found.editing) == [(4, "edit")] and found.editing.renewals == 0
 
 
 def test_edits_that_hold_are_not_renewed_by_need(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

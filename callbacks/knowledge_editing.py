@@ -18,7 +18,7 @@ from lit_moeedit.callbacks.foresight import Foresight, is_restored_late
 from lit_moeedit.callbacks.frozen import FrozenEdits
 from lit_moeedit.callbacks.guards import Guards
 from lit_moeedit.callbacks.measures import find_measures
-from lit_moeedit.callbacks.renewals import EditRenewing, Renewal, RenewalSettings
+from lit_moeedit.callbacks.renewals import EditRenewing, Renewal, RenewalMoment, RenewalSettings
 from lit_moeedit.callbacks.survival import SurvivalCurve
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import EditMethod
@@ -68,6 +68,8 @@ class KnowledgeEditing(EditRenewing):
             ``None`` leaves the edits to what training makes of them.
         renew_below: renew when, at a point of the survival curve, less than this share of the edits that were generated
             just after their edit are still generated, such as 0.95. Not with ``renew_every_n_steps``.
+        renew_at: ``points`` for every point of the curve, of which the last planned step of the training is one, or
+            ``end`` for that step alone, so that the training text is learned as without renewals.
         renewal: ``reuse`` brings lost facts back to the hidden states that their edit aimed for, with the second
             moments of the edit; facts that stay lost get a target vector by search. ``anew`` searches all target
             vectors and computes the moments again, which costs as much as an edit.
@@ -146,6 +148,7 @@ class KnowledgeEditing(EditRenewing):
         survival_every_n_steps: int | Literal["auto"] | None = "auto",
         survival_facts: int = 64,
         measure: list[str] | None = None,
+        renew_at: RenewalMoment = "points",
     ) -> None:
         super().__init__(editor, facts, at, preservation, tokenizer, strict, name, columns)
         self.guards = Guards(min_efficacy, min_specificity_retained, max_perplexity_ratio, min_routing_similarity)
@@ -154,7 +157,7 @@ class KnowledgeEditing(EditRenewing):
         self.on_failure = on_failure
         self.measures = check_measures(measure or ())
         self.curve = SurvivalCurve(survival_every_n_steps, survival_facts)
-        self.renewal = RenewalSettings(renew_every_n_steps, renew_below, max_renewals, renewal)
+        self.renewal = RenewalSettings(renew_every_n_steps, renew_below, max_renewals, renewal, renew_at)
         self.renewal.check(editor, self.curve)
         self.other_copies = other_copies
         self._copies = CopyPolicy(other_copies, self.heading)

@@ -33,6 +33,7 @@ from lit_moeedit.sharding.ranks import Ranks
 log = logging.getLogger(__name__)
 
 Renewal = Literal["reuse", "anew"]
+RenewalMoment = Literal["points", "end"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class RenewalSettings:
     below: float | None = None
     maximum: int | None = None
     kind: Renewal = "reuse"
+    at: RenewalMoment = "points"
 
     def __post_init__(self) -> None:
         if self.every_n_steps is not None and self.every_n_steps < 1:
@@ -61,6 +63,10 @@ class RenewalSettings:
             raise ValueError(f"max_renewals must be at least 0, or None for no limit, got {self.maximum}")
         if self.kind not in get_args(Renewal):
             raise ValueError(f"renewal must be one of {', '.join(get_args(Renewal))}, got {self.kind!r}")
+        if self.at not in get_args(RenewalMoment):
+            raise ValueError(f"renew_at must be one of {', '.join(get_args(RenewalMoment))}, got {self.at!r}")
+        if self.at == "end" and self.below is None:
+            raise ValueError("renew_at: end needs renew_below, the share of the edits below which they are renewed")
 
     @property
     def are_wanted(self) -> bool:
@@ -110,18 +116,24 @@ class EditRenewing(EditMaking):
         """Measure a point of the survival curve, and renew edits, if either is due after this batch."""
         if not self._applied or not self._has_stepped:
             return
-        is_due, below = self._renewal_due(trainer), self.renewal.below
-        needs_point = self.curve.is_due(self.survival, trainer.global_step)
-        if needs_point or _is_last_step(trainer):
+        is_due, needs_point = self._renewal_due(trainer), self.curve.is_due(self.survival, trainer.global_step)
+        is_last = _is_last_step(trainer)
+        if needs_point or is_last:
             errors: list[BaseException] = []  # on all ranks or on none
             # the last point is tried again when training ends, which then tells why it failed
             with edited_weights(trainer, pl_module), nullcontext() if needs_point else attempt(errors.append):
                 self.curve.measure(self, trainer, pl_module)
             for error in errors:
                 log.debug("the last point of the survival curve failed: %s", error)
-            is_due |= not errors and below is not None and self.may_renew and self.survival.share < below
+            is_due |= not errors and self._has_faded and (is_last or self.renewal.at == "points")
         if is_due:
             self._renew(trainer, pl_module)
+
+    @property
+    def _has_faded(self) -> bool:
+        """``True`` if less is left at the last point than edits are renewed at."""
+        below = self.renewal.below
+        return below is not None and self.may_renew and self.survival.share < below
 
     def _renewal_due(self, trainer: L.Trainer) -> bool:
         every = self.renewal.every_n_steps
@@ -174,6 +186,10 @@ class EditRenewing(EditMaking):
             if self._applied and is_new:
                 self.curve.measure(self, trainer, pl_module, end=end)
             self.survivors = self.curve.finish(self, trainer, pl_module)
+            was_renewed = any(point.after == "renewal" for point in self.survival.points[-1:])
+            if self.renewal.at == "end" and not was_renewed and self._has_faded:
+                text = "%sthe lost edits are not renewed: the run has not ended with its last planned step, or averages"
+                log.warning(f"{text} its weights", self.heading)
 
     def _log_renewal(
         self, trainer: L.Trainer, facts: int, before: int, after: int, brought: int, searched: int

@@ -49,7 +49,8 @@ class Upkeep:
         by_steps = None
         if settings.every_n_steps is not None and self.steps is not None:
             by_steps = self.steps // settings.every_n_steps
-        return min((limit for limit in (by_steps, settings.maximum) if limit is not None), default=None)
+        at_end = 1 if settings.at == "end" else None
+        return min((limit for limit in (by_steps, at_end, settings.maximum) if limit is not None), default=None)
 
     def expected(self, rows: int, row_tokens: int, statement_tokens: float) -> float:
         """Return the maximum number of statements of a rank's batch, on average over the batches that get some.
@@ -159,6 +160,8 @@ class Upkeep:
         when = (
             f"as soon as less than {self.renewal.below} of the edits hold" if every is None else f"every {every} steps"
         )
+        if self.renewal.at == "end":
+            return f"at the last step, if less than {self.renewal.below} of the edits hold"
         if number is None:
             return f"{when}, without a known limit"
         return f"{when}, at most {number} times: {number * each:,.3g} training steps"

@@ -80,6 +80,22 @@ def test_the_last_step_is_a_point_of_renewals_by_need(run: Any) -> None:
     assert left[1].generated < 6 and left[2].generated == found.editing.survivors.generated == 6
 
 
+def test_renewals_at_the_end_leave_training_alone(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    found = run(renew_at="end")
+    assert points(found.editing)[1:] == [(8, None), (12, None), (16, None), (16, "renewal")]
+    assert found.editing.survivors.generated == 6 and "not renewed" not in caplog.text
+
+
+def test_a_run_that_ends_early_says_that_nothing_was_renewed(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 10
+
+    found = run(callbacks=[Stop()], renew_at="end", survival_every_n_steps=100)
+    assert found.editing.renewals == 0 and found.editing.survivors.generated < 6
+    assert "the lost edits are not renewed: the run has not ended with its last planned step" in caplog.text
+
+
 def test_a_last_point_that_fails_renews_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither by the point before it, after which too little was left."""
     add_point = SurvivalCurve.add_point
@@ -176,6 +192,8 @@ def test_settings_that_do_not_fit_are_refused(tiny: Any) -> None:
     for settings, message in (
         ({"renew_below": 0.0}, r"renew_below is a share in \(0, 1\]"),
         ({"renew_below": 0.9, "renew_every_n_steps": 8}, "renew_every_n_steps or renew_below, not both"),
+        ({"renew_at": "end"}, "renew_at: end needs renew_below"),
+        ({"renew_below": 0.9, "renew_at": "start"}, "renew_at must be one of points, end, got 'start'"),
         ({"renew_below": 0.9, "survival_every_n_steps": None}, "renew_below is checked at the points of the survival"),
         ({"renewal": "never"}, "renewal must be one of reuse, anew"),
     ):

@@ -141,6 +141,8 @@ def test_the_number_of_renewals_is_that_of_their_interval_and_limit() -> None:
         (RenewalSettings(32), None, None),
         (RenewalSettings(below=0.9, maximum=5), 100, 5),
         (RenewalSettings(below=0.9), 100, None),
+        (RenewalSettings(below=0.9, at="end"), 100, 1),
+        (RenewalSettings(below=0.9, at="end", maximum=5), 100, 1),
     ):
         assert Upkeep(settings, steps=steps).renewals == expected, settings
 
@@ -157,6 +159,8 @@ def test_remarks_compare_with_training_steps() -> None:
     assert held == "Hold: 3 prompt(s), every 2 steps: 10 % more work than without."
     (only,) = Upkeep(RenewalSettings(below=0.9)).remarks(phases, expected=0)
     assert "each" not in only and "less than 0.9 of the edits" in only and "without a known limit" in only
+    (last,) = Upkeep(RenewalSettings(below=0.9, at="end")).remarks(phases, expected=0)
+    assert last.endswith("; at the last step, if less than 0.9 of the edits hold.")
 
 
 def test_settings_are_those_of_the_config(tmp_path: Path) -> None:

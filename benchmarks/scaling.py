@@ -26,11 +26,9 @@ from torch import nn
 
 from benchmarks.solver_report import table
 from lit_moeedit.editing import PHASES, Editor, TargetOptimizer
-from lit_moeedit.models.experts import find_model
 from lit_moeedit.module import LitMoE
-from lit_moeedit.planning import Cost, Workload, empty_model, simulate
+from lit_moeedit.planning import Cost, ExpertParallelCost, Workload, empty_model, simulate
 from lit_moeedit.planning.sharding import Sharding
-from lit_moeedit.planning.simulated_fsdp2 import shard_size, weights_together
 from lit_moeedit.planning.zero_costs import ModelSize, held_in_training
 from lit_moeedit.pretrained import build_config
 
@@ -38,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = (1, 2, 4, 8, 64, 512)
 BACKENDS = ("ZeRO-3", "FSDP2")
 """Backends whose edits are simulated."""
-EXPERTS = "EP"
+EXPERTS, DISPATCHED = "EP", "dispatched for a text"
 OWNERS = 8
 """Maximum number of ranks that share the experts of a layer under expert parallelism, those of a node."""
 EDITED, DEPTHS = 1, (3, 4)
@@ -115,33 +113,22 @@ def of_shapes(keys: dict[str, Any], all_ranks: Sequence[int]) -> dict[str, dict[
                     "largest gathering": size.block * sharding.itemsize,
                     "sent for a forward": sharding.part(gathered * sharding.itemsize),
                 }
-        for ranks in all_ranks:
-            found.setdefault(EXPERTS, {})[str(ranks)] = of_owners(find_model(model), ranks)
+        # on one rank there is nothing to share
+        found[EXPERTS] = {
+            str(ranks): found["FSDP2"]["1"] if ranks == 1 else of_owners(model, ranks) for ranks in all_ranks
+        }
     return found
 
 
-def of_owners(model: nn.Module, ranks: int, itemsize: int = 2) -> dict[str, int]:
-    """What a rank holds and sends under expert parallelism, where FSDP2 shards all other weights over all ranks.
-
-    The ranks with the same experts shard these among them. Gradients and Adam's moments are as large as the shards.
-    What is sent are weights; the hidden states of tokens go to the owners of their experts, and back, besides.
-    """
-    owners = min(OWNERS, ranks)
-    same = ranks // owners
-    shards, gathered, sent = 0, list[int](), 0
-    for _, weights in weights_together(model):
-        together = 0
-        for weight in weights:
-            is_shared = weight.ndim == 3  # experts
-            group = same if is_shared else ranks
-            shard = shard_size(weight[: len(weight) // owners] if is_shared else weight, group)
-            shards, together, sent = shards + shard, together + group * shard, sent + (group - 1) * shard
-        gathered.append(together)
+def of_owners(model: nn.Module, ranks: int) -> dict[str, int]:
+    """What a rank holds and sends under expert parallelism, where FSDP2 shards all other weights over all ranks."""
+    cost = ExpertParallelCost.of(model, ranks, min(OWNERS, ranks), WORK.text_tokens, QWEN3["num_experts_per_tok"])
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "held": 4 * shards * itemsize,
-        "largest gathering": max(gathered) * itemsize,
-        "sent for a forward": sent * itemsize,
+        "held": cost.held,
+        "largest gathering": cost.gathered,
+        "sent for a forward": cost.sent,
+        DISPATCHED: cost.dispatched,
     }
 
 
@@ -179,7 +166,12 @@ def report(results: dict[str, Any]) -> str:
             for ranks in found["FSDP2"]
         ]
         parameters = next(iter(found["FSDP2"].values()))["parameters"]
+        texts = [cell[DISPATCHED] / 1e9 for cell in found[EXPERTS].values() if DISPATCHED in cell]
         parts += [f"\n## {name}: {parameters / 1e9:,.1f} billion parameters\n", table(header, rows)]
+        parts += [
+            f"Under EP a forward of {WORK.text_tokens} tokens on a rank sends {min(texts):.2g} to {max(texts):.2g} GB "
+            "of hidden states to the owners of their experts and back.\n"
+        ]
     parts += [SENTENCE]
     rows = [
         [
@@ -212,7 +204,7 @@ rank, for training in bfloat16, where FSDP2 has no float32 master weights, and Z
 - `held`: weights, gradients, master weights (ZeRO-3), moments and buffers between steps.
 - `largest gathering`: the weights that are gathered at once, an expert block of ZeRO-3, a whole layer of FSDP2.
 - `EP`: expert parallelism of transformers with FSDP2, in which the ranks of a node, at most 8, share the experts of
-  each layer; computed here, not by `plan`.
+  each layer, by `lit_moeedit.planning.expert_parallel`. Embedding and head are gathered one after the other there.
 - `sent for a forward`: bytes that a rank sends so that a forward of the whole model has its weights. Each step for the
   targets of an edit sends them about twice, for the layers above the edited ones. Divided by the bandwidth of a rank
   that is a lower bound of the seconds.

@@ -146,7 +146,8 @@ def read_run(paths: Sequence[Path], ranks: int | None = None, model: Path | None
     if owners > 1:
         raise ValueError(
             f"{name}: a plan knows no expert parallelism, but model.expert_parallel_size is {owners}; set it to 1 in "
-            "an overlay for a plan of FSDP2, which shards the same weights over the same ranks"
+            "an overlay for a plan of FSDP2, which shards the same weights over the same ranks; what a rank holds and "
+            "sends in a forward is in lit_moeedit.planning.ExpertParallelCost"
         )
     editor = callback.editor
     if isinstance(editor, FineTuning):

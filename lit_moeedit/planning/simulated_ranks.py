@@ -15,6 +15,7 @@ from typing_extensions import override
 from lit_moeedit.planning.sharding import Send, Sharding
 from lit_moeedit.planning.simulated_fsdp2 import shard_size
 from lit_moeedit.sharding.backends import Backend, extra_backend
+from lit_moeedit.sharding.commit import LARGE_BLOCK
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.sharding.shards import Copy, Shard
 
@@ -127,9 +128,10 @@ def simulated_shards(weights: Sequence[nn.Parameter], sharding: Sharding, send: 
         """Return the shard without optimizers, and with them."""
         model = copy(weight, weight.dtype)
         dtype = torch.float32 if sharding.has_master else weight.dtype
-        untrained = Shard(
-            weight.shape, weight.dtype, 0, len(model.read()), model, group=group if sharding.has_shards else None
-        )
+        # fake tensors are on the CPU, also those of a GPU
+        block = None if sharding.on_cpu else LARGE_BLOCK
+        of_model = group if sharding.has_shards else None
+        untrained = Shard(weight.shape, weight.dtype, 0, len(model.read()), model, group=of_model, block=block)
         trained = replace(untrained, moments=[copy(weight, dtype), copy(weight, dtype)], group=group)
         if sharding.has_master:
             trained = replace(trained, master=copy(weight, dtype), model=model)

@@ -174,7 +174,7 @@ class Commit:
 
     def _blocks(self, device: torch.device) -> Iterator[tuple[int, int, int]]:
         """Yield the changed experts and blocks of their elements, the same on all ranks with one type of device."""
-        block = BLOCK.get(device.type, LARGE_BLOCK)
+        block = self.shard.block or BLOCK.get(device.type, LARGE_BLOCK)
         for expert in self.experts:
             for first in range(expert * self.size, (expert + 1) * self.size, block):
                 yield expert, first, min(first + block, (expert + 1) * self.size)

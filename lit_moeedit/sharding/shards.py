@@ -112,6 +112,7 @@ class Shard:
         moments: the owned range of each of the optimizer's moments.
         group: the processes whose owned ranges make up the parameter. ``None`` if this rank owns all of it.
         window: the window of each expert to which everything here refers; ``None`` for whole experts.
+        block: maximum number of elements that a commit changes at once; ``None`` for the choice of the device.
     """
 
     shape: torch.Size
@@ -123,6 +124,7 @@ class Shard:
     moments: list[Copy] = field(default_factory=list)
     group: dist.ProcessGroup | None = None
     window: Window | None = None
+    block: int | None = None
 
     @property
     def whole_shape(self) -> torch.Size:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_moeedit.planning import CostCounter, FakeFloatMode
+from lit_moeedit.planning.fake_tensors import LARGEST
 
 HUGE = 1 << 40
 
@@ -32,6 +33,13 @@ def test_questions_get_answers_that_lead_on() -> None:
         factor, failed = torch.linalg.cholesky_ex(values.T @ values)
         assert factor.shape == (7, 7) and not int(failed)
         assert torch.where(values > 0, values, 0.0).shape == (50, 7)
+
+
+@pytest.mark.parametrize("size", [8, LARGEST + 1])
+def test_all_elements_of_a_comparison_are_equal_also_where_it_is_fake(size: int) -> None:
+    with FakeFloatMode():
+        values = torch.rand(2, size)
+        assert (values == values.clone()).view(torch.uint8).amin(1).tolist() == [1, 1]
 
 
 def test_choices_are_distinct_and_spread() -> None:

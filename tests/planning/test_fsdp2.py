@@ -14,6 +14,8 @@ from lit_moeedit.planning import Workload, empty_model, simulate
 from lit_moeedit.planning.sharding import Sharding
 from lit_moeedit.planning.simulated_fsdp2 import shard_size, weights_together
 from lit_moeedit.planning.zero_costs import ModelSize, held_in_training
+from lit_moeedit.pretrained import build_config
+from lit_moeedit.sharding.commit import BLOCK
 from tests.planning.metered_run import CONFIG, differences
 
 RANKS = 3
@@ -45,6 +47,19 @@ def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
     assert passes < 4 * root + 2 * sum(layers) + 3 * 2 * layers[2], (passes, root, layers)
     # two norms, whatever the layer's size
     assert plan["commit"].sent == 2 * 2 * sharding.part(8)
+
+
+def test_a_commit_on_gpus_changes_larger_blocks_than_on_cpus() -> None:
+    keys = CONFIG | {"num_hidden_layers": 2, "hidden_size": 1024, "moe_intermediate_size": 1024, "num_experts": 4}
+    editor = Editor((0,), targets=TargetOptimizer(steps=2, stop=0.0), contexts=("",), preserve="none")
+    work = Workload(edits=4, prompt_tokens=4, target_tokens=1, questions=1, texts=1, rows=2, row_tokens=4)
+    module = LitMoE(config=keys)
+    with empty_model(build_config(keys), torch.float32) as module.model:
+        costs = simulate(module, editor, Sharding(2, None, 4, fsdp2=True), work)[0]
+    rise = next(cost.peak - cost.held for cost in costs if cost.phase == "commit")
+    # the change of a whole expert, of which a CPU changes one half after the other
+    assert BLOCK["cpu"] * 2 == 1024**2
+    assert rise >= 4 * 1024**2
 
 
 @pytest.mark.slow

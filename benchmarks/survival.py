@@ -111,6 +111,10 @@ CONDITIONS = {
     "replay 5 %, not by need": Condition(callbacks=replay(share=0.05, by_need=False)),
     "replay 5 %, mask": Condition(callbacks=replay(share=0.05, on_conflict="mask"), continuations=("contradicting",)),
     "replay 5 %, yield": Condition(callbacks=replay(share=0.05, on_conflict="yield"), continuations=("contradicting",)),
+    "replay 5 %, renewed at the end": Condition(
+        {"renew_below": 0.97, "renew_at": "end", "survival_every_n_steps": 10**6, "survival_facts": 400},
+        replay(share=0.05),
+    ),
     "hold": Condition(callbacks=lambda: [EditHold()]),
     "renewals every 32 steps": Condition({"renew_every_n_steps": 32, "max_renewals": None}),
     "renewals below 0.95": Condition({"renew_below": 0.95, "survival_every_n_steps": 32}),

@@ -16,6 +16,7 @@ from lit_moeedit.callbacks.averages import refuse_averages
 from lit_moeedit.callbacks.belonging import StateOfWeights, model_of
 from lit_moeedit.callbacks.charts import log_place
 from lit_moeedit.callbacks.edit_state import EditState
+from lit_moeedit.callbacks.foresight import is_restored_late
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.resources import (
     check_model,
@@ -150,8 +151,13 @@ class EditInputs(EditState):
         self.editor.remark_long_facts(find_model(pl_module), self._tokenizer, self.facts)
         if self.schedule.moment == "validation" or trainer.training:
             ranks.check_same("the preservation texts", self._take_texts(trainer))
-        done = len(self.applied_facts)
-        log.info("%s%d facts to edit, %d of them already edited", self.heading, len(self.facts), done)
+        if is_restored_late(trainer):
+            log.info(
+                "%s%d facts; those that the checkpoint has edited are not edited again", self.heading, len(self.facts)
+            )
+        else:
+            done = len(self.applied_facts)
+            log.info("%s%d facts to edit, %d of them already edited", self.heading, len(self.facts), done)
         missing = len(self._applied) + len(self._undone) - len(self.edited_facts)
         if missing:
             text = "%s%d facts that were edited before are not among the facts now: nothing measures or renews them"

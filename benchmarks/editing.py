@@ -6,8 +6,9 @@ Run from the root of the repository, with the package installed:
     python -m benchmarks.editing --parts counterfact growth --facts counterfact.json
 
 Each seed's model is trained once and kept; every editor then edits a fresh copy of it. Parts add their results to
-``editing.json`` in ``benchmarks/results``; ``editing.md`` and ``editing.png`` are made from all of it. Without
-``--facts`` the parts that need a CounterFact file are left out.
+``editing.json`` in ``benchmarks/results``; ``editing.md`` and ``editing.png`` are made from all of it. Results of other
+weights than those that are edited now are kept under ``earlier``, and have tables of their own. Without ``--facts`` the
+parts that need a CounterFact file are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,20 @@ from matplotlib import pyplot as plt
 from transformers import PreTrainedModel
 
 from benchmarks import reference
-from benchmarks.training import QUALITY, Trained, arguments_of, changed, header, quiet, row, trained, write
+from benchmarks.baselines import in_context, train_adapters
+from benchmarks.training import (
+    QUALITY,
+    Trained,
+    arguments_of,
+    changed,
+    digest,
+    header,
+    quiet,
+    row,
+    trained,
+    weights_file,
+    write,
+)
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.editing import PHASES, Editor, FineTuning
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty
@@ -34,6 +48,9 @@ from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker
 
 EDITS = {"atlas": 50, "counterfact": 100}
 REFERENCE = "one fact at a time"
+IN_CONTEXT = "new fact in the prompt"
+ADAPTERS = 5e-3
+"""Learning rate of LoRA."""
 HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
 """Threshold and ridge of the null space, which the configs do not have; the papers' are for models of other scales."""
 
@@ -41,15 +58,28 @@ HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
 def editors(base: Editor, name: str) -> dict[str, Editor]:
     """Every editor, with the config's targets and layers."""
     threshold, ridge = HARD[name]
-    hard = {"preserve": NullSpace(threshold), "ridge": ridge}
+    hard: dict[str, Any] = {"preserve": NullSpace(threshold), "ridge": ridge}
+    soft: dict[str, Any] = {"preserve": OutputPenalty(0.3)}
+    released: dict[str, Any] = {
+        "preserve": NullSpace(threshold, unused=False),
+        "ridge": ridge,
+        "contexts": ("",),
+        "neutral": "",
+        "targets": changed(base.targets, loss_tokens="first", kl=0.0),
+        "residual_of": "each_layer",
+        "residual_share": "root_of_layers_left",
+    }
     found = {
-        "Woodbury, output": changed(base, preserve=OutputPenalty(0.3)),
+        "Woodbury, output": changed(base, **soft),
         "Woodbury, covariance": changed(base, preserve=CovariancePenalty(1e4)),
         "Woodbury, null space": changed(base, **hard),
         "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard),
-        "Tucker at each layer, output": changed(
-            base, preserve=OutputPenalty(0.3), solver=Tucker(energy=0.99, carry=False)
-        ),
+        "BCD, null space (MoEEdit as released)": changed(base, solver=BlockCoordinateDescent(passes=4), **released),
+        "Tucker at each layer, output": changed(base, solver=Tucker(energy=0.99, carry=False), **soft),
+        # whole modes: at the target layer it is Woodbury's solution
+        "Woodbury carried down, output": changed(base, solver=Tucker(energy=1.0), **soft),
+        "Tucker carried down, output": changed(base, solver=Tucker(energy=0.99), **soft),
+        "Woodbury at the target layer alone, output": changed(base, layers=base.layers[-1:], **soft),
         "Tucker, null space (MoTE)": changed(base, solver=Tucker(energy=0.99), **hard),
     }
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
@@ -59,6 +89,12 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
         **{f"FT-L, {e:g}": FineTuning(learning_rate=1e-3, norm_constraint=e, **shared) for e in (0.02, 0.05)},
     }
 
+
+KINDER = (
+    "The reference, one fact at a time, is kinder than the code released with MoEEdit: its targets are the mean over "
+    "all tokens of the new answer, the residual is that of the target layer, layers take one over the layers left of "
+    "it, and padding has no part in second moments. The row “as released” has the first three as released."
+)
 
 Edit = Callable[[PreTrainedModel, Sequence[Fact]], dict[str, float]]
 
@@ -75,6 +111,11 @@ def runs(found: Trained, name: str) -> dict[str, Edit]:
         found.editor, solver=BlockCoordinateDescent(passes=4), preserve=NullSpace(threshold), ridge=ridge
     )
     every = {label: by(editor) for label, editor in editors(found.editor, name).items()}
+    steps = FineTuning(
+        found.editor.layers, steps=60, learning_rate=ADAPTERS, stop=found.editor.targets.stop,
+        contexts=found.editor.contexts,
+    )  # fmt: skip
+    every["LoRA"] = lambda model, facts: train_adapters(model, found.tokenizer, facts, steps)
     return every | {
         REFERENCE: lambda model, facts: reference.edit(model, found.tokenizer, facts, texts, published).seconds
     }
@@ -95,6 +136,9 @@ def compare(
     next(iter(every.values()))(copy.deepcopy(found.model), chosen[:2])  # what is slow only the first time
     # seconds are compared within one run only
     run = {"run": f"{time.time():.0f}", "threads": torch.get_num_threads(), "training": found.seconds}
+    run["weights"] = found.weights
+    if not only or IN_CONTEXT in only:
+        yield IN_CONTEXT, {**in_context(found), **run}
     for label, edit in every.items():
         if not only or label in only:
             yield label, {**found.quality(edit), **run}
@@ -110,11 +154,38 @@ def growth(models: Path, facts: Path) -> dict[str, Any]:
     }
 
 
+def set_apart(results: dict[str, Any], digests: dict[tuple[str, str], str]) -> None:
+    """Move results of weights other than these, by part and seed, and of unknown weights, under ``earlier``."""
+    for part in EDITS:
+        for seed, found in results.get(part, {}).items():
+            for label, run in [*found.items()]:
+                if "weights" not in run or run["weights"] != digests.get((part, seed), run["weights"]):
+                    results.setdefault("earlier", {}).setdefault(part, {}).setdefault(seed, {})[label] = found.pop(
+                        label
+                    )
+        results[part] = {seed: found for seed, found in results.get(part, {}).items() if found}
+
+
 def tables(results: dict[str, Any]) -> str:
     """Markdown of everything that was measured."""
+    lines = [KINDER, "", *of_parts(results)]
+    if "growth" in results:
+        lines += ["Seconds of the default editor by phase, and each phase's share:", ""]
+        lines += header(["edits", *PHASES, "in all"])
+        for count, seconds in results["growth"].items():
+            shares = [f"{seconds[phase]:.2f} ({seconds[phase] / seconds['edit']:.0%})" for phase in PHASES]
+            lines.append(row([count, *shares, f"{seconds['edit']:.2f}"]))
+        lines.append("")
+    if "earlier" in results:
+        lines += ["Of other weights, trained before on another machine:", "", *of_parts(results["earlier"])]
+    return "\n".join(lines)
+
+
+def of_parts(results: dict[str, Any]) -> list[str]:
+    """Lines of the tables of quality and seconds."""
     lines: list[str] = []
     for name in EDITS:
-        if name not in results:
+        if not results.get(name):
             continue
         labels = list(dict.fromkeys(label for found in results[name].values() for label in found))
         threads = {str(run["threads"]) for found in results[name].values() for run in found.values()}
@@ -127,8 +198,12 @@ def tables(results: dict[str, Any]) -> str:
             own = [found[label] for found in results[name].values() if label in found]
             cells = [label]
             for metric in QUALITY:
-                values = [run[metric] for run in own]
-                cells.append(f"{statistics.mean(values):.3f} ({min(values):.2f}–{max(values):.2f})")
+                values = [run[metric] for run in own if run[metric] is not None]
+                shown = f"{statistics.mean(values):.3f} ({min(values):.2f}–{max(values):.2f})" if values else "–"
+                cells.append(shown)
+            if label == IN_CONTEXT:
+                lines.append(row([*cells, *("–" for _ in (*PHASES, "seconds", "ratio"))]))
+                continue
             cells += [f"{statistics.mean(r['seconds'].get(p, 0.0) for r in own):.2f}" for p in (*PHASES, "edit")]
             pairs = [(f[REFERENCE], f[label]) for f in results[name].values() if label in f and REFERENCE in f]
             ratios = [a["seconds"]["edit"] / b["seconds"]["edit"] for a, b in pairs if a["run"] == b["run"]]
@@ -137,19 +212,12 @@ def tables(results: dict[str, Any]) -> str:
         trainings = [next(iter(found.values())) for found in results[name].values()]
         told = ", ".join(f"{run['recalled_before']:.3f} after {run['training']:.0f} s" for run in trainings)
         lines += ["", f"Truths recalled before the edit, by seed: {told}.", ""]
-    if "growth" in results:
-        lines += ["Seconds of the default editor by phase, and each phase's share:", ""]
-        lines += header(["edits", *PHASES, "in all"])
-        for count, seconds in results["growth"].items():
-            shares = [f"{seconds[phase]:.2f} ({seconds[phase] / seconds['edit']:.0%})" for phase in PHASES]
-            lines.append(row([count, *shares, f"{seconds['edit']:.2f}"]))
-        lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
     """Quality by editor above, seconds by phase below, and the growth."""
-    names = [name for name in EDITS if name in results]
+    names = [name for name in EDITS if results.get(name)]
     columns = max(len(names), 1)
     rows = 2 + ("growth" in results)
     figure, grid = plt.subplots(rows, columns, figsize=(9 * columns, 4.2 * rows), layout="constrained", squeeze=False)
@@ -158,7 +226,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
         upper, lower = grid[0][column], grid[1][column]
         shown = ("efficacy", "generalization", "specificity_retained", "routing")
         for i, metric in enumerate(shown):
-            runs = [[f[label][metric] for f in results[name].values() if label in f] for label in labels]
+            runs = [[f[label][metric] or 0.0 for f in results[name].values() if label in f] for label in labels]
             places = [place + (i - 1.5) * 0.2 for place in range(len(labels))]
             means = [statistics.mean(values) for values in runs]
             spread = [[m - min(v) for m, v in zip(means, runs, strict=True)],
@@ -167,19 +235,20 @@ def picture(results: dict[str, Any], path: Path) -> None:
         upper.set(title=f"{name}, {EDITS[name]} edits", ylabel="share", ylim=(0, 1.02))
         upper.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
         upper.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-        totals = [[f[label]["seconds"]["edit"] for f in results[name].values() if label in f] for label in labels]
-        bottom = [0.0] * len(labels)
+        timed = [label for label in labels if label != IN_CONTEXT]
+        totals = [[f[label]["seconds"]["edit"] for f in results[name].values() if label in f] for label in timed]
+        bottom = [0.0] * len(timed)
         for phase in PHASES:
             seconds = [
-                [f[label]["seconds"].get(phase, 0.0) for f in results[name].values() if label in f] for label in labels
+                [f[label]["seconds"].get(phase, 0.0) for f in results[name].values() if label in f] for label in timed
             ]
             shares = [sum(part) / sum(whole) for part, whole in zip(seconds, totals, strict=True)]
-            lower.bar(range(len(labels)), shares, bottom=bottom, label=phase)
+            lower.bar(range(len(timed)), shares, bottom=bottom, label=phase)
             bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
         for place, values in enumerate(totals):
             lower.annotate(f"{statistics.mean(values):.1f} s", (place, 1.02), ha="center", fontsize="small")
         lower.set(ylabel="share of the seconds", ylim=(0, 1.1))
-        lower.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        lower.set_xticks(range(len(timed)), timed, rotation=30, ha="right")
         lower.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     if "growth" in results:
         axes = grid[2][0]
@@ -206,6 +275,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "editing.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    files = {(p, str(s)): weights_file(p, s, arguments.models) for p in EDITS for s in arguments.seeds}
+    set_apart(results, {case: digest(weights) for case, weights in files.items() if weights.exists()})
     for part in arguments.parts:
         if part != "atlas" and arguments.facts is None:
             sys.stderr.write(f"{part} needs --facts, left out\n")

@@ -199,6 +199,11 @@ class CarriedSpread(Spread):
     by the factors of its own experts and takes the share of ``residual_share`` of the result, so the last layer is
     changed by its whole solution. Nothing is measured at the lower layers: their output scales are assumed to be that
     of the last layer, and the effect of their changes is not corrected.
+
+    Experts and hidden units of two layers have nothing in common but numbers, which are arbitrary: to number those of a
+    layer otherwise leaves the model as it is. So a solution can be carried only in bases that follow the numbers, as
+    the factors do (those of hidden units if all experts are numbered the same way). ``Woodbury`` has no bases. Its
+    solution is carried by :class:`~lit_moeedit.solvers.Tucker` with whole modes (``energy=1``).
     """
 
     @override

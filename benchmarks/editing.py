@@ -7,14 +7,16 @@ Run from the root of the repository, with the package installed:
 
 Each seed's model is trained once and kept; every editor then edits a fresh copy of it. Parts add their results to
 ``editing.json`` in ``benchmarks/results``; ``editing.md`` and ``editing.png`` are made from all of it. Results of other
-weights than those that are edited now are kept under ``earlier``, and have tables of their own. Without ``--facts`` the
-parts that need a CounterFact file are left out.
+weights than those that are edited now are kept under ``earlier``, and have tables of their own. With ``--share``
+editors of a model share target vectors and second moments, which changes no edit, but leaves no seconds to compare.
+Without ``--facts`` the parts that need a CounterFact file are left out.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 import sys
 import time
@@ -30,6 +32,7 @@ from benchmarks import reference
 from benchmarks.baselines import in_context, train_adapters
 from benchmarks.training import (
     QUALITY,
+    Once,
     Trained,
     arguments_of,
     changed,
@@ -43,6 +46,7 @@ from benchmarks.training import (
 )
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.editing import PHASES, Editor, FineTuning
+from lit_moeedit.models.experts import check_editable
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty
 from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker
 
@@ -99,11 +103,34 @@ KINDER = (
 Edit = Callable[[PreTrainedModel, Sequence[Fact]], dict[str, float]]
 
 
-def runs(found: Trained, name: str) -> dict[str, Edit]:
+class Shared:
+    """Target vectors and second moments of one model and its facts, which several editors use."""
+
+    def __init__(self, found: Trained, texts: Sequence[str]) -> None:
+        self.found, self.texts, self.once = found, texts, Once(found.editor.targets)
+        self.moments: dict[bool, Any] = {}
+
+    def edit(self, editor: Editor, model: PreTrainedModel, facts: Sequence[Fact]) -> dict[str, float]:
+        """Edit as the editor would by itself; there are no seconds."""
+        tokenizer, base = self.found.tokenizer, self.found.editor
+        if editor.gated not in self.moments:
+            layers = check_editable(model, base.layers)
+            self.moments[editor.gated] = editor.moments(model, tokenizer, layers, self.texts)
+        moments = {index: self.moments[editor.gated][index] for index in editor.layers}
+        # other settings of the search have vectors of their own
+        own = changed(editor, targets=self.once) if editor.targets is base.targets else editor
+        own.edit(model, tokenizer, facts, moments=moments)
+        return {}
+
+
+def runs(found: Trained, name: str, share: bool = False) -> dict[str, Edit]:
     """Every editor, and the one that edits one fact at a time, by what they are called."""
     texts = found.preservation_texts()
+    shared = Shared(found, texts)
 
     def by(editor: Editor) -> Edit:
+        if share and isinstance(editor, Editor):
+            return lambda model, facts: shared.edit(editor, model, facts)
         return lambda model, facts: editor.edit(model, found.tokenizer, facts, texts).seconds
 
     threshold, ridge = HARD[name]
@@ -128,15 +155,16 @@ def corpus(name: str, facts: Path | None) -> list[str]:
 
 
 def compare(
-    name: str, seed: int, models: Path, facts: Path | None, only: list[str] | None
+    name: str, seed: int, models: Path, facts: Path | None, only: list[str] | None, share: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names of the editors, each with its results."""
     found = trained(name, seed, models, *corpus(name, facts))
-    chosen, every = found.data.edit_facts(), runs(found, name)
-    next(iter(every.values()))(copy.deepcopy(found.model), chosen[:2])  # what is slow only the first time
+    chosen, every = found.data.edit_facts(), runs(found, name, share)
+    if not share:
+        next(iter(every.values()))(copy.deepcopy(found.model), chosen[:2])  # what is slow only the first time
     # seconds are compared within one run only
     run = {"run": f"{time.time():.0f}", "threads": torch.get_num_threads(), "training": found.seconds}
-    run["weights"] = found.weights
+    run |= {"weights": found.weights, "load": round(os.getloadavg()[0], 1)}
     if not only or IN_CONTEXT in only:
         yield IN_CONTEXT, {**in_context(found), **run}
     for label, edit in every.items():
@@ -192,22 +220,28 @@ def of_parts(results: dict[str, Any]) -> list[str]:
         measured = (
             f"mean over seeds {', '.join(results[name])} (lowest to highest), threads: {', '.join(sorted(threads))}"
         )
+        loads = [run["load"] for found in results[name].values() for run in found.values() if "load" in run]
+        if loads and max(loads) > 2:
+            measured += f". Seconds, where they are, are rough: the load of the machine was up to {max(loads):.0f}"
+        if any(not run["seconds"] for found in results[name].values() for run in found.values()):
+            measured += ". Rows without seconds are of `--share`, or nothing is edited"
         lines += [f"{EDITS[name]} edits, {name}: {measured}", ""]
         lines += header(["editor", *QUALITY, *PHASES, "seconds", "× the reference"])
         for label in labels:
             own = [found[label] for found in results[name].values() if label in found]
-            cells = [label]
+            of = [seed for seed, found in results[name].items() if label in found]
+            cells = [label if len(of) == len(results[name]) else f"{label} (seeds {', '.join(of)})"]
             for metric in QUALITY:
                 values = [run[metric] for run in own if run[metric] is not None]
                 shown = f"{statistics.mean(values):.3f} ({min(values):.2f}–{max(values):.2f})" if values else "–"
                 cells.append(shown)
-            if label == IN_CONTEXT:
+            if not all(run["seconds"] for run in own):
                 lines.append(row([*cells, *("–" for _ in (*PHASES, "seconds", "ratio"))]))
                 continue
             cells += [f"{statistics.mean(r['seconds'].get(p, 0.0) for r in own):.2f}" for p in (*PHASES, "edit")]
             pairs = [(f[REFERENCE], f[label]) for f in results[name].values() if label in f and REFERENCE in f]
             ratios = [a["seconds"]["edit"] / b["seconds"]["edit"] for a, b in pairs if a["run"] == b["run"]]
-            cells.append(f"{statistics.mean(ratios):.1f}" if ratios else "another run")
+            cells.append(f"{statistics.mean(ratios):.1f}" if ratios else "–")
             lines.append(row(cells))
         trainings = [next(iter(found.values())) for found in results[name].values()]
         told = ", ".join(f"{run['recalled_before']:.3f} after {run['training']:.0f} s" for run in trainings)
@@ -235,18 +269,24 @@ def picture(results: dict[str, Any], path: Path) -> None:
         upper.set(title=f"{name}, {EDITS[name]} edits", ylabel="share", ylim=(0, 1.02))
         upper.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
         upper.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-        timed = [label for label in labels if label != IN_CONTEXT]
-        totals = [[f[label]["seconds"]["edit"] for f in results[name].values() if label in f] for label in timed]
+        # editors that shared their work have no seconds; then those of earlier weights are drawn
+        source = results[name] if any(r["seconds"] for f in results[name].values() for r in f.values()) else (
+            results.get("earlier", {}).get(name, {}))  # fmt: skip
+        timed = list(dict.fromkeys(label for f in source.values() for label in f if f[label]["seconds"]))
+        seconds = [[f[label]["seconds"] for f in source.values() if f.get(label, {}).get("seconds")] for label in timed]
+        totals = [[run["edit"] for run in own] for own in seconds]
         bottom = [0.0] * len(timed)
         for phase in PHASES:
-            seconds = [
-                [f[label]["seconds"].get(phase, 0.0) for f in results[name].values() if label in f] for label in timed
+            shares = [
+                sum(run.get(phase, 0.0) for run in own) / sum(whole) for own, whole in zip(seconds, totals, strict=True)
             ]
-            shares = [sum(part) / sum(whole) for part, whole in zip(seconds, totals, strict=True)]
             lower.bar(range(len(timed)), shares, bottom=bottom, label=phase)
             bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
         for place, values in enumerate(totals):
             lower.annotate(f"{statistics.mean(values):.1f} s", (place, 1.02), ha="center", fontsize="small")
+        lower.set_title(
+            "" if source is results[name] else "seconds of earlier weights, see the table", fontsize="small"
+        )
         lower.set(ylabel="share of the seconds", ylim=(0, 1.1))
         lower.set_xticks(range(len(timed)), timed, rotation=30, ha="right")
         lower.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
@@ -269,6 +309,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=("atlas", "counterfact", "growth"), default=["atlas", "counterfact", "growth"]
     )
+    parser.add_argument("--share", action="store_true", help="share target vectors and second moments, without seconds")
     parser.add_argument("--only", nargs="+", help="these editors only; the others keep their results")
     arguments = parser.parse_args()
     quiet()
@@ -284,7 +325,9 @@ def main() -> None:
             results["growth"] = growth(arguments.models, arguments.facts)
         else:
             for seed in arguments.seeds:
-                for label, new in compare(part, seed, arguments.models, arguments.facts, arguments.only):
+                for label, new in compare(
+                    part, seed, arguments.models, arguments.facts, arguments.only, arguments.share
+                ):
                     results.setdefault(part, {}).setdefault(str(seed), {})[label] = new
                     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

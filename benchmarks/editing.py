@@ -6,14 +6,17 @@ Run from the root of the repository, with the package installed:
     python -m benchmarks.editing --parts counterfact growth --facts counterfact.json
 
 Each seed's model is trained once and kept; every editor then edits a fresh copy of it. Parts add their results to
-``editing.json`` in ``benchmarks/results``; ``editing.md`` and ``editing.png`` are made from all of it. Without
-``--facts`` the parts that need a CounterFact file are left out.
+``editing.json`` in ``benchmarks/results``; ``editing.md`` and ``editing.png`` are made from all of it. Results of other
+weights than those that are edited now are kept under ``earlier``, and have tables of their own. With ``--share``
+editors of a model share target vectors and second moments, which changes no edit, but leaves no seconds to compare.
+Without ``--facts`` the parts that need a CounterFact file are left out.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import statistics
 import sys
 import time
@@ -26,14 +29,32 @@ from matplotlib import pyplot as plt
 from transformers import PreTrainedModel
 
 from benchmarks import reference
-from benchmarks.training import QUALITY, Trained, arguments_of, changed, header, quiet, row, trained, write
+from benchmarks.baselines import in_context, train_adapters
+from benchmarks.training import (
+    QUALITY,
+    Once,
+    Trained,
+    arguments_of,
+    changed,
+    digest,
+    header,
+    quiet,
+    row,
+    trained,
+    weights_file,
+    write,
+)
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.editing import PHASES, Editor, FineTuning
+from lit_moeedit.models.experts import check_editable
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty
 from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker
 
 EDITS = {"atlas": 50, "counterfact": 100}
 REFERENCE = "one fact at a time"
+IN_CONTEXT = "new fact in the prompt"
+ADAPTERS = 5e-3
+"""Learning rate of LoRA."""
 HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
 """Threshold and ridge of the null space, which the configs do not have; the papers' are for models of other scales."""
 
@@ -41,15 +62,28 @@ HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
 def editors(base: Editor, name: str) -> dict[str, Editor]:
     """Every editor, with the config's targets and layers."""
     threshold, ridge = HARD[name]
-    hard = {"preserve": NullSpace(threshold), "ridge": ridge}
+    hard: dict[str, Any] = {"preserve": NullSpace(threshold), "ridge": ridge}
+    soft: dict[str, Any] = {"preserve": OutputPenalty(0.3)}
+    released: dict[str, Any] = {
+        "preserve": NullSpace(threshold, unused=False),
+        "ridge": ridge,
+        "contexts": ("",),
+        "neutral": "",
+        "targets": changed(base.targets, loss_tokens="first", kl=0.0),
+        "residual_of": "each_layer",
+        "residual_share": "root_of_layers_left",
+    }
     found = {
-        "Woodbury, output": changed(base, preserve=OutputPenalty(0.3)),
+        "Woodbury, output": changed(base, **soft),
         "Woodbury, covariance": changed(base, preserve=CovariancePenalty(1e4)),
         "Woodbury, null space": changed(base, **hard),
         "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard),
-        "Tucker at each layer, output": changed(
-            base, preserve=OutputPenalty(0.3), solver=Tucker(energy=0.99, carry=False)
-        ),
+        "BCD, null space (MoEEdit as released)": changed(base, solver=BlockCoordinateDescent(passes=4), **released),
+        "Tucker at each layer, output": changed(base, solver=Tucker(energy=0.99, carry=False), **soft),
+        # whole modes: at the target layer it is Woodbury's solution
+        "Woodbury carried down, output": changed(base, solver=Tucker(energy=1.0), **soft),
+        "Tucker carried down, output": changed(base, solver=Tucker(energy=0.99), **soft),
+        "Woodbury at the target layer alone, output": changed(base, layers=base.layers[-1:], **soft),
         "Tucker, null space (MoTE)": changed(base, solver=Tucker(energy=0.99), **hard),
     }
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
@@ -60,14 +94,43 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     }
 
 
+KINDER = (
+    "The reference, one fact at a time, is kinder than the code released with MoEEdit: its targets are the mean over "
+    "all tokens of the new answer, the residual is that of the target layer, layers take one over the layers left of "
+    "it, and padding has no part in second moments. The row “as released” has the first three as released."
+)
+
 Edit = Callable[[PreTrainedModel, Sequence[Fact]], dict[str, float]]
 
 
-def runs(found: Trained, name: str) -> dict[str, Edit]:
+class Shared:
+    """Target vectors and second moments of one model and its facts, which several editors use."""
+
+    def __init__(self, found: Trained, texts: Sequence[str]) -> None:
+        self.found, self.texts, self.once = found, texts, Once(found.editor.targets)
+        self.moments: dict[bool, Any] = {}
+
+    def edit(self, editor: Editor, model: PreTrainedModel, facts: Sequence[Fact]) -> dict[str, float]:
+        """Edit as the editor would by itself; there are no seconds."""
+        tokenizer, base = self.found.tokenizer, self.found.editor
+        if editor.gated not in self.moments:
+            layers = check_editable(model, base.layers)
+            self.moments[editor.gated] = editor.moments(model, tokenizer, layers, self.texts)
+        moments = {index: self.moments[editor.gated][index] for index in editor.layers}
+        # other settings of the search have vectors of their own
+        own = changed(editor, targets=self.once) if editor.targets is base.targets else editor
+        own.edit(model, tokenizer, facts, moments=moments)
+        return {}
+
+
+def runs(found: Trained, name: str, share: bool = False) -> dict[str, Edit]:
     """Every editor, and the one that edits one fact at a time, by what they are called."""
     texts = found.preservation_texts()
+    shared = Shared(found, texts)
 
     def by(editor: Editor) -> Edit:
+        if share and isinstance(editor, Editor):
+            return lambda model, facts: shared.edit(editor, model, facts)
         return lambda model, facts: editor.edit(model, found.tokenizer, facts, texts).seconds
 
     threshold, ridge = HARD[name]
@@ -75,6 +138,11 @@ def runs(found: Trained, name: str) -> dict[str, Edit]:
         found.editor, solver=BlockCoordinateDescent(passes=4), preserve=NullSpace(threshold), ridge=ridge
     )
     every = {label: by(editor) for label, editor in editors(found.editor, name).items()}
+    steps = FineTuning(
+        found.editor.layers, steps=60, learning_rate=ADAPTERS, stop=found.editor.targets.stop,
+        contexts=found.editor.contexts,
+    )  # fmt: skip
+    every["LoRA"] = lambda model, facts: train_adapters(model, found.tokenizer, facts, steps)
     return every | {
         REFERENCE: lambda model, facts: reference.edit(model, found.tokenizer, facts, texts, published).seconds
     }
@@ -87,14 +155,18 @@ def corpus(name: str, facts: Path | None) -> list[str]:
 
 
 def compare(
-    name: str, seed: int, models: Path, facts: Path | None, only: list[str] | None
+    name: str, seed: int, models: Path, facts: Path | None, only: list[str] | None, share: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names of the editors, each with its results."""
     found = trained(name, seed, models, *corpus(name, facts))
-    chosen, every = found.data.edit_facts(), runs(found, name)
-    next(iter(every.values()))(copy.deepcopy(found.model), chosen[:2])  # what is slow only the first time
+    chosen, every = found.data.edit_facts(), runs(found, name, share)
+    if not share:
+        next(iter(every.values()))(copy.deepcopy(found.model), chosen[:2])  # what is slow only the first time
     # seconds are compared within one run only
     run = {"run": f"{time.time():.0f}", "threads": torch.get_num_threads(), "training": found.seconds}
+    run |= {"weights": found.weights, "load": round(os.getloadavg()[0], 1)}
+    if not only or IN_CONTEXT in only:
+        yield IN_CONTEXT, {**in_context(found), **run}
     for label, edit in every.items():
         if not only or label in only:
             yield label, {**found.quality(edit), **run}
@@ -110,33 +182,21 @@ def growth(models: Path, facts: Path) -> dict[str, Any]:
     }
 
 
+def set_apart(results: dict[str, Any], digests: dict[tuple[str, str], str]) -> None:
+    """Move results of weights other than these, by part and seed, and of unknown weights, under ``earlier``."""
+    for part in EDITS:
+        for seed, found in results.get(part, {}).items():
+            for label, run in [*found.items()]:
+                if "weights" not in run or run["weights"] != digests.get((part, seed), run["weights"]):
+                    results.setdefault("earlier", {}).setdefault(part, {}).setdefault(seed, {})[label] = found.pop(
+                        label
+                    )
+        results[part] = {seed: found for seed, found in results.get(part, {}).items() if found}
+
+
 def tables(results: dict[str, Any]) -> str:
     """Markdown of everything that was measured."""
-    lines: list[str] = []
-    for name in EDITS:
-        if name not in results:
-            continue
-        labels = list(dict.fromkeys(label for found in results[name].values() for label in found))
-        threads = {str(run["threads"]) for found in results[name].values() for run in found.values()}
-        measured = (
-            f"mean over seeds {', '.join(results[name])} (lowest to highest), threads: {', '.join(sorted(threads))}"
-        )
-        lines += [f"{EDITS[name]} edits, {name}: {measured}", ""]
-        lines += header(["editor", *QUALITY, *PHASES, "seconds", "× the reference"])
-        for label in labels:
-            own = [found[label] for found in results[name].values() if label in found]
-            cells = [label]
-            for metric in QUALITY:
-                values = [run[metric] for run in own]
-                cells.append(f"{statistics.mean(values):.3f} ({min(values):.2f}–{max(values):.2f})")
-            cells += [f"{statistics.mean(r['seconds'].get(p, 0.0) for r in own):.2f}" for p in (*PHASES, "edit")]
-            pairs = [(f[REFERENCE], f[label]) for f in results[name].values() if label in f and REFERENCE in f]
-            ratios = [a["seconds"]["edit"] / b["seconds"]["edit"] for a, b in pairs if a["run"] == b["run"]]
-            cells.append(f"{statistics.mean(ratios):.1f}" if ratios else "another run")
-            lines.append(row(cells))
-        trainings = [next(iter(found.values())) for found in results[name].values()]
-        told = ", ".join(f"{run['recalled_before']:.3f} after {run['training']:.0f} s" for run in trainings)
-        lines += ["", f"Truths recalled before the edit, by seed: {told}.", ""]
+    lines = [KINDER, "", *of_parts(results)]
     if "growth" in results:
         lines += ["Seconds of the default editor by phase, and each phase's share:", ""]
         lines += header(["edits", *PHASES, "in all"])
@@ -144,12 +204,54 @@ def tables(results: dict[str, Any]) -> str:
             shares = [f"{seconds[phase]:.2f} ({seconds[phase] / seconds['edit']:.0%})" for phase in PHASES]
             lines.append(row([count, *shares, f"{seconds['edit']:.2f}"]))
         lines.append("")
+    if "earlier" in results:
+        lines += ["Of other weights, trained before on another machine:", "", *of_parts(results["earlier"])]
     return "\n".join(lines)
+
+
+def of_parts(results: dict[str, Any]) -> list[str]:
+    """Lines of the tables of quality and seconds."""
+    lines: list[str] = []
+    for name in EDITS:
+        if not results.get(name):
+            continue
+        labels = list(dict.fromkeys(label for found in results[name].values() for label in found))
+        threads = {str(run["threads"]) for found in results[name].values() for run in found.values()}
+        measured = (
+            f"mean over seeds {', '.join(results[name])} (lowest to highest), threads: {', '.join(sorted(threads))}"
+        )
+        loads = [run["load"] for found in results[name].values() for run in found.values() if "load" in run]
+        if loads and max(loads) > 2:
+            measured += f". Seconds, where they are, are rough: the load of the machine was up to {max(loads):.0f}"
+        if any(not run["seconds"] for found in results[name].values() for run in found.values()):
+            measured += ". Rows without seconds are of `--share`, or nothing is edited"
+        lines += [f"{EDITS[name]} edits, {name}: {measured}", ""]
+        lines += header(["editor", *QUALITY, *PHASES, "seconds", "× the reference"])
+        for label in labels:
+            own = [found[label] for found in results[name].values() if label in found]
+            of = [seed for seed, found in results[name].items() if label in found]
+            cells = [label if len(of) == len(results[name]) else f"{label} (seeds {', '.join(of)})"]
+            for metric in QUALITY:
+                values = [run[metric] for run in own if run[metric] is not None]
+                shown = f"{statistics.mean(values):.3f} ({min(values):.2f}–{max(values):.2f})" if values else "–"
+                cells.append(shown)
+            if not all(run["seconds"] for run in own):
+                lines.append(row([*cells, *("–" for _ in (*PHASES, "seconds", "ratio"))]))
+                continue
+            cells += [f"{statistics.mean(r['seconds'].get(p, 0.0) for r in own):.2f}" for p in (*PHASES, "edit")]
+            pairs = [(f[REFERENCE], f[label]) for f in results[name].values() if label in f and REFERENCE in f]
+            ratios = [a["seconds"]["edit"] / b["seconds"]["edit"] for a, b in pairs if a["run"] == b["run"]]
+            cells.append(f"{statistics.mean(ratios):.1f}" if ratios else "–")
+            lines.append(row(cells))
+        trainings = [next(iter(found.values())) for found in results[name].values()]
+        told = ", ".join(f"{run['recalled_before']:.3f} after {run['training']:.0f} s" for run in trainings)
+        lines += ["", f"Truths recalled before the edit, by seed: {told}.", ""]
+    return lines
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
     """Quality by editor above, seconds by phase below, and the growth."""
-    names = [name for name in EDITS if name in results]
+    names = [name for name in EDITS if results.get(name)]
     columns = max(len(names), 1)
     rows = 2 + ("growth" in results)
     figure, grid = plt.subplots(rows, columns, figsize=(9 * columns, 4.2 * rows), layout="constrained", squeeze=False)
@@ -158,7 +260,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
         upper, lower = grid[0][column], grid[1][column]
         shown = ("efficacy", "generalization", "specificity_retained", "routing")
         for i, metric in enumerate(shown):
-            runs = [[f[label][metric] for f in results[name].values() if label in f] for label in labels]
+            runs = [[f[label][metric] or 0.0 for f in results[name].values() if label in f] for label in labels]
             places = [place + (i - 1.5) * 0.2 for place in range(len(labels))]
             means = [statistics.mean(values) for values in runs]
             spread = [[m - min(v) for m, v in zip(means, runs, strict=True)],
@@ -167,19 +269,26 @@ def picture(results: dict[str, Any], path: Path) -> None:
         upper.set(title=f"{name}, {EDITS[name]} edits", ylabel="share", ylim=(0, 1.02))
         upper.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
         upper.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-        totals = [[f[label]["seconds"]["edit"] for f in results[name].values() if label in f] for label in labels]
-        bottom = [0.0] * len(labels)
+        # editors that shared their work have no seconds; then those of earlier weights are drawn
+        source = results[name] if any(r["seconds"] for f in results[name].values() for r in f.values()) else (
+            results.get("earlier", {}).get(name, {}))  # fmt: skip
+        timed = list(dict.fromkeys(label for f in source.values() for label in f if f[label]["seconds"]))
+        seconds = [[f[label]["seconds"] for f in source.values() if f.get(label, {}).get("seconds")] for label in timed]
+        totals = [[run["edit"] for run in own] for own in seconds]
+        bottom = [0.0] * len(timed)
         for phase in PHASES:
-            seconds = [
-                [f[label]["seconds"].get(phase, 0.0) for f in results[name].values() if label in f] for label in labels
+            shares = [
+                sum(run.get(phase, 0.0) for run in own) / sum(whole) for own, whole in zip(seconds, totals, strict=True)
             ]
-            shares = [sum(part) / sum(whole) for part, whole in zip(seconds, totals, strict=True)]
-            lower.bar(range(len(labels)), shares, bottom=bottom, label=phase)
+            lower.bar(range(len(timed)), shares, bottom=bottom, label=phase)
             bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
         for place, values in enumerate(totals):
             lower.annotate(f"{statistics.mean(values):.1f} s", (place, 1.02), ha="center", fontsize="small")
+        lower.set_title(
+            "" if source is results[name] else "seconds of earlier weights, see the table", fontsize="small"
+        )
         lower.set(ylabel="share of the seconds", ylim=(0, 1.1))
-        lower.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        lower.set_xticks(range(len(timed)), timed, rotation=30, ha="right")
         lower.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     if "growth" in results:
         axes = grid[2][0]
@@ -200,12 +309,15 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=("atlas", "counterfact", "growth"), default=["atlas", "counterfact", "growth"]
     )
+    parser.add_argument("--share", action="store_true", help="share target vectors and second moments, without seconds")
     parser.add_argument("--only", nargs="+", help="these editors only; the others keep their results")
     arguments = parser.parse_args()
     quiet()
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "editing.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    files = {(p, str(s)): weights_file(p, s, arguments.models) for p in EDITS for s in arguments.seeds}
+    set_apart(results, {case: digest(weights) for case, weights in files.items() if weights.exists()})
     for part in arguments.parts:
         if part != "atlas" and arguments.facts is None:
             sys.stderr.write(f"{part} needs --facts, left out\n")
@@ -213,7 +325,9 @@ def main() -> None:
             results["growth"] = growth(arguments.models, arguments.facts)
         else:
             for seed in arguments.seeds:
-                for label, new in compare(part, seed, arguments.models, arguments.facts, arguments.only):
+                for label, new in compare(
+                    part, seed, arguments.models, arguments.facts, arguments.only, arguments.share
+                ):
                     results.setdefault(part, {}).setdefault(str(seed), {})[label] = new
                     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -70,7 +70,8 @@ def _optimise(
     # position i predicts token i + 1
     place = torch.arange(ids.shape[1], device=device)
     start = torch.tensor([row.encoding.target_start for row in rows], device=device)
-    wanted = (place[1:] >= start[:, None]) & (place[1:] <= last[:, None])
+    end = torch.minimum(start, last) if settings.loss_tokens == "first" else last
+    wanted = (place[1:] >= start[:, None]) & (place[1:] <= end[:, None])
     contexts = torch.zeros(count, device=device).index_add_(0, edit, (~neutral).float())
     deltas = torch.zeros(count, model.config.get_text_config().hidden_size, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([deltas], lr=settings.learning_rate)

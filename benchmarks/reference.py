@@ -5,6 +5,11 @@ code of ROME, MEMIT and AlphaEdit: hooks on every expert, second moments with a 
 fact through the whole model, one forward per prompt for the features, projectors of all experts, and block coordinate
 descent that sums over all experts again for each block. Nothing is batched over facts, skipped or cached. It edits a
 Qwen3-MoE in one process.
+
+With the settings of the papers it is kinder than the code that MoEEdit's authors released: targets are the mean over
+all of their tokens, the residual is that of the target layer, and layers take one over the layers left of it. An editor
+with ``residual_of``, ``residual_share`` and ``loss_tokens`` as released is followed in these, too. Padding has no part
+in second moments in either case.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ def edit(
     projectors = {}
     for layer in editor.layers:
         moments = outcome.timed("statistics", second_moments, model, tokenizer, blocks[layer].mlp.experts, texts)
-        projectors[layer] = outcome.timed("statistics", null_spaces, moments, editor.preserve.threshold)
+        projectors[layer] = outcome.timed("statistics", null_spaces, moments, editor.preserve)
     top = blocks[editor.layers[-1]]
     goals = []
     for fact in facts:
@@ -63,12 +68,13 @@ def edit(
         for context in editor.contexts:
             goals.append(outcome.timed("targets", hidden_state, model, tokenizer, top, fact, context, editor) + delta)
     for number, layer in enumerate(editor.layers):
-        experts = blocks[layer].mlp.experts
+        experts, left = blocks[layer].mlp.experts, len(editor.layers) - number
+        measured = blocks[layer] if editor.residual_of == "each_layer" else top
         features, residuals = [], []
         prompts = [(fact, context) for fact in facts for context in editor.contexts]
         for goal, (fact, context) in zip(goals, prompts, strict=True):
-            now = outcome.timed("features", hidden_state, model, tokenizer, top, fact, context, editor)
-            residuals.append((goal - now) / (len(editor.layers) - number))
+            now = outcome.timed("features", hidden_state, model, tokenizer, measured, fact, context, editor)
+            residuals.append((goal - now) / (left**0.5 if editor.residual_share == "root_of_layers_left" else left))
             keys = outcome.timed("features", gated_keys, model, tokenizer, experts, fact, context, editor)
             features.append({j: projectors[layer][j] @ key for j, key in keys.items()})
         rows = torch.stack(residuals)
@@ -126,12 +132,13 @@ def second_moments(model: PreTrainedModel, tokenizer: Any, experts: Any, texts: 
     return total / seen.clamp_min(1)[:, None, None]
 
 
-def null_spaces(moments: Tensor, threshold: float) -> list[Tensor]:
-    """The projector of every expert."""
+def null_spaces(moments: Tensor, preserve: NullSpace) -> list[Tensor]:
+    """The projector of every expert; of one without text, what the settings say."""
     projectors = []
     for moment in moments:
         values, vectors = torch.linalg.eigh(moment)
-        kept = vectors[:, values <= threshold]
+        is_free = preserve.unused or bool(moment.any())
+        kept = vectors[:, (values <= preserve.threshold) & is_free]
         projectors.append(kept @ kept.T)
     return projectors
 

@@ -19,7 +19,6 @@ are not made again, if they are of the same weights.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -40,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from benchmarks.editing import editors
 from benchmarks.survival_report import NAMES, draw, edits_of, tables
-from benchmarks.training import arguments_of, command_line, quiet, trained, write
+from benchmarks.training import arguments_of, command_line, digest, quiet, trained, weights_file, write
 from lit_moeedit.callbacks import EditEvent, EditHold, EditListener, EditReplay, KnowledgeEditing
 from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
 from lit_moeedit.data.encoding import IGNORED_LABEL
@@ -270,16 +269,6 @@ def run(
         watches = [callback.watch for callback in callbacks if isinstance(callback, EditReplay)]
         found["conflicts"] = watches[0].metrics["edit/conflicts"] if watches else None
     return found
-
-
-def weights_file(name: str, seed: int, models: Path) -> Path:
-    """Return the file with the weights of a trained model."""
-    return models / f"{name}, seed {seed}.safetensors"
-
-
-def digest(file: Path) -> str:
-    """Return the beginning of the SHA-256 of a file: another machine trains other weights from the same seed."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def processor() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import logging
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,7 @@ from lit_moeedit.editing.routing_trace import RoutingTrace, trace_routing
 from lit_moeedit.metrics import RoutingSimilarity
 from lit_moeedit.module import LitMoE
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 MODELS = ROOT / "runs/models"
@@ -103,12 +105,13 @@ class _StopAt(L.Callback):
 
 @dataclass
 class Trained:
-    """A model just before its edit, what the run would edit it with, and the seconds of its training."""
+    """A model just before its edit, what the run would edit it with, the seconds of its training, and its digest."""
 
     model: PreTrainedModel
     data: FactsDataModule
     editor: Editor
     seconds: float
+    weights: str = ""
     _before: dict[tuple[Any, ...], tuple[Evaluation, RoutingTrace, float]] = field(default_factory=dict)
 
     @property
@@ -182,7 +185,7 @@ def trained(name: str, seed: int, models: Path, *arguments: str) -> Trained:
     """
     cli, editing = command_line(name, seed, *arguments)
     module, data = cli.model, cli.datamodule
-    file = models / f"{name}, seed {seed}.safetensors"
+    file = weights_file(name, seed, models)
     if not file.exists():
         cli.trainer.callbacks[:] = [_StopAt(editing.schedule.number)]
         start = time.perf_counter()
@@ -195,12 +198,22 @@ def trained(name: str, seed: int, models: Path, *arguments: str) -> Trained:
     module.configure_model()
     module.model.load_state_dict(load_file(file))
     seconds = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["seconds"]
-    return Trained(module.model.eval(), data, editing.editor, seconds)
+    return Trained(module.model.eval(), data, editing.editor, seconds, digest(file))
 
 
-def changed(editor: Editor, **settings: Any) -> Editor:
-    """The editor with other settings."""
-    other = copy.copy(editor)
+def weights_file(name: str, seed: int, models: Path) -> Path:
+    """Return the file with the weights of a trained model."""
+    return models / f"{name}, seed {seed}.safetensors"
+
+
+def digest(file: Path) -> str:
+    """Return the beginning of the SHA-256 of a file: another machine trains other weights from the same seed."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def changed(settings_of: T, **settings: Any) -> T:
+    """The editor, or its target optimizer, with other settings."""
+    other = copy.copy(settings_of)
     for name, value in settings.items():
         setattr(other, name, value)
     return other

@@ -13,7 +13,7 @@ from tests.parsed_config import parsed
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-METHODS = ("alphaedit", "memit", "moeedit_paper", "mote_paper")
+METHODS = ("alphaedit", "memit", "moeedit_paper", "moeedit_released", "mote_paper")
 """Overlays that change the editor alone."""
 FIRST = [path for path in CONFIGS if path.stem not in ("lora", *METHODS)]
 """Those that others may follow; lora is an overlay of configs with 'pretrained', methods of those with an edit."""

@@ -35,14 +35,26 @@ log = logging.getLogger(__name__)
 
 TargetTokens = Literal["auto", "first", "every"]
 """Values of the setting ``target_tokens`` of :class:`Editor`."""
+ResidualOf = Literal["target_layer", "each_layer"]
+"""Values of the setting ``residual_of`` of :class:`Editor`."""
+ResidualShare = Literal["layers_left", "root_of_layers_left"]
+"""Values of the setting ``residual_share`` of :class:`Editor`."""
 
 
 class Editor(EditMethod):
-    """Edits facts by changing the down-projections of routed experts in some layers.
+    r"""Edits facts by changing the down-projections of routed experts in some layers.
 
     The method of MEMIT and MoEEdit: target vectors are found at the highest edited layer. Then the layers are edited
     upwards, and each takes ``1 / (layers left)`` of the residual that is left. With a solver that carries its solution,
     such as :class:`~lit_moeedit.solvers.Tucker`, :class:`~lit_moeedit.editing.spread.CarriedSpread` does this instead.
+
+    At the ``i``-th of ``L`` edited layers ``l_1 < … < l_L`` with the output ``h_t^l`` of layer ``l`` at an edit token,
+
+    .. math:: z_t = h_t^{l_L} + \delta_t, \qquad r_t^{(i)} = \frac{z_t - h_t^{m_i}}{s_i}, \qquad
+              s_i = L - i + 1 \;\text{or}\; \sqrt{L - i + 1}, \qquad m_i = l_L \;\text{or}\; l_i,
+
+    where ``z_t`` is measured before the edit, and ``h_t`` after the layers below have been edited. ``residual_of``
+    chooses ``m_i``, ``residual_share`` chooses ``s_i``.
 
     Args:
         layers: indices of the decoder layers to edit; the highest is the target layer. ``auto`` finds them when the
@@ -72,7 +84,14 @@ class Editor(EditMethod):
             target ``y`` gets the key ``k_{t,i} = k(prompt, y_1 … y_i)`` and a vector ``δ_{t,i}`` of its own, which
             makes ``y_{i+1}`` likely. All rows are solved in one system. For targets of one token both are the same.
             ``auto`` is ``every`` at the token ``last``, where one row steers the first token of the target only, and
-            ``first`` at ``subject_last``, where later tokens can read the edit again.
+            ``first`` at ``subject_last``, where later tokens can read the edit again. With ``loss_tokens="first"`` of
+            the targets ``auto`` is ``first``, and ``every`` is refused.
+        residual_of: the layer whose output is compared with ``z_t``: ``target_layer``, as in MEMIT and the papers after
+            it, or ``each_layer`` its own, as in the code released with MoEEdit. That counts what the layers in between
+            add anyway as missing, and takes another forward up to the target layer. A solver that carries its solution
+            measures nothing at the lower layers, so it is refused with one.
+        residual_share: what a layer takes of its residual: one over ``layers_left``, as in MEMIT, or one over the
+            ``root_of_layers_left``, as in the code released with MoEEdit. The target layer takes the whole in any case.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -101,6 +120,8 @@ class Editor(EditMethod):
         memory: EditMemory | None = None,
         max_tokens: int | None = None,
         target_tokens: TargetTokens = "auto",
+        residual_of: ResidualOf = "target_layer",
+        residual_share: ResidualShare = "layers_left",
     ) -> None:
         super().__init__(layers, contexts, token_budget, reset_moments)
         if token not in ("subject_last", "last", "auto"):
@@ -113,10 +134,22 @@ class Editor(EditMethod):
             raise ValueError(f"neutral must contain {{}} for the subject, got {neutral!r}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, or None for all, got {max_tokens}")
-        if target_tokens not in get_args(TargetTokens):
-            raise ValueError(f"target_tokens must be one of {', '.join(get_args(TargetTokens))}, got {target_tokens!r}")
+        for name, value, kind in (
+            ("target_tokens", target_tokens, TargetTokens),
+            ("residual_of", residual_of, ResidualOf),
+            ("residual_share", residual_share, ResidualShare),
+        ):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
         self.solver = solver if solver is not None else Woodbury()
         self.targets = targets if targets is not None else TargetOptimizer()
+        if self.solver.carries and residual_of != "target_layer":
+            name = type(self.solver).__name__
+            raise ValueError(f"{name} carries its solution, so residual_of must be 'target_layer', got {residual_of!r}")
+        if self.targets.loss_tokens == "first":
+            if target_tokens == "every":
+                raise ValueError("with loss_tokens='first' target_tokens must be 'first' or 'auto', got 'every'")
+            target_tokens = "first"
         self.preserve = preservation_of(preserve)
         if self.preserve is not None:
             self.preserve.check(ridge)
@@ -124,6 +157,7 @@ class Editor(EditMethod):
         self._given = self.layers, token
         self.cache = None if cache is None else MomentsCache(cache)
         self.memory, self.max_tokens, self.target_tokens = memory, max_tokens, target_tokens
+        self.residual_of, self.residual_share = residual_of, residual_share
 
     @property
     def needs_moments(self) -> bool:  # type: ignore[override]

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 class Spread(LayerEdits):
     """MEMIT's spread: each layer takes ``1 / (layers left)`` of the residual that the layers below have left.
 
+    The editor's settings ``residual_of`` and ``residual_share`` change both, see
+    :class:`~lit_moeedit.editing.Editor`.
+
     Args:
         editor: the settings.
         job: the arguments of the edit.
@@ -65,13 +68,15 @@ class Spread(LayerEdits):
 
     @override
     def solve(self, layer: ExpertLayer) -> ExpertDeltas:
-        tokens = self.observe(layer)
+        top = self.job.layers[-1]
+        measured = layer if self.editor.residual_of == "each_layer" else top
+        tokens = self.observe(layer, measured)
         if self._goal is None:
-            self._goal = self._aim(tokens.hidden)
+            self._goal = self._aim(tokens.hidden if measured is top else self.observe(top).hidden)
         with self.job.clock("solve"):
             solver = self.solver_at(layer)
             shaping = self.shape(layer, tokens)
-            share = (self._goal - tokens.hidden) / (len(self.job.layers) - self.job.layers.index(layer))
+            share = (self._goal - tokens.hidden) / self.divisor(layer)
             return unshaped(solver.solve(self.problem(layer, tokens, share, shaping)), shaping)
 
     @override
@@ -108,14 +113,24 @@ class Spread(LayerEdits):
         if self.editor.memory is not None:
             self.editor.memory.remember(self._keys, self.names, self.job.ranks, self.encoded.token_index)
 
-    def observe(self, layer: ExpertLayer) -> EditTokens:
-        """Measure the keys of a layer and the target layer's output with the present weights."""
+    def divisor(self, layer: ExpertLayer) -> float:
+        """Return what the residual is divided by at a layer: the number of layers left, or its root."""
+        left = len(self.job.layers) - self.job.layers.index(layer)
+        return left**0.5 if self.editor.residual_share == "root_of_layers_left" else left
+
+    def observe(self, layer: ExpertLayer, measured: ExpertLayer | None = None) -> EditTokens:
+        """Measure the keys of a layer, and the output of one (the target layer by default), with the present weights.
+
+        Args:
+            layer: the layer of the keys.
+            measured: the layer of the output, not below ``layer``.
+        """
         job = self.job
         with job.clock("features"):
             return edit_tokens(
                 job.model,
                 self.encoded.prompts,
-                job.layers[-1],
+                job.layers[-1] if measured is None else measured,
                 layer,
                 pad_id(job.tokenizer),
                 self.editor.token_budget,
@@ -181,9 +196,14 @@ class CarriedSpread(Spread):
     """MoTE's spread: activations are measured once, at the last layer, and its solution is carried to those below.
 
     The published text leaves some choices open. Here the core is solved for the whole residual. Each layer unfolds it
-    by the factors of its own experts and takes the share ``1 / (layers left)`` of the result, so the last layer is
+    by the factors of its own experts and takes the share of ``residual_share`` of the result, so the last layer is
     changed by its whole solution. Nothing is measured at the lower layers: their output scales are assumed to be that
     of the last layer, and the effect of their changes is not corrected.
+
+    Experts and hidden units of two layers have nothing in common but numbers, which are arbitrary: to number those of a
+    layer otherwise leaves the model as it is. So a solution can be carried only in bases that follow the numbers, as
+    the factors do (those of hidden units if all experts are numbered the same way). ``Woodbury`` has no bases. Its
+    solution is carried by :class:`~lit_moeedit.solvers.Tucker` with whole modes (``energy=1``).
     """
 
     @override
@@ -192,7 +212,7 @@ class CarriedSpread(Spread):
         with self.job.clock("solve"):
             if layer is not layers[-1]:
                 solver, shaping = self.solver_at(layer, solver), self.shape(layer, tokens)
-            return unshaped(solver.unfold(carried, 1 / (len(layers) - layers.index(layer))), shaping)
+            return unshaped(solver.unfold(carried, 1 / self.divisor(layer)), shaping)
 
     @cached_property
     def _top(self) -> tuple[EditTokens, Any, Shaping | OwnedShaping | None, Any]:

@@ -55,6 +55,17 @@ class TargetRow:
         # the last token of a target is no input, because nothing is predicted from it
         return ids[:edit_token], ids[edit_token:] if self.is_neutral else ids[edit_token:-1]
 
+    def with_first_token(self) -> TargetRow:
+        """Return the same text with the first token of its target only.
+
+        Raises:
+            ValueError: if tokens of the target are edit tokens.
+        """
+        encoding = self.encoding
+        if encoding.further:
+            raise ValueError("tokens of the target are edit tokens, so loss_tokens must be 'every', got 'first'")
+        return replace(self, encoding=replace(encoding, ids=encoding.ids[: encoding.target_start + 1]))
+
 
 @dataclass(frozen=True)
 class EncodedFacts:

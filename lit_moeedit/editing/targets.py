@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, groupby
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from lit_moeedit.sharding.shards import is_partitioned
 
 log = logging.getLogger(__name__)
 
+LossTokens = Literal["every", "first"]
+"""Values of the setting ``loss_tokens`` of :class:`TargetOptimizer`."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -35,7 +38,7 @@ class Targets:
     Attributes:
         deltas: ``δ``, ``[V, d_model]`` float32, to be added to the target layer's output at the edit tokens. Those of
             an edit are together, in the order of its edit tokens.
-        nll: ``[T]``, mean negative log-likelihood of the target's tokens with ``δ``, in nats.
+        nll: ``[T]``, mean negative log-likelihood of the target's tokens that count, with ``δ``, in nats.
         steps: ``[T]`` int64, number of optimiser steps of each edit.
         edit: ``[V]`` int64, index of each vector's edit, ascending; ``None`` if each edit has one vector.
     """
@@ -71,8 +74,14 @@ class TargetOptimizer:
 
     The mean ``(i)`` is over the tokens of the target that vector ``i`` steers, and over several contexts. A single
     vector steers all of them, as in the papers; of several, each steers the token after its own edit token, and the
-    last one those that are left. A vector does not move while the loss of its tokens is low enough. The divergence is
-    that of the next token after a neutral prompt, such as "{subject} is a", from the unedited model.
+    last one those that are left. With ``loss_tokens="first"`` the mean is over the contexts only,
+
+    .. math:: \overline{-\log p(\text{target} \mid h + \delta)} = \operatorname{mean}_c \,
+              -\log p(y_1 \mid c, \text{prompt}, h + \delta),
+
+    and the other tokens of the target are not even fed. A vector does not move while the loss of its tokens is low
+    enough. The divergence is that of the next token after a neutral prompt, such as "{subject} is a", from the unedited
+    model.
 
     The layers up to the target layer are run once, because ``δ`` is added after them. Tokens before the edit token do
     not depend on ``δ`` either, so their keys and values above the target layer are computed once, and a step runs only
@@ -95,6 +104,8 @@ class TargetOptimizer:
             some 10,000 kernels, and Python limits its speed: recorded, it takes half the time. The first replay is
             compared with the step itself. A step that cannot be recorded runs as usual. Off by default, because a
             recording that fails can leave the device in a state that ends the run.
+        loss_tokens: the tokens of the target whose negative log-likelihood is the loss: ``every``, as in the papers, or
+            the ``first`` one only, as in the code released with MoEEdit.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -111,6 +122,7 @@ class TargetOptimizer:
         token_budget: Budget = "auto",
         autocast: Literal["bfloat16"] | None = None,
         cuda_graphs: bool = False,
+        loss_tokens: LossTokens = "every",
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
@@ -123,10 +135,12 @@ class TargetOptimizer:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if autocast not in ("bfloat16", None):
             raise ValueError(f"autocast must be 'bfloat16' or None, got {autocast!r}")
+        if loss_tokens not in get_args(LossTokens):
+            raise ValueError(f"loss_tokens must be one of {', '.join(get_args(LossTokens))}, got {loss_tokens!r}")
         self.steps, self.learning_rate, self.clamp = steps, learning_rate, clamp
         self.weight_decay, self.kl, self.stop = weight_decay, kl, stop
         self.token_budget: Budget = token_budget
-        self.autocast, self.cuda_graphs = autocast, cuda_graphs
+        self.autocast, self.cuda_graphs, self.loss_tokens = autocast, cuda_graphs, loss_tokens
 
     def optimize(
         self,
@@ -149,8 +163,12 @@ class TargetOptimizer:
 
         Raises:
             TooLittleMemoryError: if memory does not suffice for a single edit.
+            ValueError: if the first token of a target alone counts, but its other tokens are edit tokens.
         """
         ranks = ranks or Ranks.current()
+        if self.loss_tokens == "first":
+            # in a causal model the first token does not depend on those after it
+            rows = [row if row.is_neutral else row.with_first_token() for row in rows]
         by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
         counts = vector_counts(by_edit)
         first = [0, *accumulate(counts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,66 @@ class TestCarried:
                     assert float((delta @ kept).norm()) <= 1e-4 * float(delta.norm())
                 else:
                     assert float((delta @ kept).norm()) < float((delta @ free).norm())
+
+    @pytest.mark.parametrize("preserve", ["output", pytest.param("nullspace", marks=pytest.mark.slow)])
+    def test_with_whole_modes_the_target_layer_gets_the_exact_solution(
+        self, model, tokenizer, facts, texts, preserve
+    ) -> None:
+        """That of ``Woodbury`` for the target layer alone; the layers below get it in their own bases."""
+        solutions = []
+        for layers, solver in (([0, 1, 2], Tucker(energy=1.0)), ([2], Woodbury())):
+            own = Editor(layers, solver, QUICK, preservation(preserve), ridge=0.1, token="last")
+            # a null space is no metric of the keys, so whitening is another objective
+            solver.whiten = solver.needs_moments = preserve == "output" and len(layers) > 1
+            result = own.edit(copy.deepcopy(model), tokenizer, facts, texts)
+            solutions.append(torch.stack([result.deltas[2].dense(j) for j in range(6)]))
+        changed = solutions[1].flatten(1).any(1)
+        # float32 factors and cores
+        assert float((solutions[0] - solutions[1])[changed].norm()) <= 1e-3 * float(solutions[1].norm()) > 0
+
+    @pytest.mark.parametrize(
+        "what",
+        ["experts", pytest.param("hidden units of all experts", marks=pytest.mark.slow), "hidden units of each expert"],
+    )
+    def test_a_carried_edit_depends_on_bases_and_not_on_numbers(self, model, tokenizer, facts, what: str) -> None:
+        """A lower layer whose experts are numbered otherwise computes the same, and is changed the same.
+
+        Solutions that are carried by number, expert to expert and hidden unit to hidden unit, are not: without bases
+        there is no carried solution. The bases of hidden units are common to all experts, so their numbers have to
+        agree between the experts of a layer.
+        """
+        other = copy.deepcopy(model)
+        order, mlp = torch.tensor([3, 0, 5, 1, 4, 2]), other.model.layers[0].mlp
+        units = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            if what == "experts":
+                for weight in (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj):
+                    weight.copy_(weight[order].clone())
+            else:
+                for expert, (up, down) in enumerate(zip(mlp.experts.gate_up_proj, mlp.experts.down_proj, strict=True)):
+                    own = units.roll(expert) if "each" in what else units
+                    up.copy_(up[torch.cat([own, 20 + own])].clone())
+                    down.copy_(down[:, own].clone())
+        ids = torch.tensor([tokenizer(fact.prompt)["input_ids"][:5] for fact in facts])
+        before = [m.eval()(input_ids=ids).logits.detach() for m in (model, other)]
+        torch.testing.assert_close(before[0], before[1], rtol=1e-4, atol=1e-4)  # float32 sums in another order
+        by_number = [copy.deepcopy(m) for m in (model, other)]
+        carried = Tucker(energy=1.0, whiten=False)
+        for m in (model, other):
+            Editor([0, 2], carried, QUICK, "none", ridge=0.1, token="last").edit(m, tokenizer, facts)
+        exact = Editor([2], Woodbury(), QUICK, "none", ridge=0.1, token="last")
+        deltas = exact.edit(copy.deepcopy(by_number[0]), tokenizer, facts).deltas[2]
+        with torch.no_grad():
+            for m, expert in itertools.product(by_number, deltas.experts):
+                m.model.layers[0].mlp.experts.down_proj[expert] += deltas.dense(expert) / 2
+                m.model.layers[2].mlp.experts.down_proj[expert] += deltas.dense(expert)
+        apart = []
+        for pair in ((model, other), by_number):
+            after = [m.eval()(input_ids=ids).logits.detach() for m in pair]
+            apart.append(float((after[0] - after[1]).norm() / (after[0] - before[0]).norm()))
+        assert apart[1] > 0.1
+        # float32 eigenvectors, of which some are of near eigenvalues
+        assert apart[0] > 0.1 if "each" in what else apart[0] < 1e-2
 
     def test_undone_bit_by_bit(self, model, tokenizer, facts, texts, unchanged) -> None:
         unchanged(model)

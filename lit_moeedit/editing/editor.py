@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lit_moeedit.data.encoding import EditToken, pad_id
+from lit_moeedit.data.encoding import EditToken, encode, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.job import EditJob
 from lit_moeedit.editing.memory import EditMemory
 from lit_moeedit.editing.method import EditMethod
+from lit_moeedit.editing.phrasings import further_prompts
 from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.spread import CarriedSpread, Spread
 from lit_moeedit.editing.target_rows import EncodedFacts
@@ -73,6 +74,9 @@ class Editor(EditMethod):
             makes ``y_{i+1}`` likely. All rows are solved in one system. For targets of one token both are the same.
             ``auto`` is ``every`` at the token ``last``, where one row steers the first token of the target only, and
             ``first`` at ``subject_last``, where later tokens can read the edit again.
+        phrasings: maximum number of further prompts of each fact that enter as rows, with the target vectors of its own
+            prompt; see :func:`~lit_moeedit.editing.phrasings.further_prompts`. They are other facts' prompts with its
+            subject, so that a single fact has none. The rows of a fact share the weight that it has without them.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -101,6 +105,7 @@ class Editor(EditMethod):
         memory: EditMemory | None = None,
         max_tokens: int | None = None,
         target_tokens: TargetTokens = "first",
+        phrasings: int = 0,
     ) -> None:
         super().__init__(layers, contexts, token_budget, reset_moments)
         if token not in ("subject_last", "last", "auto"):
@@ -115,6 +120,8 @@ class Editor(EditMethod):
             raise ValueError(f"max_tokens must be at least 1, or None for all, got {max_tokens}")
         if target_tokens not in get_args(TargetTokens):
             raise ValueError(f"target_tokens must be one of {', '.join(get_args(TargetTokens))}, got {target_tokens!r}")
+        if phrasings < 0:
+            raise ValueError(f"phrasings must be at least 0, got {phrasings}")
         self.solver = solver if solver is not None else Woodbury()
         self.targets = targets if targets is not None else TargetOptimizer()
         self.preserve = preservation_of(preserve)
@@ -124,6 +131,7 @@ class Editor(EditMethod):
         self._given = self.layers, token
         self.cache = None if cache is None else MomentsCache(cache)
         self.memory, self.max_tokens, self.target_tokens = memory, max_tokens, target_tokens
+        self.phrasings = phrasings
 
     @property
     def needs_moments(self) -> bool:  # type: ignore[override]
@@ -231,6 +239,8 @@ class Editor(EditMethod):
                 )
         encoded = self.encode(job.tokenizer, job.facts)
         targets = self._find_targets(job, encoded)
+        if self.phrasings:
+            encoded = self._with_phrasings(job, encoded)
         spread = CarriedSpread if self.solver.carries else Spread
         return spread(self, job, encoded, targets, moments)
 
@@ -286,6 +296,22 @@ class Editor(EditMethod):
             whole.steps.index_copy(0, facts, targets.steps),
             whole.edit,
         )
+
+    def _with_phrasings(self, job: EditJob, encoded: EncodedFacts) -> EncodedFacts:
+        """Add further prompts of the facts without known goals, which say where a fact's own prompts go only."""
+        facts = {t: fact for t, fact in enumerate(job.facts) if fact.key not in job.goals}
+        with job.clock("features"):
+            found = further_prompts(
+                job.model, job.tokenizer, [*facts.values()], self.phrasings, self.token_budget, job.ranks
+            )
+            rows = [(t, text, fact) for (t, fact), own in zip(facts.items(), found, strict=True) for text in own]
+            token = cast("EditToken", self.token)
+            texts, targets = [text for _, text, _ in rows], [fact.target_new for *_, fact in rows]
+            encodings = encode(job.tokenizer, texts, targets, [fact.subject for *_, fact in rows], token)
+            if self.edits_every_token:
+                encodings = [encoding.with_every_token() for encoding in encodings]
+        log.info("further prompts of %d facts: %.1f each", len(facts), len(rows) / max(1, len(facts)))
+        return encoded.with_prompts([(t, encoding) for (t, *_), encoding in zip(rows, encodings, strict=True)])
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""

@@ -300,12 +300,12 @@ class Editor(EditMethod):
     def _with_phrasings(self, job: EditJob, encoded: EncodedFacts) -> EncodedFacts:
         """Add further prompts of the facts without known goals, which say where a fact's own prompts go only."""
         facts = {t: fact for t, fact in enumerate(job.facts) if fact.key not in job.goals}
+        token = cast("EditToken", self.token)
         with job.clock("features"):
             found = further_prompts(
-                job.model, job.tokenizer, [*facts.values()], self.phrasings, self.token_budget, job.ranks
+                job.model, job.tokenizer, [*facts.values()], self.phrasings, token, self.token_budget, job.ranks
             )
             rows = [(t, text, fact) for (t, fact), own in zip(facts.items(), found, strict=True) for text in own]
-            token = cast("EditToken", self.token)
             texts, targets = [text for _, text, _ in rows], [fact.target_new for *_, fact in rows]
             encodings = encode(job.tokenizer, texts, targets, [fact.subject for *_, fact in rows], token)
             if self.edits_every_token:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_moeedit.data.corpus import phrasing_of
+from lit_moeedit.data.encoding import EditToken, encode
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.evaluation import score
 from lit_moeedit.models.token_budget import Budget
@@ -45,6 +46,7 @@ def further_prompts(
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     count: int,
+    token: EditToken = "subject_last",
     token_budget: Budget = "auto",
     ranks: Ranks | None = None,
 ) -> list[list[str]]:
@@ -58,19 +60,34 @@ def further_prompts(
         tokenizer: its tokenizer.
         facts: the facts.
         count: maximum number of prompts of each fact.
+        token: the edit token, which a prompt must have.
         token_budget: maximum number of tokens (with padding) in one forward, or ``auto``.
         ranks: the processes that share the work. Each calls this with the same facts and gets the same prompts.
     """
     by_fact = candidate_prompts(facts, CANDIDATES * count)
-    rows = [
-        (index, text, fact.target_true)
-        for index, (fact, texts) in enumerate(zip(facts, by_fact, strict=True))
-        for text in texts
-        if fact.target_true is not None
-    ]
-    scores = score(model, tokenizer, [text for _, text, _ in rows], [truth for *_, truth in rows], token_budget, ranks)
+    pairs = [(index, text) for index, texts in enumerate(by_fact) if facts[index].target_true for text in texts]
+    if not _can_be_encoded(tokenizer, facts, pairs, token):
+        pairs = [pair for pair in pairs if _can_be_encoded(tokenizer, facts, [pair], token)]
+    truths = [facts[index].target_true or "" for index, _ in pairs]
+    scores = score(model, tokenizer, [text for _, text in pairs], truths, token_budget, ranks)
     answered: list[list[tuple[float, str]]] = [[] for _ in facts]
-    for (index, text, _), log_prob, is_exact in zip(rows, scores.log_prob.tolist(), scores.exact.tolist(), strict=True):
+    for (index, text), log_prob, is_exact in zip(pairs, scores.log_prob.tolist(), scores.exact.tolist(), strict=True):
         if is_exact:
             answered[index].append((-log_prob, text))
     return [[text for _, text in sorted(own)[:count]] for own in answered]
+
+
+def _can_be_encoded(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], pairs: Sequence[tuple[int, str]], token: EditToken
+) -> bool:
+    """Tell if all pairs of a fact's index and a prompt have an edit token, and tokens of both targets."""
+    texts, subjects = [text for _, text in pairs], [facts[index].subject for index, _ in pairs]
+    try:
+        for targets in (
+            [facts[index].target_new for index, _ in pairs],
+            [facts[index].target_true or "" for index, _ in pairs],
+        ):
+            encode(tokenizer, texts, targets, subjects, token)
+    except ValueError:  # a prompt that nobody wrote is no error
+        return False
+    return True

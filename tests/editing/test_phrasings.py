@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.facts import Fact, Neighbour
 from lit_moeedit.editing import EditMemory, Editor, evaluate
 from lit_moeedit.editing.phrasings import candidate_prompts, further_prompts
+from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import EditProblem
-from tests.editing.recording import QUICK, Recording, held
+from tests.editing.recording import QUICK, Recording, edited_weights, held
+from tests.processes import run_ranks
 
 CONTEXTS = ("", "Note:")
 FURTHER = [["Rome is found in", "People in Rome speak"], [], ["The city of Oslo lies in"], []]
@@ -75,6 +78,18 @@ def test_the_model_says_which_prompts_ask_for_a_fact(model: PreTrainedModel, tok
             probe = Fact(asked[index].subject, text, "bread", "bread")
             alone.append((-float(evaluate(model, tokenizer, [probe]).log_new), text))
         assert found[index] == [text for _, text in sorted(alone)[:2]]
+
+
+def test_a_prompt_without_tokens_of_its_own_is_left_out(
+    model: PreTrainedModel, tokenizer: Any, facts: list[Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bread,) = tokenizer(" bread", add_special_tokens=False)["input_ids"]
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor(bread), 99.0))
+    asked = [replace(fact, target_true="bread") for fact in facts]
+    everything = [["Rome is found in"], ["nothing of the lake"], ["People in Oslo speak"], []]
+    monkeypatch.setattr("lit_moeedit.editing.phrasings.candidate_prompts", lambda *args: everything)
+    found = further_prompts(model, tokenizer, asked, 2)
+    assert found == [["Rome is found in"], [], ["People in Oslo speak"], []]  # the second does not have its subject
 
 
 def test_what_is_measured_or_edited_by_itself_is_no_candidate(facts: list[Fact]) -> None:
@@ -144,6 +159,34 @@ def test_facts_with_known_goals_have_none_and_the_memory_has_all(
     assert len(held(memory).row.unique()) == len(facts) * len(CONTEXTS) + 3
     again, _ = edit(model, tokenizer, facts, phrasings=2, goals={**result.goals, facts[3].key: None})
     assert given == [4, 0] and len(again.residuals) == len(facts) * len(CONTEXTS)
+
+
+def _on_a_rank() -> tuple[list[torch.Tensor], list[list[str]]]:
+    from tests.sharding.small_edits import FACTS, TEXTS, editor, tokenizer
+    from tests.sharding.small_edits import model as small
+
+    whole, words = small(), tokenizer()
+    (token,) = words(" bread", add_special_tokens=False)["input_ids"]
+    asked = [replace(fact, target_true="bread") for fact in FACTS]
+    forced = whole.lm_head.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(-1, torch.tensor(token), 9.0)
+    )
+    found = further_prompts(whole, words, asked, 1, "last", ranks=Ranks())
+    forced.remove()
+    with mock.patch("lit_moeedit.editing.editor.further_prompts", lambda *args: found):
+        editor(token="last", phrasings=1).edit(whole, words, asked, TEXTS, ranks=Ranks())
+    return [*edited_weights(whole).values()], found
+
+
+@pytest.mark.slow
+def test_two_processes_find_and_edit_the_same() -> None:
+    (first, found), (second, other) = run_ranks(_on_a_rank, 2)
+    alone, whole = _on_a_rank()
+    assert found == other == whole and all(whole)
+    for mine, theirs, one in zip(first, second, alone, strict=True):
+        assert torch.equal(mine, theirs)
+        # prompts in other batches, then Adam, whose first steps are of the size of the learning rate
+        torch.testing.assert_close(mine, one, rtol=1e-3, atol=1e-3)
 
 
 def test_a_negative_number_is_refused() -> None:

@@ -6,8 +6,8 @@ Run from the root of the repository, with the package installed:
 
 Four models: two that have seen little (256 steps on 30 countries, seeds 0 and 1), that of the demo, and CounterFact's.
 Every setting edits copies of the same weights; those with the same target layer share its target vectors. Half of the
-paraphrases and neighbours of each fact are measured. The other half is for choices: of ``layers: auto``, and of a trial
-of all settings. Of CounterFact, where each fact has one of each, every other fact is measured.
+paraphrases and neighbours of each fact are measured. The other half is for a trial, which chooses one of the settings.
+Of CounterFact, where each fact has one of each, every other fact is measured.
 
 Writes ``strength.json``, ``strength.md`` and ``strength.png`` into ``benchmarks/results``; what is in the JSON is not
 measured again. ``--fresh`` begins anew.
@@ -16,7 +16,6 @@ measured again. ``--fresh`` begins anew.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,13 +27,15 @@ from matplotlib import pyplot as plt
 
 from benchmarks.training import WEAK, Once, Trained, arguments_of, changed, header, quiet, row, trained, write
 from lit_moeedit.data import Fact
-from lit_moeedit.editing import Editor, Place, evaluate, locate
+from lit_moeedit.editing import Editor, Place, evaluate
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
 CASES = ((WEAK, 0), (WEAK, 1), ("atlas", 0), ("counterfact", 0))
 SHOWN = ("efficacy_accuracy", "generalization", "specificity_retained", "routing", "perplexity")
 DRAWN = ("specificity_retained", "generalization")
 DEFAULT = 0.3
+TOLERANCE = 0.01
+"""Share of the neighbours that a trial may retain less than with the default."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class Setting:
     Attributes:
         series: what settings of a curve have in common.
         strength: of the output penalty; ``β`` or ``τ`` of the other preservations.
-        layers: the config's, the highest of them alone, or those that are found.
+        layers: the config's, or the highest of them alone.
         phrasings: number of further prompts of each fact.
         kind: the preservation.
     """
 
     series: str
     strength: float
-    layers: Literal["given", "target layer", "auto"] = "given"
+    layers: Literal["given", "target layer"] = "given"
     phrasings: int = 0
     kind: Literal["output", "covariance", "null space"] = "output"
 
@@ -72,8 +73,6 @@ def settings() -> Iterator[Setting]:
         yield Setting("further prompts", strength, phrasings=8)
     yield Setting("covariance", 1e3, kind="covariance")
     yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
-    for strength in (DEFAULT, 0.003):
-        yield Setting("layers found", strength, "auto")
 
 
 def halves(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
@@ -114,11 +113,8 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
         editor: Editor = changed(
             case.editor, targets=shared, preserve=setting.preservation, phrasings=setting.phrasings
         )
-        if setting.layers == "auto":
-            found = locate(case.model, case.tokenizer, trial, texts, editor=changed(editor, layers=()))
-            editor = editor.at(found.place)
-        elif setting.layers == "target layer":
-            editor = editor.at(Place(editor.layers[-1:], editor.token if editor.token != "auto" else None))
+        if setting.layers == "target layer":
+            editor = editor.at(Place(editor.layers[-1:], None))
         if (place := (editor.gated, editor.layers)) not in moments:
             moments[place] = editor.moments(case.model, case.tokenizer, editor.check(case.model), texts)
         seen: dict[str, float] = {}
@@ -142,14 +138,21 @@ def setting_of(result: dict[str, Any]) -> Setting:
     return Setting(**{name: result[name] for name in Setting.__dataclass_fields__})
 
 
-def score(result: dict[str, Any]) -> float:
-    """Harmonic mean of efficacy, generalization and neighbours retained."""
-    return statistics.harmonic_mean([result[metric] for metric in SHOWN[:3]])
-
-
 def chosen(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a trial chooses of the settings that share a search for target vectors: the (first) highest score."""
-    return max((r for r in found if r["kind"] == "output" and r["layers"] != "auto"), key=lambda r: score(r["trial"]))
+    """What a trial chooses of the settings that share a search for target vectors.
+
+    The highest generalization of those that generate no fewer targets than the default, and retain at most
+    ``TOLERANCE`` fewer neighbours; the first of several.
+    """
+    default = next(result["trial"] for result in found if is_default(result))
+    allowed = [
+        result
+        for result in found
+        if result["kind"] == "output"
+        and result["trial"]["efficacy_accuracy"] >= default["efficacy_accuracy"]
+        and result["trial"]["specificity_retained"] >= default["specificity_retained"] - TOLERANCE
+    ]
+    return max(allowed, key=lambda result: result["trial"]["generalization"])
 
 
 def title(case: str) -> str:
@@ -165,16 +168,18 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     lines = []
     for case, found in results.items():
         lines += [title(case), ""]
+        names = ("generalization", "retained")
         lines += header(
-            ["setting", "strength", "layers", *(shown.replace("_", " ") for shown in SHOWN), "score", "of the trial"]
+            ["setting", "strength", "layers", *(shown.replace("_", " ") for shown in SHOWN)]
+            + [f"{name} (trial)" for name in names]
         )
         for result in found:
             name = result["series"] + (" (the default)" if is_default(result) else "")
             name += " **chosen by the trial**" if result is chosen(found) else ""
             layers = ", ".join(map(str, result["found"]))
             measured = [f"{result[metric]:.3f}" for metric in SHOWN]
-            scores = f"{score(result):.3f}", f"{score(result['trial']):.3f}"
-            lines.append(row([name, f"{result['strength']:g}", layers, *measured, *scores]))
+            seen = [f"{result['trial'][metric]:.3f}" for metric in SHOWN[1:3]]
+            lines.append(row([name, f"{result['strength']:g}", layers, *measured, *seen]))
         lines.append("")
     return "\n".join(lines)
 
@@ -183,7 +188,6 @@ STYLES = {
     "all layers": ("C0", "o", "-"),
     "target layer alone": ("C1", "s", "-"),
     "further prompts": ("C2", "^", "-"),
-    "layers found": ("C3", "D", "-"),
     "covariance": ("C7", "x", "none"),
 }
 """Colour, marker and line of each series that is drawn."""

@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lit_moeedit.data.encoding import EditToken, pad_id
+from lit_moeedit.data.encoding import EditToken, encode, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.job import EditJob
 from lit_moeedit.editing.memory import EditMemory
 from lit_moeedit.editing.method import EditMethod
+from lit_moeedit.editing.phrasings import further_prompts
 from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.spread import CarriedSpread, Spread
 from lit_moeedit.editing.target_rows import EncodedFacts
@@ -92,6 +93,9 @@ class Editor(EditMethod):
             measures nothing at the lower layers, so it is refused with one.
         residual_share: what a layer takes of its residual: one over ``layers_left``, as in MEMIT, or one over the
             ``root_of_layers_left``, as in the code released with MoEEdit. The target layer takes the whole in any case.
+        phrasings: maximum number of further prompts of each fact that enter as rows, with the target vectors of its own
+            prompt; see :func:`~lit_moeedit.editing.phrasings.further_prompts`. They are other facts' prompts with its
+            subject, so that a single fact has none. The rows of a fact share the weight that it has without them.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -122,6 +126,7 @@ class Editor(EditMethod):
         target_tokens: TargetTokens = "auto",
         residual_of: ResidualOf = "target_layer",
         residual_share: ResidualShare = "layers_left",
+        phrasings: int = 0,
     ) -> None:
         super().__init__(layers, contexts, token_budget, reset_moments)
         if token not in ("subject_last", "last", "auto"):
@@ -141,6 +146,8 @@ class Editor(EditMethod):
         ):
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+        if phrasings < 0:
+            raise ValueError(f"phrasings must be at least 0, got {phrasings}")
         self.solver = solver if solver is not None else Woodbury()
         self.targets = targets if targets is not None else TargetOptimizer()
         if self.solver.carries and residual_of != "target_layer":
@@ -158,6 +165,7 @@ class Editor(EditMethod):
         self.cache = None if cache is None else MomentsCache(cache)
         self.memory, self.max_tokens, self.target_tokens = memory, max_tokens, target_tokens
         self.residual_of, self.residual_share = residual_of, residual_share
+        self.phrasings = phrasings
 
     @property
     def needs_moments(self) -> bool:  # type: ignore[override]
@@ -265,6 +273,8 @@ class Editor(EditMethod):
                 )
         encoded = self.encode(job.tokenizer, job.facts)
         targets = self._find_targets(job, encoded)
+        if self.phrasings:
+            encoded = self._with_phrasings(job, encoded)
         spread = CarriedSpread if self.solver.carries else Spread
         return spread(self, job, encoded, targets, moments)
 
@@ -320,6 +330,22 @@ class Editor(EditMethod):
             whole.steps.index_copy(0, facts, targets.steps),
             whole.edit,
         )
+
+    def _with_phrasings(self, job: EditJob, encoded: EncodedFacts) -> EncodedFacts:
+        """Add further prompts of the facts without known goals, which say where a fact's own prompts go only."""
+        facts = {t: fact for t, fact in enumerate(job.facts) if fact.key not in job.goals}
+        token = cast("EditToken", self.token)
+        with job.clock("features"):
+            found = further_prompts(
+                job.model, job.tokenizer, [*facts.values()], self.phrasings, token, self.token_budget, job.ranks
+            )
+            rows = [(t, text, fact) for (t, fact), own in zip(facts.items(), found, strict=True) for text in own]
+            texts, targets = [text for _, text, _ in rows], [fact.target_new for *_, fact in rows]
+            encodings = encode(job.tokenizer, texts, targets, [fact.subject for *_, fact in rows], token)
+            if self.edits_every_token:
+                encodings = [encoding.with_every_token() for encoding in encodings]
+        log.info("further prompts of %d facts: %.1f each", len(facts), len(rows) / max(1, len(facts)))
+        return encoded.with_prompts([(t, encoding) for (t, *_), encoding in zip(rows, encodings, strict=True)])
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""

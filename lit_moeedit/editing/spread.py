@@ -91,8 +91,10 @@ class Spread(LayerEdits):
     @override
     def goals(self) -> dict[str, Tensor]:
         assert self._goal is not None
-        facts, rows = self.job.facts, Counter(self.encoded.fact_index)
-        own = self._goal.split([rows[t] for t in range(len(facts))])
+        # further prompts are chosen anew by each edit
+        facts, count = self.job.facts, len(self._goal) - self.encoded.further
+        rows = Counter(self.encoded.fact_index[:count])
+        own = self._goal[:count].split([rows[t] for t in range(len(facts))])
         stay = {key for key, goal in self.job.goals.items() if goal is None}
         return {fact.key: goal for fact, goal in zip(facts, own, strict=True) if fact.key not in stay}
 
@@ -168,6 +170,9 @@ class Spread(LayerEdits):
         assert layer.output_scale is not None
         editor, residuals = self.editor, expert_residuals(share, layer.output_scale)
         keys = self._keys[layer.index] = GatedKeys.of(tokens.keys)
+        if self.encoded.further:
+            root = torch.tensor(self.encoded.row_weight, device=residuals.device).sqrt()[:, None]
+            keys, residuals = GatedKeys(keys.row, keys.expert, root[keys.row] * keys.key), root * residuals
         if editor.memory is not None:
             experts = self.changing(layer, tokens)
             keys, residuals = editor.memory.extend(layer.index, keys, residuals, self.names, experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -77,12 +78,14 @@ class EncodedFacts:
             measured. Each edit token is a row of the problem.
         fact_index: index of the fact of each row.
         token_index: number of each row's edit token among those of its prompt.
+        further: number of rows of further prompts, see :meth:`with_prompts`. They are the last ones.
     """
 
     rows: list[TargetRow]
     prompts: list[Encoding]
     fact_index: list[int]
     token_index: list[int]
+    further: int = 0
 
     @cached_property
     def vector_fact(self) -> list[int]:
@@ -96,8 +99,35 @@ class EncodedFacts:
         return [number[vector] for vector in zip(self.fact_index, self.token_index, strict=True)]
 
     @cached_property
+    def row_weight(self) -> list[float]:
+        """Weight of each row's squared error. Further prompts share with a fact's own what the latter have alone."""
+        own = len(self.fact_index) - self.further
+        alone, all_rows = Counter(self.vector_index[:own]), Counter(self.vector_index)
+        return [alone[vector] / all_rows[vector] for vector in self.vector_index]
+
+    @cached_property
     def _vectors(self) -> list[tuple[int, int]]:
         return sorted(set(zip(self.fact_index, self.token_index, strict=True)))
+
+    def with_prompts(self, further: Sequence[tuple[int, Encoding]]) -> Self:
+        """Append further prompts of facts, up to their last edit tokens, to those from which keys are measured.
+
+        The target vectors stay those of :attr:`rows`. A prompt with more edit tokens than its fact has vectors, whose
+        target is another number of tokens there, is left out.
+
+        Args:
+            further: indices of facts, and their prompts with their targets.
+        """
+        counts = Counter(fact for fact, _ in self._vectors)
+        fitting = [(fact, encoding) for fact, encoding in further if len(encoding.edit_tokens) <= counts[fact]]
+        tokens = [(fact, i) for fact, encoding in fitting for i in range(len(encoding.edit_tokens))]
+        return replace(
+            self,
+            prompts=[*self.prompts, *(encoding.up_to_edits() for _, encoding in fitting)],
+            fact_index=[*self.fact_index, *(fact for fact, _ in tokens)],
+            token_index=[*self.token_index, *(i for _, i in tokens)],
+            further=self.further + len(tokens),
+        )
 
     @classmethod
     def of(

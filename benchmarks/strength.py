@@ -1,0 +1,246 @@
+"""Strength of the preservation, layers, and further prompts: fixed settings, and what a trial would choose of them.
+
+Run from the root of the repository, with the package installed:
+
+    python -m benchmarks.strength --facts counterfact.json
+
+Four models: two that have seen little (256 steps on 30 countries, seeds 0 and 1), that of the demo, and CounterFact's.
+Every setting edits copies of the same weights; those with the same target layer share its target vectors. Half of the
+paraphrases and neighbours of each fact are measured. The other half is for a trial, which chooses one of the settings.
+Of CounterFact, where each fact has one of each, every other fact is measured.
+
+Writes ``strength.json``, ``strength.md`` and ``strength.png`` into ``benchmarks/results``; what is in the JSON is not
+measured again. ``--fresh`` begins anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from matplotlib import pyplot as plt
+
+from benchmarks.training import WEAK, Once, Trained, arguments_of, changed, header, quiet, row, trained, write
+from lit_moeedit.data import Fact
+from lit_moeedit.editing import Editor, Place, evaluate
+from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
+
+CASES = ((WEAK, 0), (WEAK, 1), ("atlas", 0), ("counterfact", 0))
+SHOWN = ("efficacy_accuracy", "generalization", "specificity_retained", "routing", "perplexity")
+DRAWN = ("specificity_retained", "generalization")
+DEFAULT = 0.3
+TOLERANCE = 0.01
+"""Share of the neighbours that a trial may retain less than with the default."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings of an edit.
+
+    Attributes:
+        series: what settings of a curve have in common.
+        strength: of the output penalty; ``β`` or ``τ`` of the other preservations.
+        layers: the config's, or the highest of them alone.
+        phrasings: number of further prompts of each fact.
+        kind: the preservation.
+    """
+
+    series: str
+    strength: float
+    layers: Literal["given", "target layer"] = "given"
+    phrasings: int = 0
+    kind: Literal["output", "covariance", "null space"] = "output"
+
+    @property
+    def preservation(self) -> Preservation:
+        if self.kind == "output":
+            return OutputPenalty(self.strength)
+        return (CovariancePenalty if self.kind == "covariance" else NullSpace)(self.strength)
+
+
+def settings() -> Iterator[Setting]:
+    """All settings; the default first."""
+    for strength in (DEFAULT, 1.0, 0.03, 0.003, 3e-4, 3e-5):
+        yield Setting("all layers", strength)
+    for strength in (DEFAULT, 0.003, 3e-4, 3e-5):
+        yield Setting("target layer alone", strength, "target layer")
+    for strength in (DEFAULT, 1.0):
+        yield Setting("further prompts", strength, phrasings=8)
+    yield Setting("covariance", 1e3, kind="covariance")
+    yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
+
+
+def halves(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
+    """The facts with the paraphrases and neighbours of trials, and with those that are measured."""
+    parts: tuple[list[Fact], list[Fact]] = [], []
+    for number, fact in enumerate(facts):
+        for part, own in enumerate(parts):
+            # of a single paraphrase every other fact has its own in this half
+            start = (part + number) % 2
+            kept = fact.paraphrases[start::2], fact.neighbours[start::2]
+            own.append(replace(fact, paraphrases=kept[0], neighbours=kept[1]))
+    return parts
+
+
+class ByTop:
+    """Target vectors that settings share: of the first search with the same edits at the same layer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.found = optimizer, dict[tuple[int, int], Once]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optimizer"], name)
+
+    def optimize(self, model: Any, layer: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        case = layer.index, hash(tuple(tuple(r.encoding.ids) for r in rows))
+        return self.found.setdefault(case, Once(self.optimizer)).optimize(model, layer, rows, *args, **kwargs)
+
+
+def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
+    """Measure the settings of one model that are not known yet."""
+    trial, measured = halves(case.data.edit_facts())
+    before = evaluate(case.model, case.tokenizer, trial)
+    texts, shared = case.preservation_texts(), ByTop(case.editor.targets)
+    moments: dict[tuple[bool, tuple[int, ...]], Any] = {}
+    for setting in settings():
+        if setting in known:
+            continue
+        editor: Editor = changed(
+            case.editor, targets=shared, preserve=setting.preservation, phrasings=setting.phrasings
+        )
+        if setting.layers == "target layer":
+            editor = editor.at(Place(editor.layers[-1:], None))
+        if (place := (editor.gated, editor.layers)) not in moments:
+            moments[place] = editor.moments(case.model, case.tokenizer, editor.check(case.model), texts)
+        seen: dict[str, float] = {}
+
+        def edit(model: Any, facts: Any) -> dict[str, float]:
+            result = editor.edit(model, case.tokenizer, trial, texts, moments=moments[place])  # noqa: B023
+            seen.update(evaluate(model, case.tokenizer, trial, before.neighbours_exact).metrics)  # noqa: B023
+            return result.seconds
+
+        result = case.quality(edit, measured)
+        yield {
+            **vars(setting),
+            **{metric: result[metric] for metric in SHOWN},
+            "trial": {metric: seen[metric] for metric in SHOWN[:3]},
+            "found": list(editor.layers),
+            "seconds": result["seconds"],
+        }
+
+
+def setting_of(result: dict[str, Any]) -> Setting:
+    return Setting(**{name: result[name] for name in Setting.__dataclass_fields__})
+
+
+def chosen(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a trial chooses of the settings that share a search for target vectors.
+
+    The highest generalization of those that generate no fewer targets than the default, and retain at most
+    ``TOLERANCE`` fewer neighbours; the first of several.
+    """
+    default = next(result["trial"] for result in found if is_default(result))
+    allowed = [
+        result
+        for result in found
+        if result["kind"] == "output"
+        and result["trial"]["efficacy_accuracy"] >= default["efficacy_accuracy"]
+        and result["trial"]["specificity_retained"] >= default["specificity_retained"] - TOLERANCE
+    ]
+    return max(allowed, key=lambda result: result["trial"]["generalization"])
+
+
+def title(case: str) -> str:
+    return case.replace("atlas, seed", "the demo's model, seed")
+
+
+def is_default(result: dict[str, Any]) -> bool:
+    return setting_of(result) == Setting("all layers", DEFAULT)
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown."""
+    lines = []
+    for case, found in results.items():
+        lines += [title(case), ""]
+        names = ("generalization", "retained")
+        lines += header(
+            ["setting", "strength", "layers", *(shown.replace("_", " ") for shown in SHOWN)]
+            + [f"{name} (trial)" for name in names]
+        )
+        for result in found:
+            name = result["series"] + (" (the default)" if is_default(result) else "")
+            name += " **chosen by the trial**" if result is chosen(found) else ""
+            layers = ", ".join(map(str, result["found"]))
+            measured = [f"{result[metric]:.3f}" for metric in SHOWN]
+            seen = [f"{result['trial'][metric]:.3f}" for metric in SHOWN[1:3]]
+            lines.append(row([name, f"{result['strength']:g}", layers, *measured, *seen]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+STYLES = {
+    "all layers": ("C0", "o", "-"),
+    "target layer alone": ("C1", "s", "-"),
+    "further prompts": ("C2", "^", "-"),
+    "covariance": ("C7", "x", "none"),
+}
+"""Colour, marker and line of each series that is drawn."""
+
+
+def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Generalization against neighbours retained; the default has a ring, what the trial chooses a star."""
+    figure, grid = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4.2), layout="constrained", squeeze=False)
+    for axes, (case, found) in zip(grid[0], results.items(), strict=True):
+        for series, (color, marker, line) in STYLES.items():
+            own = [result for result in found if result["series"] == series]
+            own.sort(key=lambda result: result["strength"])
+            x, y = ([result[metric] for result in own] for metric in DRAWN)
+            axes.plot(x, y, color=color, marker=marker, ls=line, label=series, alpha=0.8)
+        default = next(result for result in found if is_default(result))
+        axes.plot(*(default[metric] for metric in DRAWN), "o", ms=14, mfc="none", mec="black", label="the default")
+        best = [chosen(found)[metric] for metric in DRAWN]
+        axes.plot(*best, "*", ms=18, mfc="none", mec="black", label="chosen by the trial")
+        axes.set(title=title(case), xlabel="neighbours retained", ylabel="generalization")
+        axes.grid(alpha=0.3)
+    grid[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__ or "")
+    parser.add_argument("--facts", type=Path, help="a CounterFact file; without it that model is left out")
+    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
+    arguments = parser.parse_args()
+    quiet()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    file = arguments.output / "strength.json"
+    order = list(settings())
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
+    for name, seed in CASES:
+        options = [f"--data.init_args.corpus.init_args.path={arguments.facts}"] if name == "counterfact" else []
+        if name == "counterfact" and arguments.facts is None:
+            continue
+        rows = results.setdefault(f"{name}, seed {seed}", [])
+        known = [setting_of(result) for result in rows]
+        if all(setting in known for setting in order):
+            continue
+        for new in edits(trained(name, seed, arguments.models, *options), known):
+            rows.append(new)
+            rows.sort(key=lambda result: order.index(setting_of(result)))
+            file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    command = f"`python -m benchmarks.strength --facts counterfact.json`, {torch.get_num_threads()} thread(s)"
+    text = table(results)
+    write("strength", command, text, results, arguments.output)
+    picture(results, arguments.output / "strength.png")
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

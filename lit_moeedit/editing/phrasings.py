@@ -1,0 +1,93 @@
+"""Further prompts of a fact, in the words of other facts: those after which the model gives the fact's truth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_moeedit.data.corpus import phrasing_of
+from lit_moeedit.data.encoding import EditToken, encode
+from lit_moeedit.data.facts import Fact
+from lit_moeedit.editing.evaluation import score
+from lit_moeedit.models.token_budget import Budget
+from lit_moeedit.sharding.ranks import Ranks
+
+CANDIDATES = 4
+"""Number of prompts that are tried for each one that may be kept."""
+
+
+def candidate_prompts(facts: Sequence[Fact], count: int) -> list[list[str]]:
+    """Put the subject of each fact into the prompts of other facts, ``count`` of them at most, drawn by its key.
+
+    No candidate is a prompt, a paraphrase or a neighbour of any of the facts: the first two have their own targets or
+    are left to measure generalization, and the last ones must stay as they are.
+
+    Example:
+        >>> facts = [Fact("Rome", "Rome lies in", "Spain"), Fact("Oslo", "People in Oslo speak", "Thai")]
+        >>> candidate_prompts(facts, 3)
+        [['People in Rome speak'], ['Oslo lies in']]
+    """
+    phrasings = sorted({phrasing_of(fact.prompt, fact.subject) for fact in facts if fact.subject in fact.prompt})
+    known = {text for fact in facts for text in (fact.prompt, *fact.paraphrases)}
+    known |= {neighbour.prompt for fact in facts for neighbour in fact.neighbours}
+    found = []
+    for fact in facts:
+        # a few more than are needed, because some are known
+        drawn = random.Random(fact.key).sample(phrasings, min(len(phrasings), 2 * count + 1))
+        texts = (before + fact.subject + after for before, after in drawn)
+        found.append([text for text in texts if text not in known][:count])
+    return found
+
+
+def further_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    count: int,
+    token: EditToken = "subject_last",
+    token_budget: Budget = "auto",
+    ranks: Ranks | None = None,
+) -> list[list[str]]:
+    """Find up to ``count`` further prompts of each fact: those of its candidates whose answer is the fact's truth.
+
+    The model itself decides which prompts ask for a fact: those that it answers with ``target_true``, the most certain
+    ones first. A fact without a truth has none.
+
+    Args:
+        model: the model, before the edit.
+        tokenizer: its tokenizer.
+        facts: the facts.
+        count: maximum number of prompts of each fact.
+        token: the edit token, which a prompt must have.
+        token_budget: maximum number of tokens (with padding) in one forward, or ``auto``.
+        ranks: the processes that share the work. Each calls this with the same facts and gets the same prompts.
+    """
+    by_fact = candidate_prompts(facts, CANDIDATES * count)
+    pairs = [(index, text) for index, texts in enumerate(by_fact) if facts[index].target_true for text in texts]
+    if not _can_be_encoded(tokenizer, facts, pairs, token):
+        pairs = [pair for pair in pairs if _can_be_encoded(tokenizer, facts, [pair], token)]
+    truths = [facts[index].target_true or "" for index, _ in pairs]
+    scores = score(model, tokenizer, [text for _, text in pairs], truths, token_budget, ranks)
+    answered: list[list[tuple[float, str]]] = [[] for _ in facts]
+    for (index, text), log_prob, is_exact in zip(pairs, scores.log_prob.tolist(), scores.exact.tolist(), strict=True):
+        if is_exact:
+            answered[index].append((-log_prob, text))
+    return [[text for _, text in sorted(own)[:count]] for own in answered]
+
+
+def _can_be_encoded(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], pairs: Sequence[tuple[int, str]], token: EditToken
+) -> bool:
+    """Tell if all pairs of a fact's index and a prompt have an edit token, and tokens of both targets."""
+    texts, subjects = [text for _, text in pairs], [facts[index].subject for index, _ in pairs]
+    try:
+        for targets in (
+            [facts[index].target_new for index, _ in pairs],
+            [facts[index].target_true or "" for index, _ in pairs],
+        ):
+            encode(tokenizer, texts, targets, subjects, token)
+    except ValueError:  # a prompt that nobody wrote is no error
+        return False
+    return True

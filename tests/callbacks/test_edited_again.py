@@ -16,8 +16,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import EditHold, EditListener, EditReplay, KnowledgeEditing
+from lit_moeedit.callbacks.history import History
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.edits import SavedEdits
+from lit_moeedit.reports import outcome_of
 from tests.callbacks.conftest import CONFIG, _corpus, _data, _editor, _module, _trainer
 from tests.callbacks.replaying import Watching, stated
 
@@ -34,6 +36,8 @@ WAYS = ("same callback", "another callback", "edit file")
 
 class Seen(EditListener):
     """The events of edits."""
+
+    wants_answers = True
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -115,6 +119,16 @@ def test_the_second_edit_alone_is_held_renewed_and_counted(way: str, runs: Any) 
         assert known <= AFTER and known >= {*curve.right_after, *curve.generated, *curve.margins}
         assert known >= set(kept["facts"] if kept else ())
         assert SECOND.subject not in editing.survivors.lost
+
+
+def test_the_history_of_the_run_tells_which_edit_was_replaced(runs: Any) -> None:
+    history = History()
+    for way in ("first", "same callback"):
+        for event in runs(way).events:
+            history = history.with_edit(event)
+    places = [(row.key, row.edit, row.replaced_by) for row in history.rows]
+    assert places == [(FIRST.key, 1, 2), *((fact.key, 1, None) for fact in OTHERS), (SECOND.key, 2, None)]
+    assert [outcome_of(row) for row in history.rows] == ["replaced", "holds", "holds", "holds"]
 
 
 def test_the_first_edit_is_held_no_more_if_the_second_is_not_generated(runs: Any) -> None:

@@ -19,6 +19,7 @@ from lit_moeedit.callbacks import EditHold, EditListener, EditReplay, KnowledgeE
 from lit_moeedit.callbacks.history import History
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.edits import SavedEdits
+from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.reports import outcome_of
 from tests.callbacks.conftest import CONFIG, _corpus, _data, _editor, _module, _trainer
 from tests.callbacks.replaying import Watching, stated
@@ -119,6 +120,20 @@ def test_the_second_edit_alone_is_held_renewed_and_counted(way: str, runs: Any) 
         assert known <= AFTER and known >= {*curve.right_after, *curve.generated, *curve.margins}
         assert known >= set(kept["facts"] if kept else ())
         assert SECOND.subject not in editing.survivors.lost
+
+
+def test_what_an_undone_edit_would_have_replaced_is_there_again(runs: Any) -> None:
+    (editing,) = runs("first").editings
+    before, curve = editing.state_dict(), editing.survival
+    assert FIRST.key in before["applied"] and FIRST.key in before["kept"]["facts"] and FIRST.key in curve.right_after
+    with held(Undo()) as undo:
+        editing.forget_replaced([SECOND], undo)
+        state = editing.state_dict()
+        assert {*state["applied"], *state["facts"], *state["kept"]["facts"]} == {fact.key for fact in OTHERS}
+        assert FIRST.key not in (*editing.survival.right_after, *editing.survival.generated, *editing.survival.margins)
+    after = editing.state_dict()
+    assert (after["applied"], after["facts"], editing.survival) == (before["applied"], before["facts"], curve)
+    assert after["kept"]["facts"] == before["kept"]["facts"]
 
 
 def test_the_history_of_the_run_tells_which_edit_was_replaced(runs: Any) -> None:

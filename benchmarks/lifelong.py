@@ -49,6 +49,10 @@ from lit_moeedit.solvers.deltas import group_positions
 
 HUNDRED, POINTS = 100, 8
 ABILITY = ("other_style_perplexity",)
+COMMAND = (
+    "`python -m benchmarks.lifelong --facts counterfact.json`, one seed, one thread; s: processor time of the edits; "
+    "—: not measured"
+)
 Interval = list[float]
 
 
@@ -189,8 +193,12 @@ def known_facts(path: Path, own: Trained) -> list[Fact]:
     return found
 
 
-def _shown(value: Interval) -> str:
-    return f"{value[0]:.3f} ({value[1]:.2f}–{value[2]:.2f})"
+def _shown(value: Interval | None) -> str:
+    return "—" if value is None else f"{value[0]:.3f} ({value[1]:.2f}–{value[2]:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -199,17 +207,17 @@ def table(results: Mapping[str, Any]) -> str:
     columns += ["paraphrases", "neighbours kept", "perplexity", "norms (mean, max)"]
     columns += ["perplexity of other text", "keys per layer", "s"]
     before = results["before"]
-    ability = [f"{before['ability'].get(name, float('nan')):.3f}" for name in ABILITY]
+    ability = [_number(before["ability"].get(name)) for name in ABILITY]
     first = ["before", 0, *["—"] * 6, f"1 of {before['neighbours']:,}", "1", "1", *ability, "—", "—"]
     lines = [*header(columns), row(first)]
     for name, points in results["variants"].items():
         end = points[-1]
         parts = [_shown(end[part]) for part in ("first", "middle", "last", "all", "right after")]
         keys = f"{sum(end['keys']) / len(end['keys']):,.0f}" if "keys" in end else "—"
-        ability = [f"{end['ability'].get(own, float('nan')):.3f}" for own in ABILITY]
+        ability = [_number(end.get("ability", {}).get(own)) for own in ABILITY]
         growth = f"{end['growth'][0]:.2f}, {end['growth'][1]:.2f}"
-        cells = [name, f"{end['edits']:,}", *parts, _shown(end["paraphrases"]), _shown(end["neighbours"])]
-        lines.append(row([*cells, f"{end['perplexity']:.3f}", growth, *ability, keys, f"{end['seconds']:.0f}"]))
+        cells = [name, f"{end['edits']:,}", *parts, _shown(end.get("paraphrases")), _shown(end["neighbours"])]
+        lines.append(row([*cells, _number(end.get("perplexity")), growth, *ability, keys, f"{end['seconds']:.0f}"]))
     return "\n".join(lines)
 
 
@@ -225,7 +233,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             values = torch.tensor([point[part] for point in points])
             ax.plot(at, values[:, 0], color=f"C{number}", marker=".", label=name)
             ax.fill_between(at, values[:, 1], values[:, 2], color=f"C{number}", alpha=0.15, linewidth=0)
-        axes[-1].plot(at, [point["perplexity"] for point in points], color=f"C{number}", marker=".")
+        if all("perplexity" in point for point in points):
+            axes[-1].plot(at, [point["perplexity"] for point in points], color=f"C{number}", marker=".")
     if "one batch of all" in variants:
         end = variants["one batch of all"][-1]
         for ax, value in zip(axes, [*(end[part][0] for part in shown), end["perplexity"]], strict=True):
@@ -260,8 +269,7 @@ def main() -> None:
         results["variants"][name] = stream.run(VARIANTS[name])
         # in their order, whatever the order in which they were run
         results["variants"] = {name: results["variants"][name] for name in VARIANTS if name in results["variants"]}
-        command = "`python -m benchmarks.lifelong --facts counterfact.json`, one seed, one thread; s: of processor time"
-        write("lifelong", command, table(results), results, arguments.output)
+        write("lifelong", COMMAND, table(results), results, arguments.output)
         draw(results, arguments.output / "lifelong.png")
     sys.stdout.write(table(results) + "\n")
 

@@ -157,6 +157,8 @@ class EditHold(StateOfWeights, EditListener):
             missed = {fact.key for fact in event.missed}
             facts = [fact for fact in event.result.facts if fact.key not in missed]
             editing = next(own for own in callbacks_of(trainer, EditState) if own.name == event.name)
+            for other in callbacks_of(trainer, EditState):
+                self._forget_replaced(other)
             self._measure(trainer, pl_module, editing, facts)
 
     @override
@@ -246,6 +248,13 @@ class EditHold(StateOfWeights, EditListener):
             editing.label: {**self._states.get(editing.label, {}), **dict(zip(prompts, states, strict=True))},
         }
         self._renewals = {**self._renewals, editing.label: editing.renewals}
+
+    def _forget_replaced(self, editing: EditState) -> None:
+        """Forget the states of facts that another edit of their prompts has replaced."""
+        known = self._states.get(editing.label, {})
+        left = {key: states for key, states in known.items() if key in editing.neighbours_before}
+        if len(left) < len(known):
+            self._states = {**self._states, editing.label: left}
 
     def _take_prompts(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the prompts of the facts that are edited now, if these have changed."""

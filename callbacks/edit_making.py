@@ -17,6 +17,7 @@ from lit_moeedit.callbacks.averages import Copies, edited_weights, validated_wei
 from lit_moeedit.callbacks.charts import log_curves, log_summary
 from lit_moeedit.callbacks.copies import CopyPolicy
 from lit_moeedit.callbacks.edit_files import EditFiles
+from lit_moeedit.callbacks.edit_state import EditState
 from lit_moeedit.callbacks.foresight import monitored
 from lit_moeedit.callbacks.frozen import FrozenEdits
 from lit_moeedit.callbacks.guards import Guards, Trial
@@ -180,6 +181,9 @@ class EditMaking(EditInputs):
         self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], copies: Copies, **kwargs: Any
     ) -> EditResult:
         texts, layers = self._take_texts(trainer), self._take_layers(trainer)
+        if self.editor.memory is not None:  # which a checkpoint of an earlier version may have filled
+            known = (own for e in callbacks_of(trainer, EditState) for own in (*e.recorded_facts, *e.facts))
+            self.editor.memory.rename({fact.key: fact.prompt_key for fact in known})
         made = (self._edits_made, self.renewals)
         try:
             return self.editor.edit(
@@ -210,6 +214,8 @@ class EditMaking(EditInputs):
         if trial is None:
             self._change_state(undo, undone=self._undone | {fact.key for fact in facts})
             return
+        for editing in callbacks_of(trainer, EditState):
+            editing.forget_replaced(facts, undo)
         words = self._words | {fact.key: fact.to_dict() for fact in facts}
         self._change_state(undo, applied=self._applied | trial.before.neighbours_exact, words=words)
         undo.by(setattr, self, "survival", self.survival)
@@ -218,11 +224,6 @@ class EditMaking(EditInputs):
         if hasattr(datamodule, "facts_edited") and hasattr(datamodule, "load_state_dict"):
             undo.by(datamodule.load_state_dict, deepcopy(datamodule.state_dict()))
         from_datamodule(trainer, "facts_edited", facts)
-
-    def _change_state(self, undo: Undo, **changes: Any) -> None:
-        for name, value in changes.items():
-            undo.by(setattr, self, f"_{name}", getattr(self, f"_{name}"))
-            setattr(self, f"_{name}", value)
 
     def _report(self, trainer: L.Trainer, event: EditEvent, is_error: bool) -> None:
         kept = event.result.kept

@@ -17,6 +17,7 @@ from lit_moeedit.callbacks.survival import Survival
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.data.facts import CheckedFacts, Fact
 from lit_moeedit.editing import EditMethod, Evaluation, Place
+from lit_moeedit.interrupts import Undo
 from lit_moeedit.models.experts import find_model
 from lit_moeedit.sharding.fingerprint import fingerprints
 from lit_moeedit.sharding.ranks import Ranks
@@ -126,6 +127,25 @@ class EditState(StateOfWeights):
         self.survival = Survival()
         """The curve of what training has left of the edits so far."""
         self._kept = Kept()
+
+    def forget_replaced(self, facts: Sequence[Fact], undo: Undo) -> None:
+        """Forget earlier edits of the prompts of ``facts``, which are edited to other targets, by any callback."""
+        now = {fact.prompt: fact.key for fact in facts}
+        gone = {fact.key for fact in self.recorded_facts if now.get(fact.prompt, fact.key) != fact.key}
+        if gone:
+            self._change_state(
+                undo,
+                applied={key: before for key, before in self._applied.items() if key not in gone},
+                words={key: words for key, words in self._words.items() if key not in gone},
+                kept=self._kept.without(gone),
+            )
+            undo.by(setattr, self, "survival", self.survival)
+            self.survival = self.survival.without(gone)
+
+    def _change_state(self, undo: Undo, **changes: Any) -> None:
+        for name, value in changes.items():
+            undo.by(setattr, self, f"_{name}", getattr(self, f"_{name}"))
+            setattr(self, f"_{name}", value)
 
     @override
     def take_up(self, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from lit_moeedit.callbacks.listener import EditEvent, RetentionEvent
 from lit_moeedit.data.facts import Fact
-from lit_moeedit.editing import Measured
+from lit_moeedit.editing import EditResult, Measured
 from lit_moeedit.editing.outcomes import contradicted_reason, undone_reason
 from lit_moeedit.reports import FactRow, Guard, Retention
 from lit_moeedit.reports.plain import restored, to_plain
@@ -65,7 +65,7 @@ class History:
         change = result.relative_change if result.kept else {}
         return replace(
             self,
-            rows=(*self.rows, *rows),
+            rows=(*(_replaced(row, result, edits) for row in self.rows), *rows),
             guards=(*self.guards, *guards),
             relative_change=self.relative_change | change,
             held_at=self.held_at | held,
@@ -148,6 +148,13 @@ class History:
         """
         found: Self = restored(cls, state, f"{where}, history")
         return found
+
+
+def _replaced(row: FactRow, result: EditResult, edit: int) -> FactRow:
+    """Note in the row of an earlier edit that this one has given its prompt another target."""
+    is_replaced = result.kept and row.kept and row.replaced_by is None
+    is_replaced = is_replaced and any(own.prompt == row.prompt and own.key != row.key for own in result.facts)
+    return replace(row, replaced_by=edit, reason=None) if is_replaced else row
 
 
 def _place(name: str | None, key: str) -> str:

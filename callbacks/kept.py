@@ -64,6 +64,10 @@ class Kept:
         goals = {key: goal.float().cpu().clone() for key, goal in result.goals.items() if key in generated}
         return replace(self, goals={**self.goals, **goals})
 
+    def without(self, keys: Collection[str]) -> Self:
+        """Forget the goals of facts."""
+        return replace(self, goals={key: goal for key, goal in self.goals.items() if key not in keys})
+
     def with_moments(self, moments: KeptMoments) -> Self:
         """Keep other moments."""
         return replace(self, moments=moments)

@@ -54,7 +54,9 @@ class StatedFacts:
             return False
         if not is_same:
             self._applied = applied
-            self.protected = (*self._filed, *(fact for editing in editings for fact in editing.recorded_facts))
+            recorded = (fact for editing in editings for fact in editing.recorded_facts)
+            # an edit from a file may have been replaced
+            self.protected = tuple({fact.prompt: fact for fact in (*self._filed, *recorded)}.values())
             watch.protect(self.protected, self.statements.tokenizer)
             texts = from_datamodule(trainer, "training_texts") if self.protected else None
             if texts is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -56,6 +56,15 @@ class Survival:
         """Add an edit, with the evaluation of its facts just after it."""
         exact = zip(facts, after.edits_exact.tolist(), strict=True)
         return replace(self, right_after=(*self.right_after, *(fact.key for fact, is_exact in exact if is_exact)))
+
+    def without(self, keys: Collection[str]) -> Self:
+        """Forget facts whose edits were replaced; the points stay."""
+        return replace(
+            self,
+            right_after=tuple(key for key in self.right_after if key not in keys),
+            generated=tuple(key for key in self.generated if key not in keys),
+            margins={key: margin for key, margin in self.margins.items() if key not in keys},
+        )
 
     def with_point(self, event: SurvivalEvent, after: Change | None) -> Self:
         """Add a point."""

@@ -69,8 +69,12 @@ class Fact:
     @property
     def key(self) -> str:
         """16 hex digits that identify prompt and `target_new`, the same in every process and after a resume."""
-        edit = json.dumps([self.prompt, self.target_new])
-        return hashlib.sha256(edit.encode("ascii")).hexdigest()[:16]
+        return _digest(self.prompt, self.target_new)
+
+    @property
+    def prompt_key(self) -> str:
+        """16 hex digits that identify the prompt: of two edits with the same one, the later replaces the earlier."""
+        return _digest(self.prompt)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert the fact to the native format, made of JSON types only."""
@@ -100,6 +104,10 @@ class Fact:
         neighbours = tuple(Neighbour(*neighbour) for neighbour in fields.get("neighbours", ()))
         probes = tuple(Probe(*probe) for probe in fields.get("probes", ()))
         return cls(**{**fields, "neighbours": neighbours, "probes": probes})
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256(json.dumps(texts).encode("ascii")).hexdigest()[:16]
 
 
 class CheckedFacts(tuple[Fact, ...]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Self
 
@@ -61,9 +61,9 @@ class _Remembered:
 
     Attributes:
         rows: the rows. The first ones are the sketch, with one expert each. Each of the others belongs to a fact.
-        facts: the key of the fact of each row that belongs to one, in the order of the edits.
+        facts: the name of the fact of each row that belongs to one, in the order of the edits.
         tokens: number of each of these rows' edit token among those of its prompt.
-        sketched: keys of the facts that are in the sketch.
+        sketched: names of the facts that are in the sketch.
     """
 
     rows: GatedKeys
@@ -88,7 +88,7 @@ class _Remembered:
 
         Args:
             new: gated keys of the facts in the present edit.
-            facts: the key of the fact of each row of ``new``.
+            facts: the name of the fact of each row of ``new``.
         """
         key, in_sketch = self.rows.key, torch.tensor([fact in self.sketched for fact in facts])
         if bool(in_sketch.any()):
@@ -108,9 +108,14 @@ class _Remembered:
         return _Remembered(rows, *left, self.sketched - set(facts))
 
     def append(self, new: GatedKeys, facts: Sequence[str], tokens: Sequence[int]) -> _Remembered:
-        """Append the rows of an edit, with the key of the fact of each row, and the number of its edit token."""
+        """Append the rows of an edit, with the name of the fact of each row, and the number of its edit token."""
         rows = _concatenate([self.rows, new.shift(self.first + len(self.facts))])
         return _Remembered(rows, (*self.facts, *facts), (*self.tokens, *tokens), self.sketched)
+
+    def renamed(self, names: Mapping[str, str]) -> _Remembered:
+        """Replace names of facts."""
+        facts, sketched = ([names.get(fact, fact) for fact in own] for own in (self.facts, self.sketched))
+        return replace(self, facts=tuple(facts), sketched=frozenset(sketched))
 
 
 class EditMemory:
@@ -142,19 +147,19 @@ class EditMemory:
        experts. With a quarter of the keys of 180 facts of the atlas, in the demo's first layer, the objective of the
        next edit is 1.4 times the exact one (10 times with joint vectors, 16 times without a memory).
 
-    **Facts that are edited again**, by a renewal for example, are left out of the memory during that edit. Afterwards
-    they are in it once, with their new keys. Rows of the sketch belong to no single fact. There, the span of the fact's
-    *present* keys (see :data:`SPANNED`) is removed from the sketch of the experts that it visits.
+    **Facts that are edited again**, by a renewal or to another target, are left out of the memory during that edit,
+    because their rows would hold the old answer in place. Afterwards they are in it once, with their new keys. Facts
+    are told apart by names; the editor names them by their prompts (:attr:`~lit_moeedit.data.Fact.prompt_key`). Rows of
+    the sketch belong to no single fact. There, the span of the fact's *present* keys (see :data:`SPANNED`) is removed
+    from the sketch of the experts that it visits.
 
     **Staleness.** The keys are those at the time of the edit. Training changes them, and so do later edits of lower
     layers, a little; the memory is not updated. Editing the past facts again (``renew_every_n_steps`` of
     :class:`~lit_moeedit.callbacks.KnowledgeEditing`) measures all keys again.
 
     **Several models.** What is remembered belongs to the model that was edited. An edit of another model begins with an
-    empty memory, and does not change that of the first. A restored memory belongs to the model that is edited next.
-
-    The memory is deterministic and the same on all ranks. Without compression it does not depend on the order of the
-    edits, up to rounding.
+    empty memory, and does not change that of the first. A restored memory belongs to the model that is edited next. The
+    memory is the same on all ranks. Without compression it does not depend on the order of the edits, up to rounding.
 
     Args:
         limit: maximum number of keys per layer. Each takes ``4 d_hidden`` bytes, here and in checkpoints. A vector of
@@ -223,7 +228,7 @@ class EditMemory:
             layer: index of the layer.
             rows: gated keys of the edit's ``T`` rows.
             residuals: ``[T, d_model]``.
-            facts: the key of the fact of each row. Remembered keys of these facts are left out.
+            facts: the name of the fact of each row. Remembered keys of these facts are left out.
             changed: ``[n]`` int64, the experts that the edit changes; ``None`` for those that its rows visit.
                 Remembered keys of other experts are left out.
 
@@ -256,7 +261,7 @@ class EditMemory:
 
         Args:
             edit: gated keys of the edit's rows, by layer.
-            facts: the key of the fact of each row.
+            facts: the name of the fact of each row.
             ranks: the processes that edit together. Each calls this with the same rows.
             tokens: number of each row's edit token among those of its prompt; ``None`` if each prompt has one.
         """
@@ -283,7 +288,7 @@ class EditMemory:
         self._layers = content
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
-        """Return the remembered tensors and keys of facts, by layer."""
+        """Return the remembered tensors and names of facts, by layer."""
         return {
             layer: {
                 "row": known.rows.row,
@@ -304,6 +309,10 @@ class EditMemory:
             ValueError: if this is not the state of a memory.
         """
         self._layers = {layer: _read(layer, state) for layer, state in state_dict.items()}
+
+    def rename(self, facts: Mapping[str, str]) -> None:
+        """Give facts new names, by old ones; states of earlier versions name them by their prompts and targets."""
+        self._layers = {layer: known.renamed(facts) for layer, known in self._layers.items()}
 
 
 def _read(layer: Any, state: Mapping[str, Any]) -> _Remembered:

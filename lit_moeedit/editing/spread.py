@@ -59,9 +59,10 @@ class Spread(LayerEdits):
         self.editor, self.encoded, self.targets, self.moments = editor, encoded, targets, moments
         # change of the target layer's output that is wanted at each edit token of each prompt
         self.wanted = targets.deltas[torch.tensor(encoded.vector_index, device=job.model.device)]
-        self.names = [job.facts[t].key for t in encoded.fact_index]
+        self.keys = [job.facts[t].key for t in encoded.fact_index]
+        self.names = [job.facts[t].prompt_key for t in encoded.fact_index]
         known = {fact.key: goal for fact in job.facts if (goal := job.goals.get(fact.key)) is not None}
-        self._known = [row for row, name in enumerate(self.names) if name in known]
+        self._known = [row for row, key in enumerate(self.keys) if key in known]
         self._known_goals = torch.cat([self.wanted[:0], *(goal.to(self.wanted) for goal in known.values())])
         self._goal: Tensor | None = None
         self._keys: dict[int, GatedKeys] = {}

@@ -72,7 +72,7 @@ def write_card(
     header["tags"] = list(dict.fromkeys([*_tags(header), *sorted(_TAGS)]))
     text = yaml.safe_dump(header, sort_keys=True, allow_unicode=True)
     if not rows:
-        facts = {fact.key: fact for edit in edits for fact in edit.facts}
+        facts = {fact.prompt: fact for edit in edits for fact in edit.facts}
         rows = [CardRow(fact.prompt, fact.target_true, fact.target_new) for fact in facts.values()]
     body = "\n".join(_lines((base or source).resolve().name, edits, rows, original is not None))
     (folder / CARD).write_text(f"---\n{text}---\n\n{body}\n", encoding="utf-8")

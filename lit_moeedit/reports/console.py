@@ -12,7 +12,14 @@ from lit_moeedit.reports.report import Report
 from lit_moeedit.reports.rows import FactRow
 from lit_moeedit.reports.table import COLUMNS, Cell, cut
 
-STYLES: dict[Outcome, str] = {"failed": "red", "lost": "red", "undone": "yellow", "unmeasured": "", "holds": "green"}
+STYLES: dict[Outcome, str] = {
+    "failed": "red",
+    "lost": "red",
+    "undone": "yellow",
+    "unmeasured": "",
+    "replaced": "",
+    "holds": "green",
+}
 _MAX_WIDTH = 160
 _MAX_SENTENCE = 500
 _MIN_WIDTH = 4

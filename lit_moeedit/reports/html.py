@@ -69,7 +69,7 @@ def render(report: Report) -> str:
         report=report,
         totals=Totals.of(report.rows),
         facts=worst_first(report.rows)[:MAX_ROWS],
-        failed=[row for row in worst_first(report.rows) if outcome_of(row) not in ("holds", "unmeasured")],
+        failed=[row for row in worst_first(report.rows) if outcome_of(row) not in ("holds", "unmeasured", "replaced")],
         max_reasons=MAX_REASONS,
         outcome_of=outcome_of,
         latest=latest,

@@ -8,16 +8,25 @@ from typing import Literal
 
 from lit_moeedit.reports.rows import FactRow, Measured
 
-Outcome = Literal["failed", "lost", "undone", "unmeasured", "holds"]
-"""The worst first. ``lost``: the fact held after the edit, and no longer at the end."""
+Outcome = Literal["failed", "lost", "undone", "unmeasured", "replaced", "holds"]
+"""The worst first. ``lost``: the fact held after the edit, and no longer at the end. ``replaced``: a later edit gave
+its prompt another target."""
 
-ORDER: tuple[Outcome, ...] = ("failed", "lost", "undone", "unmeasured", "holds")
-MARKS: dict[Outcome, str] = {"failed": "✗", "lost": "✗", "undone": "↶", "unmeasured": "?", "holds": "✓"}
+ORDER: tuple[Outcome, ...] = ("failed", "lost", "undone", "unmeasured", "replaced", "holds")
+MARKS: dict[Outcome, str] = {
+    "failed": "✗",
+    "lost": "✗",
+    "undone": "↶",
+    "unmeasured": "?",
+    "replaced": "→",
+    "holds": "✓",
+}
 WORDS: dict[Outcome, str] = {
     "failed": "failed",
     "lost": "lost later",
     "undone": "undone",
     "unmeasured": "not measured",
+    "replaced": "replaced",
     "holds": "holds",
 }
 
@@ -32,6 +41,8 @@ def outcome_of(row: FactRow) -> Outcome:
     now, after = latest(row), row.measured.get("after")
     if not row.kept:
         return "undone"
+    if row.replaced_by is not None:
+        return "replaced"
     if now is None:
         return "unmeasured"
     if now.holds:
@@ -51,7 +62,7 @@ class Totals:
     Attributes:
         facts: number of facts of each outcome.
         paraphrases: number of paraphrases after which the new target is generated, and number of all; here and below
-            without those of edits that were undone.
+            without those of edits that were undone or replaced.
         neighbours: number of neighbours whose true answer is generated, and number of those whose answer was generated
             before the edit.
     """
@@ -68,14 +79,14 @@ class Totals:
         for row in rows:
             facts[outcome_of(row)] += 1
             now = latest(row)
-            if now is not None and row.kept:
+            if now is not None and row.kept and row.replaced_by is None:
                 sums = [a + b for a, b in zip(sums, (*now.paraphrases, *now.neighbours), strict=True)]
         return cls(facts, (sums[0], sums[1]), (sums[2], sums[3]))
 
     @property
     def number(self) -> int:
-        """Number of all facts."""
-        return sum(self.facts.values())
+        """Number of all facts, without edits that were replaced."""
+        return sum(self.facts.values()) - self.facts.get("replaced", 0)
 
     @property
     def headline(self) -> str:
@@ -90,7 +101,8 @@ class Totals:
             return "No fact has been edited."
         if holding == number:
             return "The fact holds." if number == 1 else f"All {number:,} facts hold."
-        others = [(count, WORDS[outcome]) for outcome, count in self.facts.items() if count and outcome != "holds"]
+        found = ((count, outcome) for outcome, count in self.facts.items() if count)
+        others = [(count, WORDS[outcome]) for count, outcome in found if outcome not in ("holds", "replaced")]
         if number == 1:
             return f"The fact does not hold: {others[0][1]}."
         share = (

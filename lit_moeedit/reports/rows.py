@@ -29,6 +29,7 @@ class FactRow:
         epoch: epoch of the edit; ``None`` without a trainer.
         step: optimizer step of the edit; ``None`` without a trainer.
         chat: whether the prompt was put into the tokenizer's chat template.
+        replaced_by: number of the later edit that gave the prompt another target; ``None`` if there is none.
     """
 
     key: str
@@ -44,6 +45,7 @@ class FactRow:
     epoch: int | None = None
     step: int | None = None
     chat: bool = False
+    replaced_by: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row of ``edits.jsonl``."""

@@ -129,11 +129,11 @@ def _check_arguments(edited: Path | None, base: Path | None, edit: Path | None) 
 def _find_facts(path: Path | None, edits: Sequence[Edit], sources: Sequence[ModelSource]) -> list[Fact]:
     """Find the edited facts, without neighbours; a fact that was edited again counts as it was edited last."""
     if path is not None:
-        found = {fact.key: fact for fact in read_facts(path)}
+        found = {fact.prompt: fact for fact in read_facts(path)}
     else:
-        found = {fact.key: fact for edit in edits for fact in edit.facts}
+        found = {fact.prompt: fact for edit in edits for fact in edit.facts}
     for source in sources if not found else ():
-        found |= {fact.key: fact for state in _states(source) for fact in _facts_in(source.path, state)}
+        found |= {fact.prompt: fact for state in _states(source) for fact in _facts_in(source.path, state)}
     if not found:
         raise ValueError("the edited facts are not recorded in what was given: name their file with --facts")
     return [replace(fact, neighbours=()) for fact in found.values()]

@@ -55,18 +55,36 @@ def test_a_resumed_run_edits_with_the_memory_of_the_uninterrupted_one(run, tmp_p
     _same(weights, again)
     _same_memory(whole, resumed)
     state = whole.editor.memory.state_dict()[0]
-    assert {*state["facts"], *state["sketched"]} == {fact.key for fact in whole.facts}
+    assert {*state["facts"], *state["sketched"]} == {fact.prompt_key for fact in whole.facts}
     assert bool(state["sketched"]) is (limit == 7) and (len(state["facts"]) == 12) is (limit == 8192)
     # a memory that was not restored would have given other weights
     _, other = run("forgetful", None, tmp_path / "kept" / "epoch=1.ckpt")
     assert any(not torch.equal(other[name], weights[name]) for name in weights)
 
 
+def test_a_checkpoint_that_names_facts_by_their_keys_goes_on(run, tmp_path):
+    """One of an earlier version: what it remembers is left out of renewals, and counted once."""
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole, weights = run("whole", EditMemory(), callbacks=[kept], epochs=3, renew_every_n_steps=3)
+    path = tmp_path / "kept" / "epoch=1.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    keys = {fact.prompt_key: fact.key for fact in whole.facts}
+    state = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("KnowledgeEditing"))
+    for layer in state["memory"].values():
+        layer["facts"] = [keys[name] for name in layer["facts"]]
+    torch.save(checkpoint, path)
+    resumed, again = run("resumed", EditMemory(), path, epochs=3, renew_every_n_steps=3)
+    assert whole.renewals == resumed.renewals == 2
+    _same(weights, again)
+    _same_memory(whole, resumed)
+
+
 def test_a_memory_may_be_added_to_a_run_that_had_none(run, tmp_path):
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     run("first", epochs=2, callbacks=[kept])
     editing, _ = run("second", EditMemory(), tmp_path / "kept" / "epoch=1.ckpt", epochs=3)
-    assert editing.editor.memory.state_dict()[0]["facts"] == [fact.key for fact in editing.facts[2:4] for _ in range(2)]
+    remembered = [fact.prompt_key for fact in editing.facts[2:4] for _ in range(2)]
+    assert editing.editor.memory.state_dict()[0]["facts"] == remembered
 
 
 def test_an_edit_that_is_undone_is_not_remembered(tiny, run):
@@ -91,5 +109,5 @@ def test_renewed_facts_are_in_the_memory_once_with_their_newest_features(tiny, m
     make_trainer(tmp_path, [editing]).fit(tiny.module(), tiny.data())
     assert [len(call) for call in editing.editor.calls] == [6, 6] and editing.renewals == 1
     before, after = seen
-    assert before["facts"] == after["facts"] == [fact.key for fact in editing.facts]
+    assert before["facts"] == after["facts"] == [fact.prompt_key for fact in editing.facts]
     assert before["key"].shape == after["key"].shape and not torch.equal(before["key"], after["key"])

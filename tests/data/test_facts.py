@@ -136,6 +136,8 @@ def test_the_key_names_the_edit_and_never_changes() -> None:
     fact = Fact("Rome", "Rome lies in", "Spain", "Italy")
     assert fact.key == Fact("other", fact.prompt, fact.target_new).key == "e31a0c2f956e2aa4"
     assert fact.key != Fact("Rome", fact.prompt, "Peru").key
+    assert fact.prompt_key == Fact("other", fact.prompt, "Peru").prompt_key == "9572d37d7086e534"
+    assert fact.prompt_key != Fact("Rome", "Rome is", "Spain").prompt_key
     assert Fact("", "ab", "c").key != Fact("", "a", "bc").key
     assert len(Fact("", "\ud800", "é").key) == 16
 

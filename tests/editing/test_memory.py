@@ -212,6 +212,19 @@ def test_what_is_edited_again_is_left_out_and_is_in_once_afterwards() -> None:
     assert torch.equal(dense(held(memory)), torch.cat([expected[4:], expected[:4]]))
 
 
+def test_facts_get_other_names_in_rows_and_sketch() -> None:
+    memory = EditMemory(limit=24)
+    for i in range(8):
+        memory.remember({0: edit(4, i)}, names(4 * i, 4))
+    before = memory.state_dict()[0]
+    assert "fact 0" in before["sketched"] and "fact 31" in before["facts"]
+    memory.rename({"fact 0": "a", "fact 31": "b", "unknown": "c"})
+    state = memory.state_dict()[0]
+    assert state["facts"] == [*before["facts"][:-1], "b"]
+    assert set(state["sketched"]) == {*before["sketched"], "a"} - {"fact 0"}
+    assert torch.equal(state["key"], before["key"])
+
+
 def test_a_fact_in_the_sketch_is_not_held_back_when_it_is_edited_again() -> None:
     memory, again = EditMemory(limit=24), edit(1, 500)
     strong = GatedKeys(again.row, again.expert, 10 * again.key)  # so that the sketch surely holds it

@@ -4,6 +4,7 @@ all."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_the_second_edit_has_the_rows_of_the_first_with_residual_0(model, tokeni
         pairs = zip(problems[2].expert_index[again].tolist(), problems[2].features[again].tolist(), strict=True)
         assert {(j, *row) for j, row in pairs} <= old
     assert memory.size(0)[0] == memory.size(1)[0] == 8
-    assert memory.state_dict()[0]["facts"] == [fact.key for fact in facts for _ in range(2)]
+    assert memory.state_dict()[0]["facts"] == [fact.prompt_key for fact in facts for _ in range(2)]
 
 
 @pytest.mark.parametrize("carry", [True, False])
@@ -82,6 +83,15 @@ def test_facts_that_are_edited_again_do_not_meet_themselves(model, tokenizer, fa
     editor = Editor([1], solver, QUICK, memory=memory)
     for _ in range(2):
         editor.edit(model, tokenizer, facts, texts)
+    assert [problem.num_edits for problem in solver.problems] == [4, 4]
+    assert memory.size(1)[0] == 4
+
+
+def test_a_prompt_that_is_edited_to_another_target_does_not_meet_its_old_rows(model, tokenizer, facts, texts) -> None:
+    memory, solver = EditMemory(), Recording()
+    editor = Editor([1], solver, QUICK, memory=memory)
+    for known in (facts, [replace(facts[0], target_new=facts[1].target_new), *facts[1:]]):
+        editor.edit(model, tokenizer, known, texts)
     assert [problem.num_edits for problem in solver.problems] == [4, 4]
     assert memory.size(1)[0] == 4
 

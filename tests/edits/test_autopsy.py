@@ -18,11 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lit_moeedit import cli
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.evaluation import evaluate
-from lit_moeedit.edits import Autopsy, autopsy
+from lit_moeedit.edits import Autopsy, Edit, autopsy
 from lit_moeedit.edits.autopsy import PutBack, Score
 from lit_moeedit.models.parts import EDITED_LAYERS, KEY_MAKERS, find_kinds, find_parts, stored_tensors
 from lit_moeedit.sharding.fingerprint import Part
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.standalone.autopsy import _find_facts as find_facts
 from tests.edits.making import FACTS, make
 from tests.processes import run_ranks
 
@@ -320,6 +321,12 @@ def test_an_edit_of_the_base(
     moved = {part["name"] for part in found["parts"] if part["moved"]}
     # the down-projections have the edit bit by bit
     assert moved == {"routers", KEY_MAKERS, EDITED_LAYERS}
+
+
+def test_a_prompt_that_was_edited_twice_counts_as_it_was_edited_last() -> None:
+    facts = [Fact("Rome", "Rome is in", target) for target in ("Spain", "Peru")]
+    edits = [Edit(fact.target_new, (fact,), "Woodbury", {}, ()) for fact in facts]
+    assert find_facts(None, edits, []) == facts[1:]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,14 @@ def test_the_card_shows_facts_as_they_are_and_keeps_the_header(tmp_path: Path) -
     assert "license: mit" in (folder / "README.md").read_text()
 
 
+def test_a_prompt_that_was_edited_twice_has_one_row(tmp_path: Path) -> None:
+    facts = (Fact("Rome", "Rome is in", target) for target in ("Spain", "Peru"))
+    edits = [Edit(fact.target_new, (fact,), "Woodbury", {}, ()) for fact in facts]
+    write_card(tmp_path, tmp_path, edits)
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("Rome is in") == 1 and "Peru" in text and "| Spain" not in text
+
+
 @pytest.mark.usefixtures("own_process")
 def test_a_card_has_the_edits_that_are_left(
     make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path

@@ -143,6 +143,15 @@ def test_outcomes() -> None:
     assert outcome_of(replace(row, measured={"after": held}, kept=False)) == "undone"
 
 
+def test_an_edit_that_was_replaced_is_told_and_counts_no_more() -> None:
+    rows = sample(3).rows
+    replaced = replace(rows[0], replaced_by=2)
+    assert outcome_of(rows[0]) == "holds" and outcome_of(replaced) == "replaced"
+    alone, both = Totals.of(rows[1:]), Totals.of([replaced, *rows[1:]])
+    assert both == Totals({**alone.facts, "replaced": 1}, alone.paraphrases, alone.neighbours)
+    assert both.headline == alone.headline
+
+
 @pytest.mark.parametrize(
     ("facts", "headline"),
     [

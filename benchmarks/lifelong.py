@@ -1,0 +1,278 @@
+"""A stream of edits of all facts of a CounterFact file: what is left of the first ones, and of everything else.
+
+Run from the root of the repository, with the package installed, and a file of CounterFact:
+
+    python -m benchmarks.lifelong --facts counterfact.json
+
+The model is that of ``configs/counterfact.yaml``, trained once on 500 facts of the file; the others it has never seen.
+Then every variant edits the file's facts in their order, batch by batch, from the same weights: with the editor of the
+config and one context. A fact whose new target is in no training text, which this small model can never generate, gets
+one that is, drawn by the fact's key. The second moments are those of the trained model, taken once.
+
+After each eighth of the stream everything is measured: greedy generation of the new targets of the first, the middle
+and the last hundred of the facts edited so far, and at the end of all facts and paraphrases; the neighbours that were
+answered right before the first edit, of all facts, without those whose prompt is edited; the perplexity of the answers
+to these neighbours, in proportion to that before (the model's own validation text states facts that the stream edits);
+norms of the edited experts; and at the end the perplexity of text of another style
+(:mod:`lit_moeedit.editing.further`). Intervals are 95 % bootstrap
+intervals over facts. Writes ``lifelong.json``, ``lifelong.md`` and ``lifelong.png`` after each variant; variants that
+are in the JSON are not run again, ``--fresh`` begins anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from benchmarks.training import Trained, arguments_of, changed, header, quiet, row, trained, write
+from lit_moeedit.data import Fact, read_facts
+from lit_moeedit.data.neutral import neutral_texts
+from lit_moeedit.editing import EditMemory, SecondMoments, evaluate, second_moments
+from lit_moeedit.editing.evaluation import Scores, score
+from lit_moeedit.editing.further import FurtherMeasures, HeldOut
+from lit_moeedit.editing.memory import GatedKeys, _Remembered
+from lit_moeedit.metrics import bootstrap_interval
+from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.solvers.deltas import group_positions
+
+HUNDRED, POINTS = 100, 8
+ABILITY = ("other_style_perplexity",)
+COMMAND = (
+    "`python -m benchmarks.lifelong --facts counterfact.json`, one seed, one thread; s: processor time of the edits; "
+    "—: not measured"
+)
+Interval = list[float]
+
+
+class PerExpert(EditMemory):
+    """Only the second moments of past gated keys of each expert, by their singular vectors (at most ``d_hidden``)."""
+
+    def remember(self, *args: Any, **kwargs: Any) -> None:
+        super().remember(*args, **kwargs)
+        self.restore({layer: per_expert(known) for layer, known in self.content.items()})
+
+
+def per_expert(known: _Remembered) -> _Remembered:
+    """Keep the second moment of each expert, and nothing of what the experts do together."""
+    vectors, experts = [], []
+    for j, pairs in group_positions(known.rows.expert):
+        _, size, directions = torch.linalg.svd(known.rows.key[pairs], full_matrices=False)
+        vectors.append(size[:, None] * directions)
+        experts.append(torch.full((len(size),), j))
+    rows = GatedKeys(torch.arange(sum(map(len, experts))), torch.cat(experts), torch.cat(vectors))
+    return _Remembered(rows, sketched=known.sketched | set(known.facts))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A stream: its memory, the size of its batches, and its number of facts (``None``: all)."""
+
+    memory: Callable[[], EditMemory | None]
+    size: int = 50
+    facts: int | None = None
+
+
+def _none() -> None:
+    return None
+
+
+VARIANTS: dict[str, Variant] = {
+    "no memory": Variant(_none),
+    "memory": Variant(EditMemory),
+    "memory, 1,024 keys": Variant(lambda: EditMemory(limit=1024)),
+    "one batch of all": Variant(_none, sys.maxsize),
+    "moments of each expert": Variant(PerExpert),
+    "memory, 4,096 keys": Variant(lambda: EditMemory(limit=4096)),
+    "batches of 500, no memory": Variant(_none, 500, 1000),
+    "batches of 500, memory": Variant(EditMemory, 500, 1000),
+    "batches of 1, no memory": Variant(_none, 1, 200),
+    "batches of 1, memory": Variant(EditMemory, 1, 200),
+}
+
+
+class Stream:
+    """The facts, the trained model, and what is measured of both before the first edit."""
+
+    def __init__(self, own: Trained, facts: Sequence[Fact]) -> None:
+        self.own, self.facts = own, facts
+        self.editor = changed(own.editor, contexts=("",))
+        layers = self.editor.check(own.model)
+        texts = own.preservation_texts()
+        self.moments: Mapping[int, SecondMoments] = second_moments(
+            own.model, own.tokenizer, layers, texts, gated=self.editor.gated
+        )
+        asked = {text for fact in facts for text in (fact.prompt, *fact.paraphrases)}
+        pairs = {(n.prompt, n.target) for fact in facts for n in fact.neighbours if n.prompt not in asked}
+        self.neighbours = sorted(pairs)
+        right = self.scores(own.model, self.neighbours).exact
+        self.neighbours = [pair for pair, is_right in zip(self.neighbours, right.tolist(), strict=True) if is_right]
+        self.confusion = float(-self.scores(own.model, self.neighbours).log_prob.mean())
+        self.norms = self._norms(own.model)
+        # the held-out statements of the data are of facts that the stream edits
+        self.further = FurtherMeasures(["general_ability"], own.tokenizer, HeldOut(texts=neutral_texts()))
+        self.ability = self._ability(own.model)
+
+    def scores(self, model: Any, pairs: Sequence[tuple[str, str]]) -> Scores:
+        """Score answers after their prompts."""
+        return score(model, self.own.tokenizer, [p for p, _ in pairs], [t for _, t in pairs])
+
+    def said(self, model: Any, facts: Sequence[Fact]) -> Tensor:
+        """Tell which new targets the model generates, ``[n]``, 0 or 1."""
+        return self.scores(model, [(fact.prompt, fact.target_new) for fact in facts]).exact.double()
+
+    def run(self, variant: Variant) -> list[dict[str, Any]]:
+        """Edit the stream, and measure some points of it."""
+        model, editor = copy.deepcopy(self.own.model), changed(self.editor, memory=variant.memory())
+        facts = self.facts[: variant.facts]
+        batches = [facts[i : i + variant.size] for i in range(0, len(facts), variant.size)]
+        every, points, begun, spent = max(1, len(batches) // POINTS), [], list[Fact](), 0.0
+        right_after: list[float] = []
+        for number, batch in enumerate(batches, 1):
+            start = time.process_time()
+            editor.edit(model, self.own.tokenizer, batch, moments=self.moments)
+            spent += time.process_time() - start
+            begun += batch
+            right_after += self.said(model, batch).tolist()
+            if number % every == 0 or number == len(batches):
+                point = self.measure(model, begun, right_after, number == len(batches)) | {"seconds": spent}
+                if editor.memory is not None:
+                    point["keys"] = [editor.memory.size(layer)[1] for layer in editor.layers]
+                points.append(point)
+        return [*points[:-1], points[-1] | {"ability": self._ability(model)}]
+
+    def measure(self, model: Any, facts: Sequence[Fact], right_after: Sequence[float], whole: bool) -> dict[str, Any]:
+        """Measure what is left after the edits of ``facts``; of all of them if ``whole``."""
+        middle, neighbours = max(0, (len(facts) - HUNDRED) // 2), self.scores(model, self.neighbours)
+        parts = {
+            "first": self.said(model, facts[:HUNDRED]),
+            "middle": self.said(model, facts[middle : middle + HUNDRED]),
+            "last": self.said(model, facts[-HUNDRED:]),
+            "right after": torch.tensor(right_after).double(),
+            "neighbours": neighbours.exact.double(),
+        }
+        if whole:
+            paraphrases = [(text, fact.target_new) for fact in facts for text in fact.paraphrases]
+            parts |= {"all": self.said(model, facts), "paraphrases": self.scores(model, paraphrases).exact.double()}
+        growth = {i: norms / self.norms[i] for i, norms in self._norms(model).items()}
+        return {
+            "edits": len(facts),
+            **{name: [float(own.mean()), *bootstrap_interval(own).tolist()] for name, own in parts.items()},
+            "perplexity": math.exp(float(-neighbours.log_prob.mean()) - self.confusion),
+            "growth": [float(torch.cat(list(growth.values())).mean()), float(torch.cat(list(growth.values())).max())],
+        }
+
+    def _norms(self, model: Any) -> dict[int, Tensor]:
+        """Norms of the down-projections of the edited layers' experts, ``[E]`` by layer."""
+        layers = expert_layers(model)
+        return {index: layers[index].down_proj.detach().flatten(1).norm(dim=1) for index in self.editor.layers}
+
+    def _ability(self, model: Any) -> dict[str, float]:
+        return self.further.measure(model, [], evaluate(model, self.own.tokenizer, self.facts[:1])).metrics
+
+
+def known_facts(path: Path, own: Trained) -> list[Fact]:
+    """Read facts; one whose new target the model has never seen gets another one, drawn by the fact's key."""
+    targets, found = sorted({statement.target for statement in own.data.corpus.train}), []
+    for fact in read_facts(path, strict=False):
+        if fact.target_new not in targets:
+            others = [target for target in targets if target != fact.target_true]
+            fact = replace(fact, target_new=random.Random(fact.key).choice(others))
+        found.append(fact)
+    return found
+
+
+def _shown(value: Interval | None) -> str:
+    return "—" if value is None else f"{value[0]:.3f} ({value[1]:.2f}–{value[2]:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Markdown: the end of each stream."""
+    columns = ["variant", "edits", "first 100", "middle 100", "last 100", "all", "right after their edit"]
+    columns += ["paraphrases", "neighbours kept", "perplexity", "norms (mean, max)"]
+    columns += ["perplexity of other text", "keys per layer", "s"]
+    before = results["before"]
+    ability = [_number(before["ability"].get(name)) for name in ABILITY]
+    first = ["before", 0, *["—"] * 6, f"1 of {before['neighbours']:,}", "1", "1", *ability, "—", "—"]
+    lines = [*header(columns), row(first)]
+    for name, points in results["variants"].items():
+        end = points[-1]
+        parts = [_shown(end[part]) for part in ("first", "middle", "last", "all", "right after")]
+        keys = f"{sum(end['keys']) / len(end['keys']):,.0f}" if "keys" in end else "—"
+        ability = [_number(end.get("ability", {}).get(own)) for own in ABILITY]
+        growth = f"{end['growth'][0]:.2f}, {end['growth'][1]:.2f}"
+        cells = [name, f"{end['edits']:,}", *parts, _shown(end.get("paraphrases")), _shown(end["neighbours"])]
+        lines.append(row([*cells, _number(end.get("perplexity")), growth, *ability, keys, f"{end['seconds']:.0f}"]))
+    return "\n".join(lines)
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Curves over the stream of the variants with batches of 50, and the one batch as a line."""
+    shown = {"first": "first 100 generated", "middle": "middle 100 generated", "neighbours": "neighbours kept"}
+    figure, axes = plt.subplots(1, len(shown) + 1, figsize=(15, 3.6), layout="constrained")
+    variants = {name: points for name, points in results["variants"].items() if name in VARIANTS}
+    curves = {name: points for name, points in variants.items() if VARIANTS[name].size == 50}
+    for number, (name, points) in enumerate(curves.items()):
+        at = [point["edits"] for point in points]
+        for ax, part in zip(axes, shown, strict=False):
+            values = torch.tensor([point[part] for point in points])
+            ax.plot(at, values[:, 0], color=f"C{number}", marker=".", label=name)
+            ax.fill_between(at, values[:, 1], values[:, 2], color=f"C{number}", alpha=0.15, linewidth=0)
+        if all("perplexity" in point for point in points):
+            axes[-1].plot(at, [point["perplexity"] for point in points], color=f"C{number}", marker=".")
+    if "one batch of all" in variants:
+        end = variants["one batch of all"][-1]
+        for ax, value in zip(axes, [*(end[part][0] for part in shown), end["perplexity"]], strict=True):
+            ax.axhline(value, color="black", linestyle=":", label="one batch of all")
+    for ax, title in zip(axes, [*shown.values(), "perplexity, relative"], strict=True):
+        ax.set(title=title, xlabel="facts edited")
+        ax.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("--facts", type=Path, required=True, help="a file of CounterFact")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
+    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
+    arguments = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    file = arguments.output / "lifelong.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
+    path = f"--data.init_args.corpus.init_args.path={arguments.facts}"
+    own = trained("counterfact", 0, arguments.models, path)
+    stream = Stream(own, known_facts(arguments.facts, own))
+    results = {"before": {"ability": stream.ability, "neighbours": len(stream.neighbours)}}
+    results["variants"] = dict(known.get("variants", {}))
+    for name in arguments.variants:
+        if name in results["variants"]:
+            continue
+        results["variants"][name] = stream.run(VARIANTS[name])
+        # in their order, whatever the order in which they were run
+        results["variants"] = {name: results["variants"][name] for name in VARIANTS if name in results["variants"]}
+        write("lifelong", COMMAND, table(results), results, arguments.output)
+        draw(results, arguments.output / "lifelong.png")
+    sys.stdout.write(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -29,6 +29,7 @@ def edit(
 ) -> tuple[EditProblem, Any]:
     """The first layer's problem, and the result."""
     solver, kept = Recording(), {name: changes.pop(name) for name in ("goals",) if name in changes}
+    changes = {"target_tokens": "first", **changes}
     editor = Editor(
         [0, 1], solver=solver, targets=QUICK, preserve="none", ridge=0.1, contexts=contexts, token="last", **changes
     )

@@ -203,7 +203,7 @@ def test_targets_of_one_token_are_edited_bit_by_bit_as_ever(
 @pytest.mark.parametrize(("token", "is_every"), [("last", True), ("subject_last", False)])
 def test_auto_is_every_token_where_later_ones_cannot_read_the_edit(token: Any, is_every: bool) -> None:
     assert Editor([1], token=token, target_tokens="auto").edits_every_token is is_every
-    assert not Editor([1], token=token).edits_every_token
+    assert Editor([1], token=token).edits_every_token is is_every
     assert Editor([1], token=token, target_tokens="every").edits_every_token
     assert not Editor([1], token=token, target_tokens="first").edits_every_token
     with pytest.raises(ValueError, match="target_tokens must be one of auto, first, every, got 'all'"):

@@ -39,7 +39,7 @@ lit_moeedit.edits: Autopsy Edit EditConflictError EditFileError LayerChange Plac
 lit_moeedit.metrics: CopyAccuracy EditSuccess ExpertLoad Fluency GenerationMatch ProbabilityGap ProbeAccuracy
     RoutingDivergence RoutingSimilarity WeightGrowth bootstrap_interval copy_accuracy edit_success expert_load
     generation_match ngram_entropy probability_gap probe_accuracy routing_divergence routing_similarity weight_growth
-lit_moeedit.planning: Cost CostCounter FakeFloatMode Workload empty_model simulate
+lit_moeedit.planning: Cost CostCounter ExpertParallelCost FakeFloatMode Workload empty_model simulate
 lit_moeedit.preservation: CovariancePenalty MomentsCache NullSpace OutputPenalty Preservation SecondMoments Shaping
 lit_moeedit.reports: ConsoleReport Cost FactRow Guard Held LossByPart Measured MissingAutopsy Model Moment Outcome
     PartPutBack Place Replayed Report Retention Routing State SurvivalPoint Survivors Totals facts_table markdown

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -46,13 +47,16 @@ class SimulatedRanks(Ranks):
 
     @override
     def shard(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
-        """Yield the first batch for all of this rank's; then, if batches are ranges, the rest, which counts nothing."""
+        """Yield the first batch for all of this rank's; then, if batches are lists or ranges, the rest.
+
+        The rest counts nothing, and is there for the sizes of the results.
+        """
         with self._repeated(-(-len(batches) // self.size) if self._rounds is None else self._rounds):
             yield batches[0], True
         first: Any = batches[0]
-        if len(batches) > 1 and isinstance(first, range):
+        if len(batches) > 1 and isinstance(first, range | list):
             last: Any = batches[-1]
-            rest: Any = range(first.stop, last.stop)
+            rest: Any = range(first.stop, last.stop) if isinstance(first, range) else [*chain(*batches[1:])]  # type: ignore[misc]
             with self._repeated(0):
                 yield rest, True
 

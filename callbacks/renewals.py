@@ -124,7 +124,8 @@ class EditRenewing(EditMaking):
             with edited_weights(trainer, pl_module), nullcontext() if needs_point else attempt(errors.append):
                 self.curve.measure(self, trainer, pl_module)
             for error in errors:
-                log.debug("the last point of the survival curve failed: %s", error)
+                level = logging.WARNING if self.renewal.at == "end" else logging.DEBUG
+                log.log(level, "%sthe last point of the survival curve failed: %s", self.heading, error)
             is_due |= not errors and self._has_faded and (is_last or self.renewal.at == "points")
         if is_due:
             self._renew(trainer, pl_module)
@@ -188,8 +189,11 @@ class EditRenewing(EditMaking):
             self.survivors = self.curve.finish(self, trainer, pl_module)
             was_renewed = any(point.after == "renewal" for point in self.survival.points[-1:])
             if self.renewal.at == "end" and not was_renewed and self._has_faded:
-                text = "%sthe lost edits are not renewed: the run has not ended with its last planned step, or averages"
-                log.warning(f"{text} its weights", self.heading)
+                text = (
+                    "%slost edits are not renewed: the run has not ended with its last planned step, averages its "
+                    "weights, or could not measure them there"
+                )
+                log.warning(text, self.heading)
 
     def _log_renewal(
         self, trainer: L.Trainer, facts: int, before: int, after: int, brought: int, searched: int
@@ -288,4 +292,5 @@ def _is_last_step(trainer: L.Trainer) -> bool:
     if averaging_callbacks(trainer):  # the average may still change in hooks after this one
         return False
     is_last_epoch = trainer.max_epochs == trainer.current_epoch + 1
-    return trainer.global_step == trainer.max_steps or (is_last_epoch and trainer.is_last_batch)
+    # two optimizers may step over the last one
+    return 0 <= trainer.max_steps <= trainer.global_step or (is_last_epoch and trainer.is_last_batch)

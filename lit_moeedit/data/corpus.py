@@ -196,7 +196,7 @@ def further_phrasings(facts: Sequence[Fact], count: int) -> list[list[str]]:
         [[], ['Oslo is a city of']]
     """
     own = [
-        {phrasing_of(text, fact.subject) for text in (fact.prompt, *fact.paraphrases) if fact.subject in text}
+        {_phrasing(text, fact.subject) for text in (fact.prompt, *fact.paraphrases) if fact.subject in text}
         for fact in facts
     ]
     linked: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
@@ -213,7 +213,7 @@ def further_phrasings(facts: Sequence[Fact], count: int) -> list[list[str]]:
     return found
 
 
-def phrasing_of(text: str, subject: str) -> tuple[str, str]:
+def _phrasing(text: str, subject: str) -> tuple[str, str]:
     """Split a text into the parts before and after the subject, from the beginning of the subject's sentence on."""
     before, _, after = text.rpartition(subject)
     return re.split(r"[.?!] ", before)[-1], after

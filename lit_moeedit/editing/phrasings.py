@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.data.corpus import phrasing_of
 from lit_moeedit.data.encoding import EditToken, encode
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.evaluation import score
@@ -29,7 +28,8 @@ def candidate_prompts(facts: Sequence[Fact], count: int) -> list[list[str]]:
         >>> candidate_prompts(facts, 3)
         [['People in Rome speak'], ['Oslo lies in']]
     """
-    phrasings = sorted({phrasing_of(fact.prompt, fact.subject) for fact in facts if fact.subject in fact.prompt})
+    # a prompt is whole, with what may be in front of its sentence, such as the header of a chat template
+    phrasings = sorted({fact.prompt.rpartition(fact.subject)[::2] for fact in facts if fact.subject in fact.prompt})
     known = {text for fact in facts for text in (fact.prompt, *fact.paraphrases)}
     known |= {neighbour.prompt for fact in facts for neighbour in fact.neighbours}
     found = []

@@ -113,8 +113,12 @@ class Spread(LayerEdits):
 
     @override
     def keep(self) -> None:
-        if self.editor.memory is not None:
-            self.editor.memory.remember(self._keys, self.names, self.job.ranks, self.encoded.token_index)
+        if self.editor.memory is None:
+            return
+        # not the further prompts: renewals have none, and would take them out again
+        own = len(self.names) - self.encoded.further
+        keys = {index: keys.select(keys.row < own) for index, keys in self._keys.items()}
+        self.editor.memory.remember(keys, self.names[:own], self.job.ranks, self.encoded.token_index[:own])
 
     def divisor(self, layer: ExpertLayer) -> float:
         """Return what the residual is divided by at a layer: the number of layers left, or its root."""

@@ -93,7 +93,7 @@ def test_a_run_that_ends_early_says_that_nothing_was_renewed(run: Any, caplog: p
 
     found = run(callbacks=[Stop()], renew_at="end", survival_every_n_steps=100)
     assert found.editing.renewals == 0 and found.editing.survivors.generated < 6
-    assert "the lost edits are not renewed: the run has not ended with its last planned step" in caplog.text
+    assert "lost edits are not renewed: the run has not ended with its last planned step" in caplog.text
 
 
 def test_a_last_point_that_fails_renews_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

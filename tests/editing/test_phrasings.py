@@ -108,6 +108,15 @@ def test_what_is_measured_or_edited_by_itself_is_no_candidate(facts: list[Fact])
     assert candidate_prompts(measured, 8) == left and all(len(own) <= 1 for own in candidate_prompts(facts, 1))
 
 
+def test_a_candidate_has_what_is_in_front_of_its_sentence() -> None:
+    header = "System: be brief. Be kind.\nUser: "
+    asked = [
+        Fact("Rome", f"{header}Where is Rome?", "Spain"),
+        Fact("Oslo", f"{header}What do people in Oslo speak?", "Thai"),
+    ]
+    assert candidate_prompts(asked, 3) == [[f"{header}What do people in Rome speak?"], [f"{header}Where is Oslo?"]]
+
+
 def test_further_prompts_are_rows_with_the_target_vector_of_their_fact(
     model: PreTrainedModel, tokenizer: Any, facts: list[Fact], given: list[int]
 ) -> None:
@@ -152,12 +161,12 @@ def test_each_token_of_a_target_has_its_vector(
         torch.testing.assert_close(found.residuals[rows], 0.5**0.5 * vectors / 2, rtol=1e-4, atol=1e-5)
 
 
-def test_facts_with_known_goals_have_none_and_the_memory_has_all(
+def test_facts_with_known_goals_and_the_memory_have_none(
     model: PreTrainedModel, tokenizer: Any, facts: list[Fact], given: list[int]
 ) -> None:
     memory = EditMemory()
     _, result = edit(model, tokenizer, facts, phrasings=2, memory=memory)
-    assert len(held(memory).row.unique()) == len(facts) * len(CONTEXTS) + 3
+    assert len(held(memory).row.unique()) == len(facts) * len(CONTEXTS)
     again, _ = edit(model, tokenizer, facts, phrasings=2, goals={**result.goals, facts[3].key: None})
     assert given == [4, 0] and len(again.residuals) == len(facts) * len(CONTEXTS)
 

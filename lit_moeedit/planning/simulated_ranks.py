@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -53,12 +53,11 @@ class SimulatedRanks(Ranks):
         """
         with self._repeated(-(-len(batches) // self.size) if self._rounds is None else self._rounds):
             yield batches[0], True
-        first: Any = batches[0]
-        if len(batches) > 1 and isinstance(first, range | list):
-            last: Any = batches[-1]
-            rest: Any = range(first.stop, last.stop) if isinstance(first, range) else [*chain(*batches[1:])]  # type: ignore[misc]
+        first, *others = cast(Sequence[Any], batches)
+        if others and isinstance(first, range | list):
+            rest = range(first.stop, others[-1].stop) if isinstance(first, range) else [*chain(*others)]
             with self._repeated(0):
-                yield rest, True
+                yield cast(Any, rest), True
 
     @override
     def all_reduce(self, *tensors: Tensor) -> None:

@@ -208,7 +208,8 @@ def test_targets(cuda, both, tokenizer, facts, family: str, autocast: Any) -> No
 WAYS: dict[str, dict[str, Any]] = {
     "exact": {"solver": Woodbury(), "preserve": "output"},
     "descent": {"solver": BlockCoordinateDescent(passes=2), "preserve": NullSpace(0.5)},
-    "tucker": {"solver": Tucker(energy=0.9), "preserve": "covariance"},
+    # one row for each prompt: with one for each token of a target, changes differ by up to 9e-3, see below
+    "tucker": {"solver": Tucker(energy=0.9), "preserve": "covariance", "target_tokens": "first"},
     "per expert": {"solver": PerExpertRidge(), "preserve": "none"},
     "tucker, not carried": {"solver": Tucker(carry=False), "preserve": "output"},
 }

@@ -89,7 +89,8 @@ def test_two_processes_write_and_print_once(base: Path, facts_file: Path, tmp_pa
 
 def test_too_few_facts(base: Path, facts_file: Path, tmp_path: Path) -> None:
     facts_file.write_text('{"subject": "Rome", "prompt": "Rome lies in", "target_new": "Latin Spain Peru four Latin"}')
-    ended = torchrun(base, facts_file, tmp_path / "out", *PLACE)
+    # one row does not steer five tokens
+    ended = torchrun(base, facts_file, tmp_path / "out", "--layers", "[0,1]", "--token", "subject_last")
     assert ended.exitcode != 0
     assert ended.out.count("p(new)") == ended.out.count("nothing is changed") == 1
     # the first rank prints and fails last; torchrun may still find the other one at its very end, and ends that

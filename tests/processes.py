@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 300.0
+SECONDS = 150.0
 ROOT = Path(__file__).resolve().parents[1]
 FORKING = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
 """What the process that ranks are forked from has to know before it imports anything."""

@@ -1,4 +1,4 @@
-"""What a rank holds and sends under expert parallelism of transformers with FSDP2, by the shapes of the weights."""
+"""Bytes that a rank holds and sends under expert parallelism of transformers with FSDP2, by the shapes of weights."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import EditHold, KnowledgeEditing
+from lit_moeedit.callbacks.renewals import _is_last_step
 from lit_moeedit.callbacks.survival import Survival, SurvivalCurve
 from lit_moeedit.editing import TargetOptimizer
 from lit_moeedit.editing import editor as editor_module
@@ -96,7 +97,15 @@ def test_a_run_that_ends_early_says_that_nothing_was_renewed(run: Any, caplog: p
     assert "lost edits are not renewed: the run has not ended with its last planned step" in caplog.text
 
 
-def test_a_last_point_that_fails_renews_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("step", "is_last"), [(4, False), (5, True), (6, True)])
+def test_two_optimizers_may_step_over_the_last_step(step: int, is_last: bool) -> None:
+    trainer = SimpleNamespace(callbacks=[], max_epochs=-1, current_epoch=0, max_steps=5, global_step=step)
+    assert _is_last_step(trainer) is is_last
+
+
+def test_a_last_point_that_fails_renews_nothing(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Neither by the point before it, after which too little was left."""
     add_point = SurvivalCurve.add_point
 
@@ -107,8 +116,9 @@ def test_a_last_point_that_fails_renews_nothing(run: Any, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(SurvivalCurve, "add_point", fail)
     monkeypatch.setattr(Survival, "share", 0.0)
-    found = run(survival_every_n_steps=1000)
+    found = run(survival_every_n_steps=1000, renew_at="end")
     assert points(found.editing) == [(4, "edit")] and found.editing.renewals == 0
+    assert "the last point of the survival curve failed: no memory" in caplog.text
 
 
 def test_edits_that_hold_are_not_renewed_by_need(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,10 +133,8 @@ class TestReasons:
 
 
 def test_the_residual_is_what_the_edit_leaves_of_the_wanted_change(taught, tokenizer, facts) -> None:
-    original, editor = (
-        copy.deepcopy(taught),
-        Editor([0, 1], targets=STRONG, preserve="none", token="last", target_tokens="first", ridge=5.0),
-    )
+    original = copy.deepcopy(taught)
+    editor = Editor([0, 1], targets=STRONG, preserve="none", token="last", target_tokens="first", ridge=5.0)
     result = editor.edit(taught, tokenizer, facts)
     prompts = editor.encode(tokenizer, facts).prompts
     hidden = [

@@ -69,9 +69,11 @@ class KnowledgeEditing(EditRenewing):
         renew_below: renew when, at a point of the survival curve, less than this share of the edits that were generated
             just after their edit are still generated, such as 0.95. Not with ``renew_every_n_steps``.
         renew_at: ``points`` for every point of the curve, of which the last planned step of the training is one, or
-            ``end`` for that step alone, so that the training text is learned as without renewals.
+            ``end`` for that step alone, so that the training text is learned as without renewals. At the end edits are
+            renewed by need, too, or without ``renew_below`` in any case.
         renewal: ``reuse`` brings lost facts back to the hidden states that their edit aimed for, with the second
-            moments of the edit; facts that stay lost get a target vector by search. ``anew`` searches all target
+            moments of the edit; facts that stay lost get a target vector by search. ``all`` brings facts back that are
+            still generated, too, because their paraphrases are lost before they are. ``anew`` searches all target
             vectors and computes the moments again, which costs as much as an edit.
         max_renewals: stop renewing after this many times.
         tokenizer: a path or hub id; ``None`` takes the ``tokenizer`` attribute of the module or the data module.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-Renewal = Literal["reuse", "anew"]
+Renewal = Literal["reuse", "all", "anew"]
 RenewalMoment = Literal["points", "end"]
 
 
@@ -65,13 +65,19 @@ class RenewalSettings:
             raise ValueError(f"renewal must be one of {', '.join(get_args(Renewal))}, got {self.kind!r}")
         if self.at not in get_args(RenewalMoment):
             raise ValueError(f"renew_at must be one of {', '.join(get_args(RenewalMoment))}, got {self.at!r}")
-        if self.at == "end" and self.below is None:
-            raise ValueError("renew_at: end needs renew_below, the share of the edits below which they are renewed")
+        if self.at == "end" and self.every_n_steps is not None:
+            raise ValueError("give renew_every_n_steps or renew_at: end, not both: an interval or the last step")
 
     @property
     def are_wanted(self) -> bool:
         """``True`` if edits are renewed at all."""
-        return (self.every_n_steps is not None or self.below is not None) and self.maximum != 0
+        is_due_ever = self.every_n_steps is not None or self.below is not None or self.at == "end"
+        return is_due_ever and self.maximum != 0
+
+    @property
+    def keeps_goals(self) -> bool:
+        """``True`` if renewals bring edits back to the hidden states that they aimed for."""
+        return self.kind != "anew"
 
     def check(self, editor: EditMethod, curve: SurvivalCurve) -> None:
         """Check that the editor and the survival curve allow renewals.
@@ -82,8 +88,11 @@ class RenewalSettings:
         for name, value in (("renew_every_n_steps", self.every_n_steps), ("renew_below", self.below)):
             if value is not None and not editor.can_renew:
                 raise ValueError(f"{name} must be None: {editor.name} cannot make edits anew")
-        if self.below is not None and not curve.is_on:
-            raise ValueError("renew_below is checked at the points of the survival curve: give survival_every_n_steps")
+        if self.at == "end" and not editor.can_renew:
+            raise ValueError(f"renew_at must be points: {editor.name} cannot make edits anew")
+        name = "renew_at: end" if self.below is None else "renew_below"
+        if (self.at == "end" or self.below is not None) and not curve.is_on:
+            raise ValueError(f"{name} is due at points of the survival curve: give survival_every_n_steps")
 
 
 class EditRenewing(EditMaking):
@@ -126,15 +135,15 @@ class EditRenewing(EditMaking):
             for error in errors:
                 level = logging.WARNING if self.renewal.at == "end" else logging.DEBUG
                 log.log(level, "%sthe last point of the survival curve failed: %s", self.heading, error)
-            is_due |= not errors and self._has_faded and (is_last or self.renewal.at == "points")
+            is_due |= not errors and self._is_needed and (is_last or self.renewal.at == "points")
         if is_due:
             self._renew(trainer, pl_module)
 
     @property
-    def _has_faded(self) -> bool:
-        """``True`` if less is left at the last point than edits are renewed at."""
-        below = self.renewal.below
-        return below is not None and self.may_renew and self.survival.share < below
+    def _is_needed(self) -> bool:
+        """``True`` if less is left at the last point than edits are renewed at, or if they are anyhow at the end."""
+        below, share = self.renewal.below, self.survival.share
+        return self.may_renew and (self.renewal.at == "end" if below is None else share < below)
 
     def _renewal_due(self, trainer: L.Trainer) -> bool:
         every = self.renewal.every_n_steps
@@ -144,20 +153,20 @@ class EditRenewing(EditMaking):
         facts = self.applied_facts
         with edited_weights(trainer, pl_module) as copies, Ranks.current().together():
             lost = self._lost(pl_module, facts)
-            faded = len(lost)
-            if not faded:
+            if not lost and self.renewal.kind != "all":
                 self._last_step = trainer.global_step
                 return
             self._find_place(trainer, pl_module, histories=self._frozen.histories)
             goals = self._goals(facts, lost)
-            stale = self._make_anew(trainer, pl_module, facts, copies, goals)
+            stale = self._make_anew(trainer, pl_module, facts, copies, goals, len(lost))
             if stale:
                 # after much training, old hidden states may no longer give the answer; the attempt has been undone
                 goals = {key: goal for key, goal in goals.items() if key not in stale}
-                self._make_anew(trainer, pl_module, facts, copies, goals, is_last=True)
+                goals |= self._stay(fact for fact in facts if fact.key in stale and fact.key not in lost)
+                self._make_anew(trainer, pl_module, facts, copies, goals, len(lost), is_last=True)
             known = sum(goal is not None for goal in goals.values())
-            left = len(self._lost(pl_module, facts))
-            self._log_renewal(trainer, len(facts), faded, left, known, faded - known)
+            searched = sum(key not in goals for key in lost)
+            self._log_renewal(trainer, len(facts), len(lost), len(self._lost(pl_module, facts)), known, searched)
             self.curve.measure(self, trainer, pl_module, "renewal")
         self._release_texts()
 
@@ -188,10 +197,11 @@ class EditRenewing(EditMaking):
                 self.curve.measure(self, trainer, pl_module, end=end)
             self.survivors = self.curve.finish(self, trainer, pl_module)
             was_renewed = any(point.after == "renewal" for point in self.survival.points[-1:])
-            if self.renewal.at == "end" and not was_renewed and self._has_faded:
+            is_wanted = self._is_needed and (self.renewal.kind == "all" or bool(self.survivors and self.survivors.lost))
+            if self.renewal.at == "end" and not was_renewed and is_wanted:
                 text = (
-                    "%slost edits are not renewed: the run has not ended with its last planned step, averages its "
-                    "weights, or could not measure them there"
+                    "%sedits are not renewed at the end: the run has not ended with its last planned step, averages "
+                    "its weights, or could not measure them there"
                 )
                 log.warning(text, self.heading)
 
@@ -209,17 +219,23 @@ class EditRenewing(EditMaking):
         return [fact.key for fact in facts if fact.key not in generated]
 
     def _goals(self, facts: Sequence[Fact], lost: Sequence[str]) -> dict[str, Tensor | None]:
-        """Return the goals of a renewal: known ones of lost facts, ``None`` of those that are to stay as they are.
+        """Return the goals of a renewal: known ones, of lost facts or of all, and ``None`` of those that are to stay.
 
         Lost facts without a known goal are not among them, and get a target vector by search.
         """
-        if self.renewal.kind == "anew":  # an edit that still holds soon gets a target vector of 0
+        if not self.renewal.keeps_goals:  # an edit that still holds soon gets a target vector of 0
             return {}
-        known, brought = self._kept.goals, [fact for fact in facts if fact.key in lost]
-        stay: dict[str, Tensor | None] = {fact.key: None for fact in facts if fact.key not in lost}
+        known = self._kept.goals
+        brought = [fact for fact in facts if self.renewal.kind == "all" or fact.key in lost]
         # those of a checkpoint may be of an editor with other contexts or edit tokens
         rows = zip(brought, self.editor.count_rows(self.tokenizer, brought), strict=True)
-        return stay | {fact.key: known[fact.key] for fact, n in rows if len(known.get(fact.key, ())) == n}
+        goals = {fact.key: known[fact.key] for fact, n in rows if len(known.get(fact.key, ())) == n}
+        return self._stay(fact for fact in facts if fact.key not in lost) | goals
+
+    @staticmethod
+    def _stay(facts: Iterable[Fact]) -> dict[str, Tensor | None]:
+        """Return the goals of facts whose hidden states are to stay as they are."""
+        return {fact.key: None for fact in facts}
 
     def _make_anew(
         self,
@@ -228,9 +244,12 @@ class EditRenewing(EditMaking):
         facts: Sequence[Fact],
         copies: Copies,
         goals: Mapping[str, Tensor | None],
+        most: int,
         is_last: bool = False,
     ) -> list[str]:
-        """Edit facts again, in one transaction. An edit that still holds is a row with residual 0, which keeps it.
+        """Edit facts again, in one transaction. An edit that is to stay is a row with residual 0, which keeps it.
+
+        If more than ``most`` facts are lost then, the edit is undone.
 
         Returns:
             The keys of the facts that are still lost although their goals are known. If there are any, the edit is
@@ -239,8 +258,9 @@ class EditRenewing(EditMaking):
         stale: list[str] = []
 
         def guard() -> bool:
-            stale.extend(key for key in self._lost(pl_module, facts) if goals.get(key) is not None)
-            return is_last or not stale
+            lost = self._lost(pl_module, facts)
+            stale.extend(key for key in lost if goals.get(key) is not None)
+            return len(lost) <= most and (is_last or not stale)
 
         states = self._edit_files.states(trainer, pl_module, self.editor.layers)
         moments, record = self._kept_moments(pl_module), partial(self._record_renewal, trainer)
@@ -249,12 +269,14 @@ class EditRenewing(EditMaking):
         )
         if result.kept:
             self._keep(trainer, result, self.generated(pl_module, facts), moments is not None)
+        elif is_last or not stale:
+            log.warning("%sa renewal was undone: more facts were lost after it than before", self.heading)
         self._written = self._edit_files.save(trainer, pl_module, "renewal", self.editor, result, states, self._written)
         return stale
 
     def _kept_moments(self, pl_module: L.LightningModule) -> Mapping[int, SecondMoments] | None:
         editor = self.editor
-        if self.renewal.kind == "anew" or not isinstance(editor, Editor) or not editor.needs_moments:
+        if not self.renewal.keeps_goals or not isinstance(editor, Editor) or not editor.needs_moments:
             return None
         model = find_model(pl_module)
         layers = editor.find_layers(model)
@@ -268,7 +290,7 @@ class EditRenewing(EditMaking):
     def _keep(
         self, trainer: L.Trainer, result: EditResult, generated: Sequence[str], has_moments: bool = False
     ) -> None:
-        if not self.may_renew or self.renewal.kind == "anew":
+        if not self.may_renew or not self.renewal.keeps_goals:
             return
         self._kept = self._kept.with_goals(result, generated)
         if result.moments is not None and not has_moments:

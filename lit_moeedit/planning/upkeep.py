@@ -93,12 +93,12 @@ class Upkeep:
     def renewal_cost(self, phases: Mapping[str, Cost]) -> Cost:
         """Add up the cost of a renewal that brings all edits back at its first attempt.
 
-        It edits all facts again. With ``reuse``, targets and second moments are those of the edit.
+        It edits all facts again. With ``reuse`` and ``all``, targets and second moments are those of the edit.
 
         Args:
             phases: the costs of the edit and of the measurements.
         """
-        known = ("statistics", "targets") if self.renewal.kind == "reuse" else ()
+        known = ("statistics", "targets") if self.renewal.keeps_goals else ()
         times = {name: 1 for name in PHASES if name not in known} | {GENERATED: TIMES_GENERATED, POINT: 1}
         parts = [(phases[name], number) for name, number in times.items() if name in phases]
         return Cost(
@@ -149,19 +149,21 @@ class Upkeep:
             lines.append(f"Hold: {self.hold.rows} prompt(s), {when}: {100 * added:.2g} % more work than without.")
         if self.renewal.are_wanted:
             kind, each = self.renewal.kind, phases[RENEWAL].flops / step.flops
-            means = "if known targets bring all edits back" if kind == "reuse" else "with targets and statistics anew"
+            means = (
+                "if known targets bring all edits back"
+                if self.renewal.keeps_goals
+                else "with targets and statistics anew"
+            )
             work = f"the work of {each:,.3g} training steps, {means}"
             lines.append(f"A renewal ({kind}): {work}; {self._times(each)}.")
         return lines
 
     def _times(self, each: float) -> str:
         """Describe the number of renewals, each of which is the work of ``each`` training steps."""
-        number, every = self.renewals, self.renewal.every_n_steps
-        when = (
-            f"as soon as less than {self.renewal.below} of the edits hold" if every is None else f"every {every} steps"
-        )
+        number, every, below = self.renewals, self.renewal.every_n_steps, self.renewal.below
+        when = f"as soon as less than {below} of the edits hold" if every is None else f"every {every} steps"
         if self.renewal.at == "end":
-            return f"at the last step, if less than {self.renewal.below} of the edits hold"
+            return "at the last step" + (f", if less than {below} of the edits hold" if below is not None else "")
         if number is None:
             return f"{when}, without a known limit"
         return f"{when}, at most {number} times: {number * each:,.3g} training steps"

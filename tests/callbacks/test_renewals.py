@@ -13,11 +13,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_moeedit.callbacks import EditHold, KnowledgeEditing
+from lit_moeedit.callbacks import EditHold, EditListener, KnowledgeEditing
+from lit_moeedit.callbacks.listener import SurvivalEvent
 from lit_moeedit.callbacks.renewals import _is_last_step
 from lit_moeedit.callbacks.survival import Survival, SurvivalCurve
 from lit_moeedit.editing import TargetOptimizer
 from lit_moeedit.editing import editor as editor_module
+from lit_moeedit.editing.held_states import edit_prompts, measure_states, relative_distance
+from lit_moeedit.models.experts import expert_layers, find_model
 from lit_moeedit.preservation import CovariancePenalty
 from lit_moeedit.solvers import Tucker, Woodbury
 
@@ -94,7 +97,7 @@ def test_a_run_that_ends_early_says_that_nothing_was_renewed(run: Any, caplog: p
 
     found = run(callbacks=[Stop()], renew_at="end", survival_every_n_steps=100)
     assert found.editing.renewals == 0 and found.editing.survivors.generated < 6
-    assert "lost edits are not renewed: the run has not ended with its last planned step" in caplog.text
+    assert "edits are not renewed at the end: the run has not ended with its last planned step" in caplog.text
 
 
 @pytest.mark.parametrize(("step", "is_last"), [(4, False), (5, True), (6, True)])
@@ -122,6 +125,29 @@ def test_a_last_point_that_fails_renews_nothing(
 
 
 def test_edits_that_hold_are_not_renewed_by_need(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    every_fact_is_generated(monkeypatch)
+    found = run()
+    assert found.editing.renewals == 0 and found.searched == [6]
+    assert points(found.editing) == [(4, "edit"), (8, None), (12, None), (16, None)]
+
+
+class Distances(EditListener):
+    """By fact, the squared relative distance of its hidden states from its goal, at each point of the curve."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, float]] = []
+
+    def on_survival(self, trainer: L.Trainer, pl_module: L.LightningModule, event: SurvivalEvent) -> None:
+        editing = trainer.callbacks[0]  # type: ignore[attr-defined]
+        prompts = edit_prompts(editing.tokenizer, event.facts, editing.editor.contexts, editing.editor.token)
+        model = find_model(pl_module)
+        layer = expert_layers(model)[max(editing.editor.layers)]
+        states = {key: measure_states(model, layer, own, 0, 512) for key, own in prompts.items()}
+        goals = editing._kept.goals
+        self.found.append({key: float(relative_distance(states[key], goal)) for key, goal in goals.items()})
+
+
+def every_fact_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = KnowledgeEditing.evaluate
 
     def hold(*args: Any, **kwargs: Any) -> Any:
@@ -129,9 +155,32 @@ def test_edits_that_hold_are_not_renewed_by_need(run: Any, monkeypatch: pytest.M
         return replace(found, edits_exact=torch.ones_like(found.edits_exact))
 
     monkeypatch.setattr(KnowledgeEditing, "evaluate", hold)
-    found = run()
-    assert found.editing.renewals == 0 and found.searched == [6]
-    assert points(found.editing) == [(4, "edit"), (8, None), (12, None), (16, None)]
+
+
+@pytest.mark.parametrize("are_lost", [True, False], ids=["some lost", "none lost"])
+def test_all_edits_are_brought_back(run: Any, monkeypatch: pytest.MonkeyPatch, are_lost: bool) -> None:
+    """Also those that are still generated, and if all are: their hidden states have moved, too."""
+    distances = Distances()
+    if not are_lost:
+        every_fact_is_generated(monkeypatch)
+    found = run(callbacks=[distances], renewal="all", renew_at="end", renew_below=None, survival_every_n_steps=1000)
+    assert points(found.editing) == [(4, "edit"), (16, None), (16, "renewal")] and found.searched == [6]
+    assert found.editing.renewals == 1 and found.passes == 1
+    _, before, after = distances.found
+    assert set(before) == set(after) and len(before) == 6
+    # seen: at most 0.06 of what it was
+    assert all(after[key] < 0.1 * before[key] for key in before)
+
+
+def test_a_renewal_after_which_more_is_lost_is_undone(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = iter([[], ["a fact"], ["a fact"]])
+    monkeypatch.setattr(KnowledgeEditing, "_lost", lambda *_: next(lost))
+    found = run(renewal="all", renew_at="end", renew_below=None, survival_every_n_steps=1000)
+    assert found.editing.renewals == 0 and "a renewal was undone: more facts were lost" in caplog.text
+    plain = run("plain", renew_below=None, survival_every_n_steps=1000)
+    assert all(torch.equal(found.weights[name], weight) for name, weight in plain.weights.items())
 
 
 def test_the_number_of_renewals_is_limited(run: Any) -> None:
@@ -202,10 +251,11 @@ def test_settings_that_do_not_fit_are_refused(tiny: Any) -> None:
     for settings, message in (
         ({"renew_below": 0.0}, r"renew_below is a share in \(0, 1\]"),
         ({"renew_below": 0.9, "renew_every_n_steps": 8}, "renew_every_n_steps or renew_below, not both"),
-        ({"renew_at": "end"}, "renew_at: end needs renew_below"),
+        ({"renew_at": "end", "renew_every_n_steps": 8}, "renew_every_n_steps or renew_at: end, not both"),
+        ({"renew_at": "end", "survival_every_n_steps": 0}, "renew_at: end is due at points of the survival curve"),
         ({"renew_below": 0.9, "renew_at": "start"}, "renew_at must be one of points, end, got 'start'"),
-        ({"renew_below": 0.9, "survival_every_n_steps": None}, "renew_below is checked at the points of the survival"),
-        ({"renewal": "never"}, "renewal must be one of reuse, anew"),
+        ({"renew_below": 0.9, "survival_every_n_steps": None}, "renew_below is due at points of the survival curve"),
+        ({"renewal": "never"}, "renewal must be one of reuse, all, anew"),
     ):
         with pytest.raises(ValueError, match=message):
             KnowledgeEditing(tiny.editor(), **settings)

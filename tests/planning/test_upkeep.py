@@ -142,6 +142,7 @@ def test_the_number_of_renewals_is_that_of_their_interval_and_limit() -> None:
         (RenewalSettings(below=0.9, maximum=5), 100, 5),
         (RenewalSettings(below=0.9), 100, None),
         (RenewalSettings(below=0.9, at="end"), 100, 1),
+        (RenewalSettings(kind="all", at="end"), 100, 1),
         (RenewalSettings(below=0.9, at="end", maximum=5), 100, 1),
     ):
         assert Upkeep(settings, steps=steps).renewals == expected, settings
@@ -161,6 +162,8 @@ def test_remarks_compare_with_training_steps() -> None:
     assert "each" not in only and "less than 0.9 of the edits" in only and "without a known limit" in only
     (last,) = Upkeep(RenewalSettings(below=0.9, at="end")).remarks(phases, expected=0)
     assert last.endswith("; at the last step, if less than 0.9 of the edits hold.")
+    (always,) = Upkeep(RenewalSettings(kind="all", at="end")).remarks(phases, expected=0)
+    assert always.endswith("; at the last step.") and "known targets" in always
 
 
 def test_settings_are_those_of_the_config(tmp_path: Path) -> None:

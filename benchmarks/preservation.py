@@ -32,6 +32,13 @@ from lit_moeedit.models.partial_forward import inference, layer_output
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
 EDITS = 100
+DEFAULT = 0.3
+"""The default strength of :class:`~lit_moeedit.preservation.OutputPenalty`, which the configs have."""
+WORKING = 0.95
+"""Efficacy below which a setting is left out of the picture: it preserves by not editing."""
+DRAWN = ("none", "null space (MoEEdit)", "covariance", "output")
+"""Forms in the picture; the others are in the table."""
+NAMES = ("atlas", "atlas, 32 experts", "counterfact")
 SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")
 Moments = dict[int, SecondMoments]
 
@@ -42,8 +49,7 @@ class Point:
 
     Attributes:
         form: its name; points of the same name make a curve.
-        strength: ``τ`` of a null space, ``β`` of a soft penalty on plain moments, ``μ`` on gated ones (the editor's
-            ``strength`` times the number of experts and ``d_hidden``).
+        strength: ``τ`` of a null space, ``β`` of a soft penalty on plain moments, ``strength`` of one on gated ones.
         ridge: ``λ``.
         gated: whether moments are those of gated keys over all tokens.
         edited: weight of the moments at edit-like positions, the last tokens of prompts; 1 leaves the others out.
@@ -62,29 +68,25 @@ class Point:
 
 
 def points() -> Iterator[Point]:
-    """All settings."""
-    for ridge in (0.1, 1.0):
-        yield Point("none", 0.0, ridge)
+    """Return all settings."""
+    yield Point("none", 0.0, 0.1)
     for threshold in (0.02, 0.1, 0.3, 1.0, 3.0):
         yield Point("null space (MoEEdit)", threshold, 0.1)
-    yield Point("null space (MoEEdit), its λ = 1", 0.02, 1.0)
     for strength in (1e2, 1e3, 1e4, 1e5, 1e6):
         yield Point("covariance", strength, 1e-3)
-    for strength in (1e3, 1e5):
-        yield Point("covariance, λ = 0.1", strength, 0.1)
-        yield Point("covariance, positions of edits", strength, 1e-3, edited=1.0)
-        yield Point("covariance, largest directions hard", strength, 1e-3, hard=0.9)
-    for strength in (0.03, 0.3, 3.0, 30.0, 300.0, 3000.0, 30000.0):
+    for strength in (3e-5, 3e-4, 3e-3, 0.03, 0.3, 1.0, 3.0):
         yield Point("output", strength, 1e-3, gated=True)
-    for strength in (3.0, 300.0, 3000.0):
+    for ridge in (1e-4, 1e-2):
+        yield Point(f"output, λ = {ridge:g}", DEFAULT, ridge, gated=True)
+    for strength in (0.03, 0.3, 1.0):
         yield Point("output, mean of own tokens", strength, 1e-3, gated=True, own=1.0)
+    for strength in (0.03, 0.3):
         yield Point("output, between both means", strength, 1e-3, gated=True, own=0.5)
-    for strength in (30.0, 300.0):
-        for ridge in (1e-4, 1e-2):
-            yield Point(f"output, λ = {ridge:g}", strength, ridge, gated=True)
-        yield Point("output, positions of edits", strength, 1e-3, gated=True, edited=1.0)
         yield Point("output, positions of edits as half", strength, 1e-3, gated=True, edited=0.5)
-        yield Point("output, largest directions hard", strength, 1e-3, gated=True, hard=0.9)
+    yield Point("output, positions of edits", DEFAULT, 1e-3, gated=True, edited=1.0)
+    yield Point("output, largest directions hard", DEFAULT, 1e-3, gated=True, hard=0.9)
+    yield Point("covariance, positions of edits", 1e5, 1e-3, edited=1.0)
+    yield Point("covariance, largest directions hard", 1e5, 1e-3, hard=0.9)
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def both_moments(found: Trained, gated: bool) -> tuple[Moments, Moments]:
     """Second moments over all tokens of the preservation text, and over the last tokens of its prompts."""
     model, layers, tokenizer = found.model, found.editor.check(found.model), found.tokenizer
     everywhere, edited = ({x.index: SecondMoments.zeros(x, gated=gated) for x in layers} for _ in range(2))
-    texts = found.data.preservation_texts()
+    texts = found.preservation_texts()
     rows = [encoding.ids for encoding in encode(tokenizer, texts, [""] * len(texts))]
     selected, last = torch.empty(0), torch.empty(0)
 
@@ -151,8 +153,7 @@ def edits(name: str, seed: int, models: Path, known: set[Point], arguments: list
     for point in missing:
         preserve: Preservation | None = None
         if point.gated:
-            experts, _, d_hidden = found.editor.check(found.model)[0].shape
-            preserve = OutputPenalty(point.strength / (experts * d_hidden))
+            preserve = OutputPenalty(point.strength)
         elif point.form != "none":
             preserve = (NullSpace if point.form.startswith("null space") else CovariancePenalty)(point.strength)
         editor = changed(found.editor, preserve=preserve, ridge=point.ridge, targets=shared)
@@ -182,7 +183,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     lines = []
     for name in results:
         lines += [f"{name}: {EDITS} edits, mean of seeds {', '.join(results[name])}", ""]
-        lines += header(["form", "τ, β or μ", "λ", *(shown.replace("_", " ") for shown in SHOWN)])
+        lines += header(["form", "τ, β or strength", "λ", *(shown.replace("_", " ") for shown in SHOWN)])
         for point, found in means(results, name).items():
             cells = [point.form, f"{point.strength:g}", f"{point.ridge:g}"]
             lines.append(row([*cells, *(f"{found[metric]:.3f}" for metric in SHOWN)]))
@@ -191,34 +192,31 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 
 
 def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
-    """Generalization against what an edit must not change, a curve for each form; edits that fail are not shown."""
-    across = {"specificity_retained": (0.7, 1.0), "routing": (0.6, 1.0), "perplexity": (1.0, 3.0)}
-    forms = list(dict.fromkeys(point.form for point in points()))
-    size = (5.2 * len(across) + 2, 4.2 * len(results))
-    figure, grid = plt.subplots(len(results), len(across), figsize=size, layout="constrained", squeeze=False)
-    for axes_row, name in zip(grid, results, strict=True):
+    """Draw the neighbours that an edit keeps over its generalization, a curve for each form, the default ringed."""
+    figure, grid = plt.subplots(1, len(results), figsize=(4.4 * len(results), 4.4), layout="constrained", squeeze=False)
+    for axes, name in zip(grid[0], results, strict=True):
         found = sorted(means(results, name).items(), key=lambda item: item[0].strength)
-        for axes, (metric, limits) in zip(axes_row, across.items(), strict=True):
-            for i, form in enumerate(forms):
-                curve = [part for point, part in found if point.form == form]
-                x, y = ([part[key] for part in curve] for key in (metric, "generalization"))
-                style = {"marker": "osD^vPX<>*"[i % 10], "color": f"C{i % 10}", "ls": "-" if i < 10 else ":", "ms": 4}
-                axes.plot(x, y, label=form, **style)
-            axes.set(title=name, xlabel=metric.replace("_", " "), ylabel="generalization", xlim=limits, ylim=(0.7, 1.0))
-            if metric == "perplexity":
-                axes.set(xlabel="perplexity after / before (less is better)", xscale="log")
-                axes.set_xticks([1, 1.25, 1.5, 2, 3], ["1", "1.25", "1.5", "2", "3"])
-                axes.minorticks_off()
-            axes.grid(alpha=0.3)
-        axes_row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="x-small")
-    figure.savefig(path, dpi=110)
+        for form, marker in zip(DRAWN, "Xso^", strict=True):
+            curve = [(point, part) for point, part in found if point.form == form and part["efficacy"] >= WORKING]
+            x, y = ([part[key] for _, part in curve] for key in ("generalization", "specificity_retained"))
+            axes.plot(x, y, marker + "-", label=form, markersize=5)
+            ringed = [i for i, (point, _) in enumerate(curve) if form == "output" and point.strength == DEFAULT]
+            label = "the default" if ringed else None
+            axes.plot([x[i] for i in ringed], [y[i] for i in ringed], "o", color="k", ms=12, mfc="none", label=label)
+        axes.set(title=name, xlabel="generalization")
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("neighbours retained")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"Settings that reach {WORKING:.0%} of {EDITS} edits: further right and up is better")
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--facts", type=Path, help="a CounterFact file; without it that model is left out")
-    parser.add_argument("--names", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--names", nargs="+", choices=list(CONFIGS), default=NAMES)
     parser.add_argument("--fresh", action="store_true", help="forget the results so far")
     arguments = parser.parse_args()
     quiet()

@@ -350,7 +350,7 @@ def main() -> None:
                     sys.stdout.flush()
                     command = f"`python -m benchmarks.survival`, {torch.get_num_threads()} thread(s)"
                     write("survival", command, tables(results), results, arguments.output)
-                    draw(results, arguments.output / "survival.png", list(CONTINUATIONS), list(CONDITIONS))
+                    draw(results, arguments.output / "survival.png")
 
 
 if __name__ == "__main__":

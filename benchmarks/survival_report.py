@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ from benchmarks.training import header, row
 NAMES = ("atlas", "counterfact")
 EDITS = {"atlas": 32, "counterfact": 100}
 """Number of edits of the configs, which results of earlier versions do not tell."""
+CALM = ("1x", "3x", "10x", "adapters")
+"""Continuations in the picture: those without contradictions that all seeds have."""
+DRAWN = {
+    "nothing": "no protection",
+    "replay 5 %": "replay",
+    "replay 5 %, renewed at the end": "replay, renewed at the end",
+}
+"""Conditions in the picture, and their names there."""
+MEASURED = {"efficacy_accuracy": "prompts", "generalization_accuracy": "paraphrases"}
+"""Metrics in the picture, and their names there."""
 
 
 def tables(results: list[dict[str, Any]]) -> str:
@@ -48,8 +58,7 @@ def table(results: list[dict[str, Any]]) -> str:
                     *key, len(own),
                     f"{mean_of(own, 'after', 'efficacy_accuracy'):.2f}" if is_edited else "-",
                     shown,
-                    f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
-                    if is_edited else "-",
+                    generalization(own) if is_edited else "-",
                     f"{mean_of(own, 'end', 'specificity_retained'):.3f}" if is_edited else "-",
                     percent(ratios(own, base, "train_loss")), percent(ratios(own, never, "perplexity")),
                     f"{statistics.mean(times):.2f}" if times else "-",
@@ -57,6 +66,15 @@ def table(results: list[dict[str, Any]]) -> str:
             )
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def generalization(own: list[dict[str, Any]]) -> str:
+    """Format generalization after the edit and at the end; that of paraphrases that are not stated, if some are."""
+    shown = f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
+    if "paraphrases" not in own[0]["condition"]:
+        return shown
+    others = " to ".join(f"{mean_of(own, 'unstated', moment):.2f}" for moment in ("after", "end"))
+    return f"{shown} (others than the stated {others})"
 
 
 def ratios(
@@ -73,48 +91,40 @@ def percent(ratios: list[float]) -> str:
     return f"{100 * (statistics.mean(ratios) - 1):+.2f} %" if ratios else "-"
 
 
-def draw(results: list[dict[str, Any]], path: Path, continuations: Sequence[str], conditions: Sequence[str]) -> None:
-    """Draw the share of edits that are generated at the end: a dot for each run, and a bar for their mean.
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw what is left of the edits at the end, without protection and with: a dot for each run, a bar for the mean.
 
-    Results of earlier versions are left out where there are others.
+    Shown are the continuations without contradictions, with as many edits as the configs have. Results of earlier
+    versions are left out.
 
     Args:
         results: of all runs.
         path: of the picture.
-        continuations: all of them, from the left to the right.
-        conditions: likewise, from the top to the bottom.
     """
-    edited = [result for result in results if "end" in result]
-    models = sorted({(NAMES.index(result["model"]), edits_of(result)) for result in edited})
-    then = [c for c in continuations if any(result["continuation"] == c for result in edited)]
-    shown = [c for c in conditions if any(result["condition"] == c for result in edited)][::-1]
-    if not edited:
-        return
-    size = (2.6 * len(then) + 2.2, (0.32 * len(shown) + 0.8) * len(models) + 0.5)
-    figure, axes = plt.subplots(
-        len(models), len(then), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for own, (index, edits) in zip(axes, models, strict=True):
-        for axis, continuation in zip(own, then, strict=True):
-            axis.set_title(f"{NAMES[index]}, {edits} edits, {continuation}", fontsize=9)
-            axis.axvline(0.97, color="0.6", linewidth=0.8, linestyle=":")
-            for place, condition in enumerate(shown):
-                here = (NAMES[index], edits, continuation, condition)
-                found = [r for r in edited if (r["model"], edits_of(r), r["continuation"], r["condition"]) == here]
-                found = [r for r in found if "weights" in r] or found
-                shares = [r["end"]["efficacy_accuracy"] for r in found]
-                if shares:
-                    color = "C7" if condition.startswith("nothing") else "C0"
-                    axis.barh(place, statistics.mean(shares), color=color, alpha=0.45, height=0.7)
-                    axis.plot(shares, [place] * len(shares), "o", color=color, markersize=3.5)
-    for axis in axes[:, 1:].flat:
-        axis.set_visible(bool(axis.patches))
-    axes[0][0].set_yticks(range(len(shown)), shown)
-    for axis in axes.flat:
-        axis.tick_params(labelsize=8)
-    axes[0][0].set_xlim(0, 1.03)
-    figure.supxlabel("share of the edits that are generated at the end; dotted: 0.97", fontsize=9)
-    figure.savefig(path, dpi=150)
+    shown = [r for r in results if "end" in r and "weights" in r and edits_of(r) == EDITS[r["model"]]]
+    figure, grid = plt.subplots(2, 2, figsize=(10, 6), sharex=True, sharey="col", layout="constrained")
+    width = 0.8 / len(DRAWN)
+    for axes_row, name in zip(grid, NAMES, strict=True):
+        for axes, (metric, title) in zip(axes_row, MEASURED.items(), strict=True):
+            own = [result for result in shown if result["model"] == name]
+            for series, (condition, label) in enumerate(DRAWN.items()):
+                for place, continuation in enumerate(CALM):
+                    here = [r for r in own if r["continuation"] == continuation and r["condition"] == condition]
+                    shares, x = [r["end"][metric] for r in here], place + (series - 1) * width
+                    if shares:
+                        axes.bar(x, statistics.mean(shares), width, color=f"C{series}", alpha=0.5)
+                        axes.plot([x] * len(shares), shares, "o", color=f"C{series}", markersize=3)
+                axes.bar(0, 0, color=f"C{series}", alpha=0.5, label=label)
+            if own:
+                after = statistics.mean(result["after"][metric] for result in own)
+                axes.axhline(after, color="0.3", linewidth=1, linestyle=":", label="right after the edit")
+            axes.set_title(f"{name}, {EDITS[name]} edits: {title}", fontsize=10)
+            axes.set_xticks(range(len(CALM)), CALM)
+            axes.set_ylim(0, 1.03)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.suptitle("Share that is left of the edits after further training (learning rate, or adapters alone)")
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 

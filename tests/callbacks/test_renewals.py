@@ -172,6 +172,15 @@ def test_all_edits_are_brought_back(run: Any, monkeypatch: pytest.MonkeyPatch, a
     assert all(after[key] < 0.1 * before[key] for key in before)
 
 
+def test_a_resumed_run_brings_all_edits_back_as_the_whole_one(run: Any, tmp_path: Path) -> None:
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    settings = {"renewal": "all", "renew_at": "end", "renew_below": None, "survival_every_n_steps": 1000}
+    whole = run(callbacks=[kept], **settings)
+    again = run("again", ckpt=tmp_path / "kept" / "epoch=1.ckpt", **settings)
+    assert whole.editing.renewals == again.editing.renewals == 1 and again.searched == [] and again.passes == 0
+    assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+
+
 def test_a_renewal_after_which_more_is_lost_is_undone(
     run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

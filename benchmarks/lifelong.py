@@ -92,6 +92,8 @@ VARIANTS: dict[str, Variant] = {
     "no memory": Variant(_none),
     "memory": Variant(EditMemory),
     "memory, 1,024 keys": Variant(lambda: EditMemory(limit=1024)),
+    "memory, 768 keys": Variant(lambda: EditMemory(limit=768)),
+    "memory, 512 keys": Variant(lambda: EditMemory(limit=512)),
     "one batch of all": Variant(_none, sys.maxsize),
     "moments of each expert": Variant(PerExpert),
     "memory, 4,096 keys": Variant(lambda: EditMemory(limit=4096)),

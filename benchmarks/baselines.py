@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.training import QUALITY, Trained
+from benchmarks.training import QUALITY, Trained, shares_by_fact
 from lit_moeedit.data import Fact
 from lit_moeedit.data.encoding import join, pad_id
 from lit_moeedit.editing import FineTuning, evaluate
@@ -31,9 +31,15 @@ def in_context(found: Trained) -> dict[str, Any]:
     told = [stated(fact) for fact in facts]
     # a neighbour counts as retained if its answer was right without the statement
     baseline = {new.key: before.neighbours_exact[fact.key] for new, fact in zip(told, facts, strict=True)}
-    metrics = evaluate(found.model, found.tokenizer, told, baseline).metrics
+    evaluation = evaluate(found.model, found.tokenizer, told, baseline)
     unknown = dict.fromkeys(QUALITY)
-    return {**unknown, **metrics, "recalled_before": before.metrics["truth_recalled"], "seconds": {}}
+    return {
+        **unknown,
+        **evaluation.metrics,
+        "by_fact": shares_by_fact(evaluation),
+        "recalled_before": before.metrics["truth_recalled"],
+        "seconds": {},
+    }
 
 
 def stated(fact: Fact) -> Fact:

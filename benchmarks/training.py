@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ from lit_moeedit.data import Atlas, Fact, FactsDataModule
 from lit_moeedit.data.atlas import PREFIXES, read_table
 from lit_moeedit.data.corpus import Corpus
 from lit_moeedit.editing import Editor, Evaluation, evaluate
+from lit_moeedit.editing.by_fact import intervals
 from lit_moeedit.editing.evaluation import perplexity
 from lit_moeedit.editing.routing_trace import RoutingTrace, trace_routing
 from lit_moeedit.metrics import RoutingSimilarity
@@ -189,7 +191,8 @@ class Trained:
         Returns:
             The metrics of ``evaluate``; ``routing``, the mean similarity of the layers above the lowest edited one;
             ``perplexity`` after the edit over that before; ``recalled_before``, the share of truths said before;
-            ``seconds``, whatever ``edit`` returned.
+            ``by_fact``, what holds of what counts of each fact, for :func:`interval`; ``seconds``, whatever ``edit``
+            returned.
         """
         model, tokenizer = copy.deepcopy(self.model), self.tokenizer
         facts = self.data.edit_facts() if facts is None else facts
@@ -200,18 +203,34 @@ class Trained:
             self._before[case] = evaluate(model, tokenizer, facts), routes, perplexity(model, batches)
         before, routing, confusion = self._before[case]
         seconds = edit(model, facts)
-        metrics = evaluate(model, tokenizer, facts, before.neighbours_exact).metrics
+        evaluation = evaluate(model, tokenizer, facts, before.neighbours_exact)
         similarity = RoutingSimilarity(list(routing.experts))
         similarity.update(routing.experts, trace_routing(model, tokenizer, texts).experts)
         lowest = self.editor.layers[0]
         overlap = {name.removeprefix("layer_"): float(value) for name, value in similarity.compute().items()}
         return {
-            **metrics,
+            **evaluation.metrics,
+            "by_fact": shares_by_fact(evaluation),
             "routing": statistics.mean(v for name, v in overlap.items() if name.isdigit() and int(name) > lowest),
             "perplexity": perplexity(model, batches) / confusion,
             "recalled_before": before.metrics["truth_recalled"],
             "seconds": seconds,
         }
+
+
+def shares_by_fact(evaluation: Evaluation) -> dict[str, str]:
+    """Write down the metrics of :data:`QUALITY` that are means over facts: ``3/4 0/4`` of two facts."""
+    sums = {name: own.tolist() for name, own in evaluation.by_fact.items() if name in QUALITY}
+    return {name: " ".join(f"{a:g}/{b:g}" for a, b in zip(*own, strict=True)) for name, own in sums.items()}
+
+
+def interval(results: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, float] | None:
+    """Compute the 95 % bootstrap interval over the facts of all results; ``None`` of what is no mean over facts."""
+    texts = [result.get("by_fact", {}).get(metric) for result in results]
+    if not all(texts):
+        return None
+    sums = [[float(part) for part in fact.split("/")] for text in texts for fact in text.split()]
+    return intervals({metric: torch.tensor(sums, dtype=torch.float64).T}).get(metric)
 
 
 def trained(name: str, seed: int, models: Path, *arguments: str) -> Trained:

@@ -162,16 +162,15 @@ def edits(name: str, seed: int, models: Path, known: set[Point], arguments: list
         yield {**asdict(point), **{metric: result[metric] for metric in SHOWN}}
 
 
-def means(results: dict[str, dict[str, list[dict[str, Any]]]], name: str) -> dict[Point, dict[str, float]]:
-    """The mean over the seeds of each setting."""
-    rows: dict[Point, list[dict[str, Any]]] = {}
-    for by_point in results[name].values():
-        for result in by_point:
-            rows.setdefault(_point(result), []).append(result)
-    return {
-        point: {metric: statistics.mean(result[metric] for result in found) for metric in SHOWN}
-        for point, found in rows.items()
-    }
+def by_setting(by_seed: dict[str, list[dict[str, Any]]]) -> dict[Point, dict[str, list[float]]]:
+    """Gather the metrics of each setting, seed by seed."""
+    rows: dict[Point, dict[str, list[float]]] = {}
+    for results in by_seed.values():
+        for result in results:
+            own = rows.setdefault(_point(result), {metric: [] for metric in SHOWN})
+            for metric in SHOWN:
+                own[metric].append(result[metric])
+    return rows
 
 
 def _point(result: dict[str, Any]) -> Point:
@@ -179,14 +178,15 @@ def _point(result: dict[str, Any]) -> Point:
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """Markdown, the mean over the seeds."""
+    """Format the results as Markdown: means over seeds, with the lowest and the highest."""
     lines = []
     for name in results:
-        lines += [f"{name}: {EDITS} edits, mean of seeds {', '.join(results[name])}", ""]
+        lines += [f"{name}: {EDITS} edits, mean of seeds {', '.join(results[name])} (lowest to highest)", ""]
         lines += header(["form", "τ, β or strength", "λ", *(shown.replace("_", " ") for shown in SHOWN)])
-        for point, found in means(results, name).items():
+        for point, found in by_setting(results[name]).items():
             cells = [point.form, f"{point.strength:g}", f"{point.ridge:g}"]
-            lines.append(row([*cells, *(f"{found[metric]:.3f}" for metric in SHOWN)]))
+            shown = (f"{statistics.mean(v):.3f} ({min(v):.2f}–{max(v):.2f})" for v in found.values())
+            lines.append(row([*cells, *shown]))
         lines.append("")
     return "\n".join(lines)
 
@@ -195,7 +195,8 @@ def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> 
     """Draw the neighbours that an edit keeps over its generalization, a curve for each form, the default ringed."""
     figure, grid = plt.subplots(1, len(results), figsize=(4.4 * len(results), 4.4), layout="constrained", squeeze=False)
     for axes, name in zip(grid[0], results, strict=True):
-        found = sorted(means(results, name).items(), key=lambda item: item[0].strength)
+        means = {p: {k: statistics.mean(v) for k, v in own.items()} for p, own in by_setting(results[name]).items()}
+        found = sorted(means.items(), key=lambda item: item[0].strength)
         for form, marker in zip(DRAWN, "Xso^", strict=True):
             curve = [(point, part) for point, part in found if point.form == form and part["efficacy"] >= WORKING]
             x, y = ([part[key] for _, part in curve] for key in ("generalization", "specificity_retained"))

@@ -336,9 +336,7 @@ class Editor(EditMethod):
         facts = {t: fact for t, fact in enumerate(job.facts) if fact.key not in job.goals}
         token = cast("EditToken", self.token)
         with job.clock("features"):
-            found = further_prompts(
-                job.model, job.tokenizer, [*facts.values()], self.phrasings, token, self.token_budget, job.ranks
-            )
+            found = self.find_phrasings(job, [*facts.values()])
             rows = [(t, text, fact) for (t, fact), own in zip(facts.items(), found, strict=True) for text in own]
             texts, targets = [text for _, text, _ in rows], [fact.target_new for *_, fact in rows]
             encodings = encode(job.tokenizer, texts, targets, [fact.subject for *_, fact in rows], token)
@@ -346,6 +344,11 @@ class Editor(EditMethod):
                 encodings = [encoding.with_every_token() for encoding in encodings]
         log.info("further prompts of %d facts: %.1f each", len(facts), len(rows) / max(1, len(facts)))
         return encoded.with_prompts([(t, encoding) for (t, *_), encoding in zip(rows, encodings, strict=True)])
+
+    def find_phrasings(self, job: EditJob, facts: Sequence[Fact]) -> list[list[str]]:
+        """Find further prompts of some facts of an edit, see :func:`~.phrasings.further_prompts`."""
+        token = cast("EditToken", self.token)
+        return further_prompts(job.model, job.tokenizer, facts, self.phrasings, token, self.token_budget, job.ranks)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""

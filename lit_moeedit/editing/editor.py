@@ -95,7 +95,8 @@ class Editor(EditMethod):
             ``root_of_layers_left``, as in the code released with MoEEdit. The target layer takes the whole in any case.
         phrasings: maximum number of further prompts of each fact that enter as rows, with the target vectors of its own
             prompt; see :func:`~lit_moeedit.editing.phrasings.further_prompts`. They are other facts' prompts with its
-            subject, so that a single fact has none. The rows of a fact share the weight that it has without them.
+            subject, so that a single fact has none, and never a text by which a fact is measured. The rows of a fact
+            share the weight that it has without them.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -347,8 +348,10 @@ class Editor(EditMethod):
 
     def find_phrasings(self, job: EditJob, facts: Sequence[Fact]) -> list[list[str]]:
         """Find further prompts of some facts of an edit, see :func:`~.phrasings.further_prompts`."""
-        token = cast("EditToken", self.token)
-        return further_prompts(job.model, job.tokenizer, facts, self.phrasings, token, self.token_budget, job.ranks)
+        token, measured = cast("EditToken", self.token), [*job.facts, *job.measured]
+        return further_prompts(
+            job.model, job.tokenizer, facts, self.phrasings, token, self.token_budget, job.ranks, measured
+        )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""

@@ -120,7 +120,7 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
         seen: dict[str, float] = {}
 
         def edit(model: Any, facts: Any) -> dict[str, float]:
-            result = editor.edit(model, case.tokenizer, trial, texts, moments=moments[place])  # noqa: B023
+            result = editor.edit(model, case.tokenizer, trial, texts, moments=moments[place], measured=measured)  # noqa: B023
             seen.update(evaluate(model, case.tokenizer, trial, before.neighbours_exact).metrics)  # noqa: B023
             return result.seconds
 

@@ -181,8 +181,8 @@ class EditMaking(EditInputs):
         self, trainer: L.Trainer, pl_module: L.LightningModule, facts: Sequence[Fact], copies: Copies, **kwargs: Any
     ) -> EditResult:
         texts, layers = self._take_texts(trainer), self._take_layers(trainer)
+        known = [own for e in callbacks_of(trainer, EditState) for own in (*e.recorded_facts, *e.facts)]
         if self.editor.memory is not None:  # which a checkpoint of an earlier version may have filled
-            known = (own for e in callbacks_of(trainer, EditState) for own in (*e.recorded_facts, *e.facts))
             self.editor.memory.rename({fact.key: fact.prompt_key for fact in known})
         made = (self._edits_made, self.renewals)
         try:
@@ -195,6 +195,7 @@ class EditMaking(EditInputs):
                 layers=None if copies else layers,  # an average has other output scales
                 copies=[*copies, *self._copies.find(trainer, pl_module, self.editor.layers)],
                 histories=self._frozen.histories,
+                measured=known,
                 **kwargs,
             )
         except BaseException as error:

@@ -95,7 +95,8 @@ class Editor(EditMethod):
             ``root_of_layers_left``, as in the code released with MoEEdit. The target layer takes the whole in any case.
         phrasings: maximum number of further prompts of each fact that enter as rows, with the target vectors of its own
             prompt; see :func:`~lit_moeedit.editing.phrasings.further_prompts`. They are other facts' prompts with its
-            subject, so that a single fact has none. The rows of a fact share the weight that it has without them.
+            subject, so that a single fact has none, and never a text by which a fact is measured. The rows of a fact
+            share the weight that it has without them.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -336,9 +337,7 @@ class Editor(EditMethod):
         facts = {t: fact for t, fact in enumerate(job.facts) if fact.key not in job.goals}
         token = cast("EditToken", self.token)
         with job.clock("features"):
-            found = further_prompts(
-                job.model, job.tokenizer, [*facts.values()], self.phrasings, token, self.token_budget, job.ranks
-            )
+            found = self.find_phrasings(job, [*facts.values()])
             rows = [(t, text, fact) for (t, fact), own in zip(facts.items(), found, strict=True) for text in own]
             texts, targets = [text for _, text, _ in rows], [fact.target_new for *_, fact in rows]
             encodings = encode(job.tokenizer, texts, targets, [fact.subject for *_, fact in rows], token)
@@ -346,6 +345,13 @@ class Editor(EditMethod):
                 encodings = [encoding.with_every_token() for encoding in encodings]
         log.info("further prompts of %d facts: %.1f each", len(facts), len(rows) / max(1, len(facts)))
         return encoded.with_prompts([(t, encoding) for (t, *_), encoding in zip(rows, encodings, strict=True)])
+
+    def find_phrasings(self, job: EditJob, facts: Sequence[Fact]) -> list[list[str]]:
+        """Find further prompts of some facts of an edit, see :func:`~.phrasings.further_prompts`."""
+        token, measured = cast("EditToken", self.token), [*job.facts, *job.measured]
+        return further_prompts(
+            job.model, job.tokenizer, facts, self.phrasings, token, self.token_budget, job.ranks, measured
+        )
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""

@@ -80,6 +80,7 @@ class EditJob:
         histories: the changes of frozen experts so far, by :attr:`~lit_moeedit.models.experts.ExpertLayer.weight_name`;
             ``None`` to keep none.
         goals: known goals, see :meth:`~lit_moeedit.editing.method.EditMethod.edit`.
+        measured: other facts that are measured, likewise.
     """
 
     model: PreTrainedModel
@@ -93,6 +94,7 @@ class EditJob:
     report: Progress
     histories: dict[str, History] | None = None
     goals: Mapping[str, Tensor | None] = field(default_factory=dict)
+    measured: Sequence[Fact] = ()
 
 
 class LayerEdits(ABC):

@@ -204,6 +204,7 @@ class EditMethod(ABC):
         copies: Sequence[Mapping[str, Tensor]] = (),
         histories: dict[str, History] | None = None,
         goals: Mapping[str, Tensor | None] | None = None,
+        measured: Sequence[Fact] = (),
     ) -> EditResult:
         """Edit the facts in the model's weights, all of them or none.
 
@@ -234,6 +235,9 @@ class EditMethod(ABC):
             goals: by fact key, the ``goals`` of an earlier result, so that no target vector is searched for; ``None``
                 for a fact that is to stay as it is. The other facts are edited as usual. Methods without target vectors
                 do not use them.
+            measured: other facts that are measured, such as those of other edits, or these with other paraphrases. A
+                method that makes up prompts (``phrasings`` of :class:`~lit_moeedit.editing.Editor`) makes none that is
+                a prompt, a paraphrase, a neighbour or a probe of these facts.
 
         Raises:
             UnsupportedModelError: if the model cannot be edited.
@@ -274,8 +278,9 @@ class EditMethod(ABC):
                 self.remark_long_facts(model, tokenizer, facts)
             ranks.check_same("the facts", [repr(fact) for fact in facts])
             report = progress or (lambda phase, done, total: None)
+            known = goals or {}
             job = EditJob(
-                model, tokenizer, facts, layers, preservation, moments, ranks, clock, report, histories, goals or {}
+                model, tokenizer, facts, layers, preservation, moments, ranks, clock, report, histories, known, measured
             )
             edits = self.prepare(job)
             with held(Transaction(optimizers, ranks, self.reset_moments, further, histories, model)) as transaction:

@@ -17,11 +17,11 @@ CANDIDATES = 4
 """Number of prompts that are tried for each one that may be kept."""
 
 
-def candidate_prompts(facts: Sequence[Fact], count: int) -> list[list[str]]:
+def candidate_prompts(facts: Sequence[Fact], count: int, measured: Sequence[Fact] = ()) -> list[list[str]]:
     """Put the subject of each fact into the prompts of other facts, ``count`` of them at most, drawn by its key.
 
-    No candidate is a prompt, a paraphrase or a neighbour of any of the facts: the first two have their own targets or
-    are left to measure generalization, and the last ones must stay as they are.
+    No candidate is a prompt, a paraphrase, a neighbour or a probe of any of the facts, or of others that are measured:
+    prompts have their own targets, neighbours must stay as they are, and paraphrases and probes are left to measure.
 
     Example:
         >>> facts = [Fact("Rome", "Rome lies in", "Spain"), Fact("Oslo", "People in Oslo speak", "Thai")]
@@ -30,8 +30,10 @@ def candidate_prompts(facts: Sequence[Fact], count: int) -> list[list[str]]:
     """
     # a prompt is whole, with what may be in front of its sentence, such as the header of a chat template
     phrasings = sorted({fact.prompt.rpartition(fact.subject)[::2] for fact in facts if fact.subject in fact.prompt})
-    known = {text for fact in facts for text in (fact.prompt, *fact.paraphrases)}
-    known |= {neighbour.prompt for fact in facts for neighbour in fact.neighbours}
+    known = set()
+    for fact in (*facts, *measured):
+        known |= {fact.prompt, *fact.paraphrases}
+        known |= {one.prompt for one in fact.neighbours} | {probe.prompt for probe in fact.probes}
     found = []
     for fact in facts:
         # a few more than are needed, because some are known
@@ -49,6 +51,7 @@ def further_prompts(
     token: EditToken = "subject_last",
     token_budget: Budget = "auto",
     ranks: Ranks | None = None,
+    measured: Sequence[Fact] = (),
 ) -> list[list[str]]:
     """Find up to ``count`` further prompts of each fact: those of its candidates whose answer is the fact's truth.
 
@@ -63,8 +66,9 @@ def further_prompts(
         token: the edit token, which a prompt must have.
         token_budget: maximum number of tokens (with padding) in one forward, or ``auto``.
         ranks: the processes that share the work. Each calls this with the same facts and gets the same prompts.
+        measured: other facts of which no text is a candidate.
     """
-    by_fact = candidate_prompts(facts, CANDIDATES * count)
+    by_fact = candidate_prompts(facts, CANDIDATES * count, measured)
     pairs = [(index, text) for index, texts in enumerate(by_fact) if facts[index].target_true for text in texts]
     if not _can_be_encoded(tokenizer, facts, pairs, token):
         pairs = [pair for pair in pairs if _can_be_encoded(tokenizer, facts, [pair], token)]

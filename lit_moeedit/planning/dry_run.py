@@ -22,6 +22,8 @@ from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, pad_id, token_bat
 from lit_moeedit.editing import PHASES, Editor, evaluate
 from lit_moeedit.editing.evaluation import scoring_cost
 from lit_moeedit.editing.held_states import edit_prompts, edit_states, relative_distance
+from lit_moeedit.editing.job import EditJob
+from lit_moeedit.editing.phrasings import candidate_prompts
 from lit_moeedit.editing.target_rows import TargetRow
 from lit_moeedit.editing.targets import batch_cost
 from lit_moeedit.models.experts import ExpertLayer, find_model
@@ -70,7 +72,7 @@ class Workload:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def facts(self) -> list[Fact]:
-        """Make facts whose words are tokens of :class:`Words`."""
+        """Make facts whose words are tokens of :class:`Words`. Each asks in its own words, for further prompts."""
         rest = " is" * (self.prompt_tokens - 1)
         new, true = " new" * self.target_tokens, " true" * self.target_tokens
         # CounterFact has two paraphrases and ten neighbours
@@ -79,7 +81,7 @@ class Workload:
         for i in range(self.edits):
             again = tuple(f"again{i}-{j}{rest}" for j in range(paraphrases))
             others = [Neighbour(f"other{i}-{j}{rest}", true[1:]) for j in range(1 + paraphrases, self.questions)]
-            facts.append(Fact(f"fact{i}", f"fact{i}{rest}", new[1:], true[1:], again, tuple(others)))
+            facts.append(Fact(f"fact{i}", f"fact{i}.{i}{rest}", new[1:], true[1:], again, tuple(others)))
         return facts
 
 
@@ -311,6 +313,18 @@ def _train(
         reduce()
 
 
+def _find_all_phrasings(editor: Editor, token_budget: int) -> None:
+    """Have an editor ask a model for further prompts, and take as many as it may, because no fake model knows one."""
+    asking = copy(editor)
+    asking.token_budget = token_budget
+
+    def find(job: EditJob, facts: Sequence[Fact]) -> list[list[str]]:
+        asking.find_phrasings(job, facts)
+        return candidate_prompts(facts, editor.phrasings)
+
+    vars(editor)["find_phrasings"] = find
+
+
 def _edit(
     model: PreTrainedModel,
     layers: Sequence[ExpertLayer],
@@ -337,6 +351,7 @@ def _edit(
     free = None if card is None else max(0.0, card - counter.alive - (0 if on_cpu else held))
     budgets = Budgets.of(editor, model, layers[-1], by_edit, work, free)
     steps, editor.targets = editor.targets.steps, copy(editor.targets)
+    _find_all_phrasings(editor, budgets.evaluation)
     editor.token_budget, editor.targets.token_budget = budgets.forward, budgets.targets
     moments: dict[int, SecondMoments] | None = None
     if editor.needs_moments:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lit_moeedit.atomic_files import atomic_file
 from lit_moeedit.editing import Editor
+from lit_moeedit.editing.phrasings import CANDIDATES
 from lit_moeedit.planning.dry_run import Budgets, Workload, empty_model, statements
 from lit_moeedit.planning.fake_tensors import Cost
 from lit_moeedit.planning.places import simulate_search
@@ -162,6 +163,13 @@ def remarks(
         _budgets_line(budgets, run, card),
         f"The peak is that of: {highest.phase}, {size(highest.peak)} per rank.",
     ]
+    if editor.phrasings:
+        others = work.edits - 1
+        most, asked = (min(others, count) for count in (editor.phrasings, CANDIDATES * editor.phrasings))
+        lines.append(
+            f"Further prompts: at most {most} for each fact, of {asked} candidates. Only the model can tell how many "
+            "it answers, so these are an upper limit: features, solve and commit, and with them locate and renewals."
+        )
     lines += run.upkeep.remarks({cost.phase: cost for cost in costs}, statements(work, editors[0], run.upkeep)[1])
     if card is not None:
         missing = [f"{cost.phase} ({size(cost.peak)})" for cost in costs if cost.peak > card * 1e9]

@@ -51,6 +51,8 @@ class SimulatedRanks(Ranks):
 
         The rest counts nothing, and is there for the sizes of the results.
         """
+        if not batches:
+            return
         with self._repeated(-(-len(batches) // self.size) if self._rounds is None else self._rounds):
             yield batches[0], True
         first, *others = cast(Sequence[Any], batches)

@@ -17,7 +17,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import EditEvent, EditListener, EditReport, KnowledgeEditing, RoutingMonitor
-from lit_moeedit.editing import Editor, TargetOptimizer
+from lit_moeedit.data import Fact
+from lit_moeedit.editing import Editor, TargetOptimizer, score
 from lit_moeedit.solvers import BlockCoordinateDescent
 
 pytestmark = [
@@ -172,6 +173,32 @@ def test_facts_that_contradict_each_other_are_refused_before_any_edit(
     with pytest.raises(MisconfigurationException, match=message):
         make_trainer(tmp_path, [first, second]).validate(tiny.module(), tiny.data(), verbose=False)
     assert first.editor.calls == []
+
+
+def test_texts_that_measure_facts_of_one_editor_are_no_further_prompts_of_another(
+    tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def recording(*args: Any) -> Any:
+        asked.extend(args[2])
+        return score(*args)
+
+    monkeypatch.setattr("lit_moeedit.editing.phrasings.score", recording)
+    norway = tiny.corpus().edits[2]
+    words = [
+        Fact("Italy", "The capital of Italy is", "Accra", "Rome"),
+        Fact("Spain", "The language of Spain is", "Latin", "Spanish"),
+    ]
+    texts = {"The language of Italy is", "The capital of Spain is"}
+    for paraphrases in ((), tuple(texts)):
+        asked.clear()
+        first = KnowledgeEditing(tiny.editor(steps=1, phrasings=1), words, at="validation", name="first")
+        other = [replace(norway, paraphrases=paraphrases)]
+        second = KnowledgeEditing(tiny.editor(steps=1), other, at="validation", name="second")
+        make_trainer(tmp_path, [first, second]).validate(tiny.module(), tiny.data(), verbose=False)
+        assert [len(editing.editor.calls) for editing in (first, second)] == [1, 1]
+        assert set(asked) == (set() if paraphrases else texts)
 
 
 # -- two editors in one run -------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_moeedit.data.facts import Fact, Neighbour
-from lit_moeedit.editing import EditMemory, Editor, evaluate
+from lit_moeedit.data.probes import Probe
+from lit_moeedit.editing import EditMemory, Editor, evaluate, score
 from lit_moeedit.editing.phrasings import candidate_prompts, further_prompts
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import EditProblem
@@ -28,7 +29,7 @@ def edit(
     model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], contexts: Sequence[str] = CONTEXTS, **changes: Any
 ) -> tuple[EditProblem, Any]:
     """The first layer's problem, and the result."""
-    solver, kept = Recording(), {name: changes.pop(name) for name in ("goals",) if name in changes}
+    solver, kept = Recording(), {name: changes.pop(name) for name in ("goals", "measured") if name in changes}
     changes = {"target_tokens": "first", **changes}
     editor = Editor(
         [0, 1], solver=solver, targets=QUICK, preserve="none", ridge=0.1, contexts=contexts, token="last", **changes
@@ -106,6 +107,30 @@ def test_what_is_measured_or_edited_by_itself_is_no_candidate(facts: list[Fact])
     texts = {"Rome is found in", "Oslo is found in", "People who live in Rome speak"}
     assert not texts & {text for own in left for text in own}
     assert candidate_prompts(measured, 8) == left and all(len(own) <= 1 for own in candidate_prompts(facts, 1))
+
+
+def test_what_measures_any_fact_is_no_candidate(
+    model: PreTrainedModel, tokenizer: Any, facts: list[Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def recording(*args: Any) -> Any:
+        asked.extend(args[2])
+        return score(*args)
+
+    monkeypatch.setattr("lit_moeedit.editing.phrasings.score", recording)
+    # the last one has no truth, so it has no candidates, and here it has a known goal
+    probe = Probe("portability", "People who live in Lake Ladoga speak", ("Latin",))
+    neighbour = Neighbour("Rome is found in", "Italy")
+    known = replace(facts[3], paraphrases=("Oslo is found in",), neighbours=(neighbour,), probes=(probe,))
+    own, goals = [*facts[:3], known], {known.key: None}
+    texts = {"Oslo is found in", neighbour.prompt, probe.prompt}
+    edit(model, tokenizer, facts, phrasings=2, goals=goals)
+    assert texts < set(asked)
+    for changed, measured in ((own, []), (facts, [known])):
+        asked.clear()
+        edit(model, tokenizer, changed, phrasings=2, goals=goals, measured=measured)
+        assert asked and not texts & set(asked)
 
 
 def test_a_candidate_has_what_is_in_front_of_its_sentence() -> None:

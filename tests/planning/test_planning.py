@@ -170,6 +170,7 @@ def test_simulated_ranks_stand_for_all() -> None:
         assert sharded == [(range(0, 3), True), (range(3, 14), True)] and counter.sent == 20
         with counter.repeated(0):  # so are lists of edits
             assert [*ranks.shard([[4, 0], [1], [3, 2]])] == [([4, 0], True), ([1, 3, 2], True)]
+            assert not [*ranks.shard([])]
         ranks.all_reduce(torch.ones(4))
         ranks.broadcast(torch.ones(4))
         assert torch.equal(ranks.all_gather(torch.ones(4)), torch.ones(4))

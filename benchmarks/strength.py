@@ -4,7 +4,7 @@ Run from the root of the repository, with the package installed:
 
     python -m benchmarks.strength --facts counterfact.json
 
-Four models: two that have seen little (256 steps on 30 countries, seeds 0 and 1), that of the demo, and CounterFact's.
+Five models: two that have seen little (256 steps on 30 countries), that of the demo, and two of CounterFact.
 Every setting edits copies of the same weights; those with the same target layer share its target vectors. Half of the
 paraphrases and neighbours of each fact are measured. The other half is for a trial, which chooses one of the settings.
 Of CounterFact, where each fact has one of each, every other fact is measured.
@@ -30,7 +30,7 @@ from lit_moeedit.data import Fact
 from lit_moeedit.editing import Editor, Place, evaluate
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
-CASES = ((WEAK, 0), (WEAK, 1), ("atlas", 0), ("counterfact", 0))
+CASES = ((WEAK, 0), (WEAK, 1), ("atlas", 0), ("counterfact", 0), ("counterfact", 1))
 SHOWN = ("efficacy_accuracy", "generalization", "specificity_retained", "routing", "perplexity")
 DRAWN = ("specificity_retained", "generalization")
 DEFAULT = 0.3
@@ -71,6 +71,7 @@ def settings() -> Iterator[Setting]:
         yield Setting("target layer alone", strength, "target layer")
     for strength in (DEFAULT, 1.0):
         yield Setting("further prompts", strength, phrasings=8)
+    yield Setting("two further prompts", DEFAULT, phrasings=2)
     yield Setting("covariance", 1e3, kind="covariance")
     yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
 
@@ -188,6 +189,7 @@ STYLES = {
     "all layers": ("C0", "o", "-"),
     "target layer alone": ("C1", "s", "-"),
     "further prompts": ("C2", "^", "-"),
+    "two further prompts": ("C4", "v", "-"),
     "covariance": ("C7", "x", "none"),
 }
 """Colour, marker and line of each series that is drawn."""

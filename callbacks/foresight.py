@@ -9,6 +9,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_moeedit.callbacks.averages import averaging_callbacks
 from lit_moeedit.callbacks.limits import FitLimits
 from lit_moeedit.callbacks.schedule import Schedule
 
@@ -111,6 +112,17 @@ def _tell_of_evaluation(trainer: L.Trainer, schedule: Schedule, pending: int, he
     else:
         text = "%s'%s' edits none of %d facts: at: %s comes in a fit only; at: validation edits here, too"
         log.warning(text, heading, fn, pending, schedule)
+
+
+def tell_of_averages(trainer: L.Trainer, heading: str) -> None:
+    """Name a callback that averages the weights, because of which no renewal comes at the end of a fit."""
+    for averaging in averaging_callbacks(trainer):
+        name = type(averaging).__name__
+        text = (
+            "%srenew_at: end: no renewal comes, because %s may still change its average of the weights after the last "
+            "step; renew_at: points renews before it, at the points of the survival curve, or remove %s"
+        )
+        log.warning(text, heading, name, name)
 
 
 def monitored(trainer: L.Trainer, prefix: str) -> set[str]:

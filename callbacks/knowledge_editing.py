@@ -14,7 +14,7 @@ from lit_moeedit.callbacks.averages import final_weights
 from lit_moeedit.callbacks.copies import CopyPolicy, OtherCopies
 from lit_moeedit.callbacks.edit_files import EditFiles
 from lit_moeedit.callbacks.ending import EndTogether
-from lit_moeedit.callbacks.foresight import Foresight, is_restored_late
+from lit_moeedit.callbacks.foresight import Foresight, is_restored_late, tell_of_averages
 from lit_moeedit.callbacks.frozen import FrozenEdits
 from lit_moeedit.callbacks.guards import Guards
 from lit_moeedit.callbacks.measures import find_measures
@@ -209,6 +209,8 @@ class KnowledgeEditing(EditRenewing):
         if (foresight := self._foresight) is not None:
             edited_at = self._last_step if self._applied else None
             foresight.check_loaded(trainer, self.renew_every_n_steps, edited_at)
+        if self.renewal.at == "end" and self.may_renew:
+            tell_of_averages(trainer, self.heading)
         if trainer.fit_loop.restarted_mid_epoch:  # there is no start of this epoch
             self.on_train_epoch_start(trainer, pl_module)
 

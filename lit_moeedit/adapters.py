@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +181,29 @@ def _joined(*parts: str) -> str:
 def frozen_names(module: nn.Module) -> set[str]:
     """Return the names in the state dict of all parameters that do not train."""
     return {name for name, weight in module.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+
+
+def refuse_adapter_alone(module: nn.Module, names: Iterable[str], adapts: bool) -> None:
+    """Check that a checkpoint has weights of the base, for a module that expects them.
+
+    Args:
+        module: the module.
+        names: names of the checkpoint's weights.
+        adapts: true if the module has adapters.
+
+    Raises:
+        ValueError: if it has those of an adapter alone.
+    """
+    found = {name for name in names if isinstance(name, str)}  # a checkpoint is untrusted
+    # around a module with an adapter, peft renames the weights of the base
+    has_base = not frozen_names(module).isdisjoint(found) if adapts else any(".base_layer." in name for name in found)
+    if has_base or not any(".lora_" in name for name in found):
+        return
+    raise ValueError(
+        "the checkpoint has the weights of an adapter alone, as adapter_only_checkpoints=True writes them, but "
+        "adapter_only_checkpoints of this module is False, so it expects those of the base, too; set "
+        "adapter_only_checkpoints to True, and 'adapter' and 'pretrained' as in the run that wrote it"
+    )
 
 
 def _check_known(source: str, settings: Mapping[Any, Any]) -> None:

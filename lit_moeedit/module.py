@@ -16,7 +16,7 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lit_moeedit.adapters import add_lora, lora_settings, resolved
+from lit_moeedit.adapters import add_lora, lora_settings, refuse_adapter_alone, resolved
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.losses import balancing_loss, next_token_loss
 from lit_moeedit.models.adapted import refuse_adapters
@@ -42,7 +42,7 @@ from lit_moeedit.sharding.loading import (
     stand_ins,
 )
 from lit_moeedit.sharding.shards import UnsupportedShardingError
-from lit_moeedit.sharding.trained_weights import load_what_is_there
+from lit_moeedit.sharding.trained_weights import check_before_loading, load_what_is_there
 from lit_moeedit.sharding.universal_checkpoint import mend_optimizer
 from lit_moeedit.sharding.zero3_passes import regathering
 
@@ -200,6 +200,8 @@ class LitMoE(StateOfModule):
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, ModelParallelStrategy):
             load_what_is_there(strategy, self, self.state_dict)
             self.hides_frozen = True
+        elif isinstance(strategy, ModelParallelStrategy):
+            check_before_loading(strategy, self, functools.partial(refuse_adapter_alone, self, adapts=True))
         if self.hparams["adapter_only_checkpoints"] and isinstance(strategy, DeepSpeedStrategy):
             strategy.exclude_frozen_parameters = True
 

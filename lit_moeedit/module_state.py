@@ -13,7 +13,7 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lit_moeedit.adapters import frozen_names
+from lit_moeedit.adapters import frozen_names, refuse_adapter_alone
 from lit_moeedit.checkpoint_fields import differences, field, same_setting
 from lit_moeedit.edits.histories import STATE_KEY, histories_of, make_all
 from lit_moeedit.pretrained import as_value_error
@@ -99,6 +99,8 @@ class StateOfModule(L.LightningModule):
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         lacks_frozen = self.hparams["adapter_only_checkpoints"]
+        if strict and not lacks_frozen:
+            refuse_adapter_alone(self, state_dict, self.hparams["adapter"] is not None)
         with as_value_error("the checkpoint is not one of this model"):
             found = super().load_state_dict(state_dict, strict and not lacks_frozen, assign)
             wrong = {*found.missing_keys, *found.unexpected_keys} - frozen_names(self) if lacks_frozen else ()

@@ -127,6 +127,30 @@ def test_a_missing_weight_of_the_adapter(base: str, tmp_path: Path) -> None:
             fit(module(**settings), tmp_path, tmp_path / "changed.ckpt", steps=4)
 
 
+def test_a_checkpoint_of_the_adapter_alone_needs_the_setting(base: str, tmp_path: Path) -> None:
+    path, settings = tmp_path / "last.ckpt", {"config": None, "pretrained": base}
+    written = module(**settings, adapter_only_checkpoints=True)
+    fit(written, tmp_path).save_checkpoint(path)
+    message = (
+        "weights of an adapter alone.*adapter_only_checkpoints of this module is False.*set adapter_only_checkpoints "
+        "to True, and 'adapter' and 'pretrained'"
+    )
+    for adapter in (ATTENTION, None):
+        with pytest.raises(ValueError, match=message):
+            fit(module(adapter, **settings), tmp_path, path, steps=4)
+    with pytest.raises(ValueError, match=message):
+        LitMoE.load_from_checkpoint(path, weights_only=True, adapter_only_checkpoints=False)
+    # who asks for no strictness gets the adapter
+    given = LitMoE.load_from_checkpoint(path, weights_only=True, adapter_only_checkpoints=False, strict=False)
+    assert all(torch.equal(value, written.state_dict()[name]) for name, value in given.state_dict().items())
+    # other weights that are missing are told by their names
+    contents = torch.load(path, weights_only=True)
+    contents["state_dict"] = {name: value for name, value in given.state_dict().items() if "norm" not in name}
+    torch.save(contents, path)
+    with pytest.raises(ValueError, match=r"not one of this model: .*Missing key.*norm"):
+        fit(module(**settings), tmp_path, path, steps=4)
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -37,6 +37,35 @@ def load_what_is_there(
     # a partial, because some launchers pickle it
     load = partial(_load, strategy, strategy.load_checkpoint, module, trained)
     strategy.load_checkpoint = load  # type: ignore[method-assign]
+
+
+def check_before_loading(
+    strategy: ModelParallelStrategy, module: L.LightningModule, check: Callable[[Iterable[str]], None]
+) -> None:
+    """Have a strategy check the names of a checkpoint's weights before it loads them, all of which it wants.
+
+    Args:
+        strategy: the strategy of the module's trainer.
+        module: the module.
+        check: called with the names, which it may refuse.
+    """
+    load = partial(_check_and_load, strategy, strategy.load_checkpoint, module, check)
+    strategy.load_checkpoint = load  # type: ignore[method-assign]
+
+
+def _check_and_load(
+    strategy: ModelParallelStrategy,
+    load: Callable[..., dict[str, Any]],
+    module: L.LightningModule,
+    check: Callable[[Iterable[str]], None],
+    checkpoint_path: str | Path,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    path = Path(strategy.broadcast(checkpoint_path))
+    is_known = path.is_file() or (path / ".metadata").is_file()
+    if strategy.lightning_module is module and module.strict_loading and is_known:
+        check(_shapes(path, weights_only))
+    return load(path, weights_only=weights_only)
 
 
 def _load(

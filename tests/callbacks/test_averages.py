@@ -91,6 +91,43 @@ def run(tiny: Any, make_trainer: Any, tmp_path: Path) -> Any:
 # -- Lightning's averages ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("average", [ema, swa, lambda: None], ids=["ema", "swa", "none"])
+@pytest.mark.parametrize("renewals", [{"renew_at": "end"}, {"renew_at": "end", "max_renewals": 0}, {}], ids=str)
+def test_renewals_at_the_end_that_never_come_are_told_when_training_starts(
+    tiny: Any,
+    make_trainer: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    average: Any,
+    renewals: dict[str, Any],
+) -> None:
+    told: list[str] = []
+
+    class Stop(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> int:
+            told.append(caplog.text)
+            trainer.should_stop = True
+            return -1  # no step is needed
+
+    averaging, module = average(), tiny.module()
+    editing = KnowledgeEditing(tiny.editor(), at={"epoch": 1}, renew_below=0.9, **renewals)
+    callbacks = [editing, Stop(), *([] if averaging is None else [averaging])]
+    module.configure_model()
+    make_trainer(tmp_path, callbacks, max_epochs=2).fit(module, tiny.data())
+    name = type(averaging).__name__
+    warning = f"renew_at: end: no renewal comes, because {name} may still change"
+    assert (warning in told[0]) is (averaging is not None and renewals == {"renew_at": "end"})
+
+
+@pytest.mark.slow
+def test_edits_of_an_average_are_renewed_at_points_and_not_at_the_end(run: Any) -> None:
+    found = {}
+    for moment in ("points", "end"):
+        editing = run(ema(decay=0.5), moment, renew_below=0.99, renew_at=moment, survival_every_n_steps=2).editing
+        found[moment] = editing.renewals, editing.survivors.generated < 6
+    assert found["points"][0] > 0 and found["end"] == (0, True)
+
+
 @pytest.mark.parametrize("at", [{"epoch": 1}, "validation"], ids=str)
 def test_an_edit_is_in_the_average_and_measured_there_in_any_order(run: Any, at: Any, tmp_path: Path) -> None:
     found = {}

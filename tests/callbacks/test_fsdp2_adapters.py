@@ -63,6 +63,7 @@ def fit(
     kind: type[LitMoE] = LitMoE,
     precision: Any = "32-true",
     adapter: Any = None,
+    alone: bool = True,
 ) -> dict[str, Any]:
     """Train for three epochs, edit half of the facts before the second and half before the third; keep checkpoints."""
     torch.use_deterministic_algorithms(True)
@@ -71,7 +72,7 @@ def fit(
     strategy: Any = ModelParallelStrategy(2, 1, save_distributed_checkpoint=is_folder)
     trainer = _trainer(folder, [editing, kept], strategy=strategy, devices=2, max_epochs=3, precision=precision)
     L.seed_everything(0, verbose=False)
-    module = kind(pretrained=base, adapter=adapter or ATTENTION, adapter_only_checkpoints=True, learning_rate=3e-3)
+    module = kind(pretrained=base, adapter=adapter or ATTENTION, adapter_only_checkpoints=alone, learning_rate=3e-3)
     trainer.fit(module, _data(batch_size=4, samples_per_epoch=16), ckpt_path=checkpoint, weights_only=True)
     settle(find_model(module))
     return {
@@ -183,6 +184,8 @@ def resumed_with_others(folder: str, base: str) -> None:
         for message, changes in OTHER_ADAPTERS.items():
             with pytest.raises(ValueError, match=f"epoch=1.ckpt is not a checkpoint of this model: {message}"):
                 fit(f"{path}/other", base, f"{path}/kept/epoch=1.ckpt", is_folder, adapter={**ATTENTION, **changes})
+        with pytest.raises(ValueError, match="adapter_only_checkpoints of this module is False"):
+            fit(f"{path}/other", base, f"{path}/kept/epoch=1.ckpt", is_folder, alone=False)
 
 
 @pytest.mark.slow

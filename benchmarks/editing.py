@@ -37,13 +37,13 @@ from benchmarks.training import (
     arguments_of,
     changed,
     digest,
+    finish,
     header,
     interval,
     quiet,
     row,
     trained,
     weights_file,
-    write,
 )
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.editing import PHASES, Editor, FineTuning
@@ -332,16 +332,8 @@ def main() -> None:
                     results.setdefault(part, {}).setdefault(str(seed), {})[label] = new
                     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    text = tables(results)
-    write(
-        "editing",
-        "`python -m benchmarks.editing --facts counterfact.json`, part by part",
-        text,
-        results,
-        arguments.output,
-    )
-    picture(results, arguments.output / "editing.png")
-    sys.stdout.write(text)
+    command = "`python -m benchmarks.editing --facts counterfact.json`, part by part"
+    finish("editing", command, tables(results), picture, results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from lit_moeedit.data.neutral import neutral_texts
 from lit_moeedit.editing import EditMemory, SecondMoments, evaluate, second_moments
 from lit_moeedit.editing.evaluation import Scores, score
 from lit_moeedit.editing.further import FurtherMeasures, HeldOut
-from lit_moeedit.editing.memory import GatedKeys, _Remembered
 from lit_moeedit.metrics import bootstrap_interval
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.solvers.deltas import group_positions
@@ -61,18 +60,18 @@ class PerExpert(EditMemory):
 
     def remember(self, *args: Any, **kwargs: Any) -> None:
         super().remember(*args, **kwargs)
-        self.restore({layer: per_expert(known) for layer, known in self.content.items()})
+        self.load_state_dict({layer: per_expert(known) for layer, known in self.state_dict().items()})
 
 
-def per_expert(known: _Remembered) -> _Remembered:
-    """Keep the second moment of each expert, and nothing of what the experts do together."""
+def per_expert(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep of the state of a layer the second moment of each expert, and nothing of what the experts do together."""
     vectors, experts = [], []
-    for j, pairs in group_positions(known.rows.expert):
-        _, size, directions = torch.linalg.svd(known.rows.key[pairs], full_matrices=False)
+    for j, pairs in group_positions(known["expert"]):
+        _, size, directions = torch.linalg.svd(known["key"][pairs], full_matrices=False)
         vectors.append(size[:, None] * directions)
         experts.append(torch.full((len(size),), j))
-    rows = GatedKeys(torch.arange(sum(map(len, experts))), torch.cat(experts), torch.cat(vectors))
-    return _Remembered(rows, sketched=known.sketched | set(known.facts))
+    rows = {"row": torch.arange(sum(map(len, experts))), "expert": torch.cat(experts), "key": torch.cat(vectors)}
+    return rows | {"facts": [], "sketched": sorted({*known["sketched"], *known["facts"]})}
 
 
 @dataclass(frozen=True)

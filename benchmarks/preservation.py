@@ -23,7 +23,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from benchmarks.training import CONFIGS, Once, Trained, arguments_of, changed, header, quiet, row, trained, write
+from benchmarks.training import CONFIGS, Once, Trained, arguments_of, changed, finish, header, quiet, row, trained
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments
 from lit_moeedit.models.experts import ExpertLayer
@@ -240,10 +240,7 @@ def main() -> None:
     command = (
         f"`python -m benchmarks.preservation --facts counterfact.json --seeds {' '.join(map(str, arguments.seeds))}`"
     )
-    text = table(results)
-    write("preservation", command, text, results, arguments.output)
-    picture(results, arguments.output / "preservation.png")
-    sys.stdout.write(text)
+    finish("preservation", command, table(results), picture, results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import yaml
 
-from benchmarks.training import MODELS, RESULTS, ROOT, header, quiet, row, trained, write
+from benchmarks.training import MODELS, RESULTS, ROOT, finish, header, quiet, row, trained
 
 METRICS = ("efficacy", "efficacy_accuracy", "generalization", "specificity_retained")
 RUNS: dict[str, tuple[list[str], int]] = {
@@ -128,13 +128,10 @@ def main() -> None:
             summary, losses = run(configs, arguments.seed, folder / title / name, threads)
             runs[name] = {"numbers": numbers(summary), "losses": losses}
     results = {title: {name: runs[name] for name in RUNS if name in runs} for title, runs in results.items() if runs}
-    text = table(results)
     missing = [f"{title}: {name}" for title in TITLES for name in RUNS if name not in results.get(title, {})]
     command = f"`python -m benchmarks.sharded --seed {arguments.seed}`"
     command += f"; not run: {'; '.join(missing)}" if missing else ""
-    write("sharded", command, text, results, arguments.output)
-    picture(results, arguments.output / "sharded.png")
-    sys.stdout.write(text)
+    finish("sharded", command, table(results), picture, results, arguments.output)
 
 
 if __name__ == "__main__":

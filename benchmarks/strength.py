@@ -16,7 +16,6 @@ measured again. ``--fresh`` begins anew.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any, Literal
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.training import WEAK, Once, Trained, arguments_of, changed, header, quiet, row, trained, write
+from benchmarks.training import WEAK, Once, Trained, arguments_of, changed, finish, header, quiet, row, trained
 from lit_moeedit.data import Fact
 from lit_moeedit.editing import Editor, Place, evaluate
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
@@ -238,10 +237,7 @@ def main() -> None:
             rows.sort(key=lambda result: order.index(setting_of(result)))
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     command = f"`python -m benchmarks.strength --facts counterfact.json`, {torch.get_num_threads()} thread(s)"
-    text = table(results)
-    write("strength", command, text, results, arguments.output)
-    picture(results, arguments.output / "strength.png")
-    sys.stdout.write(text)
+    finish("strength", command, table(results), picture, results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -298,6 +298,13 @@ def write(name: str, command: str, text: str, results: Any, output: Path) -> Non
     (output / f"{name}.md").write_text(f"{command}\n\n{text.rstrip()}\n", encoding="utf-8")
 
 
+def finish(name: str, command: str, text: str, picture: Callable[[T, Path], None], results: T, output: Path) -> None:
+    """Write ``NAME.md``, ``NAME.json`` and ``NAME.png``, which ``picture(results, path)`` draws, and print the text."""
+    write(name, command, text, results, output)
+    picture(results, output / f"{name}.png")
+    sys.stdout.write(text)
+
+
 def row(cells: Sequence[object]) -> str:
     """A row of a table in Markdown."""
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -210,10 +210,11 @@ class EditReport(StateOfWeights, EditListener):
     def summary(self, trainer: L.Trainer) -> dict[str, Any]:
         """Compute the content of ``summary.json`` from the measurements; ``None`` for those that were not made.
 
-        With several edits, ``before`` and ``after`` are means over the edits weighted by their numbers of facts,
-        ``after_training`` is such a mean over the editing callbacks, seconds are sums, ``memory`` has the highest peak
-        of each phase in bytes (nothing on a CPU), and ``routing`` is that of the
-        last edit, measured by the first monitor. If measurements failed, ``failed`` has their names and messages.
+        With several edits, ``before`` and ``after`` are those of all their facts together, and ``after_training`` is
+        that of the facts of all editing callbacks; what is no mean over facts, such as ``score``, is averaged with
+        weights of the numbers of facts. Seconds are sums, ``memory`` has the highest peak of each phase in bytes
+        (nothing on a CPU), and ``routing`` is that of the last edit, measured by the first monitor. If measurements
+        failed, ``failed`` has their names and messages.
 
         ``place`` has the edited ``layers`` and ``token``, and whether they were ``found`` or given.
 

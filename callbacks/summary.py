@@ -84,7 +84,11 @@ def _summarize_edits(
     measured: Measurements, editings: Sequence[KnowledgeEditing], edits: Sequence[EditTotals]
 ) -> dict[str, Any]:
     final = {e.label: (len(e.applied_facts), measured.final.get(e.label)) for e in editings if e.applied_facts}
-    known = [(facts, metrics) for facts, metrics in final.values() if metrics is not None]
+    known = [
+        (facts, metrics, measured.final_by_fact.get(label, {}))
+        for label, (facts, metrics) in final.items()
+        if metrics is not None
+    ]
     # a measurement that failed cannot be left out of a mean
     is_whole = len(known) == len(final) > 0
     return {

@@ -63,8 +63,7 @@ class EditTotals:
             known = (by_fact or {}).get(moment, {})
             for metric, value in metrics.items():
                 counted, total = sums.setdefault(metric, [0, 0.0])
-                is_by_fact = metric in known and metric != STATEMENTS
-                own = sum(known[metric][1]) if is_by_fact else facts
+                own = _weight(metric, facts, known)
                 if not math.isnan(value):
                     sums[metric] = [counted + own, total + own * value]
             if known:
@@ -78,6 +77,12 @@ class EditTotals:
         """Return the sums as plain values."""
         plain = asdict(self)
         return plain if self.by_fact else {name: value for name, value in plain.items() if name != "by_fact"}
+
+
+def _weight(metric: str, facts: int, by_fact: FactSums) -> float:
+    """Return the weight of a metric of some facts: how much counts of them, such as paraphrases, or their number."""
+    is_by_fact = metric in by_fact and metric != STATEMENTS
+    return sum(by_fact[metric][1]) if is_by_fact else facts
 
 
 def plain_sums(by_fact: Mapping[str, Tensor]) -> FactSums:
@@ -186,19 +191,26 @@ def mean_of(parts: Iterable[Sums]) -> dict[str, float]:
     return {metric: total / counted if counted else math.nan for metric, (counted, total) in means.items()}
 
 
-def mean_metrics(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
-    """Average metrics over parts of the facts.
+def mean_metrics(parts: Sequence[tuple[int, Mapping[str, float], FactSums]]) -> dict[str, float]:
+    """Average metrics over parts of the facts, with the weights of :meth:`EditTotals.add`.
 
     Args:
-        parts: number of facts and their metrics; a part for which nothing was counted (NaN) has no weight.
+        parts: number of facts, their metrics, and sums of these fact by fact, as far as they are known; a part for
+            which nothing was counted (NaN) has no weight.
 
     Example:
-        >>> mean_metrics([(1, {"efficacy": 1.0, "score": float("nan")}), (3, {"efficacy": 0.0, "score": 0.5})])
-        {'efficacy': 0.25, 'score': 0.5}
+        >>> one = (1, {"score": 1.0, "generalization": 0.0}, {"generalization": [[0.0], [4.0]]})
+        >>> two = (3, {"score": 0.0, "generalization": 1.0}, {"generalization": [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]})
+        >>> mean_metrics([one, two])
+        {'score': 0.25, 'generalization': 0.2}
     """
     means = {}
-    for name in dict.fromkeys(name for _, metrics in parts for name in metrics):
-        counted = [(facts, metrics[name]) for facts, metrics in parts if not math.isnan(metrics.get(name, math.nan))]
-        total = sum(facts for facts, _ in counted)
-        means[name] = sum(facts / total * value for facts, value in counted) if total else math.nan
+    for name in dict.fromkeys(name for _, metrics, _ in parts for name in metrics):
+        counted = [
+            (_weight(name, facts, by_fact), metrics[name])
+            for facts, metrics, by_fact in parts
+            if not math.isnan(metrics.get(name, math.nan))
+        ]
+        total = sum(weight for weight, _ in counted)
+        means[name] = sum(weight / total * value for weight, value in counted) if total else math.nan
     return means

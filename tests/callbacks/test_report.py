@@ -120,8 +120,8 @@ def test_the_mean_over_edits_counts_what_was_measured():
     nan = float("nan")
     mean = mean_metrics(
         [
-            (1, {"efficacy": 1.0, "generalization": nan, "specificity": nan}),
-            (3, {"efficacy": 0.0, "generalization": 0.5, "specificity": nan, "specificity_retained_other": 0.25}),
+            (1, {"efficacy": 1.0, "generalization": nan, "specificity": nan}, {}),
+            (3, {"efficacy": 0.0, "generalization": 0.5, "specificity": nan, "specificity_retained_other": 0.25}, {}),
         ]
     )
     assert math.isnan(mean.pop("specificity"))

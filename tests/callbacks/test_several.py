@@ -286,6 +286,33 @@ def test_two_editors_and_two_monitors_in_one_run(run: Any, tmp_path: Path, capsy
         assert text in printed
 
 
+def test_the_end_of_several_editors_is_that_of_all_facts_together(tiny: Any, make_trainer: Any, tmp_path: Path) -> None:
+    facts = tiny.corpus().edits
+    # many paraphrases and few neighbours, and the other way round
+    asked = tuple(f"Note {i}: {facts[0].prompt}" for i in range(7))
+    first = [replace(facts[0], paraphrases=asked), replace(facts[1], neighbours=())]
+    second = [replace(fact, paraphrases=()) for fact in facts[2:5]]
+    settings: dict[str, Any] = {"on_failure": "keep"}
+    editings = [
+        KnowledgeEditing(tiny.editor(), own, name=name, **settings) for own, name in ((first, "a"), (second, "b"))
+    ]
+    report, module = EditReport(console=False), tiny.module()
+    trainer = make_trainer(tmp_path, [*editings, report])
+    trainer.fit(module, tiny.data())
+    before = {key: own for editing in editings for key, own in editing.neighbours_before.items()}
+    together = editings[0].evaluate(module, [*first, *second], before)
+    found = report.summary(trainer)
+    assert together.by_fact.keys() <= found["after_training"].keys()
+    values = [(name, found["after_training"][name], together.metrics[name]) for name in together.by_fact]
+    assert any(0 < value < 1 for *_, value in values)  # a plain mean would be another
+    for name, value, expected in values:
+        # products and sums of weights in float64
+        assert value == pytest.approx(expected, abs=1e-6, nan_ok=True), name
+        if name in found["intervals"]["after_training"]:
+            low, high = found["intervals"]["after_training"][name]
+            assert low <= value <= high, name
+
+
 def test_a_resume_between_the_edits_of_two_editors(run: Any, tiny: Any, tmp_path: Path) -> None:
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     whole = run("whole", kept)

@@ -1,0 +1,42 @@
+"""Parts that benchmarks share: what they write, and a memory of a form that only a benchmark has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.lifelong import PerExpert
+from benchmarks.training import finish
+from lit_moeedit.editing import EditMemory
+from lit_moeedit.editing.memory import GatedKeys
+
+
+def test_a_benchmark_ends_with_its_files_and_prints_its_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[Any] = []
+    finish("some", "`command`", "a table\n", lambda *given: drawn.append(given), {"value": 1}, tmp_path / "out")
+    assert (tmp_path / "out" / "some.md").read_text(encoding="utf-8") == "`command`\n\na table\n"
+    assert json.loads((tmp_path / "out" / "some.json").read_text(encoding="utf-8")) == {"value": 1}
+    assert drawn == [({"value": 1}, tmp_path / "out" / "some.png")] and capsys.readouterr().out == "a table\n"
+
+
+def test_a_memory_per_expert_keeps_the_second_moments_of_each() -> None:
+    generator, limit, edits = torch.Generator().manual_seed(0), 10**6, 3
+    memories = [EditMemory(limit), PerExpert(limit)]
+    for edit in range(edits):
+        row, expert = torch.arange(20), torch.randint(3, (20,), generator=generator)
+        keys = GatedKeys(row, expert, torch.randn(20, 5, generator=generator))
+        for memory in memories:
+            memory.remember({4: keys}, [f"{edit} {number}" for number in range(20)])
+    rows, sketch = (memory.state_dict()[4] for memory in memories)
+    assert memories[1].size(4) == (3 * 5, 3 * 5)  # as many vectors as dimensions, of each expert
+    assert sketch["facts"] == [] and sketch["sketched"] == sorted(rows["facts"])
+    for j in range(3):
+        whole, kept = (state["key"][state["expert"] == j].double() for state in (rows, sketch))
+        # decompositions in float32, one after each edit
+        torch.testing.assert_close(kept.T @ kept, whole.T @ whole, rtol=0, atol=1e-4)

@@ -61,10 +61,11 @@ HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
 
 
 def editors(base: Editor, name: str) -> dict[str, Editor]:
-    """Every editor, with the config's targets and layers."""
+    """Every editor, with the config's targets and layers; those of papers edit a row for each prompt alone."""
     threshold, ridge = HARD[name]
     hard: dict[str, Any] = {"preserve": NullSpace(threshold), "ridge": ridge}
     soft: dict[str, Any] = {"preserve": OutputPenalty(0.3)}
+    paper: dict[str, Any] = {"target_tokens": "first"}
     released: dict[str, Any] = {
         "preserve": NullSpace(threshold, unused=False),
         "ridge": ridge,
@@ -78,18 +79,20 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
         "Woodbury, output": changed(base, **soft),
         "Woodbury, covariance": changed(base, preserve=CovariancePenalty(1e4)),
         "Woodbury, null space": changed(base, **hard),
-        "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard),
-        "BCD, null space (MoEEdit as released)": changed(base, solver=BlockCoordinateDescent(passes=4), **released),
+        "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard, **paper),
+        "BCD, null space (MoEEdit as released)": changed(
+            base, solver=BlockCoordinateDescent(passes=4), **released, **paper
+        ),
         "Tucker at each layer, output": changed(base, solver=Tucker(energy=0.99, carry=False), **soft),
         # whole modes: at the target layer it is Woodbury's solution
         "Woodbury carried down, output": changed(base, solver=Tucker(energy=1.0), **soft),
         "Tucker carried down, output": changed(base, solver=Tucker(energy=0.99), **soft),
         "Woodbury at the target layer alone, output": changed(base, layers=base.layers[-1:], **soft),
-        "Tucker, null space (MoTE)": changed(base, solver=Tucker(energy=0.99), **hard),
+        "Tucker, null space (MoTE)": changed(base, solver=Tucker(energy=0.99), **hard, **paper),
     }
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
     return found | {
-        "MEMIT per expert": changed(base, preserve=CovariancePenalty(1e4), solver=PerExpertRidge()),
+        "MEMIT per expert": changed(base, preserve=CovariancePenalty(1e4), solver=PerExpertRidge(), **paper),
         "FT": FineTuning(learning_rate=1e-3, **shared),
         **{f"FT-L, {e:g}": FineTuning(learning_rate=1e-3, norm_constraint=e, **shared) for e in (0.02, 0.05)},
     }
@@ -121,7 +124,8 @@ class Shared:
             self.moments[editor.gated] = editor.moments(model, tokenizer, layers, self.texts)
         moments = {index: self.moments[editor.gated][index] for index in editor.layers}
         # other settings of the search have vectors of their own
-        own = changed(editor, targets=self.once) if editor.targets is base.targets else editor
+        is_shared = editor.targets is base.targets and editor.target_tokens == base.target_tokens
+        own = changed(editor, targets=self.once) if is_shared else editor
         own.edit(model, tokenizer, facts, moments=moments)
         return {}
 

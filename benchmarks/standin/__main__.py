@@ -6,18 +6,22 @@ Run from the root of the repository, with the package installed, and WordNet's `
     python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds 0
 
 Training takes about 40 minutes on one core, once. Facts that the model does not generate are not edited. Writes
-``standin.json`` and ``standin.md`` into ``benchmarks/results``.
+``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts of the same weights that are not measured again
+are kept.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from benchmarks.editing import runs
-from benchmarks.standin.measures import WORDINGS, corpus_of, keep_known, perplexities, recall, swaps
+from benchmarks.standin.measures import WORDINGS, corpus_of, keep_known, perplexities, recall, swaps, trained_on
 from benchmarks.training import (
     QUALITY,
     STANDIN,
@@ -30,9 +34,13 @@ from benchmarks.training import (
     trained,
     write,
 )
+from lit_moeedit.data import Fact
 from lit_moeedit.editing import Place
 
 EDITS, CANDIDATES = 100, 200
+PARTS = ("knowledge", "places", "editors", "survival")
+STEPS, RATES = 120, (0.0, 2.5e-5, 2.5e-4)
+"""Steps of further training, and learning rates: none, that at the end of the config's schedule, and ten times that."""
 PLACES = (
     *(Place(layers, "subject_last") for layers in ((0,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3), (3,), (0, 1, 2, 3))),
     *(Place(layers, "last") for layers in ((1, 2, 3), (3, 4), (4,), (3, 4, 5))),
@@ -48,21 +56,43 @@ EDITORS = (
     "FT",
     "FT-L, 0.05",
 )
-SHOWN = ("efficacy_accuracy", "generalization_accuracy", *QUALITY)
+GROUPS = ("specificity_retained_same_relation", "specificity_retained_same_subject")
+SHOWN = ("efficacy_accuracy", "generalization_accuracy", *QUALITY, *GROUPS)
 
 
-def measure(found: Trained) -> Iterator[tuple[str, Any]]:
+def measure(found: Trained, parts: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Names of what is measured of a model, each with its results."""
+    if "knowledge" in parts:
+        yield from knowledge(found)
+    keep_known(found, EDITS)
+    if "places" in parts:
+        yield from at_places(found)
+    if "editors" in parts:
+        every, methods = runs(found, STANDIN, share=True), {}
+        yield "layers", list(found.editor.layers)
+        for label in EDITORS:
+            methods[label] = found.quality(every[label])
+            yield "editors", methods
+    if "survival" in parts:
+        yield from survival(found)
+
+
+def knowledge(found: Trained) -> Iterator[tuple[str, Any]]:
+    """What the model knows, and where it reads it."""
     yield "training", {"seconds": found.seconds, "weights": found.weights}
     yield "parameters", sum(parameter.numel() for parameter in found.model.parameters())
     yield "subjects", len(corpus_of(found).subjects)
     yield "recall", recall(found)
     yield "perplexity", perplexities(found)
     yield "swaps", swaps(found)
-    yield "known", keep_known(found, EDITS)
-    yield "edits", len(found.data.edit_facts())
-    texts = found.preservation_texts()
-    places = {}
+    candidates = len(found.data.edit_facts())
+    yield "known", keep_known(found, candidates)
+    yield "edits", min(EDITS, len(found.data.edit_facts()))
+
+
+def at_places(found: Trained) -> Iterator[tuple[str, Any]]:
+    """The default editor at several tokens and layers."""
+    texts, places = found.preservation_texts(), {}
     for place in PLACES:
         editor = found.editor.at(place)
         edited = changed(found, editor=editor)  # routing is that of the layers above the edited ones
@@ -70,10 +100,21 @@ def measure(found: Trained) -> Iterator[tuple[str, Any]]:
             lambda model, facts: editor.edit(model, found.tokenizer, facts, texts).seconds  # noqa: B023
         )
         yield "places", places
-    every, methods = runs(found, STANDIN, share=True), {}
-    for label in EDITORS:
-        methods[label] = found.quality(every[label])
-        yield "editors", methods
+
+
+def survival(found: Trained) -> Iterator[tuple[str, Any]]:
+    """The default editor's edits, after further training without the edited subjects."""
+    texts, results = found.preservation_texts(), {}
+    for rate in RATES:
+
+        def edit(model: PreTrainedModel, facts: Sequence[Fact], rate: float = rate) -> dict[str, float]:
+            seconds = found.editor.edit(model, found.tokenizer, facts, texts).seconds
+            if rate:
+                trained_on(found, model, STEPS, rate)
+            return seconds
+
+        results[f"{STEPS if rate else 0} steps at {rate:g}"] = found.quality(edit)
+        yield "survival", results
 
 
 def _label(place: Place) -> str:
@@ -83,6 +124,7 @@ def _label(place: Place) -> str:
 TITLES = {
     "places": "The default editor by token and layers:",
     "editors": "Editors at the token and layers of the config, with shared targets and moments:",
+    "survival": "The default editor at the token and layers of the config, after further training on other texts:",
 }
 
 
@@ -132,19 +174,24 @@ def _cell(value: float | None) -> str:
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.set_defaults(seeds=[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with WordNet's data.noun")
     arguments = parser.parse_args()
     quiet()
-    results: dict[str, dict[str, Any]] = {}
+    file = arguments.output / "standin.json"
+    results: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     seeds = " ".join(map(str, arguments.seeds))
     command = f"`python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds {seeds}`"
     corpus = {"wordnet": arguments.wordnet, "edits": CANDIDATES}
     options = [f"--data.init_args.corpus.init_args.{option}={value}" for option, value in corpus.items()]
-    for seed in arguments.seeds:
-        results[str(seed)] = {}
-        for name, value in measure(trained(STANDIN, seed, arguments.models, *options)):
-            results[str(seed)][name] = value
-            if "edits" in results[str(seed)]:
+    for seed in map(str, arguments.seeds):
+        found = trained(STANDIN, int(seed), arguments.models, *options)
+        known = results.get(seed, {}).get("training", {}).get("weights") == found.weights
+        parts = arguments.parts if known else PARTS
+        results[seed] = results[seed] if known else {}
+        for name, value in measure(found, parts):
+            results[seed][name] = value
+            if "edits" in results[seed]:
                 write("standin", command, tables(results), results, arguments.output)
     sys.stdout.write(tables(results))
 

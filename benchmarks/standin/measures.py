@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from benchmarks.standin.corpus import HELD_OUT, TEMPLATES, StandIn
 from benchmarks.training import Trained
@@ -99,6 +101,19 @@ def swaps(found: Trained, cases: int = 200, seed: int = 0) -> dict[str, dict[int
                         handle.remove()
                     right[token][i].append(bool(answer == wanted))
     return {token: {i: sum(x) / max(1, len(x)) for i, x in by_layer.items()} for token, by_layer in right.items()}
+
+
+def trained_on(found: Trained, model: PreTrainedModel, steps: int, rate: float) -> None:
+    """Train a model on for some steps, on the texts of the subjects that are not edited, with a fresh AdamW."""
+    found.data.facts_edited(found.data.edit_facts())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+    model.train()
+    for batch in itertools.islice(found.data.train_dataloader(), steps):
+        model(**batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
 
 
 def _pairs(found: Trained, count: int, seed: int) -> Iterator[tuple[Encoding, Encoding]]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
+from benchmarks.standin import measures
+from benchmarks.standin.__main__ import tables
 from benchmarks.standin.corpus import HELD_OUT, LISTS, OPENINGS, PRONOUN, TEMPLATES, StandIn
 from benchmarks.standin.wordnet import definitions, read_subjects, read_synsets
+from benchmarks.training import RESULTS, STANDIN, Trained, command_line
 from lit_moeedit.data import validate_facts
+from lit_moeedit.data.corpus import Statement
 
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by  \n"
 KINDS = {"00000010": ("09", "kind_of_poet"), "00000020": ("15", "city"), "00000030": ("15", "Freedonia")}
@@ -159,3 +167,114 @@ def test_bad_arguments_are_named(wordnet: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no person or place whose answers at least 99 have"):
         small(wordnet, least=99)
     assert len(TEMPLATES) == 6 and all(len(set(phrasings)) == 6 for phrasings in TEMPLATES.values())
+
+
+@pytest.fixture
+def untrained(wordnet: Path) -> Trained:
+    """The config's model with small layers."""
+    settings = {"wordnet": wordnet, "texts": 5, "glosses": 6, "edits": 4, "held_out": 3, "least": 3}
+    shape = {"hidden_size": 24, "num_experts": 4, "moe_intermediate_size": 8, "vocab_size": 400}
+    cli, editing = command_line(
+        STANDIN,
+        7,
+        *(f"--data.init_args.corpus.init_args.{name}={value}" for name, value in settings.items()),
+        *(f"--model.init_args.config.{name}={value}" for name, value in shape.items()),
+        "--data.init_args.vocab_size=400",
+    )
+    torch.manual_seed(0)
+    cli.datamodule.setup("fit")
+    cli.model.configure_model()
+    return Trained(cli.model.model.eval(), cli.datamodule, editing.editor, 0.0)
+
+
+def test_the_config_is_that_of_the_benchmark(untrained: Trained, wordnet: Path) -> None:
+    assert measures.corpus_of(untrained).train == small(wordnet, seed=7).train
+    assert untrained.editor.place is not None and untrained.editor.place.token == "subject_last"
+    assert not untrained.data.completion_only
+    config = untrained.model.config
+    assert config.layer_types.count("full_attention") == 2 and config.sliding_window == 5
+
+
+def test_measures_of_a_model_that_knows_nothing(untrained: Trained) -> None:
+    perplexities = measures.perplexities(untrained)
+    assert set(perplexities) == {"texts about the subjects", "definitions"}
+    # untrained logits are near 0, so that every token is about as likely as any other
+    assert all(value == pytest.approx(400, rel=0.1) for value in perplexities.values())
+    layers = [0, 1, 2, 3, 4]
+    swaps = measures.swaps(untrained, cases=4)
+    assert {token: list(by_layer) for token, by_layer in swaps.items()} == {"subject_last": layers, "last": layers}
+    assert untrained.data.edit_facts()
+    assert measures.keep_known(untrained, 4) == 0 and not untrained.data.edit_facts()
+
+
+def test_recall_is_told_by_relation_and_wording(untrained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = measures.corpus_of(untrained)
+    texts = " ".join(f"{s.prompt} {s.target}" for s in small_texts(corpus))
+    wrong = {subject.name for subject in corpus.subjects if subject.facts.get("side") == "southwestern"}
+
+    def exact(model: object, tokenizer: object, prompts: list[str], targets: list[str]) -> SimpleNamespace:
+        said = [
+            f"{prompt} {target}" in texts and not (target == "southwestern" and any(name in prompt for name in wrong))
+            for prompt, target in zip(prompts, targets, strict=True)
+        ]
+        return SimpleNamespace(exact=torch.tensor(said))
+
+    monkeypatch.setattr(measures, "score", exact)
+    recall = measures.recall(untrained)
+    assert set(recall) == {*TEMPLATES, "all"}
+    # texts of training have no held-out wording; half of the places are not known to be in the south-west
+    assert all(found["held out"] == 0 for found in recall.values())
+    assert {relation: found["in training"] for relation, found in recall.items()} == {
+        **dict.fromkeys(TEMPLATES, 1.0), "side": 0.5, "all": pytest.approx(1 - 0.5 / 6)
+    }  # fmt: skip
+    candidates = untrained.data.edit_facts()
+    known = [fact for fact in candidates if fact.target_true != "southwestern"]
+    assert measures.keep_known(untrained, 2) == len(known) / len(candidates)
+    assert untrained.data.edit_facts() == known[:2]
+
+
+def small_texts(corpus: StandIn) -> list[Statement]:
+    """Each fact in each of the wordings that its subject's texts have."""
+    return [
+        Statement(prompt, subject.facts[relation], subject.name)
+        for subject in corpus.subjects
+        for relation in subject.facts
+        for prompt in corpus.prompts(subject, relation)[HELD_OUT:]
+    ]
+
+
+def test_further_training_leaves_out_the_edited_subjects(untrained: Trained) -> None:
+    seen: list[str] = []
+    forward = untrained.model.forward
+
+    def watched(**batch: torch.Tensor) -> object:
+        seen.extend(untrained.tokenizer.batch_decode(batch["input_ids"]))
+        return forward(**batch)
+
+    untrained.model.forward = watched  # type: ignore[method-assign]
+    weights = [parameter.detach().clone() for parameter in untrained.model.parameters()]
+    measures.trained_on(untrained, untrained.model, steps=3, rate=1e-3)
+    assert len(seen) == 3 * untrained.data.batch_size
+    edited = [fact.subject for fact in untrained.data.edit_facts()]
+    assert not any(name in text for text in seen for name in edited)
+    assert any(not torch.equal(a, b) for a, b in zip(weights, untrained.model.parameters(), strict=True))
+    assert not untrained.model.training
+
+
+@pytest.mark.parametrize("with_tuple", [False, True])
+def test_one_position_of_a_layer_is_exchanged(with_tuple: bool) -> None:
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, str]:
+            return (x, "rest") if with_tuple else x
+
+    layer, x = Layer(), torch.zeros(1, 3, 2)
+    layer.register_forward_hook(measures._exchange(1, torch.tensor([5.0, 6.0])))
+    output = layer(x)
+    hidden = output[0] if with_tuple else output
+    assert hidden.tolist() == [[[0, 0], [5, 6], [0, 0]]] and not x.any()
+    assert not with_tuple or output[1] == "rest"
+
+
+def test_the_table_is_of_the_results_beside_it() -> None:
+    results = json.loads((RESULTS / "standin.json").read_text(encoding="utf-8"))
+    assert (RESULTS / "standin.md").read_text(encoding="utf-8").split("\n\n", 1)[1] == f"{tables(results).rstrip()}\n"

@@ -225,7 +225,7 @@ class StandIn(Corpus):
 def _chosen(known: Sequence[Subject], group: str, count: int, seed: int) -> list[Subject]:
     """At most ``count`` subjects of a group, with at most a quarter of one nationality."""
     counts: dict[str, int] = defaultdict(int)
-    found = []
+    found: list[Subject] = []
     for subject in _shuffled((x for x in known if x.group == group), f"{seed}/{group}"):
         nation = subject.facts.get("nationality", subject.name)
         counts[nation] += 1

@@ -19,7 +19,7 @@ from benchmarks.training import RESULTS, STANDIN, Trained, command_line
 from lit_moeedit.data import validate_facts
 from lit_moeedit.data.corpus import Statement
 
-LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by  \n"
+LICENCE = "  1 The terms of use stand in lines that begin with two spaces.  \n"
 KINDS = {"00000010": ("09", "kind_of_poet"), "00000020": ("15", "city"), "00000030": ("15", "Freedonia")}
 
 

@@ -32,6 +32,7 @@ from benchmarks import reference
 from benchmarks.baselines import in_context, train_adapters
 from benchmarks.training import (
     QUALITY,
+    STANDIN,
     Once,
     Trained,
     arguments_of,
@@ -56,7 +57,7 @@ REFERENCE = "one fact at a time"
 IN_CONTEXT = "new fact in the prompt"
 ADAPTERS = 5e-3
 """Learning rate of LoRA."""
-HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1)}
+HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1), STANDIN: (1.0, 0.1)}
 """Threshold and ridge of the null space, which the configs do not have; the papers' are for models of other scales."""
 
 

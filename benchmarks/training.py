@@ -73,6 +73,9 @@ _WEAK = (
         "--model.init_args.cosine_until=1.0",
     ),
 )
+STANDIN = "standin"
+"""Name of the model that is nearer to a real language model, see :mod:`benchmarks.standin`."""
+_STANDIN = ("../benchmarks/standin/standin.yaml", ())
 
 
 class FewCountries(Atlas):
@@ -100,9 +103,9 @@ class FewCountries(Atlas):
 
 def command_line(name: str, seed: int, *arguments: str) -> tuple[EditingCLI, KnowledgeEditing]:
     """A config, ready to be run without a logger, and its callback that edits."""
-    config, different = _WEAK if name == WEAK else CONFIGS[name]
+    config, different = {**CONFIGS, WEAK: _WEAK, STANDIN: _STANDIN}[name]
     seeds = ["--seed_everything", "--data.init_args.seed"]
-    if config == "atlas.yaml":
+    if config in ("atlas.yaml", _STANDIN[0]):
         seeds.append("--data.init_args.corpus.init_args.seed")
     cli = EditingCLI(
         LitMoE,
@@ -237,7 +240,7 @@ def trained(name: str, seed: int, models: Path, *arguments: str) -> Trained:
     """Train a config's model up to its edit, or take it from the folder ``models``.
 
     Args:
-        name: one of :data:`CONFIGS`, or :data:`WEAK`.
+        name: one of :data:`CONFIGS`, or :data:`WEAK` or :data:`STANDIN`.
         seed: of everything.
         models: folder that keeps weights and the seconds of their training.
         arguments: of the command line; nothing that changes the training.

@@ -1,0 +1,200 @@
+"""A model nearer to a real language model: what it knows, where it reads facts, and what editing does to it.
+
+Run from the root of the repository, with the package installed, and WordNet's ``data.noun`` (from the Debian package
+``wordnet-base``, say) in a folder:
+
+    python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds 0
+
+Training takes about 40 minutes on one core, once. Facts that the model does not generate are not edited. Writes
+``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts of the same weights that are not measured again
+are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from benchmarks.editing import runs
+from benchmarks.standin.measures import WORDINGS, corpus_of, keep_known, perplexities, recall, swaps, trained_on
+from benchmarks.training import (
+    QUALITY,
+    STANDIN,
+    Trained,
+    arguments_of,
+    changed,
+    header,
+    quiet,
+    row,
+    trained,
+    write,
+)
+from lit_moeedit.data import Fact
+from lit_moeedit.editing import Place
+
+EDITS, CANDIDATES = 100, 200
+PARTS = ("knowledge", "places", "editors", "survival")
+STEPS, RATES = 120, (0.0, 2.5e-5, 2.5e-4)
+"""Steps of further training, and learning rates: none, that at the end of the config's schedule, and ten times that."""
+PLACES = (
+    *(Place(layers, "subject_last") for layers in ((0,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3), (3,), (0, 1, 2, 3))),
+    *(Place(layers, "last") for layers in ((1, 2, 3), (3, 4), (4,), (3, 4, 5))),
+)
+EDITORS = (
+    "Woodbury, output",
+    "Woodbury, covariance",
+    "Woodbury, null space",
+    "BCD, null space (MoEEdit)",
+    "BCD, null space (MoEEdit as released)",
+    "MEMIT per expert",
+    "Tucker, null space (MoTE)",
+    "FT",
+    "FT-L, 0.05",
+)
+GROUPS = ("specificity_retained_same_relation", "specificity_retained_same_subject")
+SHOWN = ("efficacy_accuracy", "generalization_accuracy", *QUALITY, *GROUPS)
+
+
+def measure(found: Trained, parts: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Names of what is measured of a model, each with its results."""
+    if "knowledge" in parts:
+        yield from knowledge(found)
+    keep_known(found, EDITS)
+    if "places" in parts:
+        yield from at_places(found)
+    if "editors" in parts:
+        every, methods = runs(found, STANDIN, share=True), {}
+        yield "layers", list(found.editor.layers)
+        for label in EDITORS:
+            methods[label] = found.quality(every[label])
+            yield "editors", methods
+    if "survival" in parts:
+        yield from survival(found)
+
+
+def knowledge(found: Trained) -> Iterator[tuple[str, Any]]:
+    """What the model knows, and where it reads it."""
+    yield "training", {"seconds": found.seconds, "weights": found.weights}
+    yield "parameters", sum(parameter.numel() for parameter in found.model.parameters())
+    yield "subjects", len(corpus_of(found).subjects)
+    yield "recall", recall(found)
+    yield "perplexity", perplexities(found)
+    yield "swaps", swaps(found)
+    candidates = len(found.data.edit_facts())
+    yield "known", keep_known(found, candidates)
+    yield "edits", min(EDITS, len(found.data.edit_facts()))
+
+
+def at_places(found: Trained) -> Iterator[tuple[str, Any]]:
+    """The default editor at several tokens and layers."""
+    texts, places = found.preservation_texts(), {}
+    for place in PLACES:
+        editor = found.editor.at(place)
+        edited = changed(found, editor=editor)  # routing is that of the layers above the edited ones
+        places[_label(place)] = edited.quality(
+            lambda model, facts: editor.edit(model, found.tokenizer, facts, texts).seconds  # noqa: B023
+        )
+        yield "places", places
+
+
+def survival(found: Trained) -> Iterator[tuple[str, Any]]:
+    """The default editor's edits, after further training without the edited subjects."""
+    texts, results = found.preservation_texts(), {}
+    for rate in RATES:
+
+        def edit(model: PreTrainedModel, facts: Sequence[Fact], rate: float = rate) -> dict[str, float]:
+            seconds = found.editor.edit(model, found.tokenizer, facts, texts).seconds
+            if rate:
+                trained_on(found, model, STEPS, rate)
+            return seconds
+
+        results[f"{STEPS if rate else 0} steps at {rate:g}"] = found.quality(edit)
+        yield "survival", results
+
+
+def _label(place: Place) -> str:
+    return f"{place.token}, layers {', '.join(map(str, place.layers))}"
+
+
+TITLES = {
+    "places": "The default editor by token and layers:",
+    "editors": "Editors at the token and layers of the config, with shared targets and moments:",
+    "survival": "The default editor at the token and layers of the config, after further training on other texts:",
+}
+
+
+def tables(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown of all that was measured, by seed."""
+    lines = []
+    for seed, found in results.items():
+        size, seconds = found["parameters"] / 1e6, found["training"]["seconds"]
+        lines += [
+            f"Seed {seed}: {size:.1f} M parameters, trained for {seconds:.0f} s on texts about {found['subjects']} "
+            "persons and places, and on definitions.",
+            "",
+            "Share of facts that it generates, by wording:",
+            "",
+            *header(["wording", *found["recall"]]),
+            *(row([wording, *(f"{r[wording]:.3f}" for r in found["recall"].values())]) for wording in WORDINGS),
+            "",
+            f"Perplexity of held-out texts: {_listed(found['perplexity'])}.",
+            "",
+            "Share of prompts that are answered as another subject's if a layer's output at a token is exchanged for "
+            "the one that it has with that subject:",
+            "",
+            *header(["token", *(f"layer {i}" for i in found["swaps"]["last"])]),
+            *(row([token, *(f"{x:.2f}" for x in by.values())]) for token, by in found["swaps"].items()),
+            "",
+            f"{found['edits']} edits of facts that it generates, which are {found['known']:.0%} of the candidates.",
+        ]
+        for part in (part for part in TITLES if part in found):
+            lines += ["", TITLES[part], "", *header([part.removesuffix("s"), *map(_title, SHOWN)])]
+            lines += [row([label, *(_cell(run[name]) for name in SHOWN)]) for label, run in found[part].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _title(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def main() -> None:
+    parser = arguments_of(__doc__)
+    parser.set_defaults(seeds=[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--wordnet", type=Path, required=True, help="folder with WordNet's data.noun")
+    arguments = parser.parse_args()
+    quiet()
+    file = arguments.output / "standin.json"
+    results: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    seeds = " ".join(map(str, arguments.seeds))
+    command = f"`python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds {seeds}`"
+    corpus = {"wordnet": arguments.wordnet, "edits": CANDIDATES}
+    options = [f"--data.init_args.corpus.init_args.{option}={value}" for option, value in corpus.items()]
+    for seed in map(str, arguments.seeds):
+        found = trained(STANDIN, int(seed), arguments.models, *options)
+        known = results.get(seed, {}).get("training", {}).get("weights") == found.weights
+        parts = arguments.parts if known else PARTS
+        results[seed] = results[seed] if known else {}
+        for name, value in measure(found, parts):
+            results[seed][name] = value
+            if "edits" in results[seed]:
+                write("standin", command, tables(results), results, arguments.output)
+    sys.stdout.write(tables(results))
+
+
+if __name__ == "__main__":
+    main()

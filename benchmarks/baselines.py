@@ -36,7 +36,7 @@ def in_context(found: Trained) -> dict[str, Any]:
     return {
         **unknown,
         **evaluation.metrics,
-        "by_fact": shares_by_fact(evaluation),
+        "by_fact": shares_by_fact(evaluation, told),
         "recalled_before": before.metrics["truth_recalled"],
         "seconds": {},
     }

@@ -104,8 +104,7 @@ KINDER = (
     "all tokens of the new answer, the residual is that of the target layer, layers take one over the layers left of "
     "it, and padding has no part in second moments. The row “as released” has the first three as released."
 )
-
-INTERVALS = "95 % bootstrap interval over the facts; of utility, routing and perplexity lowest to highest seed"
+BY_FACT = "95 % bootstrap interval over the facts; of utility, routing and perplexity lowest to highest seed"
 
 Edit = Callable[[PreTrainedModel, Sequence[Fact]], dict[str, float]]
 
@@ -224,8 +223,10 @@ def of_parts(results: dict[str, Any]) -> list[str]:
         if not results.get(name):
             continue
         labels = list(dict.fromkeys(label for found in results[name].values() for label in found))
+        has_facts = all("by_fact" in run for found in results[name].values() for run in found.values())
+        intervals = BY_FACT if has_facts else "lowest to highest seed"
         threads = {str(run["threads"]) for found in results[name].values() for run in found.values()}
-        measured = f"mean over seeds {', '.join(results[name])} ({INTERVALS}), threads: {', '.join(sorted(threads))}"
+        measured = f"mean over seeds {', '.join(results[name])} ({intervals}), threads: {', '.join(sorted(threads))}"
         loads = [run["load"] for found in results[name].values() for run in found.values() if "load" in run]
         if loads and max(loads) > 2:
             measured += f". Seconds, where they are, are rough: the load of the machine was up to {max(loads):.0f}"
@@ -239,7 +240,10 @@ def of_parts(results: dict[str, Any]) -> list[str]:
             cells = [label if len(of) == len(results[name]) else f"{label} (seeds {', '.join(of)})"]
             for metric in QUALITY:
                 values = [run[metric] for run in own if run[metric] is not None]
-                low, high = interval(own, metric) or (min(values, default=0.0), max(values, default=0.0))
+                low, high = (interval(own, metric) if has_facts else None) or (
+                    min(values, default=0.0),
+                    max(values, default=0.0),
+                )
                 cells.append(f"{statistics.mean(values):.3f} ({low:.2f}–{high:.2f})" if values else "–")
             if not all(run["seconds"] for run in own):
                 lines.append(row([*cells, *("–" for _ in (*PHASES, "seconds", "ratio"))]))

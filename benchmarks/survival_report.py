@@ -71,10 +71,10 @@ def table(results: list[dict[str, Any]]) -> str:
 def generalization(own: list[dict[str, Any]]) -> str:
     """Format generalization after the edit and at the end; that of paraphrases that are not stated, if some are."""
     shown = f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
-    if "paraphrases" not in own[0]["condition"]:
+    if "paraphrases" not in own[0]["condition"] or any(result["unstated"]["end"] is None for result in own):
         return shown
     others = " to ".join(f"{mean_of(own, 'unstated', moment):.2f}" for moment in ("after", "end"))
-    return f"{shown} (others than the stated {others})"
+    return f"{shown} (others than the stated, generated, {others})"
 
 
 def ratios(
@@ -106,7 +106,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     width = 0.8 / len(DRAWN)
     for axes_row, name in zip(grid, NAMES, strict=True):
         for axes, (metric, title) in zip(axes_row, MEASURED.items(), strict=True):
-            own = [result for result in shown if result["model"] == name]
+            own = [
+                r
+                for r in shown
+                if (r["model"], r["continuation"] in CALM, r["condition"] in DRAWN) == (name, True, True)
+            ]
             for series, (condition, label) in enumerate(DRAWN.items()):
                 for place, continuation in enumerate(CALM):
                     here = [r for r in own if r["continuation"] == continuation and r["condition"] == condition]

@@ -213,7 +213,7 @@ class Trained:
         overlap = {name.removeprefix("layer_"): float(value) for name, value in similarity.compute().items()}
         return {
             **evaluation.metrics,
-            "by_fact": shares_by_fact(evaluation),
+            "by_fact": shares_by_fact(evaluation, facts),
             "routing": statistics.mean(v for name, v in overlap.items() if name.isdigit() and int(name) > lowest),
             "perplexity": perplexity(model, batches) / confusion,
             "recalled_before": before.metrics["truth_recalled"],
@@ -221,19 +221,28 @@ class Trained:
         }
 
 
-def shares_by_fact(evaluation: Evaluation) -> dict[str, str]:
-    """Write down the metrics of :data:`QUALITY` that are means over facts: ``3/4 0/4`` of two facts."""
+def shares_by_fact(evaluation: Evaluation, facts: Sequence[Fact]) -> dict[str, str]:
+    """Write down the metrics of :data:`QUALITY` that are means over facts: ``3/4 0/4`` of two facts, and their keys."""
     sums = {name: own.tolist() for name, own in evaluation.by_fact.items() if name in QUALITY}
-    return {name: " ".join(f"{a:g}/{b:g}" for a, b in zip(*own, strict=True)) for name, own in sums.items()}
+    found = {name: " ".join(f"{a:g}/{b:g}" for a, b in zip(*own, strict=True)) for name, own in sums.items()}
+    return {"keys": " ".join(fact.key[:16] for fact in facts), **found}
 
 
 def interval(results: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, float] | None:
-    """Compute the 95 % bootstrap interval over the facts of all results; ``None`` of what is no mean over facts."""
-    texts = [result.get("by_fact", {}).get(metric) for result in results]
-    if not all(texts):
-        return None
-    sums = [[float(part) for part in fact.split("/")] for text in texts for fact in text.split()]
-    return intervals({metric: torch.tensor(sums, dtype=torch.float64).T}).get(metric)
+    """Compute the 95 % bootstrap interval over the facts of all results; ``None`` of what is no mean over facts.
+
+    A fact that several seeds have edited is one fact.
+    """
+    sums: dict[str, list[float]] = {}
+    for result in results:
+        own = result.get("by_fact", {})
+        if metric not in own:
+            return None
+        for key, shares in zip(own["keys"].split(), own[metric].split(), strict=True):
+            holds, counts = map(float, shares.split("/"))
+            before = sums.get(key, [0.0, 0.0])
+            sums[key] = [before[0] + holds, before[1] + counts]
+    return intervals({metric: torch.tensor([*sums.values()], dtype=torch.float64).T}).get(metric)
 
 
 def trained(name: str, seed: int, models: Path, *arguments: str) -> Trained:

@@ -120,7 +120,7 @@ def tell_of_averages(trainer: L.Trainer, heading: str) -> None:
         name = type(averaging).__name__
         text = (
             "%srenew_at: end: no renewal comes, because %s may still change its average of the weights after the last "
-            "step; renew_at: points renews before it, at the points of the survival curve, or remove %s"
+            "step; renew_below with renew_at: points renews before it, at points of the survival curve, or remove %s"
         )
         log.warning(text, heading, name, name)
 

@@ -64,13 +64,13 @@ class KnowledgeEditing(EditRenewing):
         preservation: a text file with one document per line, or texts, on which the experts must keep their behavior;
             ``None`` asks the data module's ``preservation_texts()``.
         renew_every_n_steps: edit what training has undone again, every this many optimizer steps after an edit: facts
-            that the model no longer generates are brought back, the others enter with residual 0, so that they stay.
-            ``None`` leaves the edits to what training makes of them.
+            that the model no longer generates are brought back, the others enter with residual 0, so that they stay
+            (see ``renewal``). ``None`` leaves the edits to what training makes of them.
         renew_below: renew when, at a point of the survival curve, less than this share of the edits that were generated
             just after their edit are still generated, such as 0.95. Not with ``renew_every_n_steps``.
         renew_at: ``points`` for every point of the curve, of which the last planned step of the training is one, or
             ``end`` for that step alone, so that the training text is learned as without renewals. At the end edits are
-            renewed by need, too, or without ``renew_below`` in any case.
+            renewed by need, too, or without ``renew_below`` in any case; with ``reuse`` and ``anew`` if any are lost.
         renewal: ``reuse`` brings lost facts back to the hidden states that their edit aimed for, with the second
             moments of the edit; facts that stay lost get a target vector by search. ``all`` brings facts back that are
             still generated, too, because their paraphrases are lost before they are. ``anew`` searches all target

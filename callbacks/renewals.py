@@ -157,13 +157,27 @@ class EditRenewing(EditMaking):
                 self._last_step = trainer.global_step
                 return
             self._find_place(trainer, pl_module, histories=self._frozen.histories)
-            goals = self._goals(facts, lost)
+            goals, made = self._goals(facts, lost), self.renewals
+            if self.renewal.kind == "all":
+                unknown = sum(goal is None for goal in goals.values())
+                if unknown:
+                    log.warning(
+                        "%s%d of %d edits are not brought back: their hidden states are not known, as of a run without "
+                        "renewals", self.heading, unknown, len(facts),
+                    )  # fmt: skip
+                if not lost and unknown == len(facts):
+                    self._last_step = trainer.global_step
+                    return
             stale = self._make_anew(trainer, pl_module, facts, copies, goals, len(lost))
             if stale:
                 # after much training, old hidden states may no longer give the answer; the attempt has been undone
                 goals = {key: goal for key, goal in goals.items() if key not in stale}
                 goals |= self._stay(fact for fact in facts if fact.key in stale and fact.key not in lost)
                 self._make_anew(trainer, pl_module, facts, copies, goals, len(lost), is_last=True)
+            if self.renewals == made:
+                self._last_step = trainer.global_step
+                log.warning("%sa renewal was undone: more facts were lost after it than before", self.heading)
+                return
             known = sum(goal is not None for goal in goals.values())
             searched = sum(key not in goals for key in lost)
             self._log_renewal(trainer, len(facts), len(lost), len(self._lost(pl_module, facts)), known, searched)
@@ -196,9 +210,10 @@ class EditRenewing(EditMaking):
             if self._applied and is_new:
                 self.curve.measure(self, trainer, pl_module, end=end)
             self.survivors = self.curve.finish(self, trainer, pl_module)
-            was_renewed = any(point.after == "renewal" for point in self.survival.points[-1:])
-            is_wanted = self._is_needed and (self.renewal.kind == "all" or bool(self.survivors and self.survivors.lost))
-            if self.renewal.at == "end" and not was_renewed and is_wanted:
+            are_lost = self.renewal.kind == "all" or bool(self.survivors and self.survivors.lost)
+            # edited or renewed, or tried to, with these weights
+            is_recent = self._last_step == end[1]
+            if self.renewal.at == "end" and self._applied and self._is_needed and are_lost and not is_recent:
                 text = (
                     "%sedits are not renewed at the end: the run has not ended with its last planned step, averages "
                     "its weights, or could not measure them there"
@@ -268,9 +283,9 @@ class EditRenewing(EditMaking):
             trainer, pl_module, facts, copies, goals=goals, moments=moments, guard=guard, record=record
         )
         if result.kept:
-            self._keep(trainer, result, self.generated(pl_module, facts), moments is not None)
-        elif is_last or not stale:
-            log.warning("%sa renewal was undone: more facts were lost after it than before", self.heading)
+            # known goals stay, even where a limit has not let the edit reach them
+            found = [key for key in self.generated(pl_module, facts) if goals.get(key) is None]
+            self._keep(trainer, result, found, moments is not None)
         self._written = self._edit_files.save(trainer, pl_module, "renewal", self.editor, result, states, self._written)
         return stale
 

@@ -29,7 +29,8 @@ _SHOWN_OF_EACH = ("efficacy", "generalization", "specificity_retained", "score")
 def make_table(summary: Mapping[str, Any]) -> Table:
     """Make the table of a summary: all edits, then a section for each editor if there are several."""
     total = sum(summary["seconds"][phase] for phase in COSTS)
-    renewed = f", renewed {summary['renewals']} times" if summary["renewals"] else ""
+    times = summary["renewals"]
+    renewed = f", renewed {'once' if times == 1 else f'{times} times'}" if times else ""
     routing = ", ".join(f"{layer}: {_number(value)}" for layer, value in summary["routing"]["per_layer"].items())
     table = Table(
         title=f"{summary['edits']} edits with {summary['solver']} in {total:.1f} s{renewed}",

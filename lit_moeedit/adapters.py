@@ -196,7 +196,8 @@ def refuse_adapter_alone(module: nn.Module, names: Iterable[str], adapts: bool) 
     """
     found = {name for name in names if isinstance(name, str)}  # a checkpoint is untrusted
     # around a module with an adapter, peft renames the weights of the base
-    has_base = not frozen_names(module).isdisjoint(found) if adapts else any(".base_layer." in name for name in found)
+    frozen = frozen_names(module)  # none if the base is trained, too
+    has_base = not (frozen and frozen.isdisjoint(found)) if adapts else any(".base_layer." in name for name in found)
     if has_base or not any(".lora_" in name for name in found):
         return
     raise ValueError(

@@ -240,3 +240,10 @@ def test_a_config_without_peft(
     with pytest.raises(SystemExit, match="2"):
         run(args=["fit", f"--config={tmp_path / 'config.yaml'}"])
     assert "Adapters need peft: pip install 'lit-moeedit[peft]'" in capsys.readouterr().err
+
+
+def test_a_whole_checkpoint_is_loaded_after_the_base_is_unfrozen() -> None:
+    whole = module()
+    whole.configure_model()
+    whole.requires_grad_(True)
+    whole.load_state_dict(whole.state_dict())

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.lifelong import PerExpert
-from benchmarks.training import finish
+from benchmarks.survival_report import table
+from benchmarks.training import finish, interval
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.editing.memory import GatedKeys
 
@@ -40,3 +41,25 @@ def test_a_memory_per_expert_keeps_the_second_moments_of_each() -> None:
         whole, kept = (state["key"][state["expert"] == j].double() for state in (rows, sketch))
         # decompositions in float32, one after each edit
         torch.testing.assert_close(kept.T @ kept, whole.T @ whole, rtol=0, atol=1e-4)
+
+
+def test_facts_without_further_paraphrases_have_a_row_of_survival() -> None:
+    metrics = {"efficacy_accuracy": 1.0, "generalization": 0.5, "specificity_retained": 1.0}
+    run = {
+        "model": "counterfact", "seed": 0, "edits": 100, "continuation": "1x", "weights": "x",
+        "condition": "replay 5 % with paraphrases", "after": metrics, "end": metrics, "contradicted": None,
+        "unstated": {"after": None, "end": None}, "train_loss": 1.0, "perplexity": 1.0, "seconds": 1.0, "processor": "",
+    }  # fmt: skip
+    assert "0.50 to 0.50" in table([run])
+
+
+def test_a_fact_that_two_seeds_edit_is_one_fact_of_an_interval() -> None:
+    """The same facts again make no interval narrower, and other facts do."""
+    one = {"by_fact": {"keys": "a b c d", "efficacy": "1/1 0/1 1/1 0/1"}}
+    other = {"by_fact": {"keys": "e f g h", "efficacy": "1/1 0/1 1/1 0/1"}}
+    (low, high), (again_low, again_high), (wide_low, wide_high) = (
+        interval(found, "efficacy") or (0.0, 0.0) for found in ([one], [one, one], [one, other])
+    )
+    assert (low, high) == (again_low, again_high) == (0.0, 1.0)
+    assert wide_high - wide_low < high - low
+    assert interval([one], "routing") is None and interval([{}], "efficacy") is None

@@ -96,7 +96,10 @@ def _shapes(path: Path, weights_only: bool | None) -> dict[str, torch.Size]:
         sizes = {name: one.size for name, one in found.items() if isinstance(one, TensorStorageMetadata)}
         return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
     contents = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-    return {name: weight.shape for name, weight in contents.get("state_dict", {}).items()}
+    weights = contents.get("state_dict") if isinstance(contents, dict) else None
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path} is not a checkpoint of Lightning: it has no 'state_dict'")
+    return {name: weight.shape for name, weight in weights.items() if isinstance(weight, Tensor)}
 
 
 def _compare(path: Path, found: Mapping[str, torch.Size], trained: Mapping[str, torch.Size], names: set[str]) -> None:

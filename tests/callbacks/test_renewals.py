@@ -181,6 +181,39 @@ def test_a_resumed_run_brings_all_edits_back_as_the_whole_one(run: Any, tmp_path
     assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
 
 
+def test_edits_whose_hidden_states_are_not_known_stay_as_they_are(
+    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as those of a checkpoint of a run without renewals."""
+
+    class Forget(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            editing = trainer.callbacks[0]  # type: ignore[attr-defined]
+            editing._kept = replace(editing._kept, goals={})
+
+    every_fact_is_generated(monkeypatch)
+    settings = {"renew_below": None, "survival_every_n_steps": 1000}
+    found = run(callbacks=[Forget()], renewal="all", renew_at="end", **settings)
+    assert found.editing.renewals == 0 and found.passes == 1
+    assert "6 of 6 edits are not brought back: their hidden states are not known" in caplog.text
+    assert "not renewed at the end" not in caplog.text
+    plain = run("plain", **settings)
+    assert all(torch.equal(found.weights[name], weight) for name, weight in plain.weights.items())
+
+
+def test_a_renewal_that_falls_short_keeps_the_goals(run: Any) -> None:
+    """The next one aims where the edit did, and not where a clamped renewal came to."""
+    kept: list[dict[str, torch.Tensor]] = []
+
+    class Keep(EditListener):
+        def on_survival(self, trainer: L.Trainer, pl_module: L.LightningModule, event: SurvivalEvent) -> None:
+            kept.append(dict(trainer.callbacks[0]._kept.goals))  # type: ignore[attr-defined]
+
+    found = run(callbacks=[Keep()], renewal="all", renew_below=None, renew_every_n_steps=4)
+    assert found.editing.renewals == 3 and len(kept) > 4 and len(kept[0]) == 6
+    assert all(torch.equal(own[key], goal) for own in kept for key, goal in kept[0].items())
+
+
 def test_a_renewal_after_which_more_is_lost_is_undone(
     run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

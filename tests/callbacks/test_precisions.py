@@ -157,6 +157,7 @@ def test_every_pair_of_settings_is_among_the_few() -> None:
 
 
 @pytest.mark.deepspeed
+@pytest.mark.slow
 def test_an_edit_under_strategies_and_precisions(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="needs DeepSpeed (the extra 'deepspeed')")
     for found in run_ranks(fits, 2, TWO, str(tmp_path), group=False):

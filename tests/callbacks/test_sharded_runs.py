@@ -340,6 +340,7 @@ def killed(strategy: str, folder: str, *settings: Any) -> None:
     fit(strategy, folder, None, *settings)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_no_more_than_a_resume(tmp_path: Path) -> None:
     strategy, settings = "deepspeed_cpu_stage_3", ("bf16-true", 1)
     folder = str(tmp_path / "killed")

@@ -226,6 +226,7 @@ def test_the_command_takes_the_class_and_all_settings(
     assert parsed.trainer.strategy.config["zero_optimization"]["sub_group_size"] == 1_000_000_000
 
 
+@pytest.mark.slow
 def test_the_command_starts_the_other_rank_itself(installed: None, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(command_config(tmp_path)), encoding="utf-8")
     outside = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | {"OMP_NUM_THREADS": "1"}

@@ -158,14 +158,11 @@ class EditRenewing(EditMaking):
                 return
             self._find_place(trainer, pl_module, histories=self._frozen.histories)
             goals, made = self._goals(facts, lost), self.renewals
-            if self.renewal.kind == "all":
-                unknown = sum(goal is None for goal in goals.values())
-                if unknown:
-                    log.warning(
-                        "%s%d of %d edits are not brought back: their hidden states are not known, as of a run without "
-                        "renewals", self.heading, unknown, len(facts),
-                    )  # fmt: skip
-                if not lost and unknown == len(facts):
+            unknown = sum(goal is None for goal in goals.values())
+            if unknown and self.renewal.kind == "all":
+                text = "%s%d of %d edits are not brought back: their hidden states are not known, as without renewals"
+                log.warning(text, self.heading, unknown, len(facts))
+                if unknown == len(facts):
                     self._last_step = trainer.global_step
                     return
             stale = self._make_anew(trainer, pl_module, facts, copies, goals, len(lost))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from lit_moeedit.data.corpus import train_tokenizer
 from lit_moeedit.data.encoding import Encoding, encode, join
 from lit_moeedit.data.facts import Fact, Neighbour
+from lit_moeedit.editing import score
 from tests.devices import pretended_cuda
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -275,3 +276,16 @@ def plain_hidden() -> Callable[[PreTrainedModel, int, list[int]], Tensor]:
         return output.hidden_states[layer + 1][0]
 
     return hidden
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The candidates for further prompts that models were asked, in their order."""
+    found: list[str] = []
+
+    def recording(*args: Any) -> Any:
+        found.extend(args[2])
+        return score(*args)
+
+    monkeypatch.setattr("lit_moeedit.editing.phrasings.score", recording)
+    return found

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import EditEvent, EditListener, EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.data import Fact
-from lit_moeedit.editing import Editor, TargetOptimizer, score
+from lit_moeedit.editing import Editor, TargetOptimizer
 from lit_moeedit.solvers import BlockCoordinateDescent
 
 pytestmark = [
@@ -176,15 +176,8 @@ def test_facts_that_contradict_each_other_are_refused_before_any_edit(
 
 
 def test_texts_that_measure_facts_of_one_editor_are_no_further_prompts_of_another(
-    tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, make_trainer: Any, tmp_path: Path, asked: list[str]
 ) -> None:
-    asked: list[str] = []
-
-    def recording(*args: Any) -> Any:
-        asked.extend(args[2])
-        return score(*args)
-
-    monkeypatch.setattr("lit_moeedit.editing.phrasings.score", recording)
     norway = tiny.corpus().edits[2]
     words = [
         Fact("Italy", "The capital of Italy is", "Accra", "Rome"),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.facts import Fact, Neighbour
 from lit_moeedit.data.probes import Probe
-from lit_moeedit.editing import EditMemory, Editor, evaluate, score
+from lit_moeedit.editing import EditMemory, Editor, evaluate
 from lit_moeedit.editing.phrasings import candidate_prompts, further_prompts
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import EditProblem
@@ -110,15 +110,8 @@ def test_what_is_measured_or_edited_by_itself_is_no_candidate(facts: list[Fact])
 
 
 def test_what_measures_any_fact_is_no_candidate(
-    model: PreTrainedModel, tokenizer: Any, facts: list[Fact], monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, tokenizer: Any, facts: list[Fact], asked: list[str]
 ) -> None:
-    asked: list[str] = []
-
-    def recording(*args: Any) -> Any:
-        asked.extend(args[2])
-        return score(*args)
-
-    monkeypatch.setattr("lit_moeedit.editing.phrasings.score", recording)
     # the last one has no truth, so it has no candidates, and here it has a known goal
     probe = Probe("portability", "People who live in Lake Ladoga speak", ("Latin",))
     neighbour = Neighbour("Rome is found in", "Italy")

@@ -24,7 +24,7 @@ class LimitedRows:
     A loss is a mean over the tokens of all rows, which a module computes from its model's logits. In the backward pass,
     the gradient of the logits of each of the last rows is multiplied by a factor of at most 1: a row whose labels have
     the probability 0 gets ``limit`` times the mean norm of the other rows, and each other row less in proportion. The
-    value of the loss stays as it is. That needs a copy of the gradient of the logits for a moment.
+    value of the loss stays as it is.
 
     Args:
         limit: maximum norm of the gradient of a row's logits, in proportion to the mean of the other rows that have a
@@ -57,7 +57,7 @@ class LimitedRows:
             nonlocal found
             if not found and logits.ndim == 3 and logits.shape[:2] == labels.shape and logits.requires_grad:
                 found = True
-                last = logits.detach()[first:]
+                last = logits.detach()[first:].clone()  # a view would keep the logits of all rows
                 logits.register_hook(lambda gradient: self._limited(gradient, last, labels[first:]))
 
         head = find_model(pl_module).get_output_embeddings()
@@ -75,16 +75,19 @@ class LimitedRows:
         self._is_checked = True
 
     def _limited(self, gradient: Tensor, last: Tensor, labels: Tensor) -> Tensor:
+        """Limit the gradient of the last rows, in place where that can be done: logits of long batches are large."""
         assert self.limit is not None
         first = len(gradient) - len(last)
         norms = torch.linalg.vector_norm(gradient[:first], dim=(1, 2), dtype=torch.float32)
         # rows without a loss tell nothing
         mean = norms.sum() / (norms > 0).sum().clamp(min=1)
-        factors = torch.ones(len(gradient), device=gradient.device)
         longest = longest_gradients(gradient[first:], last, labels)
         # the batch's own rows may all be without a loss
-        factors[first:] = torch.where(mean > 0, self.limit * mean / longest, 1.0)
-        return gradient * factors.clamp(max=1.0).to(gradient.dtype)[:, None, None]
+        factors = torch.where(mean > 0, self.limit * mean / longest, 1.0).clamp(max=1.0)
+        if gradient.requires_grad or not gradient.is_contiguous():
+            gradient = gradient.clone()
+        gradient[first:] *= factors.to(gradient.dtype)[:, None, None]
+        return gradient
 
 
 def longest_gradients(gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

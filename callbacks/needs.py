@@ -14,7 +14,7 @@ from lit_moeedit.sharding.ranks import Ranks
 
 MEASURE_EVERY = 16
 """Optimizer steps between two measurements of what facts need."""
-MEASURED = 2.0
+MEASURED = 1.0
 """Number of facts that are measured for each statement since the last measurement."""
 
 

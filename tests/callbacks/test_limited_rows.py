@@ -98,10 +98,18 @@ def test_a_gradient_is_never_lengthened_nor_beyond_the_limit(limit: float, label
     logits.requires_grad_()
     loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], label_smoothing=label_smoothing)
     (gradient,) = torch.autograd.grad(loss, logits)
-    limited = rows._limited(gradient, logits.detach()[FIRST:], labels[FIRST:])
+    limited = rows._limited(gradient.clone(), logits.detach()[FIRST:], labels[FIRST:])
     before, after = (each.flatten(1).norm(dim=1) for each in (gradient, limited))
     assert torch.equal(before[:FIRST], after[:FIRST]) and bool((after[FIRST:] <= before[FIRST:]).all())
     assert bool((after[FIRST:] <= limit * before[:FIRST].mean() * 1.001).all())
+
+
+def test_a_gradient_of_repeated_values_is_not_changed_in_place() -> None:
+    logits = torch.randn(ROWS, 5, 50, generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(0, 50, (ROWS, 5), generator=torch.Generator().manual_seed(2))
+    value = torch.tensor(0.5)
+    limited = LimitedRows(1e-3, "")._limited(value.expand(logits.shape), logits[FIRST:], labels[FIRST:])
+    assert value.item() == 0.5 and bool((limited[:FIRST] == 0.5).all()) and bool((limited[FIRST:] < 0.5).all())
 
 
 def test_a_batch_without_losses_of_its_own_sets_no_limit(module: Any, batch: Any) -> None:

@@ -215,14 +215,17 @@ class EditState(StateOfWeights):
             place = None if state_dict.get("place") is None else Place.from_dict(state_dict["place"])
         except ValueError as error:
             raise CheckpointError(f"{where}: field 'place': {error}") from error
+        if place is not None and place.strength is None and self.editor.tune and not self._applied:
+            place = None  # nothing has been edited yet, so the editor is still to be tuned
         self._place = place
-        if self._applied and place is not None and self._place not in (None, place):
+        own = self._place
+        if self._applied and place and own and (own.layers, own.token) != (place.layers, place.token):
             log.warning(
                 "%sthe edits in the checkpoint were made at %s, this run's editor is set to %s: they stay where they "
                 "are, and this run edits and renews at its own place",
                 self.heading,
-                place,
-                self._place,
+                Place(place.layers, place.token),
+                Place(own.layers, own.token),
             )
 
     def recognise(self, pl_module: L.LightningModule) -> bool:

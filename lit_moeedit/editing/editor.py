@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -27,7 +28,7 @@ from lit_moeedit.models.partial_forward import decoder_layers
 from lit_moeedit.models.token_budget import Budget
 from lit_moeedit.preservation.moments_cache import MomentsCache
 from lit_moeedit.preservation.second_moments import SecondMoments, second_moments
-from lit_moeedit.preservation.shaping import Preservation, PreservationName, preservation_of
+from lit_moeedit.preservation.shaping import CovariancePenalty, Preservation, PreservationName, preservation_of
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import Solver, Woodbury
 from lit_moeedit.text import first_few
@@ -97,6 +98,10 @@ class Editor(EditMethod):
             prompt; see :func:`~lit_moeedit.editing.phrasings.further_prompts`. They are other facts' prompts with its
             subject, so that a single fact has none, and never a text by which a fact is measured. The rows of a fact
             share the weight that it has without them.
+        tune: choose the strength of the preservation, whether all layers or the target layer alone are edited, and
+            ``phrasings`` when the first edit begins: by edits of some facts that are measured and undone, see
+            :func:`~lit_moeedit.editing.locating.tune`. These settings then are what is tried first. It needs a
+            preservation with a strength, and facts with paraphrases and neighbours.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -128,6 +133,7 @@ class Editor(EditMethod):
         residual_of: ResidualOf = "target_layer",
         residual_share: ResidualShare = "layers_left",
         phrasings: int = 0,
+        tune: bool = False,
     ) -> None:
         super().__init__(layers, contexts, token_budget, reset_moments)
         if token not in ("subject_last", "last", "auto"):
@@ -166,7 +172,10 @@ class Editor(EditMethod):
         self.cache = None if cache is None else MomentsCache(cache)
         self.memory, self.max_tokens, self.target_tokens = memory, max_tokens, target_tokens
         self.residual_of, self.residual_share = residual_of, residual_share
-        self.phrasings = phrasings
+        self.phrasings, self.tune, self._is_tuned = phrasings, tune, False
+        self._untuned = self.preserve, phrasings
+        if tune and not (isinstance(self.preserve, CovariancePenalty) and self.preserve.strength > 0):
+            raise ValueError(f"tune needs a preservation with a strength above 0, such as 'output', got {preserve!r}")
 
     @property
     def needs_moments(self) -> bool:  # type: ignore[override]
@@ -186,42 +195,77 @@ class Editor(EditMethod):
     @property
     @override
     def is_resolved(self) -> bool:
+        return self._is_located and (self._is_tuned or not self.tune)
+
+    @property
+    def _is_located(self) -> bool:
         return bool(self.layers) and self.token != "auto"
+
+    @property
+    def strength(self) -> float | None:
+        """Strength of the preservation; ``None`` of one that has none."""
+        return self.preserve.strength if isinstance(self.preserve, CovariancePenalty) else None
 
     @property
     @override
     def place(self) -> Place | None:
-        return Place(self.layers, cast("EditToken", self.token)) if self.is_resolved else None
+        if not self.is_resolved:
+            return None
+        place = Place(self.layers, cast("EditToken", self.token))
+        return replace(place, strength=self.strength, phrasings=self.phrasings) if self._is_tuned else place
 
     @place.setter
     def place(self, place: Place | None) -> None:
         if not self.finds_place:
             return
         if place is None:
-            self.layers, self.token = self._given
+            (self.layers, self.token), (self.preserve, self.phrasings) = self._given, self._untuned
+            self._is_tuned = False
         elif place.token is not None:
-            self.layers, self.token = place.layers, place.token
+            if not self.tune:
+                place = Place(place.layers, place.token)
+            elif place.strength is None:  # of edits before, with these settings
+                place = replace(place, strength=self.strength, phrasings=self.phrasings)
+            self._take(place)
+
+    def _take(self, place: Place) -> None:
+        self.layers, self.token = place.layers, place.token or self.token
+        if place.strength is not None and isinstance(self.preserve, CovariancePenalty):
+            self.preserve = copy(self.preserve)
+            self.preserve.strength = place.strength
+            self.phrasings = self.phrasings if place.phrasings is None else place.phrasings
+            self._is_tuned = True
+
+    @property
+    def _finds_location(self) -> bool:
+        return not self._given[0] or self._given[1] == "auto"
 
     @property
     @override
     def finds_place(self) -> bool:
-        return not self._given[0] or self._given[1] == "auto"
+        return self._finds_location or self.tune
 
     def at(self, place: Place) -> Editor:
         """Return an editor with the same settings at another place, without a memory."""
         other = copy(self)
-        other.layers, other.token, other.memory = place.layers, place.token or self.token, None
+        other._take(place)
+        other.memory = None
         return other
 
     @override
     def resolve(self, *args: Any, **kwargs: Any) -> None:
         if self.is_resolved:
             return
-        from lit_moeedit.editing.locating import locate  # which edits with an Editor
+        from lit_moeedit.editing.locating import locate, tune  # which edit with an Editor
 
-        found = locate(*args, editor=self, **kwargs)
-        self.place = found.place
-        log.info("%s", found)
+        if not self._is_located:
+            found = locate(*args, editor=self, **kwargs)
+            self._take(found.place)
+            log.info("%s", found)
+        if self.tune:
+            found = tune(*args, editor=self, **kwargs)
+            self.place = found.place
+            log.info("%s", found)
 
     @property
     @override

@@ -56,6 +56,7 @@ class EditMethod(ABC):
         memory: keeps later edits from undoing earlier ones; ``None`` for no memory.
         facts: the facts of a method that brings its own; ``None`` for any other.
         can_renew: whether edits that have faded can be made again.
+        tune: whether :meth:`resolve` chooses further settings, too.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -66,6 +67,7 @@ class EditMethod(ABC):
     memory: EditMemory | None = None
     facts: Sequence[Fact] | None = None
     can_renew: bool = True
+    tune: bool = False
 
     def __init__(
         self,

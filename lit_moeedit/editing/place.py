@@ -1,7 +1,8 @@
-"""A place to edit: some layers and a token."""
+"""A place to edit: some layers and a token, and what trials have found out about editing there."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,22 +20,31 @@ class Place:
     Attributes:
         layers: indices of the layers, ascending.
         token: the edit token; ``None`` for a method that edits no single token.
+        strength: strength of the preservation that trials have chosen; ``None`` if there were none.
+        phrasings: number of further prompts of each fact that trials have chosen; ``None`` likewise.
 
     Example:
-        >>> str(Place((3, 4), "last")), Place.from_dict(Place((3, 4), "last").to_dict())
-        ('layers 3, 4 at last', Place(layers=(3, 4), token='last'))
+        >>> str(Place((3, 4), "last")), Place.from_dict(Place((3, 4), "last").to_dict()) == Place((3, 4), "last")
+        ('layers 3, 4 at last', True)
     """
 
     layers: tuple[int, ...]
     token: EditToken | None
+    strength: float | None = None
+    phrasings: int | None = None
 
     def __str__(self) -> str:
-        layers = f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"
-        return layers if self.token is None else f"{layers} at {self.token}"
+        parts = [f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"]
+        parts += [] if self.token is None else [f"at {self.token}"]
+        parts += [] if self.strength is None else [f"with strength {self.strength:g}"]
+        parts += [f"and {self.phrasings} further prompts"] if self.phrasings else []
+        return " ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return layers and token as JSON types."""
-        return {"layers": list(self.layers), "token": self.token}
+        """Return layers and token as JSON types, and what trials have chosen, if there were any."""
+        chosen = {"strength": self.strength, "phrasings": self.phrasings}
+        known = {name: value for name, value in chosen.items() if value is not None}
+        return {"layers": list(self.layers), "token": self.token, **known}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -47,4 +57,8 @@ class Place:
         indices = layers if isinstance(layers, list) else []
         if not indices or any(type(index) is not int or index < 0 for index in indices) or token not in (*TOKENS, None):
             raise ValueError(f"expected layers (indices) and a token of {', '.join(TOKENS)}, got {dict(data)!r:.200}")
-        return cls(tuple(sorted(set(indices))), token)
+        strength, phrasings = data.get("strength"), data.get("phrasings")
+        is_strength = strength is None or (type(strength) in (int, float) and 0 < strength < math.inf)
+        if not is_strength or not (phrasings is None or (type(phrasings) is int and phrasings >= 0)):
+            raise ValueError(f"expected a strength above 0 and a number of phrasings, got {dict(data)!r:.200}")
+        return cls(tuple(sorted(set(indices))), token, strength, phrasings)

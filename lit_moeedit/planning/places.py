@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from lit_moeedit.data.encoding import EditToken
 from lit_moeedit.editing import PHASES, Editor
 from lit_moeedit.editing.locating.search import PLACES, TRIAL_FACTS, TRIAL_TOKENS, WIDTH
 from lit_moeedit.editing.locating.tracing import MAX_FACTS, WINDOWS
+from lit_moeedit.editing.locating.tuning import FURTHER, STRENGTHS, STRENGTHS_ALONE, TUNE_FACTS, TUNE_TOKENS
 from lit_moeedit.editing.phases import LOCATE
 from lit_moeedit.editing.place import TOKENS, Place
 from lit_moeedit.models.experts import expert_layers, find_model
@@ -44,7 +46,10 @@ def simulate_search(
         return *simulate(module, editor, sharding, work, card, upkeep), [editor]
     known = list(expert_layers(find_model(module)))
     ends = [editor.layers] if editor.layers else [tuple(known[:WIDTH]), tuple(known[-WIDTH:])]
-    editors = [editor.at(Place(layers, "subject_last")) for layers in dict.fromkeys(ends)]
+    token: EditToken = "subject_last" if editor.token == "auto" else editor.token
+    # an editor that is to be tuned may choose as many
+    most = (editor.strength, max(editor.phrasings, *(number for number, _ in FURTHER))) if editor.tune else ()
+    editors = [editor.at(Place(layers, token, *most)) for layers in dict.fromkeys(ends)]
     costs, budgets = zip(*(simulate(module, own, sharding, work, card, upkeep) for own in editors), strict=True)
     highest = [_highest(phases) for phases in zip(*costs, strict=True)]
     first = next(index for index, cost in enumerate(highest) if cost.phase in PHASES)
@@ -58,7 +63,8 @@ def locating_cost(phases: Mapping[str, Cost], editor: Editor, work: Workload, la
 
     A trace scores a row for each of its facts, layers, tokens and windows. A trial finds targets, edits, and measures
     twice, for some facts. Second moments are those of a part of the text. No phase of it needs more memory than that of
-    the edit.
+    the edit. Where the editor is tuned, by :func:`~lit_moeedit.editing.locating.tune`, the trials of its settings are
+    added, which share their targets.
 
     Args:
         phases: the costs of the edit by phase.
@@ -67,16 +73,24 @@ def locating_cost(phases: Mapping[str, Cost], editor: Editor, work: Workload, la
         layers: number of layers that may be chosen.
     """
     tokens = len(TOKENS) if editor.token == "auto" else 1
-    places = tokens * (1 if editor.layers else min(PLACES, layers))
+    is_located = bool(editor.layers) and editor.token != "auto"
+    places = 0 if is_located else tokens * (1 if editor.layers else min(PLACES, layers))
     # a trace runs each fact with and without its subject, and with what each window restores of it
     runs = 0 if editor.layers else 2 + len(WINDOWS) * len(TOKENS) * layers
     traced = runs * min(MAX_FACTS, work.edits) / (work.edits * work.questions)
     share = min(TRIAL_FACTS, work.edits) / work.edits
-    text = min(1.0, TRIAL_TOKENS / (work.texts * work.text_tokens))
+    length = work.texts * work.text_tokens
     # one pass for the layers of all places
-    passes = text * max(1.0, min(places, layers / WIDTH))
-    times = {"statistics": passes, "evaluation": traced + share * (places + 1)}
-    parts = [(cost, times.get(name, share * places)) for name, cost in phases.items() if name in (*PHASES, *times)]
+    passes = 0.0 if is_located else min(1.0, TRIAL_TOKENS / length) * max(1.0, min(places, layers / WIDTH))
+    scored = 0.0 if is_located else traced + share * (places + 1)
+    found, edited = share * places, share * places
+    if editor.tune:
+        settings, tuned = len(STRENGTHS) + len(STRENGTHS_ALONE) + len(FURTHER), min(TUNE_FACTS, work.edits) / work.edits
+        passes += min(1.0, TUNE_TOKENS / length)
+        scored += tuned * (settings + 1)
+        found, edited = found + tuned, edited + tuned * settings
+    times = {"statistics": passes, "targets": found, "evaluation": scored}
+    parts = [(cost, times.get(name, edited)) for name, cost in phases.items() if name in (*PHASES, *times)]
     costs = [cost for cost, _ in parts]
     return Cost(
         LOCATE,

@@ -154,7 +154,8 @@ def remarks(
     texts = f"{work.texts:,} texts of {work.text_tokens} tokens" if editor.needs_moments else "no texts"
     layers = " or ".join(", ".join(map(str, editor.layers)) for editor in editors)
     if not run.editor.is_resolved:
-        layers += ", whichever costs more (the run finds its place; locate is an estimate)"
+        what = "tunes its editor" if editor.tune and editor.layers and editor.token != "auto" else "finds its place"
+        layers += f", whichever costs more (the run {what}; locate is an estimate)"
     highest = max(costs, key=lambda cost: cost.peak)
     lines = [
         f"Assumed: batches of {work.rows} x {work.row_tokens} tokens; {work.edits} facts of {work.prompt_tokens} + "
@@ -163,9 +164,9 @@ def remarks(
         _budgets_line(budgets, run, card),
         f"The peak is that of: {highest.phase}, {size(highest.peak)} per rank.",
     ]
-    if editor.phrasings:
+    if phrasings := editors[0].phrasings:
         others = work.edits - 1
-        most, asked = (min(others, count) for count in (editor.phrasings, CANDIDATES * editor.phrasings))
+        most, asked = (min(others, count) for count in (phrasings, CANDIDATES * phrasings))
         lines.append(
             f"Further prompts: at most {most} for each fact, of {asked} candidates. Only the model can tell how many "
             "it answers, so these are an upper limit: features, solve and commit, and with them locate and renewals."

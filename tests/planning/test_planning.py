@@ -340,6 +340,29 @@ def test_each_phase_is_that_of_the_place_where_it_costs_most(monkeypatch: pytest
     assert "locate" not in [cost.phase for cost in given[0]] and given[2][0].layers == (1,)
 
 
+def test_the_trials_of_an_editor_that_is_tuned_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Editor] = []
+
+    def simulated(module: Any, own: Editor, *args: Any) -> Any:
+        seen.append(own)
+        costs = [Cost("statistics", 1, 50, flops=100), Cost("targets", 1, 40, flops=700)]
+        costs += [Cost("solve", 1, 40, flops=10), Cost("evaluation", 2, 20, flops=1800)]
+        return costs, dry_run.Budgets(5, 7, 9)
+
+    monkeypatch.setattr(places, "simulate", simulated)
+    with empty_model(AutoConfig.for_model(**keys_of("qwen3_moe")), torch.float32) as model:
+        module = LitMoE(config=keys_of("qwen3_moe"))
+        module.model = model
+        tuned = editor(layers=[0, 1], token="last", tune=True)
+        costs, _, _ = places.simulate_search(module, tuned, Sharding(), WORK)
+    (own,) = seen
+    # the most further prompts that it may choose
+    assert own.is_resolved and own.layers == (0, 1) and own.token == "last" and own.phrasings == 8
+    # all facts take part: one search for targets, 13 edits, and an evaluation before them
+    assert [cost.phase for cost in costs] == ["locate", "statistics", "targets", "solve", "evaluation"]
+    assert costs[0].flops == 100 + 700 + 13 * 10 + 14 * 1800
+
+
 def test_facts_are_counted_in_their_file(tmp_path: Path) -> None:
     fact = {"subject": "Peru", "prompt": "The capital of Peru is", "target_new": "Rome"}
     file = tmp_path / "facts.jsonl"

@@ -64,6 +64,8 @@ class Location:
 
     @override
     def __str__(self) -> str:
+        if not self.best.facts:
+            return f"{self.place}, without trials"
         measured = f"target loss {self.best.nll:.2f} nats"
         if self.best.score is not None:
             measured = f"score {self.best.score:.2f}, {measured}"
@@ -85,16 +87,21 @@ class Location:
         table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fits into 80 columns
         table.add_column("", width=1)
         table.add_column("layers", no_wrap=True)
-        table.add_column("token", no_wrap=True)
-        for name in ("loss", "efficacy", "para-\nphrases", "neigh-\nbours", "score", "change"):
+        is_tuned = any(trial.place.strength is not None for trial in self.trials)
+        for name in ("strength", "further\nprompts") if is_tuned else ("token",):
+            table.add_column(name, no_wrap=True)
+        # settings are not chosen by their score
+        scores = () if is_tuned else ("score",)
+        for name in ("loss", "efficacy", "para-\nphrases", "neigh-\nbours", *scores, "change"):
             table.add_column(name, justify="right")
         for number, trial in enumerate(self.trials):
             is_chosen, place = number == self.chosen, trial.place
-            shares = (trial.efficacy, trial.generalization, trial.specificity_retained, trial.score)
+            shares = [trial.efficacy, trial.generalization, trial.specificity_retained]
+            shares += [] if is_tuned else [trial.score]
             table.add_row(
                 ">" if is_chosen else "*" if trial.facts > few else "",
                 ", ".join(map(str, place.layers)),
-                place.token,
+                *((f"{place.strength:g}", str(place.phrasings)) if is_tuned else (place.token,)),
                 f"{trial.nll:.2f}",
                 *(_share(value) for value in shares),
                 "-" if trial.change is None else f"{trial.change:.3f}",

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -172,7 +173,8 @@ class Trials:
         progress: Progress,
     ) -> None:
         self.model, self.tokenizer, self.facts, self.preservation = model, tokenizer, facts, preservation
-        self.editor, self.max_tokens, self.ranks, self.progress = editor, max_tokens, ranks, progress
+        self.editor, self.max_tokens, self.ranks, self.progress = copy(editor), max_tokens, ranks, progress
+        self.editor.tune = False  # a trial has the settings of its place
         self.optimizers, self.histories = optimizers, histories
         self.seconds = dict.fromkeys(("targets", "statistics", "edits"), 0.0)
 

@@ -1,0 +1,163 @@
+"""The choice of an editor's settings by trial edits: strength of the preservation, layers, and further prompts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_moeedit.data.encoding import EditToken
+from lit_moeedit.data.facts import Fact, validate_facts
+from lit_moeedit.editing.editor import Editor
+from lit_moeedit.editing.locating.location import Location
+from lit_moeedit.editing.locating.tracing import spread
+from lit_moeedit.editing.locating.trials import Trial, Trials
+from lit_moeedit.editing.phases import Progress
+from lit_moeedit.editing.place import Place
+from lit_moeedit.sharding.history import History
+from lit_moeedit.sharding.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+TUNE_FACTS = 64
+"""Default of the maximum number of facts of the trials."""
+FEWEST = 8
+"""Minimum number of facts with paraphrases and neighbours by which settings are chosen."""
+TUNE_TOKENS = 131072
+"""Maximum number of tokens of preservation text in the trials."""
+TOLERANCE = 0.01
+"""Share of the neighbours that the settings chosen may retain less than the given ones."""
+STRENGTHS = (1.0, 3.0, 0.1, 0.01, 1e-3, 1e-4)
+"""Strengths that are tried, in units of the given one."""
+STRENGTHS_ALONE = (1.0, 0.01, 1e-3, 1e-4)
+"""Likewise with the target layer alone."""
+FURTHER = ((8, 1.0), (8, 3.0), (2, 1.0))
+"""Numbers of further prompts that are tried, each with a strength."""
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact | Mapping[str, Any]],
+    preservation: Sequence[str] = (),
+    *,
+    editor: Editor,
+    tune_facts: int = TUNE_FACTS,
+    optimizers: Sequence[Any] = (),
+    histories: dict[str, History] | None = None,
+    ranks: Ranks | None = None,
+    progress: Progress | None = None,
+) -> Location:
+    """Choose the strength of the preservation, the layers, and the number of further prompts by trial edits.
+
+    Where a model has seen little, an edit says less of the paraphrases, and a weaker preservation or the target layer
+    alone is better; where neighbours suffer, it is not. No constant suits both. So some of the facts are edited with
+    each of the settings in turn, measured and undone, bit by bit. All share one search for target vectors. Of the
+    settings that generate as many targets as the given ones, and retain at most :data:`TOLERANCE` fewer of the
+    neighbours, those with the highest generalization are chosen; the first of several, and the given ones are first.
+
+    What is chosen by paraphrases and neighbours has an advantage when it is measured by the same ones. Facts that are
+    there to measure a method should not take part.
+
+    Args:
+        model: the model. Weights, modes and random states are the same afterwards.
+        tokenizer: its tokenizer.
+        facts: the facts to edit, or objects with the keys of a row of a facts file. Those with paraphrases and
+            neighbours take part.
+        preservation: text on which the experts must keep their behaviour.
+        editor: the given settings; layers and token are known.
+        tune_facts: maximum number of facts, spread evenly over those that take part.
+        optimizers: as for :meth:`~lit_moeedit.editing.Editor.edit`.
+        histories: likewise.
+        ranks: the processes that share the work. Each calls this with the same arguments and gets the same settings.
+        progress: called with the name of a step, the number of parts done, and their total number.
+
+    Returns:
+        The settings tried, as places, and the choice. With fewer than :data:`FEWEST` facts that take part, the given
+        settings are kept, and a warning says so.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be edited.
+        FactError: if a fact cannot be edited.
+        ValueError: if ``tune_facts`` is too low, or there is no preservation text.
+        TooLittleMemoryError: if memory does not suffice for a single row.
+        RankError: if another rank failed.
+    """
+    if tune_facts < FEWEST:
+        raise ValueError(f"tune_facts must be at least {FEWEST}, got {tune_facts}")
+    ranks = ranks or Ranks.current()
+    with ranks.together():
+        checked = validate_facts(facts, tokenizer=tokenizer)
+        telling = [fact for fact in checked if fact.paraphrases and fact.neighbours]
+        places = candidates(editor)
+        if len(telling) < FEWEST:
+            log.warning(
+                "the editor is not tuned: of %d facts with paraphrases and neighbours nothing could be told (at least "
+                "%d are needed)",
+                len(telling),
+                FEWEST,
+            )
+            return Location((Trial(places[0], math.nan),), 0, None, {})
+        if not preservation:
+            raise ValueError("the editor needs preservation text to be tuned; give some")
+        chosen = [telling[number] for number in spread(len(telling), tune_facts)]
+        report = progress or (lambda phase, done, total: None)
+        trials = Trials(
+            model, tokenizer, chosen, preservation, editor, TUNE_TOKENS, optimizers, histories, ranks, report
+        )
+        results = trials.run(places)
+        # the ranks may have measured changes that differ in the last bit
+        best = torch.tensor([choose_settings(results)])
+        ranks.broadcast(best)
+    return Location(tuple(results), int(best), None, trials.seconds)
+
+
+def candidates(editor: Editor) -> list[Place]:
+    """Return the settings to try, as places; the given ones are the first.
+
+    Args:
+        editor: the given settings.
+
+    Example:
+        >>> for place in candidates(Editor(layers=[3], token="last"))[4:]:
+        ...     print(place)
+        layer 3 at last with strength 0.0003
+        layer 3 at last with strength 3e-05
+        layer 3 at last with strength 0.3 and 8 further prompts
+        layer 3 at last with strength 0.9 and 8 further prompts
+        layer 3 at last with strength 0.3 and 2 further prompts
+    """
+    layers, token, given = editor.layers, cast("EditToken", editor.token), editor.phrasings
+    assert editor.strength is not None, "an editor without a strength cannot be tuned"
+    rows = [(layers, factor, given) for factor in STRENGTHS]
+    rows += [(layers[-1:], factor, given) for factor in STRENGTHS_ALONE]
+    rows += [(layers, factor, number) for number, factor in FURTHER]
+    places = [Place(own, token, editor.strength * factor, number) for own, factor, number in rows]
+    return list(dict.fromkeys(places))
+
+
+def choose_settings(trials: Sequence[Trial]) -> int:
+    """Return the index of the best settings, see :func:`tune`; those of the first trial are the given ones.
+
+    Example:
+        >>> place = Place((1,), "last")
+        >>> given = Trial(place, 0.1, 1.0, 0.7, 0.99)
+        >>> choose_settings([given, Trial(place, 0.1, 1.0, 0.8, 0.99), Trial(place, 0.1, 1.0, 0.9, 0.9)])
+        1
+    """
+    given = trials[0]
+    if given.efficacy is None or given.specificity_retained is None or math.isnan(given.specificity_retained):
+        return 0
+    allowed = {
+        number: trial.generalization or 0.0
+        for number, trial in enumerate(trials)
+        if (trial.efficacy or 0.0) >= given.efficacy
+        and (trial.specificity_retained or 0.0) >= given.specificity_retained - TOLERANCE
+    }
+    return max(allowed, key=allowed.__getitem__)

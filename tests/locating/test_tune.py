@@ -1,0 +1,202 @@
+"""Settings chosen by trial edits: against edits made by hand, without a trace, the same on all ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from copy import deepcopy
+from dataclasses import replace
+from io import StringIO
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from lit_moeedit.data.facts import Fact, Neighbour
+from lit_moeedit.editing import Editor, Location, Place, TargetOptimizer, evaluate
+from lit_moeedit.editing.locating import Trial, tune
+from lit_moeedit.editing.locating.tuning import candidates, choose_settings
+from lit_moeedit.preservation import CovariancePenalty, OutputPenalty
+from tests.processes import run_ranks
+from tests.sharding import small_edits
+
+SETTINGS = "lit_moeedit.editing.locating.tuning"
+
+
+def editor(**settings: Any) -> Editor:
+    targets = TargetOptimizer(steps=6, learning_rate=0.5, clamp=2.0)
+    return Editor([0, 1], **{"token": "last", "targets": targets, "tune": True, **settings})
+
+
+@pytest.fixture
+def telling(facts: list[Fact]) -> list[Fact]:
+    """Facts with paraphrases and neighbours, and one with neither."""
+    first = facts[0]
+    others = [replace(fact, paraphrases=first.paraphrases, neighbours=first.neighbours) for fact in facts[1:3]]
+    return [first, *others, replace(facts[3], paraphrases=(), neighbours=())]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{SETTINGS}.FEWEST", 2)
+
+
+def trial(efficacy: float | None, general: float, kept: float) -> Trial:
+    return Trial(Place((0,), "last", 0.3, 0), 0.1, efficacy, general, kept, 1.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("trials", "best"),
+    [
+        # the most paraphrases, of those that keep as many neighbours but for one in a hundred
+        ([trial(1.0, 0.5, 0.9), trial(1.0, 0.7, 0.9), trial(1.0, 0.6, 1.0), trial(1.0, 0.9, 0.88)], 1),
+        # and generate as many targets
+        ([trial(1.0, 0.5, 0.9), trial(0.875, 0.9, 1.0)], 0),
+        # the given settings are as good as others, and the first
+        ([trial(1.0, 0.5, 0.9), trial(1.0, 0.5, 1.0)], 0),
+        # nothing is known of neighbours, or of an edit
+        ([trial(1.0, 0.5, math.nan), trial(1.0, 0.9, math.nan)], 0),
+        ([trial(None, 0.5, 0.5), trial(None, 0.9, 0.9)], 0),
+    ],
+)
+def test_the_rule(trials: list[Trial], best: int) -> None:
+    assert choose_settings(trials) == best
+
+
+def test_what_is_tried_begins_with_the_given_settings() -> None:
+    tried = candidates(editor(preserve=OutputPenalty(0.2), phrasings=3))
+    assert tried[0] == Place((0, 1), "last", 0.2, 3) and len(tried) == len(set(tried)) == 13
+    assert {place.layers for place in tried} == {(0, 1), (1,)}
+    assert {place.phrasings for place in tried} == {3, 8, 2}
+
+
+def test_each_trial_is_the_edit_with_its_settings_and_leaves_no_trace(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    telling: Any,
+    texts: Any,
+    unchanged: Any,
+    few: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, values in (("STRENGTHS", (1.0, 0.01)), ("STRENGTHS_ALONE", (1e-3,)), ("FURTHER", ((2, 1.0),))):
+        monkeypatch.setattr(f"{SETTINGS}.{name}", values)
+    taking_part = telling[:3]
+    before = evaluate(model, tokenizer, taking_part)
+    expected = []
+    for place in candidates(editor()):
+        own, changed = deepcopy(model), editor(preserve=OutputPenalty(place.strength or 0.0), tune=False)
+        changed.layers, changed.phrasings = place.layers, place.phrasings or 0
+        changed.edit(own, tokenizer, taking_part, texts)
+        expected.append(evaluate(own, tokenizer, taking_part, before.neighbours_exact).metrics)
+    unchanged(model)
+    searches: list[int] = []
+    search = TargetOptimizer.optimize
+    monkeypatch.setattr(TargetOptimizer, "optimize", lambda *a, **k: (searches.append(1), search(*a, **k))[1])
+    with torch.inference_mode():  # in which Lightning validates
+        found = tune(model, tokenizer, telling, texts, editor=editor())
+    assert len(searches) == 1 and [trial.place for trial in found.trials] == candidates(editor())
+    for trial, metrics in zip(found.trials, expected, strict=True):
+        assert trial.facts == 3 and trial.efficacy == metrics["efficacy_accuracy"]
+        assert trial.generalization == metrics["generalization_accuracy"]
+        assert trial.specificity_retained == pytest.approx(metrics["specificity_retained"], nan_ok=True)
+    assert found.chosen == choose_settings(found.trials)
+
+
+def test_an_editor_edits_with_what_it_has_chosen(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    telling: Any,
+    texts: Any,
+    few: None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level("INFO", "lit_moeedit")
+    monkeypatch.setattr(f"{SETTINGS}.choose_settings", lambda trials: 8)  # weak, at the target layer alone
+    tuned, other = editor(), deepcopy(model)
+    assert tuned.finds_place and not tuned.is_resolved and tuned.place is None
+    tuned.edit(model, tokenizer, telling, texts)
+    place = Place((1,), "last", 0.3 * 1e-3, 0)
+    assert tuned.place == place and "layer 1 at last with strength 0.0003 chosen of 13 places" in caplog.text
+    plain = editor(preserve=OutputPenalty(0.3 * 1e-3), tune=False)
+    plain.layers = (1,)
+    plain.edit(other, tokenizer, telling, texts)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    tuned.place = None  # such as for another model
+    assert tuned.layers == (0, 1) and tuned.strength == 0.3 and not tuned.is_resolved
+
+
+def test_layers_and_token_are_found_first(
+    model: PreTrainedModel, tokenizer: Any, telling: Any, texts: Any, few: None
+) -> None:
+    found = Editor("auto", token="auto", tune=True, targets=TargetOptimizer(steps=2))
+    found.edit(model, tokenizer, telling, texts)
+    assert (
+        found.place is not None and found.place.strength is not None and found.place.token in ("subject_last", "last")
+    )
+
+
+def test_facts_by_which_nothing_can_be_told_keep_the_given_settings(
+    model: PreTrainedModel, tokenizer: Any, facts: Any, texts: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lit_moeedit")
+    tuned = editor(phrasings=1)
+    tuned.edit(model, tokenizer, facts, texts)
+    assert tuned.place == Place((0, 1), "last", 0.3, 1)
+    assert "the editor is not tuned: of 2 facts with paraphrases and neighbours nothing could be told" in caplog.text
+    assert "with strength 0.3 and 1 further prompts, without trials" in caplog.text
+
+
+def test_what_does_not_fit_is_refused(model: PreTrainedModel, tokenizer: Any, telling: Any, few: None) -> None:
+    for preserve in ("none", "nullspace", CovariancePenalty(0.0)):
+        with pytest.raises(ValueError, match="tune needs a preservation with a strength above 0"):
+            editor(preserve=preserve)
+    with pytest.raises(ValueError, match="the editor needs preservation text to be tuned"):
+        tune(model, tokenizer, telling, editor=editor())
+    with pytest.raises(ValueError, match="tune_facts must be at least 2, got 1"):
+        tune(model, tokenizer, telling, editor=editor(), tune_facts=1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"strength": 0}, {"strength": "1"}, {"strength": math.inf}, {"strength": True}, {"phrasings": -1}]
+)
+def test_a_damaged_place_is_refused(changes: dict[str, Any]) -> None:
+    place = Place((0,), "last", 0.3, 2)
+    assert Place.from_dict(json.loads(json.dumps(place.to_dict()))) == place
+    with pytest.raises(ValueError, match="expected a strength above 0 and a number of phrasings"):
+        Place.from_dict(place.to_dict() | changes)
+
+
+def test_the_table_fits_into_80_columns() -> None:
+    place = Place((45, 46, 47), "subject_last", 3e-5, 8)
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(Location((Trial(place, 10.25, 1.0, 0.5, 1.0, 12.345, 8),), 0, None, {"edits": 1.0}).table())
+    text = console.export_text()
+    assert "…" not in text and "45, 46, 47" in text and "3e-05" in text and "12.345" in text
+
+
+def tuned_on_a_rank(kind: str) -> tuple[Any, bool]:
+    model, optimizers, read = small_edits.prepared(kind)
+    before = read()
+    found = small_tune(model, optimizers=optimizers)
+    return found.place, all(torch.equal(a, b) for a, b in zip(before, read(), strict=True))
+
+
+def small_tune(model: PreTrainedModel, **settings: Any) -> Location:
+    neighbours = (Neighbour("The sea lies in", "Italy"), Neighbour("In Russia one hears", "Russian"))
+    paraphrases = small_edits.FACTS[0].paraphrases
+    facts = [replace(fact, paraphrases=paraphrases, neighbours=neighbours) for fact in small_edits.FACTS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{SETTINGS}.FEWEST", 3)
+        own = small_edits.editor(tune=True)
+        return tune(model, small_edits.tokenizer(), facts, small_edits.TEXTS, editor=own, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_ranks_with_sharded_weights_choose_as_one_process() -> None:
+    alone = small_tune(small_edits.model()).place
+    assert run_ranks(tuned_on_a_rank, 2, "zero 3") == [(alone, True)] * 2

@@ -1,4 +1,4 @@
-"""Strength of the preservation, layers, and further prompts: fixed settings, and what a trial would choose of them.
+"""Strength of the preservation, layers, and further prompts: fixed settings, and what an editor chooses by itself.
 
 Run from the root of the repository, with the package installed:
 
@@ -6,8 +6,9 @@ Run from the root of the repository, with the package installed:
 
 Five models: two that have seen little (256 steps on 30 countries), that of the demo, and two of CounterFact.
 Every setting edits copies of the same weights; those with the same target layer share its target vectors. Half of the
-paraphrases and neighbours of each fact are measured. The other half is for a trial, which chooses one of the settings.
-Of CounterFact, where each fact has one of each, every other fact is measured.
+paraphrases and neighbours of each fact are measured. With ``tune: true`` an editor chooses its settings by the other
+half (see :func:`lit_moeedit.editing.locating.tune`). Of CounterFact, where each fact has one of each, every other fact
+is measured.
 
 Writes ``strength.json``, ``strength.md`` and ``strength.png`` into ``benchmarks/results``; what is in the JSON is not
 measured again. ``--fresh`` begins anew.
@@ -33,8 +34,8 @@ CASES = ((WEAK, 0), (WEAK, 1), ("atlas", 0), ("counterfact", 0), ("counterfact",
 SHOWN = ("efficacy_accuracy", "generalization", "specificity_retained", "routing", "perplexity")
 DRAWN = ("specificity_retained", "generalization")
 DEFAULT = 0.3
-TOLERANCE = 0.01
-"""Share of the neighbours that a trial may retain less than with the default."""
+TUNED = "tune: true"
+"""Name of the editor that chooses by itself."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Setting:
         layers: the config's, or the highest of them alone.
         phrasings: number of further prompts of each fact.
         kind: the preservation.
+        tune: the editor chooses by trials of its own, with the halves of the facts that are not measured.
     """
 
     series: str
@@ -54,6 +56,7 @@ class Setting:
     layers: Literal["given", "target layer"] = "given"
     phrasings: int = 0
     kind: Literal["output", "covariance", "null space"] = "output"
+    tune: bool = False
 
     @property
     def preservation(self) -> Preservation:
@@ -73,6 +76,7 @@ def settings() -> Iterator[Setting]:
     yield Setting("two further prompts", DEFAULT, phrasings=2)
     yield Setting("covariance", 1e3, kind="covariance")
     yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
+    yield Setting(TUNED, DEFAULT, tune=True)
 
 
 def halves(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
@@ -111,7 +115,11 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
         if setting in known:
             continue
         editor: Editor = changed(
-            case.editor, targets=shared, preserve=setting.preservation, phrasings=setting.phrasings
+            case.editor,
+            targets=shared,
+            preserve=setting.preservation,
+            phrasings=setting.phrasings,
+            tune=setting.tune,
         )
         if setting.layers == "target layer":
             editor = editor.at(Place(editor.layers[-1:], None))
@@ -130,29 +138,18 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
             **{metric: result[metric] for metric in SHOWN},
             "trial": {metric: seen[metric] for metric in SHOWN[:3]},
             "found": list(editor.layers),
+            "chosen": str(editor.place) if setting.tune else None,
             "seconds": result["seconds"],
         }
 
 
 def setting_of(result: dict[str, Any]) -> Setting:
-    return Setting(**{name: result[name] for name in Setting.__dataclass_fields__})
+    return Setting(**{name: result[name] for name in Setting.__dataclass_fields__ if name in result})
 
 
-def chosen(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a trial chooses of the settings that share a search for target vectors.
-
-    The highest generalization of those that generate no fewer targets than the default, and retain at most
-    ``TOLERANCE`` fewer neighbours; the first of several.
-    """
-    default = next(result["trial"] for result in found if is_default(result))
-    allowed = [
-        result
-        for result in found
-        if result["kind"] == "output"
-        and result["trial"]["efficacy_accuracy"] >= default["efficacy_accuracy"]
-        and result["trial"]["specificity_retained"] >= default["specificity_retained"] - TOLERANCE
-    ]
-    return max(allowed, key=lambda result: result["trial"]["generalization"])
+def tuned(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The result of the editor that chooses by itself, if there is one."""
+    return next((result for result in found if result["series"] == TUNED), None)
 
 
 def title(case: str) -> str:
@@ -175,11 +172,12 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         )
         for result in found:
             name = result["series"] + (" (the default)" if is_default(result) else "")
-            name += " **chosen by the trial**" if result is chosen(found) else ""
-            layers = ", ".join(map(str, result["found"]))
+            strength, layers = f"{result['strength']:g}", ", ".join(map(str, result["found"]))
+            if result is tuned(found):
+                name, strength, layers = f"**{name}**: {result['chosen']}", "", ""
             measured = [f"{result[metric]:.3f}" for metric in SHOWN]
             seen = [f"{result['trial'][metric]:.3f}" for metric in SHOWN[1:3]]
-            lines.append(row([name, f"{result['strength']:g}", layers, *measured, *seen]))
+            lines.append(row([name, strength, layers, *measured, *seen]))
         lines.append("")
     return "\n".join(lines)
 
@@ -205,8 +203,8 @@ def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.plot(x, y, color=color, marker=marker, ls=line, label=series, alpha=0.8)
         default = next(result for result in found if is_default(result))
         axes.plot(*(default[metric] for metric in DRAWN), "o", ms=14, mfc="none", mec="black", label="the default")
-        best = [chosen(found)[metric] for metric in DRAWN]
-        axes.plot(*best, "*", ms=18, mfc="none", mec="black", label="chosen by the trial")
+        if best := tuned(found):
+            axes.plot(*(best[metric] for metric in DRAWN), "*", ms=18, mfc="none", mec="black", label=TUNED)
         axes.set(title=title(case), xlabel="neighbours retained", ylabel="generalization")
         axes.grid(alpha=0.3)
     grid[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")

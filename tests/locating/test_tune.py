@@ -83,14 +83,13 @@ def test_each_trial_is_the_edit_with_its_settings_and_leaves_no_trace(
 ) -> None:
     for name, values in (("STRENGTHS", (1.0, 0.01)), ("STRENGTHS_ALONE", (1e-3,)), ("FURTHER", ((2, 1.0),))):
         monkeypatch.setattr(f"{SETTINGS}.{name}", values)
-    taking_part = telling[:3]
-    before = evaluate(model, tokenizer, taking_part)
+    before = evaluate(model, tokenizer, telling)
     expected = []
     for place in candidates(editor()):
         own, changed = deepcopy(model), editor(preserve=OutputPenalty(place.strength or 0.0), tune=False)
         changed.layers, changed.phrasings = place.layers, place.phrasings or 0
-        changed.edit(own, tokenizer, taking_part, texts)
-        expected.append(evaluate(own, tokenizer, taking_part, before.neighbours_exact).metrics)
+        changed.edit(own, tokenizer, telling, texts)
+        expected.append(evaluate(own, tokenizer, telling, before.neighbours_exact).metrics)
     unchanged(model)
     searches: list[int] = []
     search = TargetOptimizer.optimize
@@ -99,7 +98,7 @@ def test_each_trial_is_the_edit_with_its_settings_and_leaves_no_trace(
         found = tune(model, tokenizer, telling, texts, editor=editor())
     assert len(searches) == 1 and [trial.place for trial in found.trials] == candidates(editor())
     for trial, metrics in zip(found.trials, expected, strict=True):
-        assert trial.facts == 3 and trial.efficacy == metrics["efficacy_accuracy"]
+        assert trial.facts == 4 and trial.efficacy == metrics["efficacy_accuracy"]
         assert trial.generalization == metrics["generalization_accuracy"]
         assert trial.specificity_retained == pytest.approx(metrics["specificity_retained"], nan_ok=True)
     assert found.chosen == choose_settings(found.trials)

@@ -23,7 +23,7 @@ from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-TUNE_FACTS = 64
+TUNE_FACTS = 128
 """Default of the maximum number of facts of the trials."""
 FEWEST = 8
 """Minimum number of facts with paraphrases and neighbours by which settings are chosen."""
@@ -68,11 +68,12 @@ def tune(
     Args:
         model: the model. Weights, modes and random states are the same afterwards.
         tokenizer: its tokenizer.
-        facts: the facts to edit, or objects with the keys of a row of a facts file. Those with paraphrases and
-            neighbours take part.
+        facts: the facts to edit, or objects with the keys of a row of a facts file. Those without paraphrases or
+            neighbours are edited, too: how strongly an edit must be made, and which further prompts there are, depends
+            on their number.
         preservation: text on which the experts must keep their behaviour.
         editor: the given settings; layers and token are known.
-        tune_facts: maximum number of facts, spread evenly over those that take part.
+        tune_facts: maximum number of facts that are edited, spread evenly over all.
         optimizers: as for :meth:`~lit_moeedit.editing.Editor.edit`.
         histories: likewise.
         ranks: the processes that share the work. Each calls this with the same arguments and gets the same settings.
@@ -94,19 +95,19 @@ def tune(
     ranks = ranks or Ranks.current()
     with ranks.together():
         checked = validate_facts(facts, tokenizer=tokenizer)
-        telling = [fact for fact in checked if fact.paraphrases and fact.neighbours]
+        chosen = [checked[number] for number in spread(len(checked), tune_facts)]
+        telling = sum(bool(fact.paraphrases and fact.neighbours) for fact in chosen)
         places = candidates(editor)
-        if len(telling) < FEWEST:
+        if telling < FEWEST:
             log.warning(
                 "the editor is not tuned: of %d facts with paraphrases and neighbours nothing could be told (at least "
                 "%d are needed)",
-                len(telling),
+                telling,
                 FEWEST,
             )
             return Location((Trial(places[0], math.nan),), 0, None, {})
         if not preservation:
             raise ValueError("the editor needs preservation text to be tuned; give some")
-        chosen = [telling[number] for number in spread(len(telling), tune_facts)]
         report = progress or (lambda phase, done, total: None)
         trials = Trials(
             model, tokenizer, chosen, preservation, editor, TUNE_TOKENS, optimizers, histories, ranks, report

@@ -71,7 +71,9 @@ class EditState(StateOfWeights):
 
     @property
     def place(self) -> dict[str, Any]:
-        """The place that the editor edits, as plain values: ``layers``, ``token``, and whether it was ``found``.
+        """The place that the editor edits, as plain values: ``layers``, ``token``, and whether the editor ``found`` it.
+
+        An editor that has tuned itself adds ``strength``, ``phrasings`` and ``preserve``.
 
         Before it is known, the layers are empty. The token is ``None`` for a method that edits no single token.
         """

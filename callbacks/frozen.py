@@ -299,7 +299,7 @@ def _edited_layers(
     """Return the frozen layers that the trainer's callbacks edit, and ``others`` that are frozen, by parameter."""
     editors = [editing.editor for editing in callbacks_of(trainer, EditState)]
     edited = {index for editor in editors for index in editor.layers}
-    may_be_any = any(editor.finds_place for editor in editors)  # the state that tells the place is not restored yet
+    may_be_any = any(editor.finds_layers for editor in editors)  # the state that tells the place is not restored yet
     return {
         name: layer
         for name, layer in layers_by_parameter(pl_module).items()

@@ -185,7 +185,7 @@ class EditInputs(EditState):
             if other is not self and other.editor is self.editor and self.editor.finds_place:
                 raise MisconfigurationException(
                     f"KnowledgeEditing: {self.label} and {other.label} share one {type(self.editor).__name__} object "
-                    "with layers or token 'auto', which finds one place only; give each an editor of its own"
+                    "with layers or token 'auto', or tune, which finds one place only; give each an editor of its own"
                 )
 
     def _take_texts(self, trainer: L.Trainer) -> list[str]:

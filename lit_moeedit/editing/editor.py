@@ -172,8 +172,8 @@ class Editor(EditMethod):
         self.cache = None if cache is None else MomentsCache(cache)
         self.memory, self.max_tokens, self.target_tokens = memory, max_tokens, target_tokens
         self.residual_of, self.residual_share = residual_of, residual_share
-        self.phrasings, self.tune, self._is_tuned = phrasings, tune, False
-        self._untuned = self.preserve, phrasings
+        self.phrasings, self.tune = phrasings, tune
+        self._untuned: tuple[Preservation | None, int] | None = None  # what was given, once the editor is tuned
         if tune and not (isinstance(self.preserve, CovariancePenalty) and self.preserve.strength > 0):
             raise ValueError(f"tune needs a preservation with a strength above 0, such as 'output', got {preserve!r}")
 
@@ -195,7 +195,7 @@ class Editor(EditMethod):
     @property
     @override
     def is_resolved(self) -> bool:
-        return self._is_located and (self._is_tuned or not self.tune)
+        return self._is_located and (self._untuned is not None or not self.tune)
 
     @property
     def _is_located(self) -> bool:
@@ -212,38 +212,60 @@ class Editor(EditMethod):
         if not self.is_resolved:
             return None
         place = Place(self.layers, cast("EditToken", self.token))
-        return replace(place, strength=self.strength, phrasings=self.phrasings) if self._is_tuned else place
+        return place if self._untuned is None else self.with_settings(place)
 
     @place.setter
     def place(self, place: Place | None) -> None:
         if not self.finds_place:
             return
         if place is None:
-            (self.layers, self.token), (self.preserve, self.phrasings) = self._given, self._untuned
-            self._is_tuned = False
+            self.layers, self.token = self._given
+            if self._untuned is not None:
+                (self.preserve, self.phrasings), self._untuned = self._untuned, None
         elif place.token is not None:
-            if not self.tune:
-                place = Place(place.layers, place.token)
-            elif place.strength is None:  # of edits before, with these settings
-                place = replace(place, strength=self.strength, phrasings=self.phrasings)
-            self._take(place)
+            self._take(self._as_own(place))
+
+    def _as_own(self, place: Place) -> Place:
+        """Return what this editor takes over of a place, such as that of a checkpoint: nothing that it was given."""
+        layers, token = self._given
+        if not self.finds_layers and (place.token != token or place.layers not in (layers, layers[-1:])):
+            place = Place(layers, cast("EditToken", token))
+        if not self.tune:
+            return Place(place.layers, place.token)
+        given = copy(self)
+        given.preserve, given.phrasings = self._untuned or (self.preserve, self.phrasings)
+        own = given.with_settings(place)
+        if place.strength is None:
+            log.info("the editor is not tuned: the edits so far were made without that")
+        elif place.preserve != own.preserve:
+            text = "the strength %g of the edits so far is one of %s, this run's editor has %s: its own strength counts"
+            log.warning(text, place.strength, place.preserve, own.preserve)
+        else:
+            own = place
+        return own
+
+    def with_settings(self, place: Place) -> Place:
+        """Return a place with the settings of this editor there."""
+        name = f"{type(self.preserve).__module__}.{type(self.preserve).__qualname__}"
+        return replace(place, strength=self.strength, phrasings=self.phrasings, preserve=name)
 
     def _take(self, place: Place) -> None:
         self.layers, self.token = place.layers, place.token or self.token
         if place.strength is not None and isinstance(self.preserve, CovariancePenalty):
+            self._untuned = self._untuned or (self.preserve, self.phrasings)
             self.preserve = copy(self.preserve)
             self.preserve.strength = place.strength
             self.phrasings = self.phrasings if place.phrasings is None else place.phrasings
-            self._is_tuned = True
 
     @property
-    def _finds_location(self) -> bool:
+    @override
+    def finds_layers(self) -> bool:
         return not self._given[0] or self._given[1] == "auto"
 
     @property
     @override
     def finds_place(self) -> bool:
-        return self._finds_location or self.tune
+        return self.finds_layers or self.tune
 
     def at(self, place: Place) -> Editor:
         """Return an editor with the same settings at another place, without a memory."""

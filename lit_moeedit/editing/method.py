@@ -101,8 +101,13 @@ class EditMethod(ABC):
 
     @property
     def finds_place(self) -> bool:
-        """``True`` if layers or token were given as ``auto``."""
+        """``True`` if layers or token were given as ``auto``, or further settings are chosen at the first edit."""
         return False
+
+    @property
+    def finds_layers(self) -> bool:
+        """``True`` if any layer may be edited, because layers or token were given as ``auto``."""
+        return self.finds_place
 
     @property
     def place(self) -> Place | None:

@@ -22,6 +22,7 @@ class Place:
         token: the edit token; ``None`` for a method that edits no single token.
         strength: strength of the preservation that trials have chosen; ``None`` if there were none.
         phrasings: number of further prompts of each fact that trials have chosen; ``None`` likewise.
+        preserve: class of the preservation that has this strength, with its module; ``None`` likewise.
 
     Example:
         >>> str(Place((3, 4), "last")), Place.from_dict(Place((3, 4), "last").to_dict()) == Place((3, 4), "last")
@@ -32,6 +33,7 @@ class Place:
     token: EditToken | None
     strength: float | None = None
     phrasings: int | None = None
+    preserve: str | None = None
 
     def __str__(self) -> str:
         parts = [f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"]
@@ -42,7 +44,7 @@ class Place:
 
     def to_dict(self) -> dict[str, Any]:
         """Return layers and token as JSON types, and what trials have chosen, if there were any."""
-        chosen = {"strength": self.strength, "phrasings": self.phrasings}
+        chosen = {"strength": self.strength, "phrasings": self.phrasings, "preserve": self.preserve}
         known = {name: value for name, value in chosen.items() if value is not None}
         return {"layers": list(self.layers), "token": self.token, **known}
 
@@ -57,8 +59,10 @@ class Place:
         indices = layers if isinstance(layers, list) else []
         if not indices or any(type(index) is not int or index < 0 for index in indices) or token not in (*TOKENS, None):
             raise ValueError(f"expected layers (indices) and a token of {', '.join(TOKENS)}, got {dict(data)!r:.200}")
-        strength, phrasings = data.get("strength"), data.get("phrasings")
+        strength, phrasings, preserve = (data.get(name) for name in ("strength", "phrasings", "preserve"))
         is_strength = strength is None or (type(strength) in (int, float) and 0 < strength < math.inf)
         if not is_strength or not (phrasings is None or (type(phrasings) is int and phrasings >= 0)):
             raise ValueError(f"expected a strength above 0 and a number of phrasings, got {dict(data)!r:.200}")
-        return cls(tuple(sorted(set(indices))), token, strength, phrasings)
+        if not (preserve is None if strength is None else isinstance(preserve, str)):
+            raise ValueError(f"expected a strength with the class that has it, got {dict(data)!r:.200}")
+        return cls(tuple(sorted(set(indices))), token, strength, phrasings, preserve)

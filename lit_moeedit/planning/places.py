@@ -47,9 +47,10 @@ def simulate_search(
     known = list(expert_layers(find_model(module)))
     ends = [editor.layers] if editor.layers else [tuple(known[:WIDTH]), tuple(known[-WIDTH:])]
     token: EditToken = "subject_last" if editor.token == "auto" else editor.token
-    # an editor that is to be tuned may choose as many
-    most = (editor.strength, max(editor.phrasings, *(number for number, _ in FURTHER))) if editor.tune else ()
-    editors = [editor.at(Place(layers, token, *most)) for layers in dict.fromkeys(ends)]
+    editors = [editor.at(Place(layers, token)) for layers in dict.fromkeys(ends)]
+    if editor.tune:  # it may choose as many
+        most = max(editor.phrasings, *(number for number, _ in FURTHER))
+        editors = [own.at(replace(own.with_settings(Place(own.layers, token)), phrasings=most)) for own in editors]
     costs, budgets = zip(*(simulate(module, own, sharding, work, card, upkeep) for own in editors), strict=True)
     highest = [_highest(phases) for phases in zip(*costs, strict=True)]
     first = next(index for index, cost in enumerate(highest) if cost.phase in PHASES)

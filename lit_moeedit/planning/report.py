@@ -155,7 +155,7 @@ def remarks(
     layers = " or ".join(", ".join(map(str, editor.layers)) for editor in editors)
     if not run.editor.is_resolved:
         what = "tunes its editor" if editor.tune and editor.layers and editor.token != "auto" else "finds its place"
-        layers += f", whichever costs more (the run {what}; locate is an estimate)"
+        layers += f"{', whichever costs more' if len(editors) > 1 else ''} (the run {what}; locate is an estimate)"
     highest = max(costs, key=lambda cost: cost.peak)
     lines = [
         f"Assumed: batches of {work.rows} x {work.row_tokens} tokens; {work.edits} facts of {work.prompt_tokens} + "

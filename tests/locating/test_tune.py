@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -19,10 +20,12 @@ from lit_moeedit.editing import Editor, Location, Place, TargetOptimizer, evalua
 from lit_moeedit.editing.locating import Trial, tune
 from lit_moeedit.editing.locating.tuning import candidates, choose_settings
 from lit_moeedit.preservation import CovariancePenalty, OutputPenalty
+from lit_moeedit.sharding.ranks import Ranks
 from tests.processes import run_ranks
 from tests.sharding import small_edits
 
 SETTINGS = "lit_moeedit.editing.locating.tuning"
+OUTPUT = "lit_moeedit.preservation.shaping.OutputPenalty"
 
 
 def editor(**settings: Any) -> Editor:
@@ -67,7 +70,7 @@ def test_the_rule(trials: list[Trial], best: int) -> None:
 
 def test_what_is_tried_begins_with_the_given_settings() -> None:
     tried = candidates(editor(preserve=OutputPenalty(0.2), phrasings=3))
-    assert tried[0] == Place((0, 1), "last", 0.2, 3) and len(tried) == len(set(tried)) == 13
+    assert tried[0] == Place((0, 1), "last", 0.2, 3, OUTPUT) and len(tried) == len(set(tried)) == 13
     assert {place.layers for place in tried} == {(0, 1), (1,)}
     assert {place.phrasings for place in tried} == {3, 8, 2}
 
@@ -118,7 +121,7 @@ def test_an_editor_edits_with_what_it_has_chosen(
     tuned, other = editor(), deepcopy(model)
     assert tuned.finds_place and not tuned.is_resolved and tuned.place is None
     tuned.edit(model, tokenizer, telling, texts)
-    place = Place((1,), "last", 0.3 * 1e-3, 0)
+    place = Place((1,), "last", 0.3 * 1e-3, 0, OUTPUT)
     assert tuned.place == place and "layer 1 at last with strength 0.0003 chosen of 13 places" in caplog.text
     plain = editor(preserve=OutputPenalty(0.3 * 1e-3), tune=False)
     plain.layers = (1,)
@@ -144,17 +147,25 @@ def test_facts_by_which_nothing_can_be_told_keep_the_given_settings(
     caplog.set_level("INFO", "lit_moeedit")
     tuned = editor(phrasings=1)
     tuned.edit(model, tokenizer, facts, texts)
-    assert tuned.place == Place((0, 1), "last", 0.3, 1)
+    assert tuned.place == Place((0, 1), "last", 0.3, 1, OUTPUT)
     assert "the editor is not tuned: of 2 facts with paraphrases and neighbours nothing could be told" in caplog.text
     assert "with strength 0.3 and 1 further prompts, without trials" in caplog.text
 
 
-def test_what_does_not_fit_is_refused(model: PreTrainedModel, tokenizer: Any, telling: Any, few: None) -> None:
+def test_what_does_not_fit_is_refused(
+    model: PreTrainedModel, tokenizer: Any, telling: Any, texts: Any, few: None
+) -> None:
     for preserve in ("none", "nullspace", CovariancePenalty(0.0)):
         with pytest.raises(ValueError, match="tune needs a preservation with a strength above 0"):
             editor(preserve=preserve)
     with pytest.raises(ValueError, match="the editor needs preservation text to be tuned"):
         tune(model, tokenizer, telling, editor=editor())
+    for wrong, message in (
+        (editor(tune=False, preserve="none"), "a preservation with a strength above 0 to be tuned"),
+        (Editor("auto"), "needs layers and a token to be tuned"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tune(model, tokenizer, telling, texts, editor=wrong)
     with pytest.raises(ValueError, match="tune_facts must be at least 2, got 1"):
         tune(model, tokenizer, telling, editor=editor(), tune_facts=1)
 
@@ -163,7 +174,7 @@ def test_what_does_not_fit_is_refused(model: PreTrainedModel, tokenizer: Any, te
     "changes", [{"strength": 0}, {"strength": "1"}, {"strength": math.inf}, {"strength": True}, {"phrasings": -1}]
 )
 def test_a_damaged_place_is_refused(changes: dict[str, Any]) -> None:
-    place = Place((0,), "last", 0.3, 2)
+    place = Place((0,), "last", 0.3, 2, OUTPUT)
     assert Place.from_dict(json.loads(json.dumps(place.to_dict()))) == place
     with pytest.raises(ValueError, match="expected a strength above 0 and a number of phrasings"):
         Place.from_dict(place.to_dict() | changes)
@@ -177,11 +188,15 @@ def test_the_table_fits_into_80_columns() -> None:
     assert "…" not in text and "45, 46, 47" in text and "3e-05" in text and "12.345" in text
 
 
-def tuned_on_a_rank(kind: str) -> tuple[Any, bool]:
+def tuned_on_a_rank(kind: str) -> tuple[Any, list[Trial], bool]:
+    """Each rank would choose other settings by itself."""
     model, optimizers, read = small_edits.prepared(kind)
     before = read()
-    found = small_tune(model, optimizers=optimizers)
-    return found.place, all(torch.equal(a, b) for a, b in zip(before, read(), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{SETTINGS}.choose_settings", lambda trials: 5 + Ranks.current().rank)
+        found = small_tune(model, optimizers=optimizers)
+    is_same = all(torch.equal(a, b) for a, b in zip(before, read(), strict=True))
+    return found.place, list(found.trials), is_same
 
 
 def small_tune(model: PreTrainedModel, **settings: Any) -> Location:
@@ -197,5 +212,56 @@ def small_tune(model: PreTrainedModel, **settings: Any) -> Location:
 @pytest.mark.slow
 @pytest.mark.deepspeed
 def test_ranks_with_sharded_weights_choose_as_one_process() -> None:
-    alone = small_tune(small_edits.model()).place
-    assert run_ranks(tuned_on_a_rank, 2, "zero 3") == [(alone, True)] * 2
+    alone = small_tune(small_edits.model()).trials
+    for place, trials, is_same in run_ranks(tuned_on_a_rank, 2, "zero 3"):
+        assert place == alone[5].place and is_same
+        for trial, expected in zip(trials, alone, strict=True):
+            assert (trial.place, trial.efficacy) == (expected.place, expected.efficacy)
+            # float32, summed in another order
+            assert trial.change == pytest.approx(expected.change, rel=1e-3)
+
+
+def test_a_place_of_another_editor_is_taken_as_far_as_it_fits(caplog: pytest.LogCaptureFixture) -> None:
+    place = Place((1,), "last", 0.003, 2, OUTPUT)
+    for own, expected, message in (
+        (editor(), place, ""),
+        (Editor("auto", token="auto", tune=True), place, ""),
+        (Editor("auto", token="auto"), Place((1,), "last"), ""),
+        (editor(tune=False), Place((0, 1), "last"), ""),
+        # layers that were given stay, and so does a strength of another kind
+        (Editor([2, 3], token="last", tune=True), Place((2, 3), "last", 0.3, 0, OUTPUT), "not tuned"),
+        (
+            editor(preserve=CovariancePenalty(100.0)),
+            Place((1,), "last", 100.0, 0, OUTPUT.replace("OutputPenalty", "CovariancePenalty")),
+            "the strength 0.003 of the edits so far is one of",
+        ),
+    ):
+        caplog.clear()
+        caplog.set_level("INFO", "lit_moeedit")
+        own.place = place
+        assert own.place == expected and (message in caplog.text if message else not caplog.records)
+        own.place = None
+        assert not own.is_resolved or not own.finds_place
+    given = Editor("auto")
+    given.preserve, given.phrasings = None, 4
+    given.place = None
+    assert given.preserve is None and given.phrasings == 4
+
+
+def test_the_yaml_of_what_was_chosen_makes_the_editor() -> None:
+    place = Place((1,), "last", 0.003, 2, OUTPUT)
+    found = yaml.safe_load(Location((Trial(place, 0.1, facts=8),), 0, None, {}).yaml())
+    assert found == {
+        "layers": [1], "token": "last", "phrasings": 2,
+        "preserve": {"class_path": OUTPUT, "init_args": {"strength": 0.003}},
+    }  # fmt: skip
+
+
+def test_neighbours_that_were_never_answered_tell_nothing(
+    model: PreTrainedModel, tokenizer: Any, telling: Any, texts: Any, few: None, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(f"{SETTINGS}.STRENGTHS", (1.0,))
+    unknown = [replace(fact, neighbours=(Neighbour("A lake", "Zzyzx"),)) for fact in telling[:3]]
+    assert tune(model, tokenizer, unknown, texts, editor=editor()).chosen == 0
+    assert "no neighbour is answered right before the edit" in caplog.text

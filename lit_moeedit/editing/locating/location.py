@@ -74,6 +74,9 @@ class Location:
     def yaml(self) -> str:
         """Return the settings of the editor as YAML, for the ``init_args`` of an editor in a config."""
         settings: dict[str, Any] = self.place.to_dict()
+        if self.place.preserve is not None:
+            class_path = settings.pop("preserve")
+            settings["preserve"] = {"class_path": class_path, "init_args": {"strength": settings.pop("strength")}}
         if self.targets:
             settings["targets"] = {"class_path": "lit_moeedit.editing.TargetOptimizer", "init_args": {**self.targets}}
         text: str = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)

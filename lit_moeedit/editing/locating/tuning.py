@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -86,12 +87,17 @@ def tune(
     Raises:
         UnsupportedModelError: if the model cannot be edited.
         FactError: if a fact cannot be edited.
-        ValueError: if ``tune_facts`` is too low, or there is no preservation text.
+        ValueError: if ``tune_facts`` is too low, the editor has no strength, layers or token, or there is no
+            preservation text.
         TooLittleMemoryError: if memory does not suffice for a single row.
         RankError: if another rank failed.
     """
     if tune_facts < FEWEST:
         raise ValueError(f"tune_facts must be at least {FEWEST}, got {tune_facts}")
+    if not editor.strength:
+        raise ValueError("the editor needs a preservation with a strength above 0 to be tuned, such as 'output'")
+    if not editor.layers or editor.token == "auto":
+        raise ValueError("the editor needs layers and a token to be tuned; locate finds them")
     ranks = ranks or Ranks.current()
     with ranks.together():
         checked = validate_facts(facts, tokenizer=tokenizer)
@@ -113,6 +119,10 @@ def tune(
             model, tokenizer, chosen, preservation, editor, TUNE_TOKENS, optimizers, histories, ranks, report
         )
         results = trials.run(places)
+        if not _is_known(results[0]):
+            log.warning(
+                "the editor is not tuned: no neighbour is answered right before the edit, or no target vector is found"
+            )
         # the ranks may have measured changes that differ in the last bit
         best = torch.tensor([choose_settings(results)])
         ranks.broadcast(best)
@@ -139,7 +149,10 @@ def candidates(editor: Editor) -> list[Place]:
     rows = [(layers, factor, given) for factor in STRENGTHS]
     rows += [(layers[-1:], factor, given) for factor in STRENGTHS_ALONE]
     rows += [(layers, factor, number) for number, factor in FURTHER]
-    places = [Place(own, token, editor.strength * factor, number) for own, factor, number in rows]
+    places = [
+        replace(editor.with_settings(Place(own, token)), strength=editor.strength * factor, phrasings=number)
+        for own, factor, number in rows
+    ]
     return list(dict.fromkeys(places))
 
 
@@ -152,13 +165,18 @@ def choose_settings(trials: Sequence[Trial]) -> int:
         >>> choose_settings([given, Trial(place, 0.1, 1.0, 0.8, 0.99), Trial(place, 0.1, 1.0, 0.9, 0.9)])
         1
     """
-    given = trials[0]
-    if given.efficacy is None or given.specificity_retained is None or math.isnan(given.specificity_retained):
+    if not _is_known(trials[0]):
         return 0
+    efficacy, retained = trials[0].efficacy or 0.0, trials[0].specificity_retained or 0.0
     allowed = {
         number: trial.generalization or 0.0
         for number, trial in enumerate(trials)
-        if (trial.efficacy or 0.0) >= given.efficacy
-        and (trial.specificity_retained or 0.0) >= given.specificity_retained - TOLERANCE
+        if (trial.efficacy or 0.0) >= efficacy and (trial.specificity_retained or 0.0) >= retained - TOLERANCE
     }
     return max(allowed, key=allowed.__getitem__)
+
+
+def _is_known(trial: Trial) -> bool:
+    """Tell if a trial was edited, and its neighbours could be compared."""
+    retained = trial.specificity_retained
+    return trial.efficacy is not None and retained is not None and not math.isnan(retained)

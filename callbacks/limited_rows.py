@@ -26,8 +26,9 @@ class LimitedRows:
     the probability 0 gets ``limit`` times the mean norm of the other rows, and each other row less in proportion. The
     value of the loss stays as it is.
 
-    The gradient is changed in place, since another copy of it would be as large as the logits. If a loss adds another
-    tensor of the same shape to the logits, the two share it, and that tensor's gradient may be limited, too.
+    The gradient is changed in place where it is contiguous, since another copy of it would be as large as the logits.
+    If a loss adds another tensor of the same shape to the logits, the two share it, and that tensor's gradient may be
+    limited, too.
 
     Args:
         limit: maximum norm of the gradient of a row's logits, in proportion to the mean of the other rows that have a

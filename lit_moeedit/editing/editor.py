@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
-from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,9 +15,8 @@ from lit_moeedit.data.encoding import EditToken, encode, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.job import EditJob
 from lit_moeedit.editing.memory import EditMemory
-from lit_moeedit.editing.method import EditMethod
 from lit_moeedit.editing.phrasings import further_prompts
-from lit_moeedit.editing.place import Place
+from lit_moeedit.editing.place_finding import PlaceFinding
 from lit_moeedit.editing.spread import CarriedSpread, Spread
 from lit_moeedit.editing.target_rows import EncodedFacts
 from lit_moeedit.editing.targets import TargetOptimizer, Targets
@@ -28,7 +25,7 @@ from lit_moeedit.models.partial_forward import decoder_layers
 from lit_moeedit.models.token_budget import Budget
 from lit_moeedit.preservation.moments_cache import MomentsCache
 from lit_moeedit.preservation.second_moments import SecondMoments, second_moments
-from lit_moeedit.preservation.shaping import CovariancePenalty, Preservation, PreservationName, preservation_of
+from lit_moeedit.preservation.shaping import Preservation, PreservationName
 from lit_moeedit.sharding.ranks import Ranks
 from lit_moeedit.solvers import Solver, Woodbury
 from lit_moeedit.text import first_few
@@ -43,7 +40,7 @@ ResidualShare = Literal["layers_left", "root_of_layers_left"]
 """Values of the setting ``residual_share`` of :class:`Editor`."""
 
 
-class Editor(EditMethod):
+class Editor(PlaceFinding):
     r"""Edits facts by changing the down-projections of routed experts in some layers.
 
     The method of MEMIT and MoEEdit: target vectors are found at the highest edited layer. Then the layers are edited
@@ -112,8 +109,6 @@ class Editor(EditMethod):
         (1, 2)
     """
 
-    can_find_layers = True
-
     def __init__(
         self,
         layers: Sequence[int] | Literal["auto"],
@@ -135,9 +130,7 @@ class Editor(EditMethod):
         phrasings: int = 0,
         tune: bool = False,
     ) -> None:
-        super().__init__(layers, contexts, token_budget, reset_moments)
-        if token not in ("subject_last", "last", "auto"):
-            raise ValueError(f"token must be 'subject_last', 'last' or 'auto', got {token!r}")
+        super().__init__(layers, token, preserve, phrasings, tune, contexts, token_budget, reset_moments)
         if not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge must be at least 0 and finite, got {ridge}")
         if not isinstance(solver, Solver | None):
@@ -153,8 +146,6 @@ class Editor(EditMethod):
         ):
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-        if phrasings < 0:
-            raise ValueError(f"phrasings must be at least 0, got {phrasings}")
         self.solver = solver if solver is not None else Woodbury()
         self.targets = targets if targets is not None else TargetOptimizer()
         if self.solver.carries and residual_of != "target_layer":
@@ -164,18 +155,12 @@ class Editor(EditMethod):
             if target_tokens == "every":
                 raise ValueError("with loss_tokens='first' target_tokens must be 'first' or 'auto', got 'every'")
             target_tokens = "first"
-        self.preserve = preservation_of(preserve)
         if self.preserve is not None:
             self.preserve.check(ridge)
-        self.ridge, self.token, self.neutral = ridge, token, neutral
-        self._given = self.layers, token
+        self.ridge, self.neutral = ridge, neutral
         self.cache = None if cache is None else MomentsCache(cache)
         self.memory, self.max_tokens, self.target_tokens = memory, max_tokens, target_tokens
         self.residual_of, self.residual_share = residual_of, residual_share
-        self.phrasings, self.tune = phrasings, tune
-        self._untuned: tuple[Preservation | None, int] | None = None  # what was given, once the editor is tuned
-        if tune and not (isinstance(self.preserve, CovariancePenalty) and self.preserve.strength > 0):
-            raise ValueError(f"tune needs a preservation with a strength above 0, such as 'output', got {preserve!r}")
 
     @property
     def needs_moments(self) -> bool:  # type: ignore[override]
@@ -191,103 +176,6 @@ class Editor(EditMethod):
     def edits_every_token(self) -> bool:
         """``True`` if the tokens of a target are edit tokens, too; as ``target_tokens`` says."""
         return self.target_tokens == "every" or (self.target_tokens == "auto" and self.token == "last")
-
-    @property
-    @override
-    def is_resolved(self) -> bool:
-        return self._is_located and (self._untuned is not None or not self.tune)
-
-    @property
-    def _is_located(self) -> bool:
-        return bool(self.layers) and self.token != "auto"
-
-    @property
-    def strength(self) -> float | None:
-        """Strength of the preservation; ``None`` of one that has none."""
-        return self.preserve.strength if isinstance(self.preserve, CovariancePenalty) else None
-
-    @property
-    @override
-    def place(self) -> Place | None:
-        if not self.is_resolved:
-            return None
-        place = Place(self.layers, cast("EditToken", self.token))
-        return place if self._untuned is None else self.with_settings(place)
-
-    @place.setter
-    def place(self, place: Place | None) -> None:
-        if not self.finds_place:
-            return
-        if place is None:
-            self.layers, self.token = self._given
-            if self._untuned is not None:
-                (self.preserve, self.phrasings), self._untuned = self._untuned, None
-        elif place.token is not None:
-            self._take(self._as_own(place))
-
-    def _as_own(self, place: Place) -> Place:
-        """Return what this editor takes over of a place, such as that of a checkpoint: nothing that it was given."""
-        layers, token = self._given
-        if not self.finds_layers and (place.token != token or place.layers not in (layers, layers[-1:])):
-            place = Place(layers, cast("EditToken", token))
-        if not self.tune:
-            return Place(place.layers, place.token)
-        given = copy(self)
-        given.preserve, given.phrasings = self._untuned or (self.preserve, self.phrasings)
-        own = given.with_settings(place)
-        if place.strength is None:
-            log.info("the editor is not tuned: the edits so far were made without that")
-        elif place.preserve != own.preserve:
-            text = "the strength %g of the edits so far is one of %s, this run's editor has %s: its own strength counts"
-            log.warning(text, place.strength, place.preserve, own.preserve)
-        else:
-            own = place
-        return own
-
-    def with_settings(self, place: Place) -> Place:
-        """Return a place with the settings of this editor there."""
-        name = f"{type(self.preserve).__module__}.{type(self.preserve).__qualname__}"
-        return replace(place, strength=self.strength, phrasings=self.phrasings, preserve=name)
-
-    def _take(self, place: Place) -> None:
-        self.layers, self.token = place.layers, place.token or self.token
-        if place.strength is not None and isinstance(self.preserve, CovariancePenalty):
-            self._untuned = self._untuned or (self.preserve, self.phrasings)
-            self.preserve = copy(self.preserve)
-            self.preserve.strength = place.strength
-            self.phrasings = self.phrasings if place.phrasings is None else place.phrasings
-
-    @property
-    @override
-    def finds_layers(self) -> bool:
-        return not self._given[0] or self._given[1] == "auto"
-
-    @property
-    @override
-    def finds_place(self) -> bool:
-        return self.finds_layers or self.tune
-
-    def at(self, place: Place) -> Editor:
-        """Return an editor with the same settings at another place, without a memory."""
-        other = copy(self)
-        other._take(place)
-        other.memory = None
-        return other
-
-    @override
-    def resolve(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_resolved:
-            return
-        from lit_moeedit.editing.locating import locate, tune  # which edit with an Editor
-
-        if not self._is_located:
-            found = locate(*args, editor=self, **kwargs)
-            self._take(found.place)
-            log.info("%s", found)
-        if self.tune:
-            found = tune(*args, editor=self, **kwargs)
-            self.place = found.place
-            log.info("%s", found)
 
     @property
     @override

@@ -81,8 +81,8 @@ def tune(
         progress: called with the name of a step, the number of parts done, and their total number.
 
     Returns:
-        The settings tried, as places, and the choice. With fewer than :data:`FEWEST` facts that take part, the given
-        settings are kept, and a warning says so.
+        The settings tried, as places, and the choice. With fewer than :data:`FEWEST` facts that have both paraphrases
+        and neighbours the given settings are kept, and a warning says so.
 
     Raises:
         UnsupportedModelError: if the model cannot be edited.

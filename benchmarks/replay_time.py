@@ -22,7 +22,7 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from benchmarks.survival import BATCH, CONDITIONS, NAMES, Condition, processor, run
+from benchmarks.survival import BATCH, NAMES, Condition, processor, run
 from benchmarks.training import arguments_of, header, quiet, row, write
 from lit_moeedit.callbacks import EditReplay
 from lit_moeedit.callbacks.needs import MEASURE_EVERY
@@ -79,11 +79,10 @@ def measure(name: str, seed: int, share: float, models: Path, facts_file: Path |
         made.append(EveryOtherBlock(share=share))
         return [*made]
 
-    condition = "replay in every other block"
-    CONDITIONS[condition] = Condition(callbacks=callbacks)
+    every_other = Condition(callbacks=callbacks)
     options = [f"--trainer.max_epochs={EPOCHS}"]
     options += [f"--data.init_args.corpus.init_args.path={facts_file}"] if name == "counterfact" else []
-    found = run(name, seed, "3x", condition, models, facts_file, *options)
+    found = run(name, seed, "3x", "replay in every other block", models, facts_file, *options, protection=every_other)
     (replay,) = made
     pairs = len(replay.seconds) // 2
     without, stated = replay.seconds[0 : 2 * pairs : 2], replay.seconds[1 : 2 * pairs : 2]

@@ -216,10 +216,17 @@ def other_text(data: FactsDataModule, corpus: Corpus, folder: Path) -> FactsData
 
 
 def run(
-    name: str, seed: int, continuation: str, condition: str, models: Path, facts_file: Path | None, *options: str
+    name: str,
+    seed: int,
+    continuation: str,
+    condition: str,
+    models: Path,
+    facts_file: Path | None,
+    *options: str,
+    protection: Condition | None = None,
 ) -> dict[str, Any]:
-    """Edit a trained model, train it on, and measure."""
-    then, protection = CONTINUATIONS[continuation], CONDITIONS[condition]
+    """Edit a trained model, train it on, and measure; ``protection`` is that of the condition by default."""
+    then, protection = CONTINUATIONS[continuation], protection or CONDITIONS[condition]
     cli, editing = command_line(
         name,
         seed,

@@ -67,12 +67,17 @@ class RenewalSettings:
             raise ValueError(f"renew_at must be one of {', '.join(get_args(RenewalMoment))}, got {self.at!r}")
         if self.at == "end" and self.every_n_steps is not None:
             raise ValueError("give renew_every_n_steps or renew_at: end, not both: an interval or the last step")
+        if self.kind == "all" and not self._have_moment:
+            raise ValueError("renewal: all needs a moment: renew_at: end, renew_below or renew_every_n_steps")
 
     @property
     def are_wanted(self) -> bool:
         """``True`` if edits are renewed at all."""
-        is_due_ever = self.every_n_steps is not None or self.below is not None or self.at == "end"
-        return is_due_ever and self.maximum != 0
+        return self._have_moment and self.maximum != 0
+
+    @property
+    def _have_moment(self) -> bool:
+        return self.every_n_steps is not None or self.below is not None or self.at == "end"
 
     @property
     def keeps_goals(self) -> bool:

@@ -294,6 +294,7 @@ def test_settings_that_do_not_fit_are_refused(tiny: Any) -> None:
         ({"renew_below": 0.0}, r"renew_below is a share in \(0, 1\]"),
         ({"renew_below": 0.9, "renew_every_n_steps": 8}, "renew_every_n_steps or renew_below, not both"),
         ({"renew_at": "end", "renew_every_n_steps": 8}, "renew_every_n_steps or renew_at: end, not both"),
+        ({"renewal": "all"}, "renewal: all needs a moment: renew_at: end, renew_below or renew_every_n_steps"),
         ({"renew_at": "end", "survival_every_n_steps": 0}, "renew_at: end is due at points of the survival curve"),
         ({"renew_below": 0.9, "renew_at": "start"}, "renew_at must be one of points, end, got 'start'"),
         ({"renew_below": 0.9, "survival_every_n_steps": None}, "renew_below is due at points of the survival curve"),

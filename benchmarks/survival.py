@@ -106,6 +106,8 @@ CONTINUATIONS = {
 }
 RENEWED = {"renew_at": "end", "renewal": "all", "survival_every_n_steps": 10**6}
 """All edits are brought back at the last step; nothing is measured on the way."""
+REPLACED = {**RENEWED, "renewal": "replace"}
+"""All edits are taken out at the last step, and made anew."""
 CONDITIONS = {
     "never edited": Condition(is_edited=False),
     "nothing": Condition(),
@@ -119,6 +121,8 @@ CONDITIONS = {
     "replay 5 % with paraphrases": Condition(callbacks=replay(share=0.05, paraphrases=STATED)),
     "replay 5 % with paraphrases, renewed at the end": Condition(RENEWED, replay(share=0.05, paraphrases=STATED)),
     "renewed at the end": Condition(RENEWED),
+    "replay 5 %, replaced at the end": Condition(REPLACED, replay(share=0.05)),
+    "replaced at the end": Condition(REPLACED),
     "hold": Condition(callbacks=lambda: [EditHold()]),
     "renewals every 32 steps": Condition({"renew_every_n_steps": 32, "max_renewals": None}),
     "renewals below 0.95": Condition({"renew_below": 0.95, "survival_every_n_steps": 32}),

@@ -1,4 +1,4 @@
-"""Values of edits that their renewals need: the hidden states that they aimed for, and second moments."""
+"""Values of edits that their renewals need: hidden states that they aimed for, second moments, or their changes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lit_moeedit.callbacks.kept_changes import Change
 from lit_moeedit.checkpoint_fields import CheckpointError, check_fields
 from lit_moeedit.editing import EditResult
 from lit_moeedit.preservation.kept_moments import KeptMoments
@@ -48,16 +49,18 @@ class Kept:
     """The values that the edits of one callback have left for renewals.
 
     The goals are part of checkpoints, with ``4 · contexts · d_model`` bytes for each edit token of a fact. Of the
-    moments, only their place on disk is.
+    moments, only their place on disk is. The changes are part of checkpoints.
 
     Attributes:
         goals: by fact key, ``[rows, d_model]`` float32 on the CPU, see
             :class:`~lit_moeedit.editing.job.EditResult`; of facts that were generated with it.
         moments: the second moments that the latest edit used.
+        changes: the changes that are in the weights, in the order of their edits; none unless a renewal takes them out.
     """
 
     goals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     moments: KeptMoments = field(default_factory=KeptMoments)
+    changes: tuple[Change, ...] = field(default=(), repr=False)
 
     def with_goals(self, result: EditResult, generated: Collection[str]) -> Self:
         """Keep the goals of those facts of an edit that are generated after it."""
@@ -74,7 +77,7 @@ class Kept:
 
     def state(self) -> dict[str, Any] | None:
         """Return what a checkpoint holds; ``None`` if that is nothing."""
-        if not self.goals and not self.moments.keys:
+        if not self.goals and not self.moments.keys and not self.changes:
             return None
         facts, goals = in_blocks(self.goals)
         return {
@@ -82,6 +85,7 @@ class Kept:
             "goals": goals,
             "moments": dict(self.moments.keys),
             "folder": self.moments.folder,
+            "changes": [change.state() for change in self.changes],
         }
 
     @classmethod
@@ -94,7 +98,8 @@ class Kept:
         if state is None:
             return cls()
         where = f"{where}, kept"
-        check_fields(where, state, facts=[str], goals=Tensor, moments={int: str}, folder=str)
+        shapes = {"facts": [str], "goals": Tensor, "moments": {int: str}, "folder": str, "changes": [dict]}
+        check_fields(where, state, ("changes",), **shapes)  # those of earlier versions have none
         goals: Tensor = state["goals"]
         whole = goals.ndim == 3 and goals.dtype == torch.float32 and bool(goals.isfinite().all())
         if not whole or len(goals) != len(state["facts"]):
@@ -103,4 +108,5 @@ class Kept:
                 f"but is {goals.dtype} of shape {list(goals.shape)}"
             )
         moments = KeptMoments(dict(state["moments"]), state["folder"])
-        return cls(of_blocks(state["facts"], goals.cpu()), moments)
+        changes = (Change.of_state(f"{where}, changes", change) for change in state.get("changes") or ())
+        return cls(of_blocks(state["facts"], goals.cpu()), moments, tuple(changes))

@@ -74,7 +74,9 @@ class KnowledgeEditing(EditRenewing):
         renewal: ``reuse`` brings lost facts back to the hidden states that their edit aimed for, with the second
             moments of the edit; facts that stay lost get a target vector by search. ``all`` brings facts back that are
             still generated, too, because their paraphrases are lost before they are. ``anew`` searches all target
-            vectors and computes the moments again, which costs as much as an edit.
+            vectors and computes the moments again, which costs as much as an edit. ``replace`` does so with all edits,
+            after it has taken their earlier changes out of the weights: training on text that is unlike the preserved
+            one moves keys, so that these changes reach what they left alone. Not with ``save_edits``.
         max_renewals: stop renewing after this many times.
         tokenizer: a path or hub id; ``None`` takes the ``tokenizer`` attribute of the module or the data module.
         on_failure: treatment of an edit that the guards below would keep, but after which more than half of the facts
@@ -160,7 +162,7 @@ class KnowledgeEditing(EditRenewing):
         self.measures = check_measures(measure or ())
         self.curve = SurvivalCurve(survival_every_n_steps, survival_facts)
         self.renewal = RenewalSettings(renew_every_n_steps, renew_below, max_renewals, renewal, renew_at)
-        self.renewal.check(editor, self.curve)
+        self.renewal.check(editor, self.curve, bool(save_edits))
         self.other_copies = other_copies
         self._copies = CopyPolicy(other_copies, self.heading)
         self._seen_step, self._has_stepped = 0, False

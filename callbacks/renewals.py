@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,6 +19,7 @@ from lit_moeedit.callbacks.attempts import attempt
 from lit_moeedit.callbacks.averages import Copies, averaging_callbacks, edited_weights, final_weights
 from lit_moeedit.callbacks.charts import log_now
 from lit_moeedit.callbacks.edit_making import EditMaking
+from lit_moeedit.callbacks.kept_changes import Change, by_layer
 from lit_moeedit.callbacks.named import callbacks_of
 from lit_moeedit.callbacks.run_folder import run_folder
 from lit_moeedit.callbacks.survival import SurvivalCurve
@@ -32,7 +33,7 @@ from lit_moeedit.sharding.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-Renewal = Literal["reuse", "all", "anew"]
+Renewal = Literal["reuse", "all", "anew", "replace"]
 RenewalMoment = Literal["points", "end"]
 
 
@@ -67,8 +68,8 @@ class RenewalSettings:
             raise ValueError(f"renew_at must be one of {', '.join(get_args(RenewalMoment))}, got {self.at!r}")
         if self.at == "end" and self.every_n_steps is not None:
             raise ValueError("give renew_every_n_steps or renew_at: end, not both: an interval or the last step")
-        if self.kind == "all" and not self._have_moment:
-            raise ValueError("renewal: all needs a moment: renew_at: end, renew_below or renew_every_n_steps")
+        if self.takes_all and not self._have_moment:
+            raise ValueError(f"renewal: {self.kind} needs a moment: renew_at: end, renew_below or renew_every_n_steps")
 
     @property
     def are_wanted(self) -> bool:
@@ -82,10 +83,15 @@ class RenewalSettings:
     @property
     def keeps_goals(self) -> bool:
         """``True`` if renewals bring edits back to the hidden states that they aimed for."""
-        return self.kind != "anew"
+        return self.kind in ("reuse", "all")
 
-    def check(self, editor: EditMethod, curve: SurvivalCurve) -> None:
-        """Check that the editor and the survival curve allow renewals.
+    @property
+    def takes_all(self) -> bool:
+        """``True`` if renewals are also of edits that are still generated."""
+        return self.kind in ("all", "replace")
+
+    def check(self, editor: EditMethod, curve: SurvivalCurve, writes_files: bool = False) -> None:
+        """Check that the editor, the survival curve and edit files allow renewals.
 
         Raises:
             ValueError: if they do not.
@@ -98,6 +104,8 @@ class RenewalSettings:
         name = "renew_at: end" if self.below is None else "renew_below"
         if (self.at == "end" or self.below is not None) and not curve.is_on:
             raise ValueError(f"{name} is due at points of the survival curve: give survival_every_n_steps")
+        if self.kind == "replace" and writes_files:
+            raise ValueError("renewal: replace takes changes out, which no edit file can say: leave out save_edits")
 
 
 class EditRenewing(EditMaking):
@@ -158,7 +166,7 @@ class EditRenewing(EditMaking):
         facts = self.applied_facts
         with edited_weights(trainer, pl_module) as copies, Ranks.current().together():
             lost = self._lost(pl_module, facts)
-            if not lost and self.renewal.kind != "all":
+            if not lost and not self.renewal.takes_all:
                 self._last_step = trainer.global_step
                 return
             self._find_place(trainer, pl_module, histories=self._frozen.histories)
@@ -170,6 +178,7 @@ class EditRenewing(EditMaking):
                 if unknown == len(facts):
                     self._last_step = trainer.global_step
                     return
+            self._remark_unknown_changes(facts)
             stale = self._make_anew(trainer, pl_module, facts, copies, goals, len(lost))
             if stale:
                 # after much training, old hidden states may no longer give the answer; the attempt has been undone
@@ -181,7 +190,7 @@ class EditRenewing(EditMaking):
                 log.warning("%sa renewal was undone: more facts were lost after it than before", self.heading)
                 return
             known = sum(goal is not None for goal in goals.values())
-            searched = sum(key not in goals for key in lost)
+            searched = sum(fact.key not in goals for fact in facts)
             self._log_renewal(trainer, len(facts), len(lost), len(self._lost(pl_module, facts)), known, searched)
             self.curve.measure(self, trainer, pl_module, "renewal")
         self._release_texts()
@@ -212,7 +221,7 @@ class EditRenewing(EditMaking):
             if self._applied and is_new:
                 self.curve.measure(self, trainer, pl_module, end=end)
             self.survivors = self.curve.finish(self, trainer, pl_module)
-            are_lost = self.renewal.kind == "all" or bool(self.survivors and self.survivors.lost)
+            are_lost = self.renewal.takes_all or bool(self.survivors and self.survivors.lost)
             # edited or renewed, or tried to, with these weights
             is_recent = self._last_step == end[1]
             if self.renewal.at == "end" and self._applied and self._is_needed and are_lost and not is_recent:
@@ -240,7 +249,7 @@ class EditRenewing(EditMaking):
 
         Lost facts without a known goal are not among them, and get a target vector by search.
         """
-        if not self.renewal.keeps_goals:  # an edit that still holds soon gets a target vector of 0
+        if not self.renewal.keeps_goals:  # of an edit that still holds the search ends at once
             return {}
         known = self._kept.goals
         brought = [fact for fact in facts if self.renewal.kind == "all" or fact.key in lost]
@@ -281,15 +290,32 @@ class EditRenewing(EditMaking):
 
         states = self._edit_files.states(trainer, pl_module, self.editor.layers)
         moments, record = self._kept_moments(pl_module), partial(self._record_renewal, trainer)
+        replaced = by_layer(self._kept.changes)
         result = self._change(
-            trainer, pl_module, facts, copies, goals=goals, moments=moments, guard=guard, record=record
+            trainer,
+            pl_module,
+            facts,
+            copies,
+            goals=goals,
+            moments=moments,
+            replaced=replaced,
+            guard=guard,
+            record=record,
         )
         if result.kept:
+            self._kept = replace(self._kept, changes=())
             # known goals stay, even where a limit has not let the edit reach them
             found = [key for key in self.generated(pl_module, facts) if goals.get(key) is None]
             self._keep(trainer, result, found, moments is not None)
         self._written = self._edit_files.save(trainer, pl_module, "renewal", self.editor, result, states, self._written)
         return stale
+
+    def _remark_unknown_changes(self, facts: Sequence[Fact]) -> None:
+        known = {key for change in self._kept.changes for key in change.facts}
+        unknown = sum(fact.key not in known for fact in facts)
+        if unknown and self.renewal.kind == "replace":
+            text = "%sthe changes of %d of %d edits are not known, as without renewals: they stay, and others are added"
+            log.warning(text, self.heading, unknown, len(facts))
 
     def _kept_moments(self, pl_module: L.LightningModule) -> Mapping[int, SecondMoments] | None:
         editor = self.editor
@@ -307,7 +333,11 @@ class EditRenewing(EditMaking):
     def _keep(
         self, trainer: L.Trainer, result: EditResult, generated: Sequence[str], has_moments: bool = False
     ) -> None:
-        if not self.may_renew or not self.renewal.keeps_goals:
+        if not self.may_renew:
+            return
+        if self.renewal.kind == "replace":
+            self._kept = replace(self._kept, changes=(*self._kept.changes, Change.of(result)))
+        if not self.renewal.keeps_goals:
             return
         self._kept = self._kept.with_goals(result, generated)
         if result.moments is not None and not has_moments:

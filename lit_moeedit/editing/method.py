@@ -31,6 +31,7 @@ from lit_moeedit.sharding.transaction import Transaction
 if TYPE_CHECKING:
     from lit_moeedit.editing.memory import EditMemory
     from lit_moeedit.preservation.second_moments import SecondMoments
+    from lit_moeedit.solvers import ExpertDeltas
 
 # what a method of others imports from here
 
@@ -212,6 +213,7 @@ class EditMethod(ABC):
         histories: dict[str, History] | None = None,
         goals: Mapping[str, Tensor | None] | None = None,
         measured: Sequence[Fact] = (),
+        replaced: Mapping[int, Sequence[ExpertDeltas]] | None = None,
     ) -> EditResult:
         """Edit the facts in the model's weights, all of them or none.
 
@@ -245,13 +247,16 @@ class EditMethod(ABC):
             measured: other facts that are measured, such as those of other edits, or these with other paraphrases. A
                 method that makes up prompts (``phrasings`` of :class:`~lit_moeedit.editing.Editor`) makes none that is
                 a prompt, a paraphrase, a neighbour or a probe of these facts.
+            replaced: changes of earlier edits by layer index, as the ``deltas`` of their results have them, which are
+                subtracted first. The edit is made on the weights without them, in the same transaction.
 
         Raises:
             UnsupportedModelError: if the model cannot be edited.
             UnsupportedShardingError: if the weights are sharded in a way that cannot be edited.
             FactError: if a fact cannot be edited.
             ValueError: if preservation text is needed, and there is none; if ``layers`` are others; if a copy has no
-                edited weight, or one of another shape; or if no gradient reaches a target vector.
+                edited weight, or one of another shape; if ``replaced`` has another layer, or deltas of another shape;
+                or if no gradient reaches a target vector.
             FloatingPointError: if the model or the result is not finite.
             TooLittleMemoryError: if memory does not suffice for a single row.
             RankError: if another rank failed.
@@ -285,12 +290,21 @@ class EditMethod(ABC):
                 self.remark_long_facts(model, tokenizer, facts)
             ranks.check_same("the facts", [repr(fact) for fact in facts])
             report = progress or (lambda phase, done, total: None)
-            known = goals or {}
-            job = EditJob(
-                model, tokenizer, facts, layers, preservation, moments, ranks, clock, report, histories, known, measured
-            )
-            edits = self.prepare(job)
+            known, earlier = goals or {}, _changes_of(layers, replaced or {})
             with held(Transaction(optimizers, ranks, self.reset_moments, further, histories, model)) as transaction:
+                if earlier:
+                    with clock("commit"):
+                        for layer, changes in earlier:
+                            name = None if histories is None else layer.weight_name
+                            gone = [_negated(change.to(model.device)) for change in changes]
+                            transaction.commit(layer.down_proj, gone, layer.is_transposed, name)
+                    with clock("features"):
+                        layers = self.check(model, ranks)
+                job = EditJob(
+                    model, tokenizer, facts, layers, preservation, moments, ranks, clock, report, histories, known,
+                    measured,
+                )  # fmt: skip
+                edits = self.prepare(job)
                 for number, layer in enumerate(layers, 1):
                     edits.commit(layer, edits.solve(layer), transaction)
                     report("layers", number, len(layers))
@@ -319,6 +333,32 @@ class EditMethod(ABC):
             edits.moments,
             edits.null_ranks,
         )
+
+
+def _negated(change: ExpertDeltas) -> ExpertDeltas:
+    return change.with_right(-change.right)
+
+
+def _changes_of(
+    layers: Sequence[ExpertLayer], replaced: Mapping[int, Sequence[ExpertDeltas]]
+) -> list[tuple[ExpertLayer, Sequence[ExpertDeltas]]]:
+    """Find the layers that have earlier changes.
+
+    Raises:
+        ValueError: if these are of other layers, or of another shape.
+    """
+    edited = {layer.index: layer for layer in layers}
+    if others := sorted(replaced.keys() - edited.keys()):
+        raise ValueError(f"replaced has changes of layers {others}, but the edit is one of layers {sorted(edited)}")
+    for index, changes in replaced.items():
+        shape = edited[index].shape
+        for change in changes:
+            if (change.num_experts, *change.shape) != tuple(shape):
+                raise ValueError(
+                    f"replaced has a change of shape {[change.num_experts, *change.shape]} in layer {index}, whose "
+                    f"experts are {list(shape)}"
+                )
+    return [(edited[index], changes) for index, changes in replaced.items() if changes]
 
 
 def _further_copies(

@@ -31,6 +31,10 @@ class RankOutOfMemoryError(RankError):
     """Raised where other ranks ran out of memory and no rank failed otherwise."""
 
 
+class RankFloatingPointError(RankError):
+    """Raised where other ranks had values that are not finite and no rank failed otherwise."""
+
+
 class RankTerminated(SystemExit):
     """The end of a rank because another one was told to end, with the same exit code."""
 
@@ -51,6 +55,22 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # CUDA's libraries and the CPU's allocator raise a plain error
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
+def is_not_finite(error: BaseException) -> bool:
+    """Tell if values were not finite, on this rank or another: a smaller change may avoid such an error."""
+    return isinstance(error, FloatingPointError | RankFloatingPointError)
+
+
+_OF_OTHERS = {"memory": RankOutOfMemoryError, "finite": RankFloatingPointError}
+"""Error of another rank after which all may try again together, by what they try it for."""
+
+
+def _further_try(error: BaseException) -> str | None:
+    """Return what ranks might try again for after an error, see :data:`_OF_OTHERS`; ``None`` if they cannot."""
+    if is_out_of_memory(error):
+        return "memory"
+    return "finite" if is_not_finite(error) else None
 
 
 class Ranks:
@@ -125,8 +145,9 @@ class Ranks:
 
         Raises:
             RankError: naming the rank that failed and its message. It is a :class:`RankOutOfMemoryError` if memory is
-                all that any rank lacked. Where another rank failed otherwise, a rank that lacked memory raises a plain
-                :class:`RankError`, so that it does not try again alone.
+                all that any rank lacked, and a :class:`RankFloatingPointError` if all that failed had values that are
+                not finite. Where another rank failed otherwise, a rank that might try again raises a plain
+                :class:`RankError`, so that it does not try alone.
         """
         error = DeferredSignal.take() if error is None else error
         if self._control is not None:
@@ -177,18 +198,19 @@ class Ranks:
         own = None
         if error is not None:
             code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else None
-            own = (f"{type(error).__name__}: {error}", is_out_of_memory(error), code)
+            own = (f"{type(error).__name__}: {error}", _further_try(error), code)
         found = self._all_gather_objects(own, self._control)
         failed = {rank: state for rank, state in enumerate(found) if state is not None}
         message = "; ".join(f"rank {rank} failed: {text}" for rank, (text, *_) in failed.items())
-        is_memory = all(lacked for _, lacked, _ in failed.values())
-        if error is not None and (is_memory or not is_out_of_memory(error)):
+        tries = {others_try for _, others_try, _ in failed.values()}
+        further = tries.pop() if len(tries) == 1 else None
+        if error is not None and (further is not None or _further_try(error) is None):
             return error
         codes = {code for *_, code in failed.values()}
         if len(codes) == 1 and (code := codes.pop()) is not None:
             log.warning("%s", message)
             return RankTerminated(code)
-        return RankOutOfMemoryError(message) if is_memory else RankError(message)
+        return RankError(message) if further is None else _OF_OTHERS[further](message)
 
     def _all_gather_objects(self, own: T, group: dist.ProcessGroup | None) -> list[T]:
         """Return the object of every rank."""

@@ -181,6 +181,56 @@ def test_a_resumed_run_brings_all_edits_back_as_the_whole_one(run: Any, tmp_path
     assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
 
 
+class AtRest(L.Callback):
+    """Lets no weight learn after the edit, and takes the experts' weights before and after it."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = group["lr"] if trainer.global_step < 4 else 0.0
+        if trainer.global_step in (3, 4):
+            self.weights = down_projections(pl_module)
+
+
+def down_projections(module: L.LightningModule) -> dict[int, torch.Tensor]:
+    return {layer.index: layer.down_proj.detach().clone() for layer in expert_layers(find_model(module)).values()}
+
+
+AT_END = {"renew_at": "end", "renew_below": None, "survival_every_n_steps": 1000}
+
+
+def test_edits_are_replaced_by_those_of_the_present_weights(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing has learned since, that is the edit itself: made once more on top it would be larger."""
+    every_fact_is_generated(monkeypatch)
+    edited, replaced, again = (
+        run(callbacks=[AtRest()], **settings)
+        for settings in ({"renew_below": None}, {"renewal": "replace", **AT_END}, {"renewal": "anew", **AT_END})
+    )
+    assert replaced.editing.renewals == 1 and replaced.searched == [6, 6] and replaced.passes == 2
+    names = [name for name in edited.weights if name.endswith("down_proj")]
+    change = sum(float((edited.weights[name] - replaced.weights[name]).norm()) for name in names)
+    size = sum(float(own.square_norm()) ** 0.5 for own in replaced.editing._kept.changes[0].deltas.values())
+    assert len(replaced.editing._kept.changes) == 1 and change < 1e-3 * size
+    assert again.editing.renewals == 0  # nothing is lost
+
+
+def test_a_resumed_run_replaces_as_the_whole_one(run: Any, tmp_path: Path) -> None:
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    settings = {"renewal": "replace", "renew_below": None, "renew_every_n_steps": 4}
+    whole = run(callbacks=[kept], **settings)
+    # with the change of a renewal, which has taken the place of that of the edit
+    again = run("again", ckpt=tmp_path / "kept" / "epoch=2.ckpt", **settings)
+    assert whole.editing.renewals == again.editing.renewals == 3 and again.searched == [6]
+    assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_changes_that_are_not_known_stay(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    run(callbacks=[kept], renew_below=None)
+    found = run("again", ckpt=tmp_path / "kept" / "epoch=2.ckpt", renewal="replace", **AT_END)
+    assert found.editing.renewals == 1 and len(found.editing._kept.changes) == 1
+    assert "the changes of 6 of 6 edits are not known, as without renewals: they stay" in caplog.text
+
+
 def test_edits_whose_hidden_states_are_not_known_stay_as_they_are(
     run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -294,11 +344,13 @@ def test_settings_that_do_not_fit_are_refused(tiny: Any) -> None:
         ({"renew_below": 0.0}, r"renew_below is a share in \(0, 1\]"),
         ({"renew_below": 0.9, "renew_every_n_steps": 8}, "renew_every_n_steps or renew_below, not both"),
         ({"renew_at": "end", "renew_every_n_steps": 8}, "renew_every_n_steps or renew_at: end, not both"),
+        ({"renewal": "replace"}, "renewal: replace needs a moment"),
+        ({"renewal": "replace", "renew_at": "end", "save_edits": True}, "no edit file can say: leave out save_edits"),
         ({"renewal": "all"}, "renewal: all needs a moment: renew_at: end, renew_below or renew_every_n_steps"),
         ({"renew_at": "end", "survival_every_n_steps": 0}, "renew_at: end is due at points of the survival curve"),
         ({"renew_below": 0.9, "renew_at": "start"}, "renew_at must be one of points, end, got 'start'"),
         ({"renew_below": 0.9, "survival_every_n_steps": None}, "renew_below is due at points of the survival curve"),
-        ({"renewal": "never"}, "renewal must be one of reuse, all, anew"),
+        ({"renewal": "never"}, "renewal must be one of reuse, all, anew, replace"),
     ):
         with pytest.raises(ValueError, match=message):
             KnowledgeEditing(tiny.editor(), **settings)

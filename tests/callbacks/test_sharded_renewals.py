@@ -1,4 +1,4 @@
-"""All edits brought back at the last step, in two processes: the same under every strategy, and undone on all ranks."""
+"""All edits renewed at the last step, in two processes: the same under every strategy, and undone on all ranks."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def fits(folder: str) -> dict[str, dict[str, Any]]:
     found = {}
     for strategy in STRATEGIES:
         found[strategy] = {"plain": fit(strategy, f"{folder}/{strategy}"), "all": fit(strategy, folder, **AT_END)}
+        found[strategy]["replace"] = fit(strategy, folder, **{**AT_END, "renewal": "replace"})
         with mock.patch.object(KnowledgeEditing, "_lost", side_effect=[[], ["a fact"], ["a fact"]]) as lost:
             found[strategy]["undone"] = fit(strategy, folder, **AT_END) | {"asked": lost.call_count}
     return found
@@ -62,16 +63,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     return run_ranks(fits, 2, str(folder), group=False)
 
 
+@pytest.mark.parametrize("renewal", ["all", "replace"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_all_edits_are_brought_back_on_all_ranks(found: Any, strategy: str) -> None:
-    first, second = (rank[strategy]["all"] for rank in found)
+def test_all_edits_are_renewed_on_all_ranks(found: Any, strategy: str, renewal: str) -> None:
+    first, second = (rank[strategy][renewal] for rank in found)
     assert first["renewals"] == 1 and first["points"] == second["points"]
     assert [after for _, after, _ in first["points"]] == ["edit", None, "renewal"]
     assert same(first["weights"], second["weights"])
     assert distance(first["weights"], found[0][strategy]["plain"]["weights"]) > 1e-4  # what a renewal changes
-    assert first["points"] == found[0]["ddp"]["all"]["points"]
+    assert first["points"] == found[0]["ddp"][renewal]["points"]
     # float32, summed in another order, and what training and two edits make of it
-    assert distance(first["weights"], found[0]["ddp"]["all"]["weights"]) < 1e-5
+    assert distance(first["weights"], found[0]["ddp"][renewal]["weights"]) < 1e-5
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -39,6 +39,11 @@ HISTORY = History(
     edits=1,
 )
 CURVE = Survival((SurvivalPoint(1, 2, 1, 0, {"margin_min": -0.5}, None, ("A",)),), ("a",), (), {"a": -0.5})
+GOALS = {"facts": ["a"], "goals": torch.ones(1, 2, 3), "moments": {3: "digest"}, "folder": "moments"}
+DELTAS = {
+    "expert_index": torch.tensor([1]), "row_index": torch.tensor([0]), "left": torch.ones(1, 3),
+    "right": torch.ones(1, 2), "num_experts": 4,
+}  # fmt: skip
 STATES: dict[str, dict[str, Any]] = {
     "KnowledgeEditing": {
         "applied": {"a": [True, False]}, "undone": ["b"], "edits_made": 1, "last_step": 3, "renewals": 0,
@@ -47,7 +52,7 @@ STATES: dict[str, dict[str, Any]] = {
         "facts": {"a": {"prompt": "A is", "target_new": "b"}}, "edit_files": ["edits/edit-0001"],
         "place": {"layers": [0], "token": "subject_last"},
         "survival": CURVE.state(),
-        "kept": {"facts": ["a"], "goals": torch.ones(1, 2, 3), "moments": {3: "digest"}, "folder": "moments"},
+        "kept": {**GOALS, "changes": [{"facts": ["a"], "layers": {3: DELTAS}}]},
     },
     "EditReport": {
         "totals": [TOTALS], "final": {"a": {"efficacy": 1.0}}, "final_by_fact": {"a": {"efficacy": [[1.0], [1.0]]}},
@@ -80,6 +85,8 @@ def plain(value: Any) -> Any:
     """Tensors as lists, so that states can be compared."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(own) for own in value]
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
@@ -129,6 +136,23 @@ BROKEN: list[tuple[str, str, Any, str]] = [
         {"facts": ["a"], "goals": torch.full((1, 2, 3), torch.nan), "moments": {}, "folder": ""},
         "field 'goals' should be finite",
     ),
+    *(
+        (
+            "KnowledgeEditing",
+            "kept",
+            {**GOALS, "changes": [{"facts": ["a"], "layers": {3: {**DELTAS, **wrong}}}]},
+            message,
+        )
+        for wrong, message in (
+            ({"left": [1.0]}, "changes, layer 3: field 'left' should be a Tensor, but is a list"),
+            ({"expert_index": torch.tensor([4])}, r"changes, layer 3: expected finite factors .* of 4 experts"),
+            ({"row_index": torch.tensor([-1])}, "changes, layer 3: expected finite factors"),
+            ({"row_index": torch.tensor([0.0])}, "changes, layer 3: expected finite factors"),
+            ({"right": torch.ones(2, 2)}, r"changes, layer 3: expected finite factors .* found .* right \[2, 2\]"),
+            ({"left": torch.full((1, 3), torch.nan)}, "changes, layer 3: expected finite factors"),
+        )
+    ),
+    ("KnowledgeEditing", "kept", {**GOALS, "changes": [{"facts": ["a"]}]}, "changes: field 'layers' should be a dict"),
     ("EditReplay", "needs", {"a": "x"}, "field 'needs' should be a dict of str to int or float"),
     ("EditReplay", "replayed", [1], "field 'replayed' should be a dict, but is a list"),
     ("EditReplay", "replayed", {"statements": -1}, "replayed: field 'statements' should be at least 0, but is -1"),

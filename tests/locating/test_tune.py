@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 from lit_moeedit.data.facts import Fact, Neighbour
 from lit_moeedit.editing import Editor, Location, Place, TargetOptimizer, evaluate
 from lit_moeedit.editing.locating import Trial, tune
+from lit_moeedit.editing.locating.trials import Trials
 from lit_moeedit.editing.locating.tuning import candidates, choose_settings
 from lit_moeedit.preservation import CovariancePenalty, OutputPenalty
 from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.solvers.deltas import ExpertDeltas
 from tests.processes import run_ranks
 from tests.sharding import small_edits
 
@@ -131,6 +133,33 @@ def test_an_editor_edits_with_what_it_has_chosen(
     assert tuned.layers == (0, 1) and tuned.strength == 0.3 and not tuned.is_resolved
 
 
+def test_a_trial_that_overflows_the_weights_is_one_without_an_edit(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    telling: Any,
+    texts: Any,
+    unchanged: Any,
+    few: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"{SETTINGS}.STRENGTHS", (1.0, 3.0, 0.1))
+    expected = tune(model, tokenizer, telling, texts, editor=editor()).trials
+    overflowing_trial(monkeypatch, 1)
+    found = tune(model, tokenizer, telling, texts, editor=editor())
+    unchanged(model)
+    assert found.trials[1] == Trial(expected[1].place, expected[1].nll, facts=4) and found.chosen != 1
+    for number in {*range(len(expected))} - {1}:
+        assert found.trials[number].to_dict() == expected[number].to_dict()
+
+
+def overflowing_trial(patch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the deltas of a trial not be finite, as a weak preservation can make them in float16."""
+    trials: list[Place] = []
+    edit, is_finite = Trials._edit, ExpertDeltas.is_finite
+    patch.setattr(Trials, "_edit", lambda self, trial, *a: (trials.append(trial.place), edit(self, trial, *a))[1])
+    patch.setattr(ExpertDeltas, "is_finite", lambda self: len(trials) != number + 1 and is_finite(self))
+
+
 def test_layers_and_token_are_found_first(
     model: PreTrainedModel, tokenizer: Any, telling: Any, texts: Any, few: None
 ) -> None:
@@ -209,6 +238,19 @@ def small_tune(model: PreTrainedModel, **settings: Any) -> Location:
         return tune(model, small_edits.tokenizer(), facts, small_edits.TEXTS, editor=own, **settings)
 
 
+def tuned_where_one_rank_overflows() -> list[Trial]:
+    with pytest.MonkeyPatch.context() as patch:
+        if Ranks.current().rank:
+            overflowing_trial(patch, 2)
+        return list(small_tune(small_edits.model()).trials)
+
+
+def test_all_ranks_leave_out_a_trial_that_overflows_on_one() -> None:
+    alone = small_tune(small_edits.model()).trials
+    for trials in run_ranks(tuned_where_one_rank_overflows, 2):
+        assert [trial.efficacy is None for trial in trials] == [number == 2 for number in range(len(alone))]
+
+
 @pytest.mark.slow
 @pytest.mark.deepspeed
 def test_ranks_with_sharded_weights_choose_as_one_process() -> None:
@@ -264,4 +306,4 @@ def test_neighbours_that_were_never_answered_tell_nothing(
     monkeypatch.setattr(f"{SETTINGS}.STRENGTHS", (1.0,))
     unknown = [replace(fact, neighbours=(Neighbour("A lake", "Zzyzx"),)) for fact in telling[:3]]
     assert tune(model, tokenizer, unknown, texts, editor=editor()).chosen == 0
-    assert "no neighbour is answered right before the edit" in caplog.text
+    assert "no neighbour is answered right before it" in caplog.text

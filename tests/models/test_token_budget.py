@@ -227,16 +227,32 @@ def _another_fails_otherwise() -> str:
     return "nothing"
 
 
-def _both() -> tuple[Any, str]:
-    return _one_rank_lacks_memory(1), _another_fails_otherwise()
+def _all_fail(*errors: BaseException | None) -> str:
+    try:
+        Ranks.current().check_errors(errors[Ranks.current().rank])
+    except (RankError, FloatingPointError) as error:
+        Ranks.current().forget()
+        return f"{type(error).__name__} {error}"
+    return "nothing"
+
+
+def _all_three() -> tuple[Any, str, list[str]]:
+    nan = FloatingPointError("a NaN")
+    pairs = ((nan, None), (nan, torch.OutOfMemoryError("no room")), (nan, FloatingPointError("an inf")))
+    return _one_rank_lacks_memory(1), _another_fails_otherwise(), [_all_fail(*pair) for pair in pairs]
 
 
 def test_all_ranks_go_on_with_fewer_tokens_together() -> None:
-    found = run_ranks(_both, 2)
-    assert [result for result, _ in found] == [([12], [MAX_TOKENS, 50, 25, 12])] * 2
+    found = run_ranks(_all_three, 2)
+    assert [result for result, *_ in found] == [([12], [MAX_TOKENS, 50, 25, 12])] * 2
     # the rank that lacked memory does not try again alone
     assert found[0][1] == "KeyError 'a key'"
     assert found[1][1].startswith("RankError rank 0 failed: KeyError: 'a key'; rank 1 failed: OutOfMemoryError")
+    # values that are not finite are told from other errors, and both kinds at once are neither
+    both = "RankError rank 0 failed: FloatingPointError: a NaN; rank 1 failed: OutOfMemoryError: no room"
+    assert found[0][2] == ["FloatingPointError a NaN", both, "FloatingPointError a NaN"]
+    of_other = "RankFloatingPointError rank 0 failed: FloatingPointError: a NaN"
+    assert found[1][2] == [of_other, both, "FloatingPointError an inf"]
 
 
 def test_what_a_failed_try_has_filled_memory_with_is_free_before_the_next(model) -> None:

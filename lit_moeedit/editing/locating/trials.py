@@ -25,7 +25,9 @@ from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import check_editable
 from lit_moeedit.preservation.second_moments import SecondMoments
 from lit_moeedit.sharding.history import History
-from lit_moeedit.sharding.ranks import Ranks
+from lit_moeedit.sharding.ranks import RankFloatingPointError, Ranks
+
+log = logging.getLogger(__name__)
 
 FINALISTS = 3
 """Maximum number of places in the last trial."""
@@ -39,7 +41,9 @@ TIE = 0.02
 
 @dataclass(frozen=True)
 class Trial:
-    """The measurements of a place. Those after an edit are ``None`` if its target vectors are not good enough.
+    """The measurements of a place.
+
+    Those after an edit are ``None`` if its target vectors are not good enough, or its weights would not be finite.
 
     Attributes:
         place: layers and token.
@@ -238,7 +242,7 @@ class Trials:
     def _edit(
         self, trial: Trial, targets: Targets, moments: Mapping[int, SecondMoments] | None, before: Evaluation
     ) -> Trial:
-        """Edit, measure and undo."""
+        """Edit, measure and undo; a trial whose edit is not finite in the weights' dtype is one without an edit."""
         editor, after = self.editor.at(trial.place), list[Evaluation]()
         editor.targets = _KnownTargets(editor.targets, targets)
 
@@ -246,16 +250,21 @@ class Trials:
             after.append(evaluate(self.model, self.tokenizer, self.facts, before.neighbours_exact, ranks=self.ranks))
             return False
 
-        result = editor.edit(
-            self.model,
-            self.tokenizer,
-            self.facts,
-            moments=None if moments is None else {index: moments[index] for index in trial.place.layers},
-            guard=guard,
-            optimizers=self.optimizers,
-            ranks=self.ranks,
-            histories=self.histories,
-        )
+        try:
+            result = editor.edit(
+                self.model,
+                self.tokenizer,
+                self.facts,
+                moments=None if moments is None else {index: moments[index] for index in trial.place.layers},
+                guard=guard,
+                optimizers=self.optimizers,
+                ranks=self.ranks,
+                histories=self.histories,
+            )
+        except (FloatingPointError, RankFloatingPointError) as error:  # it is undone, on all ranks
+            log.debug("the trial of %s: %s", trial.place, error)
+            self.ranks.forget()
+            return trial
         found = after[0].metrics
         return replace(
             trial,

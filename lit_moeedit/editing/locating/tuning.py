@@ -121,7 +121,7 @@ def tune(
         results = trials.run(places)
         if not _is_known(results[0]):
             log.warning(
-                "the editor is not tuned: no neighbour is answered right before the edit, or no target vector is found"
+                "the editor is not tuned: no neighbour is answered right before it, or the given settings make no edit"
             )
         # the ranks may have measured changes that differ in the last bit
         best = torch.tensor([choose_settings(results)])

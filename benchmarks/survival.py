@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -228,8 +228,21 @@ def run(
     facts_file: Path | None,
     *options: str,
     protection: Condition | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Edit a trained model, train it on, and measure; ``protection`` is that of the condition by default."""
+    """Edit a trained model, train it on, and measure.
+
+    Args:
+        name: name of the model.
+        seed: its seed.
+        continuation: name of the training after the edit.
+        condition: name of the protection.
+        models: folder of the trained models.
+        facts_file: a CounterFact file; ``None`` if it is not needed.
+        options: further arguments of the command line.
+        protection: another protection than that of this name.
+        only: keys of the facts to edit; by default those that the config edits.
+    """
     then, protection = CONTINUATIONS[continuation], protection or CONDITIONS[condition]
     cli, editing = command_line(
         name,
@@ -249,12 +262,13 @@ def run(
     )
     data, module = cli.datamodule, cli.model
     data.setup("fit")
-    facts, texts = data.edit_facts(), data.preservation_texts()
+    facts, texts = [fact for fact in data.edit_facts() if only is None or fact.key in only], data.preservation_texts()
     excluded = data.corpus.facts_of(facts[then.contradicted :])
     watch, callbacks = Watch(data.batch_size, excluded), protection.callbacks()
     editor = editing.editor if protection.editor is None else editors(editing.editor, name)[protection.editor]
     arguments: dict[str, Any] = {"survival_every_n_steps": None, **protection.arguments}
-    own = KnowledgeEditing(editor, at="fit_start", on_failure="keep", tokenizer=None, preservation=texts, **arguments)
+    arguments |= {"facts": None if only is None else facts, "preservation": texts}
+    own = KnowledgeEditing(editor, at="fit_start", on_failure="keep", tokenizer=None, **arguments)
     cli.trainer.callbacks[:] = [*([own] if protection.is_edited else []), *callbacks, watch]
     weights = weights_file(name, seed, models)
     if then.strategy == FSDP2:  # the module shards its model in the run

@@ -43,9 +43,9 @@ def fit(
 
     torch.use_deterministic_algorithms(True)
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    solver = changes.pop("solver", None)
+    solver, renewal = changes.pop("solver", None), changes.pop("renewal", "reuse")
     editing = KnowledgeEditing(
-        _editor(steps=3, solver=solver), at={"epoch": 1}, renew_every_n_steps=3, on_failure="keep"
+        _editor(steps=3, solver=solver), at={"epoch": 1}, renew_every_n_steps=3, on_failure="keep", renewal=renewal
     )
     kept = ModelCheckpoint(folder / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     callbacks = [editing, RoutingMonitor(), EditReport(), kept]
@@ -62,7 +62,10 @@ def fit(
     trainer.callbacks.append(Looking())
     trainer.fit(module, _data(batch_size=8 // size, samples_per_epoch=16), ckpt_path=checkpoint, weights_only=True)
     trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
-    return {"start": start, "weights": weights_of(module), "calls": len(editing.editor.calls)}
+    changes_kept = editing._kept.changes
+    return {
+        "start": start, "weights": weights_of(module), "calls": len(editing.editor.calls), "changes": changes_kept,
+    }  # fmt: skip
 
 
 def changed(found: dict[str, Any]) -> set[str]:
@@ -89,6 +92,18 @@ def test_lora_on_experts(adapter: str, solver: Any, tmp_path: Path) -> None:
     check(whole, resumed)
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["edits"] == 6 and summary["routing"]["per_layer"]
+
+
+def test_a_replaced_edit_of_a_frozen_base_leaves_no_trace(tmp_path: Path) -> None:
+    """Its changes are rounded once, as those of the new edit alone would be."""
+    whole = fit(tmp_path, ADAPTERS["all-linear"], renewal="replace")
+    edited = {name for name in changed(whole) if ".lora_" not in name}
+    assert whole["calls"] == 2 and len(edited) == 2
+    (change,) = whole["changes"]
+    for name in edited:
+        index = int(name.partition(".layers.")[2].partition(".")[0])
+        dense = torch.stack([change.deltas[index].to(torch.float64).dense(expert) for expert in range(6)])
+        assert torch.equal(whole["weights"][name], (whole["start"][name].double() + dense).float())
 
 
 RUNS = [("ddp", "32-true", "all-linear"), ("deepspeed_cpu_stage_2", "bf16-true", "experts")]

@@ -344,14 +344,14 @@ def whole_and_resumed(folder: str, strategy: Any, precision: Any, pruned: bool, 
 @pytest.mark.parametrize(
     ("strategy", "precision", "pruned", "family"),
     [
-        ("deepspeed_cpu_stage_3", "bf16-true", True, "qwen3_moe"),
+        pytest.param("deepspeed_cpu_stage_3", "bf16-true", True, "qwen3_moe", marks=pytest.mark.slow),
         pytest.param("deepspeed_cpu_stage_3", "bf16-true", False, "gpt_oss", marks=pytest.mark.slow),
         pytest.param("deepspeed_cpu_stage_3", "32-true", True, "mixtral", marks=pytest.mark.slow),
         pytest.param("deepspeed_cpu_stage_2", "bf16-true", True, "gpt_oss", marks=pytest.mark.slow),
         pytest.param("deepspeed_cpu_stage_2", "bf16-mixed", False, "qwen3_moe", marks=pytest.mark.slow),
         pytest.param("deepspeed_cpu_stage_1", "bf16-true", True, "mixtral", marks=pytest.mark.slow),
         pytest.param("deepspeed_cpu_stage_0", "bf16-mixed", True, "qwen3_moe", marks=pytest.mark.slow),
-        pytest.param("ddp", "32-true", True, "mixtral", marks=pytest.mark.slow),
+        ("ddp", "32-true", True, "mixtral"),
         pytest.param("ddp", "bf16-true", False, "gpt_oss", marks=pytest.mark.slow),
     ],
 )

@@ -71,6 +71,8 @@ def measure(seed: int, models: Path, facts_file: Path) -> list[dict[str, Any]]:
     parts = {"all": None, "left alone by training": whole.left, "undone by training": whole.edits - whole.left}
     results = []
     for name, only in parts.items():
+        if only is not None and not only:
+            continue
         without = whole if only is None else train_on(seed, models, facts_file, False, only)
         stated = train_on(seed, models, facts_file, True, only)
         differences = [a - b for a, b in zip(stated.losses, without.losses, strict=True)]

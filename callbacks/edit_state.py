@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -243,6 +244,7 @@ class EditState(StateOfWeights):
         changed = "%sthe edited weights were changed since the last run; of %d edited facts %d are generated: %s"
         if held:
             log.warning(changed, self.heading, len(facts), held, "taken to be edited still")
+            self._kept = replace(self._kept, changes=())  # what they have of these is not known
             return True
         log.warning(changed, self.heading, len(facts), held, "these are other weights, which are edited anew")
         self.begin_state()

@@ -16,7 +16,7 @@ from lit_moeedit.solvers import ExpertDeltas
 _FACTORS: Mapping[str, Any] = dict.fromkeys(("expert_index", "row_index", "left", "right"), Tensor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
     """The change of one edit.
 
@@ -33,6 +33,13 @@ class Change:
         """Return the change of an edit that was kept."""
         deltas = {index: own.to("cpu") for index, own in result.deltas.items()}
         return cls(tuple(fact.key for fact in result.facts), deltas)
+
+    def fits(self, shapes: Mapping[int, Sequence[int]]) -> bool:
+        """Tell if layers of these shapes ``(E, d_model, d_hidden)``, by index, can have the change."""
+        return all(
+            index in shapes and (own.num_experts, *own.shape) == tuple(shapes[index])
+            for index, own in self.deltas.items()
+        )
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""

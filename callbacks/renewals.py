@@ -140,6 +140,9 @@ class EditRenewing(EditMaking):
             return
         is_due, needs_point = self._renewal_due(trainer), self.curve.is_due(self.survival, trainer.global_step)
         is_last = _is_last_step(trainer)
+        # a resumed run may have none of the facts that are edited
+        if not (is_due or needs_point or is_last) or not self.applied_facts:
+            return
         if needs_point or is_last:
             errors: list[BaseException] = []  # on all ranks or on none
             # the last point is tried again when training ends, which then tells why it failed
@@ -178,13 +181,13 @@ class EditRenewing(EditMaking):
                 if unknown == len(facts):
                     self._last_step = trainer.global_step
                     return
-            self._remark_unknown_changes(facts)
-            stale = self._make_anew(trainer, pl_module, facts, copies, goals, len(lost))
+            taken = self._changes_to_take_out(pl_module, facts)
+            stale = self._make_anew(trainer, pl_module, facts, copies, goals, taken, len(lost))
             if stale:
                 # after much training, old hidden states may no longer give the answer; the attempt has been undone
                 goals = {key: goal for key, goal in goals.items() if key not in stale}
                 goals |= self._stay(fact for fact in facts if fact.key in stale and fact.key not in lost)
-                self._make_anew(trainer, pl_module, facts, copies, goals, len(lost), is_last=True)
+                self._make_anew(trainer, pl_module, facts, copies, goals, taken, len(lost), is_last=True)
             if self.renewals == made:
                 self._last_step = trainer.global_step
                 log.warning("%sa renewal was undone: more facts were lost after it than before", self.heading)
@@ -270,10 +273,13 @@ class EditRenewing(EditMaking):
         facts: Sequence[Fact],
         copies: Copies,
         goals: Mapping[str, Tensor | None],
+        taken: Sequence[Change],
         most: int,
         is_last: bool = False,
     ) -> list[str]:
-        """Edit facts again, in one transaction. An edit that is to stay is a row with residual 0, which keeps it.
+        """Edit facts again, in one transaction that takes earlier changes out first.
+
+        An edit that is to stay is a row with residual 0, which keeps it.
 
         If more than ``most`` facts are lost then, the edit is undone.
 
@@ -289,8 +295,7 @@ class EditRenewing(EditMaking):
             return len(lost) <= most and (is_last or not stale)
 
         states = self._edit_files.states(trainer, pl_module, self.editor.layers)
-        moments, record = self._kept_moments(pl_module), partial(self._record_renewal, trainer)
-        replaced = by_layer(self._kept.changes)
+        moments, record = self._kept_moments(pl_module), partial(self._record_renewal, trainer, taken)
         result = self._change(
             trainer,
             pl_module,
@@ -298,24 +303,35 @@ class EditRenewing(EditMaking):
             copies,
             goals=goals,
             moments=moments,
-            replaced=replaced,
+            replaced=by_layer(taken),
             guard=guard,
             record=record,
         )
         if result.kept:
-            self._kept = replace(self._kept, changes=())
-            # known goals stay, even where a limit has not let the edit reach them
-            found = [key for key in self.generated(pl_module, facts) if goals.get(key) is None]
+            found: list[str] = []
+            if self.renewal.keeps_goals:
+                # known goals stay, even where a limit has not let the edit reach them
+                found = [key for key in self.generated(pl_module, facts) if goals.get(key) is None]
             self._keep(trainer, result, found, moments is not None)
         self._written = self._edit_files.save(trainer, pl_module, "renewal", self.editor, result, states, self._written)
         return stale
 
-    def _remark_unknown_changes(self, facts: Sequence[Fact]) -> None:
-        known = {key for change in self._kept.changes for key in change.facts}
-        unknown = sum(fact.key not in known for fact in facts)
-        if unknown and self.renewal.kind == "replace":
-            text = "%sthe changes of %d of %d edits are not known, as without renewals: they stay, and others are added"
-            log.warning(text, self.heading, unknown, len(facts))
+    def _changes_to_take_out(self, pl_module: L.LightningModule, facts: Sequence[Fact]) -> tuple[Change, ...]:
+        """Return the changes that a renewal takes out: those of its own facts alone, in the layers that it edits."""
+        if self.renewal.kind != "replace":
+            return ()
+        keys, changes = {fact.key for fact in facts}, self._kept.changes
+        shapes = {layer.index: layer.shape for layer in self.editor.find_layers(find_model(pl_module))}
+        taken = tuple(change for change in changes if keys.issuperset(change.facts) and change.fits(shapes))
+        known = {key for change in taken for key in change.facts}
+        if len(taken) < len(changes) or known < keys:
+            text = (
+                "%sthe changes of some edits (%d of %d facts) stay in the weights, and others are added: they are not "
+                "known, or not those of the facts and the layers of this renewal alone"
+            )
+            staying = {key for change in changes if change not in taken for key in change.facts} | (keys - known)
+            log.warning(text, self.heading, len(staying), len(keys | staying))
+        return taken
 
     def _kept_moments(self, pl_module: L.LightningModule) -> Mapping[int, SecondMoments] | None:
         editor = self.editor
@@ -345,10 +361,13 @@ class EditRenewing(EditMaking):
             folder = str(Path(run_folder(trainer), "moments"))
             self._kept = self._kept.with_moments(KeptMoments.of(result.moments, cache, folder, Ranks.current()))
 
-    def _record_renewal(self, trainer: L.Trainer, kept: bool, undo: Undo) -> None:
+    def _record_renewal(self, trainer: L.Trainer, taken: Sequence[Change], kept: bool, undo: Undo) -> None:
         if not kept:
             return
-        self._change_state(undo, last_step=trainer.global_step)
+        # another kind of renewal adds changes that are not kept, so that the weights have others than are known
+        is_known = self.renewal.kind == "replace"
+        changes = tuple(change for change in self._kept.changes if is_known and change not in taken)
+        self._change_state(undo, last_step=trainer.global_step, kept=replace(self._kept, changes=changes))
         undo.by(setattr, self, "renewals", self.renewals)
         self.renewals += 1
 

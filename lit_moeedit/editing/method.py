@@ -226,7 +226,8 @@ class EditMethod(ABC):
             tokenizer: its tokenizer.
             facts: the facts to edit, or objects with the keys of a row of a facts file.
             preservation: text on which the experts must keep their behavior; needed if :attr:`needs_moments`.
-            moments: second moments by layer index, if they are known already.
+            moments: second moments by layer index, if they are known already; taken as they are, also with
+                ``replaced``.
             guard: called after the last commit, with the edited weights in place; ``False`` undoes the edit.
             record: called last, with whether the edit is kept, and with the transaction. What it changes is part of the
                 edit if it says first, by :meth:`~lit_moeedit.interrupts.Undo.by`, how to undo it.

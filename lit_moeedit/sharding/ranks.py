@@ -57,11 +57,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
-def is_not_finite(error: BaseException) -> bool:
-    """Tell if values were not finite, on this rank or another: a smaller change may avoid such an error."""
-    return isinstance(error, FloatingPointError | RankFloatingPointError)
-
-
 _OF_OTHERS = {"memory": RankOutOfMemoryError, "finite": RankFloatingPointError}
 """Error of another rank after which all may try again together, by what they try it for."""
 
@@ -70,7 +65,7 @@ def _further_try(error: BaseException) -> str | None:
     """Return what ranks might try again for after an error, see :data:`_OF_OTHERS`; ``None`` if they cannot."""
     if is_out_of_memory(error):
         return "memory"
-    return "finite" if is_not_finite(error) else None
+    return "finite" if isinstance(error, FloatingPointError | RankFloatingPointError) else None
 
 
 class Ranks:

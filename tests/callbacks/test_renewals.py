@@ -223,12 +223,77 @@ def test_a_resumed_run_replaces_as_the_whole_one(run: Any, tmp_path: Path) -> No
     assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
 
 
+@pytest.fixture
+def replaced(run: Any, tmp_path: Path) -> Path:
+    """The checkpoint of a run that has changes to take out."""
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    assert len(run(callbacks=[kept], renewal="replace", **AT_END).editing._kept.changes) == 1
+    return tmp_path / "kept" / "epoch=2.ckpt"
+
+
+@pytest.mark.parametrize("other", ["facts", "layers"])
+def test_changes_of_other_facts_or_layers_stay(
+    run: Any, tiny: Any, replaced: Path, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without them facts that a resumed run does not list would be lost unseen."""
+    facts = tiny.data().corpus.edits
+    own = {"facts": list(facts[:4])} if other == "facts" else {"editor": tiny.editor(layers=[1], steps=12)}
+    found = run("again", ckpt=replaced, renewal="replace", **AT_END, **own)
+    assert "the changes of some edits (6 of 6 facts) stay in the weights, and others are added" in caplog.text
+    assert found.editing.renewals == 1
+    assert [len(change.facts) for change in found.editing._kept.changes] == ([6, 4] if other == "facts" else [6, 6])
+
+
+def test_another_kind_of_renewal_takes_nothing_out(run: Any, replaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it adds is not known, so a later run takes nothing out of it either."""
+
+    class Forget(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            editing = trainer.callbacks[0]  # type: ignore[attr-defined]
+            editing._kept = replace(editing._kept, changes=())
+
+    settings = {"renewal": "anew", **AT_END}
+    lost = KnowledgeEditing._lost
+    monkeypatch.setattr(KnowledgeEditing, "_lost", lambda *a: [*lost(*a), "a fact"])
+    found, expected = (
+        run(name, ckpt=replaced, callbacks=own, **settings) for name, own in (("a", ()), ("b", [Forget()]))
+    )
+    assert found.editing.renewals == expected.editing.renewals == 1 and found.editing._kept.changes == ()
+    assert all(torch.equal(found.weights[name], weight) for name, weight in expected.weights.items())
+
+
+def test_a_change_that_is_taken_out_is_forgotten_in_the_transaction(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error right after it must not leave a change on record that the weights no longer have."""
+    keep, calls, seen = KnowledgeEditing._keep, [], []
+
+    def broken(self: KnowledgeEditing, *args: Any, **kwargs: Any) -> None:
+        calls.append(len(self._kept.changes))
+        if len(calls) > 1:
+            seen.append(self)
+            raise RuntimeError("broken off")
+        keep(self, *args, **kwargs)
+
+    monkeypatch.setattr(KnowledgeEditing, "_keep", broken)
+    with pytest.raises(RuntimeError, match="broken off"):
+        run(renewal="replace", **AT_END)
+    assert calls == [0, 0] and seen[0].renewals == 1 and seen[0]._kept.changes == ()
+
+
+def test_a_run_without_the_edited_facts_renews_nothing(run: Any, tiny: Any, tmp_path: Path) -> None:
+    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    facts = list(tiny.data().corpus.edits)
+    run(callbacks=[kept], renew_below=None, facts=facts[:3])
+    settings = {"renewal": "anew", "renew_below": None, "renew_every_n_steps": 1}
+    found = run("again", ckpt=tmp_path / "kept" / "epoch=2.ckpt", facts=facts[3:], **settings)
+    assert found.editing.renewals == 0 and not found.editing.applied_facts
+
+
 def test_changes_that_are_not_known_stay(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     run(callbacks=[kept], renew_below=None)
     found = run("again", ckpt=tmp_path / "kept" / "epoch=2.ckpt", renewal="replace", **AT_END)
     assert found.editing.renewals == 1 and len(found.editing._kept.changes) == 1
-    assert "the changes of 6 of 6 edits are not known, as without renewals: they stay" in caplog.text
+    assert "the changes of some edits (6 of 6 facts) stay in the weights, and others are added" in caplog.text
 
 
 def test_edits_whose_hidden_states_are_not_known_stay_as_they_are(

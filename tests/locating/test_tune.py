@@ -61,6 +61,9 @@ def trial(efficacy: float | None, general: float, kept: float) -> Trial:
         ([trial(1.0, 0.5, 0.9), trial(0.875, 0.9, 1.0)], 0),
         # the given settings are as good as others, and the first
         ([trial(1.0, 0.5, 0.9), trial(1.0, 0.5, 1.0)], 0),
+        # the weights cannot hold the edit of the given settings
+        ([trial(None, 0.0, 0.0), trial(1.0, 0.5, 0.9), trial(1.0, 0.6, 0.9)], 2),
+        ([trial(None, 0.0, 0.0), trial(1.0, 0.5, math.nan), trial(1.0, 0.6, math.nan)], 1),
         # nothing is known of neighbours, or of an edit
         ([trial(1.0, 0.5, math.nan), trial(1.0, 0.9, math.nan)], 0),
         ([trial(None, 0.5, 0.5), trial(None, 0.9, 0.9)], 0),
@@ -141,12 +144,17 @@ def test_a_trial_that_overflows_the_weights_is_one_without_an_edit(
     unchanged: Any,
     few: None,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(f"{SETTINGS}.STRENGTHS", (1.0, 3.0, 0.1))
     expected = tune(model, tokenizer, telling, texts, editor=editor()).trials
     overflowing_trial(monkeypatch, 1)
     found = tune(model, tokenizer, telling, texts, editor=editor())
     unchanged(model)
+    assert (
+        "a trial of layers 0, 1 at last with strength 0.9 made no edit: a delta has"
+        in caplog.text
+    )
     assert found.trials[1] == Trial(expected[1].place, expected[1].nll, facts=4) and found.chosen != 1
     for number in {*range(len(expected))} - {1}:
         assert found.trials[number].to_dict() == expected[number].to_dict()
@@ -306,4 +314,4 @@ def test_neighbours_that_were_never_answered_tell_nothing(
     monkeypatch.setattr(f"{SETTINGS}.STRENGTHS", (1.0,))
     unknown = [replace(fact, neighbours=(Neighbour("A lake", "Zzyzx"),)) for fact in telling[:3]]
     assert tune(model, tokenizer, unknown, texts, editor=editor()).chosen == 0
-    assert "no neighbour is answered right before it" in caplog.text
+    assert "no neighbour is answered right before the edit" in caplog.text

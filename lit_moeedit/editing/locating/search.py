@@ -142,9 +142,10 @@ def locate(
         close = finalists(results, best, min(trial_facts, len(facts)))
         if len(close) > 1 and min(final_facts, len(facts)) > trial_facts:
             again, winner = run(settings, [results[number].place for number in close], final_facts)
-            best = close[winner]
+            if again[winner].efficacy is not None:
+                best = close[winner]
             for number, trial in zip(close, again, strict=True):
-                results[number] = trial
+                results[number] = trial if trial.efficacy is not None else results[number]
     location = Location(tuple(results), best, found, seconds, changed)
     if location.best.nll > FOUND:
         log.warning(

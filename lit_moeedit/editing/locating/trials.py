@@ -181,6 +181,7 @@ class Trials:
         self.editor.tune = False  # a trial has the settings of its place
         self.optimizers, self.histories = optimizers, histories
         self.seconds = dict.fromkeys(("targets", "statistics", "edits"), 0.0)
+        self._failed: list[tuple[Place, Exception]] = []
 
     def run(self, places: Sequence[Place], highest: float = math.inf) -> list[Trial]:
         """Try all places; the weights are bit-identical afterwards.
@@ -206,6 +207,9 @@ class Trials:
                 for number, n in enumerate(chosen, 1):
                     trials[n] = self._edit(trials[n], targets[n], moments, before)
                     self.progress("trial edits", number, len(chosen))
+        for place, error in self._failed:  # not in the block, which is quiet
+            log.warning("a trial of %s made no edit: %s", place, error)
+        self._failed.clear()
         return trials
 
     def targets(self, places: Sequence[Place]) -> list[Targets]:
@@ -262,7 +266,7 @@ class Trials:
                 histories=self.histories,
             )
         except (FloatingPointError, RankFloatingPointError) as error:  # it is undone, on all ranks
-            log.debug("the trial of %s: %s", trial.place, error)
+            self._failed.append((trial.place, error))
             self.ranks.forget()
             return trial
         found = after[0].metrics

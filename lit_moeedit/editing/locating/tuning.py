@@ -119,9 +119,9 @@ def tune(
             model, tokenizer, chosen, preservation, editor, TUNE_TOKENS, optimizers, histories, ranks, report
         )
         results = trials.run(places)
-        if not _is_known(results[0]):
+        if not any(map(_is_known, results)):
             log.warning(
-                "the editor is not tuned: no neighbour is answered right before it, or the given settings make no edit"
+                "the editor is not tuned: no neighbour is answered right before the edit, or no target vector is found"
             )
         # the ranks may have measured changes that differ in the last bit
         best = torch.tensor([choose_settings(results)])
@@ -159,15 +159,19 @@ def candidates(editor: Editor) -> list[Place]:
 def choose_settings(trials: Sequence[Trial]) -> int:
     """Return the index of the best settings, see :func:`tune`; those of the first trial are the given ones.
 
+    If these make no edit, because its weights would not be finite, the first ones that do take their place.
+
     Example:
         >>> place = Place((1,), "last")
         >>> given = Trial(place, 0.1, 1.0, 0.7, 0.99)
         >>> choose_settings([given, Trial(place, 0.1, 1.0, 0.8, 0.99), Trial(place, 0.1, 1.0, 0.9, 0.9)])
         1
     """
-    if not _is_known(trials[0]):
-        return 0
-    efficacy, retained = trials[0].efficacy or 0.0, trials[0].specificity_retained or 0.0
+    # the weights may not hold what the given settings make of them
+    first = next((number for number, trial in enumerate(trials) if trial.efficacy is not None), 0)
+    if not _is_known(trials[first]):
+        return first
+    efficacy, retained = trials[first].efficacy or 0.0, trials[first].specificity_retained or 0.0
     allowed = {
         number: trial.generalization or 0.0
         for number, trial in enumerate(trials)

@@ -121,6 +121,7 @@ CONDITIONS = {
     "replay 5 % with paraphrases": Condition(callbacks=replay(share=0.05, paraphrases=STATED)),
     "replay 5 % with paraphrases, renewed at the end": Condition(RENEWED, replay(share=0.05, paraphrases=STATED)),
     "renewed at the end": Condition(RENEWED),
+    "replay 1 %, replaced at the end": Condition(REPLACED, replay(share=0.01)),
     "replay 5 %, replaced at the end": Condition(REPLACED, replay(share=0.05)),
     "replaced at the end": Condition(REPLACED),
     "hold": Condition(callbacks=lambda: [EditHold()]),

@@ -117,6 +117,7 @@ CONDITIONS = {
     "replay 5 %, mask": Condition(callbacks=replay(share=0.05, on_conflict="mask"), continuations=("contradicting",)),
     "replay 5 %, yield": Condition(callbacks=replay(share=0.05, on_conflict="yield"), continuations=("contradicting",)),
     "replay 1 %, renewed at the end": Condition(RENEWED, replay(share=0.01)),
+    "replay 2 %, renewed at the end": Condition(RENEWED, replay(share=0.02)),
     "replay 5 %, renewed at the end": Condition(RENEWED, replay(share=0.05)),
     "replay 5 % with paraphrases": Condition(callbacks=replay(share=0.05, paraphrases=STATED)),
     "replay 5 % with paraphrases, renewed at the end": Condition(RENEWED, replay(share=0.05, paraphrases=STATED)),

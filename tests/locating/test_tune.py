@@ -151,10 +151,7 @@ def test_a_trial_that_overflows_the_weights_is_one_without_an_edit(
     overflowing_trial(monkeypatch, 1)
     found = tune(model, tokenizer, telling, texts, editor=editor())
     unchanged(model)
-    assert (
-        "a trial of layers 0, 1 at last with strength 0.9 made no edit: a delta has"
-        in caplog.text
-    )
+    assert "a trial of layers 0, 1 at last with strength 0.9 made no edit: a delta has" in caplog.text
     assert found.trials[1] == Trial(expected[1].place, expected[1].nll, facts=4) and found.chosen != 1
     for number in {*range(len(expected))} - {1}:
         assert found.trials[number].to_dict() == expected[number].to_dict()

@@ -182,6 +182,7 @@ def test_a_repeated_run_leaves_the_earlier_ones_files(small, tmp_path, version):
     assert "summary.json" in names and not any("-v1" in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_repeated_run_with_another_logger_leaves_the_earlier_ones_files(small, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():

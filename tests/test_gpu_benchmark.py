@@ -67,6 +67,7 @@ def test_the_whole_command_with_tiny_models(tmp_path: Path) -> None:
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_edits_and_layers_are_measured(tmp_path: Path, one_family: None) -> None:
     """The parts that take no training; all of them, in a process of their own, are a slow test."""
     code, results = run_parts(tmp_path, "edit of 50", "layer of GPT-OSS", "moments")
@@ -75,6 +76,7 @@ def test_edits_and_layers_are_measured(tmp_path: Path, one_family: None) -> None
     assert len(done) == 3 and done >= {"edit of 50", "second moments"}
 
 
+@pytest.mark.slow
 def test_weights_that_stay_changed_fail_the_command(
     tmp_path: Path, one_family: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

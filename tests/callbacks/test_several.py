@@ -306,6 +306,7 @@ def test_the_end_of_several_editors_is_that_of_all_facts_together(tiny: Any, mak
             assert low <= value <= high, name
 
 
+@pytest.mark.slow
 def test_a_resume_between_the_edits_of_two_editors(run: Any, tiny: Any, tmp_path: Path) -> None:
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     whole = run("whole", kept)

@@ -48,6 +48,7 @@ def assert_alike(plan: dict[str, Cost], found: dict[str, Cost]) -> None:
         assert plan[name].flops == pytest.approx(found[name].flops, rel=0.5 if few else 0.01), name
 
 
+@pytest.mark.slow
 def test_residuals_of_each_layer_take_one_more_forward(make_model: Callable[..., PreTrainedModel]) -> None:
     keys, plans, runs = keys_of("qwen3_moe"), [], []
     for of in ("target_layer", "each_layer"):

@@ -63,13 +63,13 @@ class Change:
         )
 
 
-def by_layer(changes: Iterable[Change]) -> dict[int, Sequence[ExpertDeltas]]:
+def by_layer(changes: Iterable[Change]) -> Mapping[int, Sequence[ExpertDeltas]]:
     """Return the deltas of changes by layer index, in their order."""
     found: dict[int, list[ExpertDeltas]] = {}
     for change in changes:
         for index, deltas in change.deltas.items():
             found.setdefault(index, []).append(deltas)
-    return {**found}
+    return found
 
 
 def _deltas(where: str, state: Mapping[str, Any]) -> ExpertDeltas:

@@ -1,4 +1,4 @@
-"""What an editor may find by itself: layers, token, and how strongly it edits there."""
+"""The settings that an editor may find by itself: layers, token, and how strongly it edits there."""
 
 from __future__ import annotations
 

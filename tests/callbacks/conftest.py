@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,10 @@ import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
+from lit_moeedit.callbacks import KnowledgeEditing
 from lit_moeedit.data import Corpus, Fact, FactsDataModule, Neighbour, Statement
 from lit_moeedit.editing import Editor, TargetOptimizer
+from lit_moeedit.editing import editor as editor_module
 from lit_moeedit.module import LitMoE
 
 COUNTRIES = {
@@ -132,3 +135,33 @@ def tiny() -> SimpleNamespace:
 def make_trainer() -> Any:
     """``make_trainer(tmp_path, callbacks, **trainer_arguments)``: one CPU, no bars, deterministic, CSV logs."""
     return _trainer
+
+
+@pytest.fixture
+def renewing(tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``renewing(folder, …)``: edits in a run of four epochs of 4 steps; counts searches and passes of text."""
+    searched: list[int] = []
+    passes: list[int] = []
+    optimize, moments = TargetOptimizer.optimize, editor_module.second_moments
+
+    def search(self: Any, model: Any, layer: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        searched.append(len({row.edit for row in rows}))
+        return optimize(self, model, layer, rows, *args, **kwargs)
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        passes.append(1)
+        return moments(*args, **kwargs)
+
+    monkeypatch.setattr(TargetOptimizer, "optimize", search)
+    monkeypatch.setattr(editor_module, "second_moments", read)
+
+    def fit(folder: str = "run", callbacks: Any = (), ckpt: Any = None, editor: Any = None, **settings: Any) -> Any:
+        searched.clear(), passes.clear()
+        keys = {"renew_below": 0.95, "survival_every_n_steps": 4, **settings}
+        editing = KnowledgeEditing(editor or tiny.editor(steps=12), at={"epoch": 1}, **keys)
+        module, trainer = tiny.module(), make_trainer(tmp_path / folder, [editing, *callbacks], max_epochs=4)
+        trainer.fit(module, tiny.data(), **({"ckpt_path": ckpt, "weights_only": True} if ckpt else {}))
+        weights = tiny.weights(module)
+        return SimpleNamespace(editing=editing, searched=list(searched), passes=len(passes), weights=weights)
+
+    return fit

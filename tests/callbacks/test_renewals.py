@@ -17,8 +17,6 @@ from lit_moeedit.callbacks import EditHold, EditListener, KnowledgeEditing
 from lit_moeedit.callbacks.listener import SurvivalEvent
 from lit_moeedit.callbacks.renewals import _is_last_step
 from lit_moeedit.callbacks.survival import Survival, SurvivalCurve
-from lit_moeedit.editing import TargetOptimizer
-from lit_moeedit.editing import editor as editor_module
 from lit_moeedit.editing.held_states import edit_prompts, measure_states, relative_distance
 from lit_moeedit.models.experts import expert_layers, find_model
 from lit_moeedit.preservation import CovariancePenalty
@@ -27,43 +25,13 @@ from lit_moeedit.solvers import Tucker, Woodbury
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 
 
-@pytest.fixture
-def run(tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``run(folder, …)``: an edit before the second of four epochs of 4 steps; counts searches and passes over text."""
-    searched: list[int] = []
-    passes: list[int] = []
-    optimize, moments = TargetOptimizer.optimize, editor_module.second_moments
-
-    def search(self: Any, model: Any, layer: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
-        searched.append(len({row.edit for row in rows}))
-        return optimize(self, model, layer, rows, *args, **kwargs)
-
-    def read(*args: Any, **kwargs: Any) -> Any:
-        passes.append(1)
-        return moments(*args, **kwargs)
-
-    monkeypatch.setattr(TargetOptimizer, "optimize", search)
-    monkeypatch.setattr(editor_module, "second_moments", read)
-
-    def fit(folder: str = "run", callbacks: Any = (), ckpt: Any = None, editor: Any = None, **settings: Any) -> Any:
-        searched.clear(), passes.clear()
-        keys = {"renew_below": 0.95, "survival_every_n_steps": 4, **settings}
-        editing = KnowledgeEditing(editor or tiny.editor(steps=12), at={"epoch": 1}, **keys)
-        module, trainer = tiny.module(), make_trainer(tmp_path / folder, [editing, *callbacks], max_epochs=4)
-        trainer.fit(module, tiny.data(), **({"ckpt_path": ckpt, "weights_only": True} if ckpt else {}))
-        weights = tiny.weights(module)
-        return SimpleNamespace(editing=editing, searched=list(searched), passes=len(passes), weights=weights)
-
-    return fit
-
-
 def points(editing: KnowledgeEditing) -> list[tuple[int, str | None]]:
     return [(point.step, point.after) for point in editing.survival.points]
 
 
-def test_a_renewal_by_need_reuses_targets_and_moments(run: Any, tmp_path: Path, caplog: Any) -> None:
+def test_a_renewal_by_need_reuses_targets_and_moments(renewing: Any, tmp_path: Path, caplog: Any) -> None:
     with caplog.at_level("INFO", "lit_moeedit"):
-        found = run()
+        found = renewing()
     assert found.searched == [6] and found.passes == 1  # those of the edit
     assert found.editing.renewals >= 1
     for before, after in zip(found.editing.survival.points, found.editing.survival.points[1:], strict=False):
@@ -76,26 +44,26 @@ def test_a_renewal_by_need_reuses_targets_and_moments(run: Any, tmp_path: Path, 
     assert found.editing.survivors is not None and found.editing.survivors.generated == 6
 
 
-def test_the_last_step_is_a_point_of_renewals_by_need(run: Any) -> None:
-    found = run(survival_every_n_steps=1000)  # no other point comes
+def test_the_last_step_is_a_point_of_renewals_by_need(renewing: Any) -> None:
+    found = renewing(survival_every_n_steps=1000)  # no other point comes
     first, *others = points(found.editing)
     assert first == (4, "edit") and others == [(16, None), (16, "renewal")]
     left = found.editing.survival.points
     assert left[1].generated < 6 and left[2].generated == found.editing.survivors.generated == 6
 
 
-def test_renewals_at_the_end_leave_training_alone(run: Any, caplog: pytest.LogCaptureFixture) -> None:
-    found = run(renew_at="end")
+def test_renewals_at_the_end_leave_training_alone(renewing: Any, caplog: pytest.LogCaptureFixture) -> None:
+    found = renewing(renew_at="end")
     assert points(found.editing)[1:] == [(8, None), (12, None), (16, None), (16, "renewal")]
     assert found.editing.survivors.generated == 6 and "not renewed" not in caplog.text
 
 
-def test_a_run_that_ends_early_says_that_nothing_was_renewed(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_ends_early_says_that_nothing_was_renewed(renewing: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Stop(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
             trainer.should_stop = trainer.global_step >= 10
 
-    found = run(callbacks=[Stop()], renew_at="end", survival_every_n_steps=100)
+    found = renewing(callbacks=[Stop()], renew_at="end", survival_every_n_steps=100)
     assert found.editing.renewals == 0 and found.editing.survivors.generated < 6
     assert "edits are not renewed at the end: the run has not ended with its last planned step" in caplog.text
 
@@ -107,7 +75,7 @@ def test_two_optimizers_may_step_over_the_last_step(step: int, is_last: bool) ->
 
 
 def test_a_last_point_that_fails_renews_nothing(
-    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    renewing: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither by the point before it, after which too little was left."""
     add_point = SurvivalCurve.add_point
@@ -119,14 +87,14 @@ def test_a_last_point_that_fails_renews_nothing(
 
     monkeypatch.setattr(SurvivalCurve, "add_point", fail)
     monkeypatch.setattr(Survival, "share", 0.0)
-    found = run(survival_every_n_steps=1000, renew_at="end")
+    found = renewing(survival_every_n_steps=1000, renew_at="end")
     assert points(found.editing) == [(4, "edit")] and found.editing.renewals == 0
     assert "the last point of the survival curve failed: no memory" in caplog.text
 
 
-def test_edits_that_hold_are_not_renewed_by_need(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_that_hold_are_not_renewed_by_need(renewing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     every_fact_is_generated(monkeypatch)
-    found = run()
+    found = renewing()
     assert found.editing.renewals == 0 and found.searched == [6]
     assert points(found.editing) == [(4, "edit"), (8, None), (12, None), (16, None)]
 
@@ -158,12 +126,14 @@ def every_fact_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("are_lost", [True, False], ids=["some lost", "none lost"])
-def test_all_edits_are_brought_back(run: Any, monkeypatch: pytest.MonkeyPatch, are_lost: bool) -> None:
+def test_all_edits_are_brought_back(renewing: Any, monkeypatch: pytest.MonkeyPatch, are_lost: bool) -> None:
     """Also those that are still generated, and if all are: their hidden states have moved, too."""
     distances = Distances()
     if not are_lost:
         every_fact_is_generated(monkeypatch)
-    found = run(callbacks=[distances], renewal="all", renew_at="end", renew_below=None, survival_every_n_steps=1000)
+    found = renewing(
+        callbacks=[distances], renewal="all", renew_at="end", renew_below=None, survival_every_n_steps=1000
+    )
     assert points(found.editing) == [(4, "edit"), (16, None), (16, "renewal")] and found.searched == [6]
     assert found.editing.renewals == 1 and found.passes == 1
     _, before, after = distances.found
@@ -172,132 +142,26 @@ def test_all_edits_are_brought_back(run: Any, monkeypatch: pytest.MonkeyPatch, a
     assert all(after[key] < 0.1 * before[key] for key in before)
 
 
-def test_a_resumed_run_brings_all_edits_back_as_the_whole_one(run: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_brings_all_edits_back_as_the_whole_one(renewing: Any, tmp_path: Path) -> None:
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     settings = {"renewal": "all", "renew_at": "end", "renew_below": None, "survival_every_n_steps": 1000}
-    whole = run(callbacks=[kept], **settings)
-    again = run("again", ckpt=tmp_path / "kept" / "epoch=1.ckpt", **settings)
+    whole = renewing(callbacks=[kept], **settings)
+    again = renewing("again", ckpt=tmp_path / "kept" / "epoch=1.ckpt", **settings)
     assert whole.editing.renewals == again.editing.renewals == 1 and again.searched == [] and again.passes == 0
     assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
 
 
-class AtRest(L.Callback):
-    """Lets no weight learn after the edit, and takes the experts' weights before and after it."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = group["lr"] if trainer.global_step < 4 else 0.0
-        if trainer.global_step in (3, 4):
-            self.weights = down_projections(pl_module)
-
-
-def down_projections(module: L.LightningModule) -> dict[int, torch.Tensor]:
-    return {layer.index: layer.down_proj.detach().clone() for layer in expert_layers(find_model(module)).values()}
-
-
-AT_END = {"renew_at": "end", "renew_below": None, "survival_every_n_steps": 1000}
-
-
-def test_edits_are_replaced_by_those_of_the_present_weights(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing has learned since, that is the edit itself: made once more on top it would be larger."""
-    every_fact_is_generated(monkeypatch)
-    edited, replaced, again = (
-        run(callbacks=[AtRest()], **settings)
-        for settings in ({"renew_below": None}, {"renewal": "replace", **AT_END}, {"renewal": "anew", **AT_END})
-    )
-    assert replaced.editing.renewals == 1 and replaced.searched == [6, 6] and replaced.passes == 2
-    names = [name for name in edited.weights if name.endswith("down_proj")]
-    change = sum(float((edited.weights[name] - replaced.weights[name]).norm()) for name in names)
-    size = sum(float(own.square_norm()) ** 0.5 for own in replaced.editing._kept.changes[0].deltas.values())
-    assert len(replaced.editing._kept.changes) == 1 and change < 1e-3 * size
-    assert again.editing.renewals == 0  # nothing is lost
-
-
-def test_a_resumed_run_replaces_as_the_whole_one(run: Any, tmp_path: Path) -> None:
-    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    settings = {"renewal": "replace", "renew_below": None, "renew_every_n_steps": 4}
-    whole = run(callbacks=[kept], **settings)
-    # with the change of a renewal, which has taken the place of that of the edit
-    again = run("again", ckpt=tmp_path / "kept" / "epoch=2.ckpt", **settings)
-    assert whole.editing.renewals == again.editing.renewals == 3 and again.searched == [6]
-    assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
-
-
-@pytest.fixture
-def replaced(run: Any, tmp_path: Path) -> Path:
-    """The checkpoint of a run that has changes to take out."""
-    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    assert len(run(callbacks=[kept], renewal="replace", **AT_END).editing._kept.changes) == 1
-    return tmp_path / "kept" / "epoch=2.ckpt"
-
-
-@pytest.mark.parametrize("other", ["facts", "layers"])
-def test_changes_of_other_facts_or_layers_stay(
-    run: Any, tiny: Any, replaced: Path, other: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Without them facts that a resumed run does not list would be lost unseen."""
-    facts = tiny.data().corpus.edits
-    own = {"facts": list(facts[:4])} if other == "facts" else {"editor": tiny.editor(layers=[1], steps=12)}
-    found = run("again", ckpt=replaced, renewal="replace", **AT_END, **own)
-    assert "the changes of some edits (6 of 6 facts) stay in the weights, and others are added" in caplog.text
-    assert found.editing.renewals == 1
-    assert [len(change.facts) for change in found.editing._kept.changes] == ([6, 4] if other == "facts" else [6, 6])
-
-
-def test_another_kind_of_renewal_takes_nothing_out(run: Any, replaced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what it adds is not known, so a later run takes nothing out of it either."""
-
-    class Forget(L.Callback):
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            editing = trainer.callbacks[0]  # type: ignore[attr-defined]
-            editing._kept = replace(editing._kept, changes=())
-
-    settings = {"renewal": "anew", **AT_END}
-    lost = KnowledgeEditing._lost
-    monkeypatch.setattr(KnowledgeEditing, "_lost", lambda *a: [*lost(*a), "a fact"])
-    found, expected = (
-        run(name, ckpt=replaced, callbacks=own, **settings) for name, own in (("a", ()), ("b", [Forget()]))
-    )
-    assert found.editing.renewals == expected.editing.renewals == 1 and found.editing._kept.changes == ()
-    assert all(torch.equal(found.weights[name], weight) for name, weight in expected.weights.items())
-
-
-def test_a_change_that_is_taken_out_is_forgotten_in_the_transaction(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error right after it must not leave a change on record that the weights no longer have."""
-    keep, calls, seen = KnowledgeEditing._keep, [], []
-
-    def broken(self: KnowledgeEditing, *args: Any, **kwargs: Any) -> None:
-        calls.append(len(self._kept.changes))
-        if len(calls) > 1:
-            seen.append(self)
-            raise RuntimeError("broken off")
-        keep(self, *args, **kwargs)
-
-    monkeypatch.setattr(KnowledgeEditing, "_keep", broken)
-    with pytest.raises(RuntimeError, match="broken off"):
-        run(renewal="replace", **AT_END)
-    assert calls == [0, 0] and seen[0].renewals == 1 and seen[0]._kept.changes == ()
-
-
-def test_a_run_without_the_edited_facts_renews_nothing(run: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_run_without_the_edited_facts_renews_nothing(renewing: Any, tiny: Any, tmp_path: Path) -> None:
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     facts = list(tiny.data().corpus.edits)
-    run(callbacks=[kept], renew_below=None, facts=facts[:3])
+    renewing(callbacks=[kept], renew_below=None, facts=facts[:3])
     settings = {"renewal": "anew", "renew_below": None, "renew_every_n_steps": 1}
-    found = run("again", ckpt=tmp_path / "kept" / "epoch=2.ckpt", facts=facts[3:], **settings)
+    found = renewing("again", ckpt=tmp_path / "kept" / "epoch=2.ckpt", facts=facts[3:], **settings)
     assert found.editing.renewals == 0 and not found.editing.applied_facts
 
 
-def test_changes_that_are_not_known_stay(run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    run(callbacks=[kept], renew_below=None)
-    found = run("again", ckpt=tmp_path / "kept" / "epoch=2.ckpt", renewal="replace", **AT_END)
-    assert found.editing.renewals == 1 and len(found.editing._kept.changes) == 1
-    assert "the changes of some edits (6 of 6 facts) stay in the weights, and others are added" in caplog.text
-
-
 def test_edits_whose_hidden_states_are_not_known_stay_as_they_are(
-    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    renewing: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Such as those of a checkpoint of a run without renewals."""
 
@@ -308,15 +172,15 @@ def test_edits_whose_hidden_states_are_not_known_stay_as_they_are(
 
     every_fact_is_generated(monkeypatch)
     settings = {"renew_below": None, "survival_every_n_steps": 1000}
-    found = run(callbacks=[Forget()], renewal="all", renew_at="end", **settings)
+    found = renewing(callbacks=[Forget()], renewal="all", renew_at="end", **settings)
     assert found.editing.renewals == 0 and found.passes == 1
     assert "6 of 6 edits are not brought back: their hidden states are not known" in caplog.text
     assert "not renewed at the end" not in caplog.text
-    plain = run("plain", **settings)
+    plain = renewing("plain", **settings)
     assert all(torch.equal(found.weights[name], weight) for name, weight in plain.weights.items())
 
 
-def test_a_renewal_that_falls_short_keeps_the_goals(run: Any) -> None:
+def test_a_renewal_that_falls_short_keeps_the_goals(renewing: Any) -> None:
     """The next one aims where the edit did, and not where a clamped renewal came to."""
     kept: list[dict[str, torch.Tensor]] = []
 
@@ -324,41 +188,41 @@ def test_a_renewal_that_falls_short_keeps_the_goals(run: Any) -> None:
         def on_survival(self, trainer: L.Trainer, pl_module: L.LightningModule, event: SurvivalEvent) -> None:
             kept.append(dict(trainer.callbacks[0]._kept.goals))  # type: ignore[attr-defined]
 
-    found = run(callbacks=[Keep()], renewal="all", renew_below=None, renew_every_n_steps=4)
+    found = renewing(callbacks=[Keep()], renewal="all", renew_below=None, renew_every_n_steps=4)
     assert found.editing.renewals == 3 and len(kept) > 4 and len(kept[0]) == 6
     assert all(torch.equal(own[key], goal) for own in kept for key, goal in kept[0].items())
 
 
 def test_a_renewal_after_which_more_is_lost_is_undone(
-    run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    renewing: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lost = iter([[], ["a fact"], ["a fact"]])
     monkeypatch.setattr(KnowledgeEditing, "_lost", lambda *_: next(lost))
-    found = run(renewal="all", renew_at="end", renew_below=None, survival_every_n_steps=1000)
+    found = renewing(renewal="all", renew_at="end", renew_below=None, survival_every_n_steps=1000)
     assert found.editing.renewals == 0 and "a renewal was undone: more facts were lost" in caplog.text
-    plain = run("plain", renew_below=None, survival_every_n_steps=1000)
+    plain = renewing("plain", renew_below=None, survival_every_n_steps=1000)
     assert all(torch.equal(found.weights[name], weight) for name, weight in plain.weights.items())
 
 
-def test_the_number_of_renewals_is_limited(run: Any) -> None:
-    assert run(max_renewals=1).editing.renewals == 1
+def test_the_number_of_renewals_is_limited(renewing: Any) -> None:
+    assert renewing(max_renewals=1).editing.renewals == 1
 
 
-def test_anew_searches_and_reads_the_text_again(run: Any) -> None:
-    found = run(renewal="anew", max_renewals=1)
+def test_anew_searches_and_reads_the_text_again(renewing: Any) -> None:
+    found = renewing(renewal="anew", max_renewals=1)
     assert found.searched == [6, 6] and found.passes == 2
     assert found.editing.state_dict()["kept"] is None
 
 
 @pytest.mark.parametrize("is_there", [True, False], ids=["moments on disk", "moments gone"])
-def test_a_resumed_run_renews_as_the_whole_one(run: Any, tmp_path: Path, is_there: bool, caplog: Any) -> None:
+def test_a_resumed_run_renews_as_the_whole_one(renewing: Any, tmp_path: Path, is_there: bool, caplog: Any) -> None:
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    whole = run(callbacks=[kept], max_renewals=2)
+    whole = renewing(callbacks=[kept], max_renewals=2)
     assert whole.editing.renewals == 2
     if not is_there:
         shutil.rmtree(tmp_path / "run" / "logs" / "moments")
     # a renewal in the checkpoint, and one to come
-    again = run("again", ckpt=tmp_path / "kept" / "epoch=1.ckpt", max_renewals=2)
+    again = renewing("again", ckpt=tmp_path / "kept" / "epoch=1.ckpt", max_renewals=2)
     assert again.editing.renewals == 2 and again.searched == []
     assert again.passes == (0 if is_there else 1)
     assert ("second moments of the edit are not in" in caplog.text) is not is_there
@@ -368,16 +232,16 @@ def test_a_resumed_run_renews_as_the_whole_one(run: Any, tmp_path: Path, is_ther
         assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
 
 
-def test_the_editors_cache_holds_the_moments(run: Any, tiny: Any, tmp_path: Path) -> None:
-    found = run(editor=tiny.editor(steps=12, cache=str(tmp_path / "cache")), max_renewals=1)
+def test_the_editors_cache_holds_the_moments(renewing: Any, tiny: Any, tmp_path: Path) -> None:
+    found = renewing(editor=tiny.editor(steps=12, cache=str(tmp_path / "cache")), max_renewals=1)
     assert found.editing.renewals == 1 and found.passes == 1
     assert not (tmp_path / "run" / "logs" / "moments").exists()
     assert found.editing.state_dict()["kept"]["folder"] == str(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("solver", [Tucker(energy=1.0), Woodbury()], ids=["Tucker", "Woodbury"])
-def test_other_solvers_and_preservations_reuse_targets_and_moments(run: Any, tiny: Any, solver: Any) -> None:
-    found = run(editor=tiny.editor((1,), steps=25, solver=solver, preserve=CovariancePenalty(1.0)), max_renewals=1)
+def test_other_solvers_and_preservations_reuse_targets_and_moments(renewing: Any, tiny: Any, solver: Any) -> None:
+    found = renewing(editor=tiny.editor((1,), steps=25, solver=solver, preserve=CovariancePenalty(1.0)), max_renewals=1)
     assert found.editing.renewals == 1 and found.searched == [6] and found.passes == 1
     before, renewed = next(
         pair
@@ -387,7 +251,7 @@ def test_other_solvers_and_preservations_reuse_targets_and_moments(run: Any, tin
     assert before.generated < renewed.generated
 
 
-def test_facts_whose_known_targets_are_stale_are_searched_for(run: Any) -> None:
+def test_facts_whose_known_targets_are_stale_are_searched_for(renewing: Any) -> None:
     class Stale(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
             editing = trainer.callbacks[0]  # type: ignore[attr-defined]
@@ -396,7 +260,7 @@ def test_facts_whose_known_targets_are_stale_are_searched_for(run: Any) -> None:
                 # far from every hidden state that gives an answer
                 editing._kept = replace(kept, goals={key: -100 * goal for key, goal in kept.goals.items()})
 
-    found = run(callbacks=[Stale()], max_renewals=1)
+    found = renewing(callbacks=[Stale()], max_renewals=1)
     first, second = found.searched
     assert first == 6 and 0 < second < 6 and found.passes == 1
     assert found.editing.renewals == 1
@@ -421,7 +285,7 @@ def test_settings_that_do_not_fit_are_refused(tiny: Any) -> None:
             KnowledgeEditing(tiny.editor(), **settings)
 
 
-def test_edits_of_longer_targets_are_held_and_renewed_after_a_resume(run: Any, tiny: Any, tmp_path: Path) -> None:
+def test_edits_of_longer_targets_are_held_and_renewed_after_a_resume(renewing: Any, tiny: Any, tmp_path: Path) -> None:
     """Facts with targets of different lengths have different numbers of rows, here and in checkpoints."""
     data = tiny.data
     longer = {0: "Lima Oslo Rome", 3: "Tokyo Madrid"}
@@ -436,14 +300,14 @@ def test_edits_of_longer_targets_are_held_and_renewed_after_a_resume(run: Any, t
     settings = {"contexts": ["", "Note:"], "target_tokens": "every", "steps": 40}
     kept = ModelCheckpoint(tmp_path / "kept", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     hold = EditHold(rows=2)
-    whole = run(callbacks=[kept, hold], editor=tiny.editor(**settings), max_renewals=2)
+    whole = renewing(callbacks=[kept, hold], editor=tiny.editor(**settings), max_renewals=2)
     assert whole.searched == [6] and whole.editing.renewals == 2
     rows = sorted(len(goal) for goal in whole.editing._kept.goals.values())
     assert rows[-1] > rows[0] == 2
     assert sorted({len(own) for own in hold._states[whole.editing.label].values()})[-1] == rows[-1]
     resumed = EditHold(rows=2)
     checkpoint = tmp_path / "kept" / "epoch=1.ckpt"
-    again = run("again", [resumed], ckpt=checkpoint, editor=tiny.editor(**settings), max_renewals=2)
+    again = renewing("again", [resumed], ckpt=checkpoint, editor=tiny.editor(**settings), max_renewals=2)
     assert again.searched == [] and points(again.editing) == points(whole.editing)
     assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
     # of an editor with other edit tokens, the goals of longer targets are of no use

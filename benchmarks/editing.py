@@ -78,6 +78,11 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     }
     found = {
         "Woodbury, output": changed(base, **soft),
+        "Woodbury, output, two further prompts": changed(base, **soft, phrasings=2),
+        # a search that ends at a higher loss finds shorter vectors
+        "Woodbury, output, three further prompts, stop 0.15": changed(
+            base, **soft, phrasings=3, targets=changed(base.targets, stop=0.15)
+        ),
         "Woodbury, covariance": changed(base, preserve=CovariancePenalty(1e4)),
         "Woodbury, null space": changed(base, **hard),
         "BCD, null space (MoEEdit)": changed(base, solver=BlockCoordinateDescent(passes=4), **hard, **paper),

@@ -2,21 +2,22 @@
 
 Run from the root of the repository, with the package installed, and a file of CounterFact:
 
-    python -m benchmarks.lifelong --facts counterfact.json
+    python -m benchmarks.lifelong --facts counterfact.json --seeds 0 1 2
 
 The model is that of ``configs/counterfact.yaml``, trained once on 500 facts of the file; the others it has never seen.
 Then every variant edits the file's facts in their order, batch by batch, from the same weights: with the editor of the
 config and one context. A fact whose new target is in no training text, which this small model can never generate, gets
-one that is, drawn by the fact's key. The second moments are those of the trained model, taken once.
+one that is, drawn by the fact's key. The second moments are those of the trained model, taken once; in one variant,
+anew after every fifth batch.
 
 After each eighth of the stream everything is measured: greedy generation of the new targets of the first, the middle
 and the last hundred of the facts edited so far, and at the end of all facts and paraphrases; the neighbours that were
 answered right before the first edit, of all facts, without those whose prompt is edited; the perplexity of the answers
 to these neighbours, in proportion to that before (the model's own validation text states facts that the stream edits);
 norms of the edited experts; and at the end the perplexity of text of another style
-(:mod:`lit_moeedit.editing.further`). Intervals are 95 % bootstrap
-intervals over facts. Writes ``lifelong.json``, ``lifelong.md`` and ``lifelong.png`` after each variant; variants that
-are in the JSON are not run again, ``--fresh`` begins anew.
+(:mod:`lit_moeedit.editing.further`). Intervals are 95 % bootstrap intervals over facts; of several seeds the means of
+theirs. Writes ``lifelong.json``, ``lifelong.md`` and ``lifelong.png`` after each variant; variants that are in the JSON
+are not run again, ``--fresh`` begins anew.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import copy
 import json
 import math
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +51,8 @@ from lit_moeedit.solvers.deltas import group_positions
 HUNDRED, POINTS = 100, 8
 ABILITY = ("other_style_perplexity",)
 COMMAND = (
-    "`python -m benchmarks.lifelong --facts counterfact.json`, one seed, one thread; s: processor time of the edits; "
-    "—: not measured"
+    "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds, with the "
+    "means of their 95 % intervals over facts; s: processor time of the edits; —: not measured"
 )
 Interval = list[float]
 
@@ -76,11 +78,19 @@ def per_expert(known: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A stream: its memory, the size of its batches, and its number of facts (``None``: all)."""
+    """A stream.
+
+    Attributes:
+        memory: makes its memory.
+        size: size of its batches.
+        facts: its number of facts; ``None`` for all.
+        anew: number of batches after which second moments are taken anew; 0 for those of the trained model.
+    """
 
     memory: Callable[[], EditMemory | None]
     size: int = 50
     facts: int | None = None
+    anew: int = 0
 
 
 def _none() -> None:
@@ -93,6 +103,7 @@ VARIANTS: dict[str, Variant] = {
     "memory, 1,024 keys": Variant(lambda: EditMemory(limit=1024)),
     "memory, 768 keys": Variant(lambda: EditMemory(limit=768)),
     "memory, 512 keys": Variant(lambda: EditMemory(limit=512)),
+    "memory, 1,024 keys, moments anew": Variant(lambda: EditMemory(limit=1024), anew=5),
     "one batch of all": Variant(_none, sys.maxsize),
     "moments of each expert": Variant(PerExpert),
     "memory, 4,096 keys": Variant(lambda: EditMemory(limit=4096)),
@@ -109,11 +120,8 @@ class Stream:
     def __init__(self, own: Trained, facts: Sequence[Fact]) -> None:
         self.own, self.facts = own, facts
         self.editor = changed(own.editor, contexts=("",))
-        layers = self.editor.check(own.model)
-        texts = own.preservation_texts()
-        self.moments: Mapping[int, SecondMoments] = second_moments(
-            own.model, own.tokenizer, layers, texts, gated=self.editor.gated
-        )
+        self.texts = own.preservation_texts()
+        self.moments = self._moments(own.model)
         asked = {text for fact in facts for text in (fact.prompt, *fact.paraphrases)}
         pairs = {(n.prompt, n.target) for fact in facts for n in fact.neighbours if n.prompt not in asked}
         self.neighbours = sorted(pairs)
@@ -140,9 +148,12 @@ class Stream:
         batches = [facts[i : i + variant.size] for i in range(0, len(facts), variant.size)]
         every, points, begun, spent = max(1, len(batches) // POINTS), [], list[Fact](), 0.0
         right_after: list[float] = []
+        moments = self.moments
         for number, batch in enumerate(batches, 1):
             start = time.process_time()
-            editor.edit(model, self.own.tokenizer, batch, moments=self.moments)
+            if variant.anew and number > 1 and number % variant.anew == 1:
+                moments = self._moments(model)
+            editor.edit(model, self.own.tokenizer, batch, moments=moments)
             spent += time.process_time() - start
             begun += batch
             right_after += self.said(model, batch).tolist()
@@ -174,6 +185,10 @@ class Stream:
             "growth": [float(torch.cat(list(growth.values())).mean()), float(torch.cat(list(growth.values())).max())],
         }
 
+    def _moments(self, model: Any) -> Mapping[int, SecondMoments]:
+        editor = self.editor
+        return second_moments(model, self.own.tokenizer, editor.check(model), self.texts, gated=editor.gated)
+
     def _norms(self, model: Any) -> dict[int, Tensor]:
         """Norms of the down-projections of the edited layers' experts, ``[E]`` by layer."""
         layers = expert_layers(model)
@@ -194,39 +209,55 @@ def known_facts(path: Path, own: Trained) -> list[Fact]:
     return found
 
 
-def _shown(value: Interval | None) -> str:
-    return "—" if value is None else f"{value[0]:.3f} ({value[1]:.2f}–{value[2]:.2f})"
+def _shown(values: Sequence[Interval | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "—"
+    mean, low, high = map(statistics.mean, zip(*known, strict=True))
+    return f"{mean:.3f} ({low:.2f}–{high:.2f})"
 
 
-def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3f}"
+def _number(values: Sequence[float | None], digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):,.{digits}f}" if known else "—"
+
+
+def ends(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The last point of each variant, of every seed that has it."""
+    by_seed = [own["variants"] for own in results.values()]
+    found = {name: [own[name][-1] for own in by_seed if name in own] for name in VARIANTS}
+    return {name: points for name, points in found.items() if points}
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: the end of each stream."""
-    columns = ["variant", "edits", "first 100", "middle 100", "last 100", "all", "right after their edit"]
+    columns = ["variant", "seeds", "edits", "first 100", "middle 100", "last 100", "all", "right after their edit"]
     columns += ["paraphrases", "neighbours kept", "perplexity", "norms (mean, max)"]
     columns += ["perplexity of other text", "keys per layer", "s"]
-    before = results["before"]
-    ability = [_number(before["ability"].get(name)) for name in ABILITY]
-    first = ["before", 0, *["—"] * 6, f"1 of {before['neighbours']:,}", "1", "1", *ability, "—", "—"]
-    lines = [*header(columns), row(first)]
-    for name, points in results["variants"].items():
-        end = points[-1]
-        parts = [_shown(end[part]) for part in ("first", "middle", "last", "all", "right after")]
-        keys = f"{sum(end['keys']) / len(end['keys']):,.0f}" if "keys" in end else "—"
-        ability = [_number(end.get("ability", {}).get(own)) for own in ABILITY]
-        growth = f"{end['growth'][0]:.2f}, {end['growth'][1]:.2f}"
-        cells = [name, f"{end['edits']:,}", *parts, _shown(end.get("paraphrases")), _shown(end["neighbours"])]
-        lines.append(row([*cells, _number(end.get("perplexity")), growth, *ability, keys, f"{end['seconds']:.0f}"]))
+    before = [own["before"] for own in results.values()]
+    ability = [_number([own["ability"].get(name) for own in before]) for name in ABILITY]
+    known = _number([own["neighbours"] for own in before], 0)
+    lines = [
+        *header(columns),
+        row(["before", len(before), 0, *["—"] * 6, f"1 of {known}", "1", "1", *ability, "—", "—"]),
+    ]
+    for name, found in ends(results).items():
+        parts = ("first", "middle", "last", "all", "right after", "paraphrases", "neighbours")
+        shown = [_shown([end.get(part) for end in found]) for part in parts]
+        keys = _number([statistics.mean(end["keys"]) if "keys" in end else None for end in found], 0)
+        ability = [_number([end.get("ability", {}).get(own) for end in found]) for own in ABILITY]
+        growth = ", ".join(_number([end["growth"][i] for end in found], 2) for i in range(2))
+        cells = [name, len(found), f"{found[0]['edits']:,}", *shown, _number([end.get("perplexity") for end in found])]
+        lines.append(row([*cells, growth, *ability, keys, _number([end["seconds"] for end in found], 0)]))
     return "\n".join(lines)
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Curves over the stream of the variants with batches of 50, and the one batch as a line."""
+    """Curves of the first seed over the stream of the variants with batches of 50, and the one batch as a line."""
     shown = {"first": "first 100 generated", "middle": "middle 100 generated", "neighbours": "neighbours kept"}
     figure, axes = plt.subplots(1, len(shown) + 1, figsize=(15, 3.6), layout="constrained")
-    variants = {name: points for name, points in results["variants"].items() if name in VARIANTS}
+    seed, first = next(iter(results.items()))
+    variants = {name: points for name, points in first["variants"].items() if name in VARIANTS}
     curves = {name: points for name, points in variants.items() if VARIANTS[name].size == 50}
     for number, (name, points) in enumerate(curves.items()):
         at = [point["edits"] for point in points]
@@ -245,12 +276,14 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         ax.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.suptitle(f"seed {seed}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
+    parser.set_defaults(seeds=[0])
     parser.add_argument("--facts", type=Path, required=True, help="a file of CounterFact")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
     parser.add_argument("--fresh", action="store_true", help="forget the results so far")
@@ -258,20 +291,21 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     file = arguments.output / "lifelong.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
     path = f"--data.init_args.corpus.init_args.path={arguments.facts}"
-    own = trained("counterfact", 0, arguments.models, path)
-    stream = Stream(own, known_facts(arguments.facts, own))
-    results = {"before": {"ability": stream.ability, "neighbours": len(stream.neighbours)}}
-    results["variants"] = dict(known.get("variants", {}))
-    for name in arguments.variants:
-        if name in results["variants"]:
-            continue
-        results["variants"][name] = stream.run(VARIANTS[name])
-        # in their order, whatever the order in which they were run
-        results["variants"] = {name: results["variants"][name] for name in VARIANTS if name in results["variants"]}
-        write("lifelong", COMMAND, table(results), results, arguments.output)
-        draw(results, arguments.output / "lifelong.png")
+    for seed in map(str, arguments.seeds):
+        own = trained("counterfact", int(seed), arguments.models, path)
+        stream = Stream(own, known_facts(arguments.facts, own))
+        known = results.setdefault(seed, {"variants": {}})
+        known["before"] = {"ability": stream.ability, "neighbours": len(stream.neighbours)}
+        for name in arguments.variants:
+            if name in known["variants"]:
+                continue
+            known["variants"][name] = stream.run(VARIANTS[name])
+            # in their order, whatever the order in which they were run
+            known["variants"] = {name: known["variants"][name] for name in VARIANTS if name in known["variants"]}
+            write("lifelong", COMMAND.format(" ".join(results)), table(results), results, arguments.output)
+            draw(results, arguments.output / "lifelong.png")
     sys.stdout.write(table(results) + "\n")
 
 

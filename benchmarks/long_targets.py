@@ -7,11 +7,13 @@ Run from the root of the repository, with the package installed:
 The facts of a row are chosen by the number of tokens of their new target. On the atlas, targets of up to six tokens are
 answers of the table; on CounterFact, where the answers that the model knows have one token each, and of 30 tokens, they
 are known answers drawn at random. Without ``--facts`` the model of CounterFact is left out. Writes
-``long_targets.json`` and ``long_targets.md`` into ``benchmarks/results``.
+``long_targets.json`` and ``long_targets.md`` into ``benchmarks/results``; rows that are in the JSON are not run again,
+``--fresh`` begins anew.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import sys
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.training import Trained, arguments_of, changed, header, quiet, row, trained, write
+from benchmarks.training import Trained, arguments_of, changed, header, interval, quiet, row, trained, write
 from lit_moeedit.data import Atlas, Fact
 from lit_moeedit.data.atlas import TEMPLATES
 from lit_moeedit.data.datamodule import StatementDataset
@@ -37,14 +39,14 @@ LENGTHS = {"1": (1, 1), "2": (2, 2), "3–6": (3, 6), "30": (30, 30)}
 """Least and largest number of tokens of a target."""
 OWN = "config's own"
 """Name of the facts that a config edits, most of whose targets have one token."""
+SUBJECT = "subject_last, layer 0"
 FACTS = 12
 """Number of facts of an edit."""
 TEXTS = 512
 """Number of texts to preserve."""
 PROBE = 64
 """Number of texts on which routing is compared."""
-COUNTERFACT_SEEDS = 2
-METRICS = ("efficacy_accuracy", "generalization_accuracy", "specificity_retained", "routing", "perplexity")
+METRICS = ("generalization_accuracy", "specificity_retained", "routing", "perplexity")
 
 
 def lengths_of(case: Trained, prompts: Sequence[str], targets: Sequence[str]) -> list[int]:
@@ -115,13 +117,17 @@ def measure(case: Trained, editor: Editor, facts: Sequence[Fact]) -> dict[str, A
     return found
 
 
-def compare(name: str, seed: int, case: Trained) -> Iterator[dict[str, Any]]:
-    """Yield the results of one model, row by row."""
+def rows_of(name: str) -> list[tuple[str, str]]:
+    """Token and length of each row of a model."""
+    rows = [("last", length) for length in ([OWN] if name == "atlas" else []) + [*LENGTHS]]
+    return [*rows, *([(SUBJECT, "3–6")] if name == "atlas" else [])]
+
+
+def compare(name: str, seed: int, case: Trained, rows: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Yield the results of rows of one model."""
     given, config = list(case.data.edit_facts()), case.editor
-    runs = [(length, config, "last") for length in ([OWN] if name == "atlas" else []) + [*LENGTHS]]
-    if name == "atlas":
-        runs.append(("3–6", config.at(Place((0,), "subject_last")), "subject_last, layer 0"))
-    for length, editor, token in runs:
+    for token, length in rows:
+        editor = config if token == "last" else config.at(Place((0,), "subject_last"))
         facts = facts_of(name, case, seed, length, given)
         sizes = lengths_of(case, [fact.prompt for fact in facts], [fact.target_new for fact in facts])
         yield {
@@ -136,20 +142,25 @@ def compare(name: str, seed: int, case: Trained) -> Iterator[dict[str, Any]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Format the results as Markdown: efficacy of every seed, and means over seeds."""
-    names = ("generated", "generalization", "specificity retained", "routing", "perplexity", "target loss", "edit, s")
-    lines = header(("model", "token", "tokens", "facts", "rows", *names, "time"))
+    """Format the results as Markdown: means over seeds, and the share that every seed generates."""
+    names = ("generated", "by seed", "generalization", "specificity retained", "routing", "perplexity", "target loss")
+    lines = header(("model", "token", "tokens", "facts", "rows", *names, "edit, s", "time"))
     for key in dict.fromkeys((result["model"], result["token"], result["tokens"]) for result in results):
         own = [result for result in results if (result["model"], result["token"], result["tokens"]) == key]
         for choice in CHOICES:
             found = [result[choice] for result in own]
-            efficacy = ", ".join(f"{one['efficacy_accuracy']:.2f}" for one in found)
-            means = [f"{statistics.mean(one[name] for one in found):.3f}" for name in METRICS[1:]]
+            cells = [_mean(found, "efficacy_accuracy"), ", ".join(f"{one['efficacy_accuracy']:.2f}" for one in found)]
+            cells += [_mean(found, metric) for metric in METRICS]
             loss, seconds = (statistics.mean(one["seconds"][name] for one in found) for name in ("nll", "edit"))
             ratio = statistics.mean(one[choice]["seconds"]["edit"] / one["first"]["seconds"]["edit"] for one in own)
             facts = "/".join(dict.fromkeys(str(result["facts"]) for result in own))
-            lines.append(row((*key, facts, choice, efficacy, *means, f"{loss:.2f}", f"{seconds:.1f}", f"{ratio:.2f}")))
+            lines.append(row((*key, facts, choice, *cells, f"{loss:.2f}", f"{seconds:.1f}", f"{ratio:.2f}")))
     return "\n".join(lines)
+
+
+def _mean(found: Sequence[dict[str, Any]], metric: str) -> str:
+    mean, between = f"{statistics.mean(one[metric] for one in found):.3f}", interval(found, metric)
+    return mean if between is None else f"{mean} ({between[0]:.2f}–{between[1]:.2f})"
 
 
 def main() -> None:
@@ -157,30 +168,44 @@ def main() -> None:
     parser = arguments_of(__doc__ or "")
     parser.add_argument("--names", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--facts", type=Path, help="a CounterFact file")
+    parser.add_argument("--fresh", action="store_true", help="forget the results so far")
     arguments = parser.parse_args()
     quiet()
+    file = arguments.output / "long_targets.json"
     results: list[dict[str, Any]] = []
+    if file.exists() and not arguments.fresh:
+        results = json.loads(file.read_text(encoding="utf-8"))
     notes = (
-        "`rows`: the setting `target_tokens`. `generated`: share of the new targets that are generated in full, one "
-        "number per seed; all others are means over the seeds. `generalization`: the same after paraphrases. "
-        "`routing`: similarity above the lowest edited layer. `perplexity`: after over before. `target loss`: nats per "
-        "token with the target vectors. `edit, s`: without second moments; `time`: over that of `first`, in one run."
-    )
-    seeds = " ".join(map(str, arguments.seeds))
-    command = (
-        f"`python -m benchmarks.long_targets --facts counterfact.json --seeds {seeds}` (CounterFact: the first "
-        f"{COUNTERFACT_SEEDS}), {torch.get_num_threads()} thread(s)"
+        "`rows`: the setting `target_tokens`. `generated`: share of the new targets that are generated in full. "
+        "`generalization`: the same after paraphrases. Means over the seeds; in parentheses 95 % bootstrap intervals "
+        "over the facts. `routing`: similarity above the lowest edited layer. `perplexity`: after over before. "
+        "`target loss`: nats per token with the target vectors. `edit, s`: without second moments; `time`: over that "
+        "of `first`, in one run."
     )
     for name in arguments.names:
         if name == "counterfact" and arguments.facts is None:
             continue
         options = [f"--data.init_args.corpus.init_args.path={arguments.facts}"] if name == "counterfact" else []
-        for seed in arguments.seeds[: COUNTERFACT_SEEDS if name == "counterfact" else None]:
-            for result in compare(name, seed, trained(name, seed, arguments.models, *options)):
+        for seed in arguments.seeds:
+            known = {(one["token"], one["tokens"]) for one in results if (one["model"], one["seed"]) == (name, seed)}
+            missing = [one for one in rows_of(name) if one not in known]
+            if not missing:
+                continue
+            for result in compare(name, seed, trained(name, seed, arguments.models, *options), missing):
                 results.append(result)
-                sys.stdout.write(table([result]).split("\n", 2)[2] + "\n")
-                sys.stdout.flush()
+                results.sort(key=_order)
+                seeds = " ".join(map(str, sorted({one["seed"] for one in results})))
+                command = (
+                    f"`python -m benchmarks.long_targets --facts counterfact.json --seeds {seeds}`, "
+                    f"{torch.get_num_threads()} thread(s)"
+                )
                 write("long_targets", command, f"{table(results)}\n\n{notes}", results, arguments.output)
+    sys.stdout.write(table(results) + "\n")
+
+
+def _order(result: dict[str, Any]) -> tuple[int, int, int]:
+    rows = rows_of(result["model"])
+    return MODELS.index(result["model"]), rows.index((result["token"], result["tokens"])), result["seed"]
 
 
 if __name__ == "__main__":

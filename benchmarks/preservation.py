@@ -2,7 +2,7 @@
 
 Run from the root of the repository, with the package installed:
 
-    python -m benchmarks.preservation --facts counterfact.json --seeds 0 1 2
+    python -m benchmarks.preservation --facts counterfact.json --wordnet /usr/share/wordnet --seeds 0 1 2
 
 Every form edits copies of the same trained weights towards the same target vectors, at a range of its own strength.
 Writes ``preservation.json``, ``preservation.md`` and ``preservation.png`` into ``benchmarks/results``; runs that are in
@@ -23,7 +23,20 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from benchmarks.training import CONFIGS, Once, Trained, arguments_of, changed, finish, header, quiet, row, trained
+from benchmarks.standin.measures import keep_known
+from benchmarks.training import (
+    CONFIGS,
+    STANDIN,
+    Once,
+    Trained,
+    arguments_of,
+    changed,
+    finish,
+    header,
+    quiet,
+    row,
+    trained,
+)
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments
 from lit_moeedit.models.experts import ExpertLayer
@@ -31,14 +44,15 @@ from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.models.partial_forward import inference, layer_output
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
-EDITS = 100
+EDITS, CANDIDATES = 100, 200
+"""Number of edits, and of the stand-in's facts from which those that it knows are taken."""
 DEFAULT = 0.3
 """The default strength of :class:`~lit_moeedit.preservation.OutputPenalty`, which the configs have."""
 WORKING = 0.95
 """Efficacy below which a setting is left out of the picture: it preserves by not editing."""
 DRAWN = ("none", "null space (MoEEdit)", "covariance", "output")
 """Forms in the picture; the others are in the table."""
-NAMES = ("atlas", "atlas, 32 experts", "counterfact")
+NAMES = ("atlas", "counterfact", STANDIN)
 SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")
 Moments = dict[int, SecondMoments]
 
@@ -144,10 +158,13 @@ def stiff(moment: Tensor, share: float) -> Tensor:
 
 def edits(name: str, seed: int, models: Path, known: set[Point], arguments: list[str]) -> Iterator[dict[str, Any]]:
     """Measure the settings of one model that have not been measured yet."""
-    missing = [point for point in points() if point not in known]
+    # the stand-in is edited at the last token of a name, and not at that of a prompt
+    missing = [point for point in points() if point not in known and not (name == STANDIN and point.edited)]
     if not missing:
         return
     found = trained(name, seed, models, *arguments)
+    if name == STANDIN:
+        keep_known(found, EDITS)
     moments = {gated: both_moments(found, gated) for gated in (False, True)}
     shared = Once(found.editor.targets)
     for point in missing:
@@ -217,7 +234,8 @@ def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> 
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--facts", type=Path, help="a CounterFact file; without it that model is left out")
-    parser.add_argument("--names", nargs="+", choices=list(CONFIGS), default=NAMES)
+    parser.add_argument("--wordnet", type=Path, help="folder with WordNet's data.noun; likewise for the stand-in")
+    parser.add_argument("--names", nargs="+", choices=[*CONFIGS, STANDIN], default=NAMES)
     parser.add_argument("--fresh", action="store_true", help="forget the results so far")
     arguments = parser.parse_args()
     quiet()
@@ -225,20 +243,22 @@ def main() -> None:
     file = arguments.output / "preservation.json"
     known = file.exists() and not arguments.fresh
     results = json.loads(file.read_text(encoding="utf-8")) if known else {}
+    sources = {"counterfact": ("path", arguments.facts), STANDIN: ("wordnet", arguments.wordnet)}
     for name in arguments.names:
-        corpus = [f"--data.init_args.corpus.init_args.edits={EDITS}"]
-        if name == "counterfact":
-            if arguments.facts is None:
-                sys.stderr.write("counterfact needs --facts, left out\n")
-                continue
-            corpus.append(f"--data.init_args.corpus.init_args.path={arguments.facts}")
+        option, source = sources.get(name, ("", None))
+        if option and source is None:
+            sys.stderr.write(f"{name} is left out, it needs a source\n")
+            continue
+        settings = {"edits": CANDIDATES if name == STANDIN else EDITS} | ({option: source} if option else {})
+        corpus = [f"--data.init_args.corpus.init_args.{setting}={value}" for setting, value in settings.items()]
         for seed in arguments.seeds:
             rows = results.setdefault(name, {}).setdefault(str(seed), [])
             for new in edits(name, seed, arguments.models, {_point(result) for result in rows}, corpus):
                 rows.append(new)
                 file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     command = (
-        f"`python -m benchmarks.preservation --facts counterfact.json --seeds {' '.join(map(str, arguments.seeds))}`"
+        "`python -m benchmarks.preservation --facts counterfact.json --wordnet /usr/share/wordnet "
+        f"--seeds {' '.join(map(str, arguments.seeds))}`, 1 thread"
     )
     finish("preservation", command, table(results), picture, results, arguments.output)
 

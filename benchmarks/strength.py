@@ -4,11 +4,11 @@ Run from the root of the repository, with the package installed:
 
     python -m benchmarks.strength --facts counterfact.json
 
-Five models: two that have seen little (256 steps on 30 countries), that of the demo, and two of CounterFact.
-Every setting edits copies of the same weights; those with the same target layer share its target vectors. Half of the
-paraphrases and neighbours of each fact are measured. With ``tune: true`` an editor chooses its settings by the other
-half (see :func:`lit_moeedit.editing.locating.tune`). Of CounterFact, where each fact has one of each, every other fact
-is measured.
+Six models: two that have seen little (256 steps on 30 countries), that of the demo, and three of CounterFact.
+Every setting edits copies of the same weights; those with the same target layer and ``stop`` share target vectors.
+Half of the paraphrases and neighbours of each fact are measured. With ``tune: true`` an editor chooses its settings by
+the other half (see :func:`lit_moeedit.editing.locating.tune`). Of CounterFact, where each fact has one of each, every
+other fact is measured.
 
 Writes ``strength.json``, ``strength.md`` and ``strength.png`` into ``benchmarks/results``; what is in the JSON is not
 measured again. ``--fresh`` begins anew.
@@ -30,10 +30,11 @@ from lit_moeedit.data import Fact
 from lit_moeedit.editing import Editor, Place, evaluate
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
-CASES = ((WEAK, 0), (WEAK, 1), ("atlas", 0), ("counterfact", 0), ("counterfact", 1))
+CASES = ((WEAK, 0), (WEAK, 1), ("atlas", 0), *(("counterfact", seed) for seed in range(3)))
 SHOWN = ("efficacy_accuracy", "generalization", "specificity_retained", "routing", "perplexity")
 DRAWN = ("specificity_retained", "generalization")
-DEFAULT = 0.3
+DEFAULT, STOP = 0.3, 0.05
+"""The default strength, and the loss at which the configs' search for target vectors stops."""
 TUNED = "tune: true"
 """Name of the editor that chooses by itself."""
 
@@ -49,6 +50,7 @@ class Setting:
         phrasings: number of further prompts of each fact.
         kind: the preservation.
         tune: the editor chooses by trials of its own, with the halves of the facts that are not measured.
+        stop: loss at which the search for target vectors stops.
     """
 
     series: str
@@ -57,6 +59,7 @@ class Setting:
     phrasings: int = 0
     kind: Literal["output", "covariance", "null space"] = "output"
     tune: bool = False
+    stop: float = STOP
 
     @property
     def preservation(self) -> Preservation:
@@ -74,6 +77,10 @@ def settings() -> Iterator[Setting]:
     for strength in (DEFAULT, 1.0):
         yield Setting("further prompts", strength, phrasings=8)
     yield Setting("two further prompts", DEFAULT, phrasings=2)
+    for stop in (0.15, 0.3, 0.5):
+        yield Setting("two further prompts", DEFAULT, phrasings=2, stop=stop)
+    for stop in (0.15, 0.5):
+        yield Setting("all layers, by stop", DEFAULT, stop=stop)
     yield Setting("covariance", 1e3, kind="covariance")
     yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
     yield Setting(TUNED, DEFAULT, tune=True)
@@ -109,14 +116,15 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
     """Measure the settings of one model that are not known yet."""
     trial, measured = halves(case.data.edit_facts())
     before = evaluate(case.model, case.tokenizer, trial)
-    texts, shared = case.preservation_texts(), ByTop(case.editor.targets)
+    texts, shared = case.preservation_texts(), dict[float, ByTop]()
     moments: dict[tuple[bool, tuple[int, ...]], Any] = {}
     for setting in settings():
         if setting in known:
             continue
+        targets = shared.setdefault(setting.stop, ByTop(changed(case.editor.targets, stop=setting.stop)))
         editor: Editor = changed(
             case.editor,
-            targets=shared,
+            targets=targets,
             preserve=setting.preservation,
             phrasings=setting.phrasings,
             tune=setting.tune,
@@ -167,17 +175,17 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         lines += [title(case), ""]
         names = ("generalization", "retained")
         lines += header(
-            ["setting", "strength", "layers", *(shown.replace("_", " ") for shown in SHOWN)]
+            ["setting", "strength", "layers", "stop", *(shown.replace("_", " ") for shown in SHOWN)]
             + [f"{name} (trial)" for name in names]
         )
         for result in found:
             name = result["series"] + (" (the default)" if is_default(result) else "")
-            strength, layers = f"{result['strength']:g}", ", ".join(map(str, result["found"]))
+            cells = [f"{result['strength']:g}", ", ".join(map(str, result["found"])), f"{setting_of(result).stop:g}"]
             if result is tuned(found):
-                name, strength, layers = f"**{name}**: {result['chosen']}", "", ""
+                name, cells = f"**{name}**: {result['chosen']}", ["", "", ""]
             measured = [f"{result[metric]:.3f}" for metric in SHOWN]
             seen = [f"{result['trial'][metric]:.3f}" for metric in SHOWN[1:3]]
-            lines.append(row([name, strength, layers, *measured, *seen]))
+            lines.append(row([name, *cells, *measured, *seen]))
         lines.append("")
     return "\n".join(lines)
 
@@ -198,7 +206,7 @@ def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axes, (case, found) in zip(grid[0], results.items(), strict=True):
         for series, (color, marker, line) in STYLES.items():
             own = [result for result in found if result["series"] == series]
-            own.sort(key=lambda result: result["strength"])
+            own.sort(key=lambda result: (result["strength"], setting_of(result).stop))
             x, y = ([result[metric] for result in own] for metric in DRAWN)
             axes.plot(x, y, color=color, marker=marker, ls=line, label=series, alpha=0.8)
         default = next(result for result in found if is_default(result))

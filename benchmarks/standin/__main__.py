@@ -47,6 +47,7 @@ PLACES = (
 )
 EDITORS = (
     "Woodbury, output",
+    "Woodbury, output, two further prompts",
     "Woodbury, covariance",
     "Woodbury, null space",
     "BCD, null space (MoEEdit)",

@@ -38,13 +38,15 @@ from lit_moeedit.data import Fact
 from lit_moeedit.editing import Place
 
 EDITS, CANDIDATES = 100, 200
-PARTS = ("knowledge", "places", "editors", "survival")
+PARTS = ("knowledge", "places", "neutral", "editors", "survival")
 STEPS, RATES = 120, (0.0, 2.5e-5, 2.5e-4)
 """Steps of further training, and learning rates: none, that at the end of the config's schedule, and ten times that."""
 PLACES = (
     *(Place(layers, "subject_last") for layers in ((0,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3), (3,), (0, 1, 2, 3))),
     *(Place(layers, "last") for layers in ((1, 2, 3), (3, 4), (4,), (3, 4, 5))),
 )
+NEUTRAL = ((0, 60), (0, 120), (2, 120), (4, 60), (4, 120), (8, 120), (8, 240))
+"""Numbers of further neutral prompts, each with a maximum number of steps of the search for target vectors."""
 EDITORS = (
     "Woodbury, output",
     "Woodbury, output, two further prompts",
@@ -68,6 +70,8 @@ def measure(found: Trained, parts: Sequence[str]) -> Iterator[tuple[str, Any]]:
     keep_known(found, EDITS)
     if "places" in parts:
         yield from at_places(found)
+    if "neutral" in parts:
+        yield from with_neutral_prompts(found)
     if "editors" in parts:
         every, methods = runs(found, STANDIN, share=True), {}
         yield "layers", list(found.editor.layers)
@@ -103,6 +107,18 @@ def at_places(found: Trained) -> Iterator[tuple[str, Any]]:
         yield "places", places
 
 
+def with_neutral_prompts(found: Trained) -> Iterator[tuple[str, Any]]:
+    """The default editor with further neutral prompts, which hold other answers about the subject."""
+    tokenizer, results, editor = found.tokenizer, {}, found.editor
+    moments = editor.moments(found.model, tokenizer, editor.check(found.model), found.preservation_texts())
+    for count, steps in NEUTRAL:
+        own = changed(editor, neutral_prompts=count, targets=changed(editor.targets, steps=steps))
+        results[f"{count}, at most {steps} steps"] = found.quality(
+            lambda model, facts: own.edit(model, tokenizer, facts, moments=moments).seconds  # noqa: B023
+        )
+        yield "neutral", results
+
+
 def survival(found: Trained) -> Iterator[tuple[str, Any]]:
     """The default editor's edits, after further training without the edited subjects."""
     texts, results = found.preservation_texts(), {}
@@ -124,9 +140,12 @@ def _label(place: Place) -> str:
 
 TITLES = {
     "places": "The default editor by token and layers:",
+    "neutral": "The default editor at the token and layers of the config, by further neutral prompts of each fact and "
+    "steps of the search for target vectors:",
     "editors": "Editors at the token and layers of the config, with shared targets and moments:",
     "survival": "The default editor at the token and layers of the config, after further training on other texts:",
 }
+HEADS = {"neutral": "neutral prompts"}
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
@@ -154,7 +173,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
             f"{found['edits']} edits of facts that it generates, which are {found['known']:.0%} of the candidates.",
         ]
         for part in (part for part in TITLES if part in found):
-            lines += ["", TITLES[part], "", *header([part.removesuffix("s"), *map(_title, SHOWN)])]
+            lines += ["", TITLES[part], "", *header([HEADS.get(part, part.removesuffix("s")), *map(_title, SHOWN)])]
             lines += [row([label, *(_cell(run[name]) for name in SHOWN)]) for label, run in found[part].items()]
         lines.append("")
     return "\n".join(lines)

@@ -15,10 +15,10 @@ from lit_moeedit.data.encoding import EditToken, encode, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.job import EditJob
 from lit_moeedit.editing.memory import EditMemory
-from lit_moeedit.editing.phrasings import further_prompts
+from lit_moeedit.editing.phrasings import further_prompts, neutral_prompts
 from lit_moeedit.editing.place_finding import PlaceFinding
 from lit_moeedit.editing.spread import CarriedSpread, Spread
-from lit_moeedit.editing.target_rows import EncodedFacts
+from lit_moeedit.editing.target_rows import EncodedFacts, TargetRow
 from lit_moeedit.editing.targets import TargetOptimizer, Targets
 from lit_moeedit.models.experts import ExpertLayer
 from lit_moeedit.models.partial_forward import decoder_layers
@@ -67,6 +67,10 @@ class Editor(PlaceFinding):
         contexts: texts put before the prompts. Every fact is edited after each of them. The first should be empty.
         neutral: a prompt with ``{}`` for the subject, whose next token must stay the same (the divergence term of the
             targets); empty to leave it out.
+        neutral_prompts: maximum number of further neutral prompts of each fact, see
+            :func:`~lit_moeedit.editing.phrasings.neutral_prompts`: other facts' prompts with its subject that the model
+            does not answer with the fact's truth. At ``subject_last`` all questions about a subject read the edited
+            state, and half of the answers to others may be lost without them. Never a text by which a fact is measured.
         token_budget: maximum number of tokens (with padding) in one forward. ``auto`` chooses it for each phase from
             the free memory, 16384 at most. If memory runs out, the phase continues with half of it. Target vectors have
             a setting of their own in ``targets``.
@@ -129,6 +133,7 @@ class Editor(PlaceFinding):
         residual_share: ResidualShare = "layers_left",
         phrasings: int = 0,
         tune: bool = False,
+        neutral_prompts: int = 0,
     ) -> None:
         super().__init__(layers, token, preserve, phrasings, tune, contexts, token_budget, reset_moments)
         if not 0 <= ridge < float("inf"):
@@ -137,6 +142,8 @@ class Editor(PlaceFinding):
             raise ValueError(f"solver must be a Solver, got {solver!r}")
         if neutral and "{}" not in neutral:
             raise ValueError(f"neutral must contain {{}} for the subject, got {neutral!r}")
+        if neutral_prompts < 0:
+            raise ValueError(f"neutral_prompts must be at least 0, got {neutral_prompts}")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, or None for all, got {max_tokens}")
         for name, value, kind in (
@@ -157,7 +164,7 @@ class Editor(PlaceFinding):
             target_tokens = "first"
         if self.preserve is not None:
             self.preserve.check(ridge)
-        self.ridge, self.neutral = ridge, neutral
+        self.ridge, self.neutral, self.neutral_prompts = ridge, neutral, neutral_prompts
         self.cache = None if cache is None else MomentsCache(cache)
         self.memory, self.max_tokens, self.target_tokens = memory, max_tokens, target_tokens
         self.residual_of, self.residual_share = residual_of, residual_share
@@ -253,6 +260,8 @@ class Editor(PlaceFinding):
         if not searched:
             return whole
         with job.clock("targets"):
+            own, measured = {t: job.facts[t] for t in searched}, [*job.facts, *job.measured]
+            encoded = self.with_neutral_prompts(job.model, job.tokenizer, own, encoded, measured, job.ranks)
             targets = self.targets.optimize(
                 job.model,
                 job.layers[-1],
@@ -306,6 +315,36 @@ class Editor(PlaceFinding):
         return further_prompts(
             job.model, job.tokenizer, facts, self.phrasings, token, self.token_budget, job.ranks, measured
         )
+
+    def with_neutral_prompts(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Mapping[int, Fact],
+        encoded: EncodedFacts,
+        measured: Sequence[Fact] = (),
+        ranks: Ranks | None = None,
+    ) -> EncodedFacts:
+        """Add as many neutral prompts of facts, given by their indices, as :attr:`neutral_prompts` allows."""
+        if not self.neutral_prompts:
+            return encoded
+        found = self.find_neutral_prompts(model, tokenizer, [*facts.values()], measured, ranks)
+        of_text = [(t, text) for t, own in zip(facts, found, strict=True) for text in own]
+        subjects = [facts[t].subject for t, _ in of_text]
+        encodings = encode(tokenizer, [text for _, text in of_text], [""] * len(of_text), subjects, "subject_last")
+        log.info("further neutral prompts of %d facts: %.1f each", len(facts), len(of_text) / max(1, len(facts)))
+        return encoded.with_neutral([TargetRow(t, own) for (t, _), own in zip(of_text, encodings, strict=True)])
+
+    def find_neutral_prompts(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        measured: Sequence[Fact] = (),
+        ranks: Ranks | None = None,
+    ) -> list[list[str]]:
+        """Find further neutral prompts of some facts, see :func:`~.phrasings.neutral_prompts`."""
+        return neutral_prompts(model, tokenizer, facts, self.neutral_prompts, self.token_budget, ranks, measured)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> EncodedFacts:
         """Encode facts in all contexts, and their neutral prompts."""

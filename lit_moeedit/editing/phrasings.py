@@ -1,4 +1,4 @@
-"""Further prompts of a fact, in the words of other facts: those after which the model gives the fact's truth."""
+"""Further prompts about the subject of a fact, in the words of other facts: those that ask for it, and the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_moeedit.models.token_budget import Budget
 from lit_moeedit.sharding.ranks import Ranks
 
 CANDIDATES = 4
-"""Number of prompts that are tried for each one that may be kept."""
+"""Number of prompts that are tried for each one that may be taken."""
 
 
 def candidate_prompts(facts: Sequence[Fact], count: int, measured: Sequence[Fact] = ()) -> list[list[str]]:
@@ -68,17 +68,52 @@ def further_prompts(
         ranks: the processes that share the work. Each calls this with the same facts and gets the same prompts.
         measured: other facts of which no text is a candidate.
     """
+    by_fact = _asked(model, tokenizer, facts, count, token, token_budget, ranks, measured)
+    answered = [sorted((-log_prob, text) for log_prob, text, is_exact in own if is_exact) for own in by_fact]
+    return [[text for _, text in own[:count]] for own in answered]
+
+
+def neutral_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    count: int,
+    token_budget: Budget = "auto",
+    ranks: Ranks | None = None,
+    measured: Sequence[Fact] = (),
+) -> list[list[str]]:
+    """Find up to ``count`` prompts that ask for something else about each fact's subject.
+
+    They are those of its candidates that the model answers otherwise than with ``target_true``, the one that makes this
+    answer the least likely first. A fact without a truth has none. The arguments are those of :func:`further_prompts`;
+    each prompt has a last token of the subject.
+    """
+    by_fact = _asked(model, tokenizer, facts, count, "subject_last", token_budget, ranks, measured)
+    others = [sorted((log_prob, text) for log_prob, text, is_exact in own if not is_exact) for own in by_fact]
+    return [[text for _, text in own[:count]] for own in others]
+
+
+def _asked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    count: int,
+    token: EditToken,
+    token_budget: Budget,
+    ranks: Ranks | None,
+    measured: Sequence[Fact],
+) -> list[list[tuple[float, str, bool]]]:
+    """Candidates of each fact: the log-probability of its truth, the text, and whether the model answers with it."""
     by_fact = candidate_prompts(facts, CANDIDATES * count, measured)
     pairs = [(index, text) for index, texts in enumerate(by_fact) if facts[index].target_true for text in texts]
     if not _can_be_encoded(tokenizer, facts, pairs, token):
         pairs = [pair for pair in pairs if _can_be_encoded(tokenizer, facts, [pair], token)]
     truths = [facts[index].target_true or "" for index, _ in pairs]
     scores = score(model, tokenizer, [text for _, text in pairs], truths, token_budget, ranks)
-    answered: list[list[tuple[float, str]]] = [[] for _ in facts]
+    found: list[list[tuple[float, str, bool]]] = [[] for _ in facts]
     for (index, text), log_prob, is_exact in zip(pairs, scores.log_prob.tolist(), scores.exact.tolist(), strict=True):
-        if is_exact:
-            answered[index].append((-log_prob, text))
-    return [[text for _, text in sorted(own)[:count]] for own in answered]
+        found[index].append((log_prob, text, is_exact))
+    return found
 
 
 def _can_be_encoded(

@@ -129,6 +129,10 @@ class EncodedFacts:
             further=self.further + len(tokens),
         )
 
+    def with_neutral(self, rows: Sequence[TargetRow]) -> Self:
+        """Append neutral prompts of facts to those of the search for target vectors."""
+        return replace(self, rows=sorted([*self.rows, *rows], key=lambda row: row.edit))  # a stable sort
+
     @classmethod
     def of(
         cls,

@@ -313,16 +313,27 @@ def _train(
         reduce()
 
 
-def _find_all_phrasings(editor: Editor, token_budget: int) -> None:
-    """Have an editor ask a model for further prompts, and take as many as it may, because no fake model knows one."""
-    asking = copy(editor)
-    asking.token_budget = token_budget
+def _find_all_prompts(editor: Editor, token_budget: int | None = None) -> None:
+    """Have an editor take as many further prompts as it may, because no fake model knows one.
 
-    def find(job: EditJob, facts: Sequence[Fact]) -> list[list[str]]:
-        asking.find_phrasings(job, facts)
+    Args:
+        editor: the editor.
+        token_budget: maximum number of tokens with which a model is asked for them; ``None`` if it is not asked.
+    """
+    asking = copy(editor)
+    asking.token_budget = token_budget or "auto"
+
+    def further(job: EditJob, facts: Sequence[Fact]) -> list[list[str]]:
+        if token_budget is not None:
+            Editor.find_phrasings(asking, job, facts)
         return candidate_prompts(facts, editor.phrasings)
 
-    vars(editor)["find_phrasings"] = find
+    def neutral(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], *args: Any) -> list[list[str]]:
+        if token_budget is not None:
+            Editor.find_neutral_prompts(asking, model, tokenizer, facts, *args)
+        return candidate_prompts(facts, editor.neutral_prompts)
+
+    vars(editor).update(find_phrasings=further, find_neutral_prompts=neutral)
 
 
 def _edit(
@@ -343,7 +354,9 @@ def _edit(
     editor = copy(editor)
     editor.memory, editor.solver = None, copy(editor.solver)
     editor.solver.cache = None
-    rows = editor.encode(tokenizer, facts).rows
+    _find_all_prompts(editor)
+    encoded = editor.encode(tokenizer, facts)
+    rows = editor.with_neutral_prompts(model, tokenizer, dict(enumerate(facts)), encoded).rows
     by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
     # a run holds its second moments when it measures its free memory
     held = sum(4 * layer.num_experts * layer.shape[2] ** 2 for layer in layers) if editor.needs_moments else 0
@@ -351,7 +364,7 @@ def _edit(
     free = None if card is None else max(0.0, card - counter.alive - (0 if on_cpu else held))
     budgets = Budgets.of(editor, model, layers[-1], by_edit, work, free)
     steps, editor.targets = editor.targets.steps, copy(editor.targets)
-    _find_all_phrasings(editor, budgets.evaluation)
+    _find_all_prompts(editor, budgets.evaluation)
     editor.token_budget, editor.targets.token_budget = budgets.forward, budgets.targets
     moments: dict[int, SecondMoments] | None = None
     if editor.needs_moments:

@@ -164,13 +164,16 @@ def remarks(
         _budgets_line(budgets, run, card),
         f"The peak is that of: {highest.phase}, {size(highest.peak)} per rank.",
     ]
-    if phrasings := editors[0].phrasings:
-        others = work.edits - 1
-        most, asked = (min(others, count) for count in (phrasings, CANDIDATES * phrasings))
-        lines.append(
-            f"Further prompts: at most {most} for each fact, of {asked} candidates. Only the model can tell how many "
-            "it answers, so these are an upper limit: features, solve and commit, and with them locate and renewals."
-        )
+    for name, wanted, limited in (
+        ("Further prompts", editors[0].phrasings, "features, solve and commit, and with them locate and renewals"),
+        ("Further neutral prompts", editors[0].neutral_prompts, "targets, and with them locate"),
+    ):
+        if wanted:
+            most, asked = (min(work.edits - 1, number) for number in (wanted, CANDIDATES * wanted))
+            lines.append(
+                f"{name}: at most {most} for each fact, of {asked} candidates. Only the model can tell how many there "
+                f"are, so these are an upper limit: {limited}."
+            )
     lines += run.upkeep.remarks({cost.phase: cost for cost in costs}, statements(work, editors[0], run.upkeep)[1])
     if card is not None:
         missing = [f"{cost.phase} ({size(cost.peak)})" for cost in costs if cost.peak > card * 1e9]

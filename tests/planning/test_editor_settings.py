@@ -68,6 +68,22 @@ def test_further_prompts_are_counted_as_if_all_were_answered(make_model: Callabl
     assert plain < none < plan["features"].flops
 
 
+def test_neutral_prompts_are_counted_as_if_none_gave_the_truth(make_model: Callable[..., PreTrainedModel]) -> None:
+    keys, place = keys_of("qwen3_moe"), {**PLACE, "layers": [0, 1], "token": "subject_last", "neutral": "{} is"}
+    plans, runs = [], []
+    for count in (0, 2):
+        plans.append(planned("qwen3_moe", Sharding(on_cpu=True), editor(**place, neutral_prompts=count)))
+        tokenizer: Any = Different()
+        model = make_model(**keys)
+        counter = CostCounter([*model.parameters(), *model.buffers()])
+        with counter:
+            editor(**place, neutral_prompts=count).edit(model, tokenizer, WORK.facts(), phase=counter.phase)
+        runs.append(counter.phases)
+        assert plans[-1]["targets"].flops == pytest.approx(runs[-1]["targets"].flops, rel=0.01)
+    assert plans[0]["targets"].flops < plans[1]["targets"].flops
+    assert plans[0]["features"].flops == plans[1]["features"].flops
+
+
 @pytest.mark.slow
 def test_ranks_share_the_candidates() -> None:
     def features(ranks: int, **settings: Any) -> Cost:
@@ -84,7 +100,9 @@ def test_ranks_share_the_candidates() -> None:
 def test_the_limit_is_named(edits: int, told: str) -> None:
     costs = [Cost(TRAINING, 0, 9)]
     for count in (0, 3):
-        run: Any = SimpleNamespace(editor=editor(phrasings=count), upkeep=Upkeep())
+        run: Any = SimpleNamespace(editor=editor(phrasings=count, neutral_prompts=count), upkeep=Upkeep())
         lines = remarks(costs, run, replace(WORK, edits=edits), Budgets(1, 1, 1), [run.editor])
         (line,) = [line for line in lines if "Further prompts" in line] or [""]
         assert (told in line and "an upper limit: features, solve and commit" in line) == bool(count)
+        (line,) = [line for line in lines if "neutral" in line] or [""]
+        assert (told in line and "an upper limit: targets" in line) == bool(count)

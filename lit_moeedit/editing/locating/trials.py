@@ -217,7 +217,9 @@ class Trials:
         tops = [Place(place.layers[-1:], place.token) for place in places]
         known: dict[Place, Targets] = {}
         for top in dict.fromkeys(tops):
-            encoded = self.editor.at(top).encode(self.tokenizer, self.facts)
+            editor, facts = self.editor.at(top), dict(enumerate(self.facts))
+            encoded = editor.encode(self.tokenizer, self.facts)
+            encoded = editor.with_neutral_prompts(self.model, self.tokenizer, facts, encoded, ranks=self.ranks)
             known[top] = self.editor.targets.optimize(
                 self.model,
                 check_editable(self.model, top.layers)[0],

@@ -12,9 +12,10 @@ that of the model at the end of the continuation. Training loss is the mean over
 rows of the data alone; perplexity is on held-out text, and ``never edited`` is the fair comparison for it, because
 losing edits mends it. Step time is the processor time of a whole fit over that of the fit without protection, edits
 left out. ``--edits`` edits another number of facts of the CounterFact model; it has at most 353 whose new targets it
-knows. Continuations in two processes, under DeepSpeed ZeRO stage 3 or FSDP2, have as many rows in each step as in one.
-Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs that are in the JSON
-are not made again, if they are of the same weights.
+knows. The stand-in of :mod:`benchmarks.standin`, with ``--wordnet``, is edited with facts that it generates, and
+trained on for 256 steps. Continuations in two processes, under DeepSpeed ZeRO stage 3 or FSDP2, have as many rows in
+each step as in one. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs
+that are in the JSON are not made again, if they are of the same weights.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from benchmarks.editing import editors
+from benchmarks.standin.measures import keep_known
 from benchmarks.survival_report import NAMES, draw, edits_of, tables
-from benchmarks.training import arguments_of, command_line, digest, quiet, trained, weights_file, write
+from benchmarks.training import STANDIN, arguments_of, command_line, digest, quiet, trained, weights_file, write
 from lit_moeedit.callbacks import EditEvent, EditHold, EditListener, EditReplay, KnowledgeEditing
 from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
 from lit_moeedit.data.encoding import IGNORED_LABEL
@@ -52,6 +54,10 @@ RATE = 4e-5
 """Learning rate at the end of the configs' schedules."""
 CONTRADICTED = 8
 """Number of edited facts whose old answers stay in the text that contradicts."""
+KNOWN, CANDIDATES = 100, 200
+"""Number of edits of the stand-in, and of the facts from which those that it generates are taken."""
+SOURCES = {"counterfact": "path", STANDIN: "wordnet"}
+"""Models that need a file or a folder, and the setting of their corpus that names it."""
 STATED = 2
 """Number of paraphrases of a fact that are stated, where any are; how the others fare is measured apart."""
 ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -342,6 +348,7 @@ def main() -> None:
     parser.add_argument("--continuations", nargs="+", default=list(CONTINUATIONS), choices=list(CONTINUATIONS))
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
     parser.add_argument("--facts", type=Path, help="a CounterFact file; without it its model and text are left out")
+    parser.add_argument("--wordnet", type=Path, help="folder with WordNet's data.noun; without it no stand-in")
     parser.add_argument("--edits", type=int, help="number of edits of the CounterFact model, 100 by default")
     arguments = parser.parse_args()
     quiet()
@@ -350,14 +357,20 @@ def main() -> None:
     done = {
         (r["model"], edits_of(r), (r["seed"], r.get("weights")), r["continuation"], r["condition"]) for r in results
     }
+    sources = {"counterfact": arguments.facts, STANDIN: arguments.wordnet}
     for name in arguments.names:
-        if name == "counterfact" and arguments.facts is None:
+        if name in SOURCES and sources[name] is None:
             continue
-        edits = arguments.edits if name == "counterfact" else None
-        options = [f"--data.init_args.corpus.init_args.path={arguments.facts}"] if name == "counterfact" else []
-        options += [] if edits is None else [f"--data.init_args.corpus.init_args.edits={edits}"]
+        edits = arguments.edits if name == "counterfact" else CANDIDATES if name == STANDIN else None
+        settings = {SOURCES[name]: sources[name]} if name in SOURCES else {}
+        settings |= {} if edits is None else {"edits": edits}
+        options = [f"--data.init_args.corpus.init_args.{setting}={value}" for setting, value in settings.items()]
         for seed in arguments.seeds:
-            count = len(trained(name, seed, arguments.models, *options).data.edit_facts())
+            found, only = trained(name, seed, arguments.models, *options), None
+            if name == STANDIN:
+                keep_known(found, KNOWN)
+                only = {fact.key for fact in found.data.edit_facts()}
+            count = len(found.data.edit_facts())
             by = seed, digest(weights_file(name, seed, arguments.models))
             for continuation in arguments.continuations:
                 for condition in arguments.conditions:
@@ -370,7 +383,8 @@ def main() -> None:
                     if CONTINUATIONS[continuation].processes > 1 and "RANK" not in os.environ:
                         results.append(run_in_processes(*case, edits))
                     else:
-                        results.append(run(*case, *options))
+                        part = [f"--data.init_args.samples_per_epoch={256 * BATCH}"] if name == STANDIN else []
+                        results.append(run(*case, *options, *part, only=only))
                     if rank:
                         continue
                     last = {k: results[-1].get(k) for k in ("condition", "others", "contradicted", "perplexity")}

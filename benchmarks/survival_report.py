@@ -9,10 +9,11 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from benchmarks.training import header, row
+from benchmarks.training import STANDIN, header, row
 
-NAMES = ("atlas", "counterfact")
-EDITS = {"atlas": 32, "counterfact": 100}
+NAMES = ("atlas", "counterfact", STANDIN)
+PICTURED = NAMES[:2]
+EDITS = {"atlas": 32, "counterfact": 100, STANDIN: 100}
 """Number of edits of the configs, which results of earlier versions do not tell."""
 CALM = ("1x", "3x", "10x", "adapters")
 """Continuations in the picture: those without contradictions that all seeds have."""
@@ -104,7 +105,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     shown = [r for r in results if "end" in r and "weights" in r and edits_of(r) == EDITS[r["model"]]]
     figure, grid = plt.subplots(2, 2, figsize=(10, 6), sharex=True, sharey="col", layout="constrained")
     width = 0.8 / len(DRAWN)
-    for axes_row, name in zip(grid, NAMES, strict=True):
+    for axes_row, name in zip(grid, PICTURED, strict=True):
         for axes, (metric, title) in zip(axes_row, MEASURED.items(), strict=True):
             own = [
                 r

@@ -36,6 +36,7 @@ from benchmarks.training import (
 )
 from lit_moeedit.data import Fact
 from lit_moeedit.editing import Place
+from lit_moeedit.models.experts import expert_layers
 
 EDITS, CANDIDATES = 100, 200
 PARTS = ("knowledge", "places", "neutral", "editors", "survival")
@@ -97,12 +98,15 @@ def knowledge(found: Trained) -> Iterator[tuple[str, Any]]:
 
 def at_places(found: Trained) -> Iterator[tuple[str, Any]]:
     """The default editor at several tokens and layers."""
-    texts, places = found.preservation_texts(), {}
+    places, tokenizer = {}, found.tokenizer
+    layers = expert_layers(found.model)
+    moments = found.editor.moments(found.model, tokenizer, [*layers.values()], found.preservation_texts())
     for place in PLACES:
         editor = found.editor.at(place)
         edited = changed(found, editor=editor)  # routing is that of the layers above the edited ones
+        own = {index: moments[index] for index in place.layers}
         places[_label(place)] = edited.quality(
-            lambda model, facts: editor.edit(model, found.tokenizer, facts, texts).seconds  # noqa: B023
+            lambda model, facts: editor.edit(model, tokenizer, facts, moments=own).seconds  # noqa: B023
         )
         yield "places", places
 

@@ -264,58 +264,41 @@ def of_parts(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+DRAWN = {"efficacy": "o", "generalization": "s", "specificity_retained": "^", "routing": "x"}
+"""Metrics in the picture, and their markers."""
+
+
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Quality by editor above, seconds by phase below, and the growth."""
+    """Draw what each editor reaches on each model, with the range over seeds, and the seconds that an edit takes."""
     names = [name for name in EDITS if results.get(name)]
-    columns = max(len(names), 1)
-    rows = 2 + ("growth" in results)
-    figure, grid = plt.subplots(rows, columns, figsize=(9 * columns, 4.2 * rows), layout="constrained", squeeze=False)
-    for column, name in enumerate(names):
-        labels = list(dict.fromkeys(label for found in results[name].values() for label in found))
-        upper, lower = grid[0][column], grid[1][column]
-        shown = ("efficacy", "generalization", "specificity_retained", "routing")
-        for i, metric in enumerate(shown):
-            runs = [[f[label][metric] or 0.0 for f in results[name].values() if label in f] for label in labels]
-            places = [place + (i - 1.5) * 0.2 for place in range(len(labels))]
-            means = [statistics.mean(values) for values in runs]
-            spread = [[m - min(v) for m, v in zip(means, runs, strict=True)],
-                      [max(v) - m for m, v in zip(means, runs, strict=True)]]  # fmt: skip
-            upper.bar(places, means, 0.2, yerr=spread, error_kw={"lw": 0.8}, label=metric.replace("_", " "))
-        upper.set(title=f"{name}, {EDITS[name]} edits", ylabel="share", ylim=(0, 1.02))
-        upper.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-        upper.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-        # editors that shared their work have no seconds; then those of earlier weights are drawn
-        source = results[name] if any(r["seconds"] for f in results[name].values() for r in f.values()) else (
-            results.get("earlier", {}).get(name, {}))  # fmt: skip
-        timed = list(dict.fromkeys(label for f in source.values() for label in f if f[label]["seconds"]))
-        seconds = [[f[label]["seconds"] for f in source.values() if f.get(label, {}).get("seconds")] for label in timed]
-        totals = [[run["edit"] for run in own] for own in seconds]
-        bottom = [0.0] * len(timed)
-        for phase in PHASES:
-            shares = [
-                sum(run.get(phase, 0.0) for run in own) / sum(whole) for own, whole in zip(seconds, totals, strict=True)
-            ]
-            lower.bar(range(len(timed)), shares, bottom=bottom, label=phase)
-            bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
-        for place, values in enumerate(totals):
-            lower.annotate(f"{statistics.mean(values):.1f} s", (place, 1.02), ha="center", fontsize="small")
-        lower.set_title(
-            "" if source is results[name] else "seconds of earlier weights, see the table", fontsize="small"
-        )
-        lower.set(ylabel="share of the seconds", ylim=(0, 1.1))
-        lower.set_xticks(range(len(timed)), timed, rotation=30, ha="right")
-        lower.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-    if "growth" in results:
-        axes = grid[2][0]
-        counts = [int(count) for count in results["growth"]]
-        for phase in (*PHASES, "edit"):
-            axes.plot(counts, [s[phase] for s in results["growth"].values()], "o-", label=phase)
-        axes.set(xscale="log", yscale="log", xlabel="edits", ylabel="seconds", title="growth of the default editor")
-        axes.set_xticks(counts, map(str, counts), minor=False)
-        axes.legend(fontsize="small")
-        for unused in grid[2][1:]:
-            unused.set_axis_off()
+    labels = list(dict.fromkeys(label for name in names for found in results[name].values() for label in found))
+    size = (5.0 * (len(names) + 1), 0.34 * len(labels) + 1.4)
+    figure, grid = plt.subplots(1, len(names) + 1, figsize=size, layout="constrained", sharey=True)
+    for axes, name in zip(grid, names, strict=False):
+        for metric, marker in DRAWN.items():
+            runs = [[f[label][metric] for f in results[name].values() if label in f] for label in labels]
+            known = [(y, [value for value in own if value is not None]) for y, own in enumerate(runs)]
+            known = [(y, own) for y, own in known if own]
+            color = f"C{list(DRAWN).index(metric)}"
+            axes.hlines([y for y, _ in known], [min(own) for _, own in known], [max(own) for _, own in known], color)
+            means = [statistics.mean(own) for _, own in known]
+            label = metric.replace("_", " ")
+            axes.plot(means, [y for y, _ in known], marker, color=color, markersize=5, label=label)
+        axes.set(title=f"{name}, {EDITS[name]} edits: further right is better", xlim=(0, 1.03))
+    for number, name in enumerate(names):
+        found, color = results[name].values(), f"C{len(DRAWN) + number}"
+        seconds = [[f[label]["seconds"]["edit"] for f in found if f.get(label, {}).get("seconds")] for label in labels]
+        places = [y for y, own in enumerate(seconds) if own]
+        grid[-1].plot([statistics.mean(seconds[y]) for y in places], places, "D", color=color, ms=5, label=name)
+    grid[-1].set(title="seconds of an edit: further left is better", xscale="log")
+    grid[0].set_yticks(range(len(labels)), labels, fontsize="small")
+    grid[0].invert_yaxis()
+    for axes in grid:
+        axes.grid(alpha=0.3)
+    grid[0].legend(loc="center left", fontsize="small")
+    grid[-1].legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:

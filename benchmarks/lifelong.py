@@ -296,7 +296,9 @@ def main() -> None:
     for seed in map(str, arguments.seeds):
         own = trained("counterfact", int(seed), arguments.models, path)
         stream = Stream(own, known_facts(arguments.facts, own))
-        known = results.setdefault(seed, {"variants": {}})
+        if results.get(seed, {}).get("weights", own.weights) != own.weights:
+            del results[seed]
+        known = results.setdefault(seed, {"variants": {}, "weights": own.weights})
         known["before"] = {"ability": stream.ability, "neighbours": len(stream.neighbours)}
         for name in arguments.variants:
             if name in known["variants"]:

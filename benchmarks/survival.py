@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from benchmarks.editing import editors
 from benchmarks.standin.measures import keep_known
-from benchmarks.survival_report import NAMES, draw, edits_of, tables
+from benchmarks.survival_report import CALM, NAMES, draw, edits_of, tables
 from benchmarks.training import STANDIN, arguments_of, command_line, digest, quiet, trained, weights_file, write
 from lit_moeedit.callbacks import EditEvent, EditHold, EditListener, EditReplay, KnowledgeEditing
 from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
@@ -377,6 +377,8 @@ def main() -> None:
                     chosen = CONDITIONS[condition].continuations
                     is_wanted = chosen is None or continuation in chosen
                     is_wanted &= arguments.facts is not None or continuation != "other text"
+                    # the other text and the processes do not know what the stand-in knows
+                    is_wanted &= name != STANDIN or continuation in CALM
                     if not is_wanted or (name, count, by, continuation, condition) in done:
                         continue
                     case = (name, seed, continuation, condition, arguments.models, arguments.facts)

@@ -69,8 +69,9 @@ class Editor(PlaceFinding):
             targets); empty to leave it out.
         neutral_prompts: maximum number of further neutral prompts of each fact, see
             :func:`~lit_moeedit.editing.phrasings.neutral_prompts`: other facts' prompts with its subject that the model
-            does not answer with the fact's truth. At ``subject_last`` all questions about a subject read the edited
-            state, and half of the answers to others may be lost without them. Never a text by which a fact is measured.
+            does not answer with the fact's truth, which it knows. At ``subject_last`` all questions about a subject
+            read the edited state, and half of the answers to others may be lost without them. Never a text by which a
+            fact is measured.
         token_budget: maximum number of tokens (with padding) in one forward. ``auto`` chooses it for each phase from
             the free memory, 16384 at most. If memory runs out, the phase continues with half of it. Target vectors have
             a setting of their own in ``targets``.
@@ -329,7 +330,8 @@ class Editor(PlaceFinding):
         if not self.neutral_prompts:
             return encoded
         found = self.find_neutral_prompts(model, tokenizer, [*facts.values()], measured, ranks)
-        of_text = [(t, text) for t, own in zip(facts, found, strict=True) for text in own]
+        first = {t: self.neutral.replace("{}", fact.subject) for t, fact in facts.items()}
+        of_text = [(t, text) for t, own in zip(facts, found, strict=True) for text in own if text != first[t]]
         subjects = [facts[t].subject for t, _ in of_text]
         encodings = encode(tokenizer, [text for _, text in of_text], [""] * len(of_text), subjects, "subject_last")
         log.info("further neutral prompts of %d facts: %.1f each", len(facts), len(of_text) / max(1, len(facts)))

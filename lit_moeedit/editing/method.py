@@ -246,8 +246,9 @@ class EditMethod(ABC):
                 for a fact that is to stay as it is. The other facts are edited as usual. Methods without target vectors
                 do not use them.
             measured: other facts that are measured, such as those of other edits, or these with other paraphrases. A
-                method that makes up prompts (``phrasings`` of :class:`~lit_moeedit.editing.Editor`) makes none that is
-                a prompt, a paraphrase, a neighbour or a probe of these facts.
+                method that makes up prompts (``phrasings`` and ``neutral_prompts`` of
+                :class:`~lit_moeedit.editing.Editor`) makes none that is a prompt, a paraphrase, a neighbour or a probe
+                of these facts.
             replaced: changes of earlier edits by layer index, as the ``deltas`` of their results have them, which are
                 subtracted first. The edit is made on the weights without them, in the same transaction.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_moeedit.data.encoding import EditToken, encode
+from lit_moeedit.data.encoding import EditToken, encode, subject_span
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.evaluation import score
 from lit_moeedit.models.token_budget import Budget
@@ -29,7 +29,7 @@ def candidate_prompts(facts: Sequence[Fact], count: int, measured: Sequence[Fact
         [['People in Rome speak'], ['Oslo lies in']]
     """
     # a prompt is whole, with what may be in front of its sentence, such as the header of a chat template
-    phrasings = sorted({fact.prompt.rpartition(fact.subject)[::2] for fact in facts if fact.subject in fact.prompt})
+    phrasings = sorted({_around(fact) for fact in facts if fact.subject in fact.prompt})
     known = set()
     for fact in (*facts, *measured):
         known |= {fact.prompt, *fact.paraphrases}
@@ -39,8 +39,15 @@ def candidate_prompts(facts: Sequence[Fact], count: int, measured: Sequence[Fact
         # a few more than are needed, because some are known
         drawn = random.Random(fact.key).sample(phrasings, min(len(phrasings), 2 * count + 1))
         texts = (before + fact.subject + after for before, after in drawn)
-        found.append([text for text in texts if text not in known][:count])
+        # a phrasing that names this subject already asks for something between it and itself
+        found.append([text for text in texts if text not in known and text.count(fact.subject) == 1][:count])
     return found
+
+
+def _around(fact: Fact) -> tuple[str, str]:
+    """Return what is before and after the subject in a fact's prompt."""
+    start, end = subject_span(fact.prompt, fact.subject)
+    return fact.prompt[:start], fact.prompt[end:]
 
 
 def further_prompts(
@@ -85,12 +92,15 @@ def neutral_prompts(
     """Find up to ``count`` prompts that ask for something else about each fact's subject.
 
     They are those of its candidates that the model answers otherwise than with ``target_true``, the one that makes this
-    answer the least likely first. A fact without a truth has none. The arguments are those of :func:`further_prompts`;
-    each prompt has a last token of the subject.
+    answer the least likely first. This tells something only where the model answers the fact's own prompt with it, so
+    other facts, and those without a truth, have none. The arguments are those of :func:`further_prompts`; each prompt
+    has a last token of the subject.
     """
     by_fact = _asked(model, tokenizer, facts, count, "subject_last", token_budget, ranks, measured)
     others = [sorted((log_prob, text) for log_prob, text, is_exact in own if not is_exact) for own in by_fact]
-    return [[text for _, text in own[:count]] for own in others]
+    prompts, truths = [fact.prompt for fact in facts], [fact.target_true or fact.target_new for fact in facts]
+    known = score(model, tokenizer, prompts, truths, token_budget, ranks).exact.tolist()
+    return [[text for _, text in own[:count]] if is_known else [] for own, is_known in zip(others, known, strict=True)]
 
 
 def _asked(

@@ -73,7 +73,8 @@ class EncodedFacts:
     """Facts as token ids.
 
     Attributes:
-        rows: the texts of the target vectors. Those of a fact are its prompt in every context, then its neutral prompt.
+        rows: the texts of the target vectors. Those of a fact are its prompt in every context, then its neutral
+            prompts.
         prompts: every fact's prompt in every context, up to its last edit token, from which keys and residuals are
             measured. Each edit token is a row of the problem.
         fact_index: index of the fact of each row.

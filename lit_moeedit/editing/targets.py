@@ -69,7 +69,7 @@ class TargetOptimizer:
 
     .. math:: \min_{\delta_1 \dots \delta_V} \; \frac 1 V \Big[ \sum_{i=1}^V \Big(
               \overline{-\log p(\text{target} \mid h_1 + \delta_1, \dots, h_V + \delta_V)}^{(i)}
-              + w_d \, \|\delta_i\| / \|h_i\|^2 \Big) + w_{KL} \, KL(p_0 \,\|\, p_{\delta_1}) \Big], \qquad
+              + w_d \, \|\delta_i\| / \|h_i\|^2 \Big) + w_{KL} \sum_q KL(p_0^q \,\|\, p_{\delta_1}^q) \Big], \qquad
               \|\delta_i\| \le c \, \|h_i\|
 
     The mean ``(i)`` is over the tokens of the target that vector ``i`` steers, and over several contexts. A single
@@ -80,8 +80,8 @@ class TargetOptimizer:
               -\log p(y_1 \mid c, \text{prompt}, h + \delta),
 
     and the other tokens of the target are not even fed. A vector does not move while the loss of its tokens is low
-    enough. The divergence is that of the next token after a neutral prompt, such as "{subject} is a", from the unedited
-    model.
+    enough. The divergences are those of the next token after each neutral prompt ``q``, such as "{subject} is a", from
+    the unedited model.
 
     The layers up to the target layer are run once, because ``δ`` is added after them. Tokens before the edit token do
     not depend on ``δ`` either, so their keys and values above the target layer are computed once, and a step runs only

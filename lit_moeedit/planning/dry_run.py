@@ -356,7 +356,8 @@ def _edit(
     editor.solver.cache = None
     _find_all_prompts(editor)
     encoded = editor.encode(tokenizer, facts)
-    rows = editor.with_neutral_prompts(model, tokenizer, dict(enumerate(facts)), encoded).rows
+    numbered = dict(enumerate(facts))
+    rows = editor.with_neutral_prompts(model, tokenizer, numbered, encoded).rows
     by_edit = [list(own) for _, own in groupby(rows, key=lambda row: row.edit)]
     # a run holds its second moments when it measures its free memory
     held = sum(4 * layer.num_experts * layer.shape[2] ** 2 for layer in layers) if editor.needs_moments else 0
@@ -395,7 +396,8 @@ def _edit(
         return True
 
     editor.targets.steps = 1
-    with counter.phase("targets"):
+    with counter.phase("targets"):  # as an edit has it, which asks for neutral prompts once
+        editor.with_neutral_prompts(model, tokenizer, numbered, encoded, ranks=ranks())
         editor.targets.optimize(model, layers[-1], rows, pad_id(tokenizer), ranks=ranks())
     one = counter.phases.pop("targets")
     editor.targets.steps = 2

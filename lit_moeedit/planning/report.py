@@ -166,7 +166,7 @@ def remarks(
     ]
     for name, wanted, limited in (
         ("Further prompts", editors[0].phrasings, "features, solve and commit, and with them locate and renewals"),
-        ("Further neutral prompts", editors[0].neutral_prompts, "targets, and with them locate"),
+        ("Further neutral prompts", editors[0].neutral_prompts, "targets, and with them locate and renewals"),
     ):
         if wanted:
             most, asked = (min(work.edits - 1, number) for number in (wanted, CANDIDATES * wanted))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing import Editor, TargetOptimizer, evaluate
+from lit_moeedit.editing.evaluation import Scores, score
 from lit_moeedit.editing.locating.trials import Trials
 from lit_moeedit.editing.phrasings import candidate_prompts, further_prompts, neutral_prompts
 from lit_moeedit.editing.place import Place
@@ -58,6 +60,18 @@ def answering(model: PreTrainedModel, tokenizer: Any, text: str) -> Any:
     )
 
 
+def knowing(facts: Sequence[Fact]) -> Any:
+    """Let a random model pass for one that gives the truth to the prompts of facts, and to nothing else."""
+    prompts = {fact.prompt for fact in facts}
+
+    def scored(model: Any, tokenizer: Any, texts: Sequence[str], *args: Any) -> Scores:
+        found = score(model, tokenizer, texts, *args)
+        own = torch.tensor([text in prompts for text in texts], dtype=torch.bool)
+        return replace(found, exact=found.exact | own)
+
+    return mock.patch("lit_moeedit.editing.phrasings.score", scored)
+
+
 @pytest.fixture
 def known(facts: list[Fact]) -> list[Fact]:
     """The facts with a truth each; the last one has none."""
@@ -66,9 +80,16 @@ def known(facts: list[Fact]) -> list[Fact]:
     ]
 
 
+@pytest.fixture
+def knows(known: list[Fact]) -> Iterator[None]:
+    with knowing(known):
+        yield
+
+
 def test_they_are_what_the_model_answers_otherwise(model: PreTrainedModel, tokenizer: Any, known: list[Fact]) -> None:
-    found = neutral_prompts(model, tokenizer, known, 2)
-    assert [len(own) for own in found] == [2, 2, 2, 0]
+    with knowing(known):
+        found = neutral_prompts(model, tokenizer, known, 2)
+        assert [len(own) for own in found] == [2, 2, 2, 0]
     for index, fact in enumerate(known[:3]):
         # of all candidates, one after another, those that make the truth least likely
         alone = []
@@ -77,12 +98,15 @@ def test_they_are_what_the_model_answers_otherwise(model: PreTrainedModel, token
             alone.append((float(evaluate(model, tokenizer, [probe]).log_new), text))
         assert len(alone) > 2
         assert found[index] == [text for _, text in sorted(alone)[:2]]
+    # where the model gives another answer to the fact's own prompt, or the truth to all, nothing can be told
+    assert neutral_prompts(model, tokenizer, known, 2) == [[], [], [], []]
     forced = answering(model, tokenizer, " bread")
-    assert [len(own) for own in neutral_prompts(model, tokenizer, known, 2)] == [0, 2, 0, 0]
+    assert neutral_prompts(model, tokenizer, known, 2) == [[], [], [], []]
     assert [len(own) for own in further_prompts(model, tokenizer, known, 2)] == [2, 0, 2, 0]
     forced.remove()
 
 
+@pytest.mark.usefixtures("knows")
 def test_the_search_gets_those_of_the_facts_that_it_searches_for(
     model: PreTrainedModel, tokenizer: Any, known: list[Fact]
 ) -> None:
@@ -106,14 +130,39 @@ def test_the_search_gets_those_of_the_facts_that_it_searches_for(
 def test_what_measures_a_fact_is_none(
     model: PreTrainedModel, tokenizer: Any, known: list[Fact], asked: list[str]
 ) -> None:
-    editor(Searching(), neutral_prompts=2).edit(copy.deepcopy(model), tokenizer, known)
-    text = asked[0]
-    measured = replace(known[1], paraphrases=(text,))
-    asked.clear()
-    editor(Searching(), neutral_prompts=2).edit(copy.deepcopy(model), tokenizer, known, measured=[measured])
-    assert asked and text not in asked
+    def edit(facts: Sequence[Fact], **settings: Any) -> None:
+        asked.clear()
+        editor(Searching(), neutral_prompts=2).edit(copy.deepcopy(model), tokenizer, facts, **settings)
+
+    edit(known)
+    text = next(text for text in asked if known[0].subject in text and text != known[0].prompt)
+    # of another edit, or of a fact with a known goal
+    other = replace(known[3], paraphrases=(text,))
+    for facts, settings in ((known, {"measured": [other]}), ([*known[:3], other], {"goals": {other.key: None}})):
+        edit(facts, **settings)
+        assert asked and text not in asked
 
 
+def test_a_subject_is_put_in_the_place_of_a_whole_one() -> None:
+    asked = [Fact("al", "al is the capital of", "Peru"), Fact("Rome", "Rome, unlike Oslo, is in", "Spain")]
+    _, rome, oslo = candidate_prompts([*asked, Fact("Oslo", "Oslo lies in", "Peru")], 3)
+    assert sorted(rome) == ["Rome is the capital of", "Rome lies in"]
+    assert oslo == ["Oslo is the capital of"]  # not “Oslo, unlike Oslo”
+
+
+@pytest.mark.usefixtures("knows")
+def test_the_prompt_of_the_setting_is_none_of_the_further_ones(
+    model: PreTrainedModel, tokenizer: Any, known: list[Fact]
+) -> None:
+    targets = Searching()
+    own = editor(targets, neutral="{} is found in", neutral_prompts=3)
+    own.edit(copy.deepcopy(model), tokenizer, known)
+    texts = texts_of(tokenizer, targets.rows)
+    assert "Rome is found in" in neutral_prompts(model, tokenizer, known, 3)[0]
+    assert texts[0].count("Rome is found in") == 1 and len(texts[0]) == 3
+
+
+@pytest.mark.usefixtures("knows")
 def test_the_vectors_are_those_of_a_plain_search(
     model: PreTrainedModel, tokenizer: Any, plain_hidden: Any, known: list[Fact]
 ) -> None:
@@ -131,6 +180,7 @@ def test_the_vectors_are_those_of_a_plain_search(
         assert differs == (known[number].target_true is not None)
 
 
+@pytest.mark.usefixtures("knows")
 def test_other_answers_about_the_subject_change_less(model: PreTrainedModel, tokenizer: Any, known: list[Fact]) -> None:
     settings = {"steps": 12, "kl": 10.0, "learning_rate": 0.3}
     searches, vectors = [], []
@@ -151,12 +201,15 @@ def test_other_answers_about_the_subject_change_less(model: PreTrainedModel, tok
         assert held < 0.75 * free  # a random model hardly reads its subjects, so that there is little to hold
 
 
+@pytest.mark.usefixtures("knows")
 def test_trials_of_places_search_with_them(model: PreTrainedModel, tokenizer: Any, known: list[Fact]) -> None:
     targets = Searching()
     own = editor(targets, neutral_prompts=1)
     trials = Trials(model, tokenizer, known, [], own, 64, (), None, Ranks.current(), lambda *args: None)
-    trials.targets([Place((0, 1), "subject_last")])
     found = neutral_prompts(model, tokenizer, known, 1)
+    with mock.patch("lit_moeedit.editing.editor.neutral_prompts", wraps=neutral_prompts) as asked:
+        trials.run([Place((0, 1), "subject_last"), Place((1,), "subject_last")])
+    assert asked.call_count == 1  # with the search that both share, and not with each edit
     assert [texts[1:] for texts in texts_of(tokenizer, targets.rows).values()] == found and found[0]
 
 
@@ -167,8 +220,9 @@ def _on_a_rank() -> list[Tensor]:
 
     whole, words = small(), tokenizer()
     asked = [replace(fact, target_true="bread") for fact in FACTS]
-    assert all(neutral_prompts(whole, words, asked, 2, ranks=Ranks()))
-    small_editor(neutral_prompts=2).edit(whole, words, asked, TEXTS, ranks=Ranks())
+    with knowing(asked):
+        assert all(neutral_prompts(whole, words, asked, 2, ranks=Ranks()))
+        small_editor(neutral_prompts=2).edit(whole, words, asked, TEXTS, ranks=Ranks())
     return [*edited_weights(whole).values()]
 
 

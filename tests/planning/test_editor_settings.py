@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lit_moeedit.editing import TargetOptimizer
 from lit_moeedit.planning import Cost, CostCounter
 from lit_moeedit.planning.dry_run import Budgets
 from lit_moeedit.planning.report import remarks
 from lit_moeedit.planning.sharding import Sharding
 from lit_moeedit.planning.upkeep import TRAINING, Upkeep
+from tests.editing.test_neutral_prompts import knowing
 from tests.planning.test_planning import WORK, Different, editor, keys_of, planned
 
 PLACE: dict[str, Any] = {"layers": [0, 2], "preserve": "none", "token": "last", "token_budget": 4096, "ridge": 1e3}
@@ -69,14 +71,15 @@ def test_further_prompts_are_counted_as_if_all_were_answered(make_model: Callabl
 
 
 def test_neutral_prompts_are_counted_as_if_none_gave_the_truth(make_model: Callable[..., PreTrainedModel]) -> None:
-    keys, place = keys_of("qwen3_moe"), {**PLACE, "layers": [0, 1], "token": "subject_last", "neutral": "{} is"}
-    plans, runs = [], []
+    targets = TargetOptimizer(steps=5, stop=0.0)
+    place = {**PLACE, "layers": [0, 1], "token": "subject_last", "neutral": "{} is", "targets": targets}
+    keys, plans, runs = keys_of("qwen3_moe"), [], []
     for count in (0, 2):
         plans.append(planned("qwen3_moe", Sharding(on_cpu=True), editor(**place, neutral_prompts=count)))
         tokenizer: Any = Different()
         model = make_model(**keys)
         counter = CostCounter([*model.parameters(), *model.buffers()])
-        with counter:
+        with counter, knowing(WORK.facts()):
             editor(**place, neutral_prompts=count).edit(model, tokenizer, WORK.facts(), phase=counter.phase)
         runs.append(counter.phases)
         assert plans[-1]["targets"].flops == pytest.approx(runs[-1]["targets"].flops, rel=0.01)

@@ -251,6 +251,7 @@ class Trials:
         """Edit, measure and undo; a trial whose edit is not finite in the weights' dtype is one without an edit."""
         editor, after = self.editor.at(trial.place), list[Evaluation]()
         editor.targets = _KnownTargets(editor.targets, targets)
+        editor.neutral_prompts = 0  # nothing is searched for
 
         def guard() -> bool:
             after.append(evaluate(self.model, self.tokenizer, self.facts, before.neighbours_exact, ranks=self.ranks))

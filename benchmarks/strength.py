@@ -202,8 +202,12 @@ STYLES = {
 
 def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Generalization against neighbours retained; the default has a ring, what the trial chooses a star."""
-    figure, grid = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4.2), layout="constrained", squeeze=False)
-    for axes, (case, found) in zip(grid[0], results.items(), strict=True):
+    rows, columns = -(-len(results) // 3), min(3, len(results))
+    size = (4.2 * columns, 4.0 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for unused in grid.flat[len(results) :]:
+        unused.set_axis_off()
+    for axes, (case, found) in zip(grid.flat, results.items(), strict=False):
         for series, (color, marker, line) in STYLES.items():
             own = [result for result in found if result["series"] == series]
             own.sort(key=lambda result: (result["strength"], setting_of(result).stop))
@@ -215,7 +219,9 @@ def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.plot(*(best[metric] for metric in DRAWN), "*", ms=18, mfc="none", mec="black", label=TUNED)
         axes.set(title=title(case), xlabel="neighbours retained", ylabel="generalization")
         axes.grid(alpha=0.3)
-    grid[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle("Further right and up is better")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -230,6 +236,8 @@ def main() -> None:
     file = arguments.output / "strength.json"
     order = list(settings())
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
+    cases = [f"{name}, seed {seed}" for name, seed in CASES]
+    results = {case: results[case] for case in cases if case in results}
     for name, seed in CASES:
         options = [f"--data.init_args.corpus.init_args.path={arguments.facts}"] if name == "counterfact" else []
         if name == "counterfact" and arguments.facts is None:

@@ -75,7 +75,8 @@ def further_prompts(
         ranks: the processes that share the work. Each calls this with the same facts and gets the same prompts.
         measured: other facts of which no text is a candidate.
     """
-    by_fact = _asked(model, tokenizer, facts, count, token, token_budget, ranks, measured)
+    candidates = candidate_prompts(facts, CANDIDATES * count, measured)
+    by_fact = _answers(model, tokenizer, facts, candidates, token, token_budget, ranks)
     answered = [sorted((-log_prob, text) for log_prob, text, is_exact in own if is_exact) for own in by_fact]
     return [[text for _, text in own[:count]] for own in answered]
 
@@ -96,25 +97,27 @@ def neutral_prompts(
     other facts, and those without a truth, have none. The arguments are those of :func:`further_prompts`; each prompt
     has a last token of the subject.
     """
-    by_fact = _asked(model, tokenizer, facts, count, "subject_last", token_budget, ranks, measured)
+    candidates = candidate_prompts(facts, CANDIDATES * count, measured)
+    texts = [[fact.prompt, *own] for fact, own in zip(facts, candidates, strict=True)]
+    by_fact = _answers(model, tokenizer, facts, texts, "subject_last", token_budget, ranks)
+    said = [{text for _, text, is_exact in own if is_exact} for own in by_fact]
     others = [sorted((log_prob, text) for log_prob, text, is_exact in own if not is_exact) for own in by_fact]
-    prompts, truths = [fact.prompt for fact in facts], [fact.target_true or fact.target_new for fact in facts]
-    known = score(model, tokenizer, prompts, truths, token_budget, ranks).exact.tolist()
-    return [[text for _, text in own[:count]] if is_known else [] for own, is_known in zip(others, known, strict=True)]
+    return [
+        [text for _, text in own[:count]] if fact.prompt in exact else []
+        for fact, own, exact in zip(facts, others, said, strict=True)
+    ]
 
 
-def _asked(
+def _answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
-    count: int,
+    by_fact: Sequence[Sequence[str]],
     token: EditToken,
     token_budget: Budget,
     ranks: Ranks | None,
-    measured: Sequence[Fact],
 ) -> list[list[tuple[float, str, bool]]]:
-    """Candidates of each fact: the log-probability of its truth, the text, and whether the model answers with it."""
-    by_fact = candidate_prompts(facts, CANDIDATES * count, measured)
+    """Ask a model: the log-probability of a fact's truth after each of its texts, the text, and whether it says it."""
     pairs = [(index, text) for index, texts in enumerate(by_fact) if facts[index].target_true for text in texts]
     if not _can_be_encoded(tokenizer, facts, pairs, token):
         pairs = [pair for pair in pairs if _can_be_encoded(tokenizer, facts, [pair], token)]

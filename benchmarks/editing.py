@@ -37,6 +37,7 @@ from benchmarks.training import (
     Trained,
     arguments_of,
     changed,
+    corpus_options,
     digest,
     finish,
     header,
@@ -162,8 +163,7 @@ def runs(found: Trained, name: str, share: bool = False) -> dict[str, Edit]:
 
 def corpus(name: str, facts: Path | None) -> list[str]:
     """Return the options of the command line that choose the facts to edit."""
-    options = {"edits": EDITS[name]} if name == "atlas" else {"edits": EDITS[name], "path": facts}
-    return [f"--data.init_args.corpus.init_args.{option}={value}" for option, value in options.items()]
+    return corpus_options(edits=EDITS[name]) + ([] if name == "atlas" else corpus_options(path=facts))
 
 
 def compare(

@@ -52,7 +52,8 @@ HUNDRED, POINTS = 100, 8
 ABILITY = ("other_style_perplexity",)
 COMMAND = (
     "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds, with the "
-    "means of their 95 % intervals over facts; s: processor time of the edits; —: not measured"
+    "means of their 95 % intervals over facts; s: processor time of the edits; —: not measured; "
+    "not all variants have been run with all seeds"
 )
 Interval = list[float]
 

@@ -23,14 +23,16 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from benchmarks.standin.measures import keep_known
+from benchmarks.standin.measures import CANDIDATES, KNOWN, keep_known
 from benchmarks.training import (
     CONFIGS,
+    SOURCES,
     STANDIN,
     Once,
     Trained,
     arguments_of,
     changed,
+    corpus_options,
     finish,
     header,
     quiet,
@@ -44,8 +46,7 @@ from lit_moeedit.models.keys import RoutedKeys, watch_keys
 from lit_moeedit.models.partial_forward import inference, layer_output
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
-EDITS, CANDIDATES = 100, 200
-"""Number of edits, and of the stand-in's facts from which those that it knows are taken."""
+EDITS = KNOWN
 DEFAULT = 0.3
 """The default strength of :class:`~lit_moeedit.preservation.OutputPenalty`, which the configs have."""
 WORKING = 0.95
@@ -243,14 +244,13 @@ def main() -> None:
     file = arguments.output / "preservation.json"
     known = file.exists() and not arguments.fresh
     results = json.loads(file.read_text(encoding="utf-8")) if known else {}
-    sources = {"counterfact": ("path", arguments.facts), STANDIN: ("wordnet", arguments.wordnet)}
+    sources = {"counterfact": arguments.facts, STANDIN: arguments.wordnet}
     for name in arguments.names:
-        option, source = sources.get(name, ("", None))
-        if option and source is None:
-            sys.stderr.write(f"{name} is left out, it needs a source\n")
+        if name in SOURCES and sources[name] is None:
+            sys.stderr.write(f"{name} needs --{'wordnet' if name == STANDIN else 'facts'}, left out\n")
             continue
-        settings = {"edits": CANDIDATES if name == STANDIN else EDITS} | ({option: source} if option else {})
-        corpus = [f"--data.init_args.corpus.init_args.{setting}={value}" for setting, value in settings.items()]
+        corpus = corpus_options(edits=CANDIDATES if name == STANDIN else EDITS)
+        corpus += corpus_options(**{SOURCES[name]: sources[name]}) if name in SOURCES else []
         for seed in arguments.seeds:
             rows = results.setdefault(name, {}).setdefault(str(seed), [])
             for new in edits(name, seed, arguments.models, {_point(result) for result in rows}, corpus):

@@ -39,9 +39,20 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from benchmarks.editing import editors
-from benchmarks.standin.measures import keep_known
+from benchmarks.standin.measures import CANDIDATES, KNOWN, keep_known
 from benchmarks.survival_report import CALM, NAMES, draw, edits_of, tables
-from benchmarks.training import STANDIN, arguments_of, command_line, digest, quiet, trained, weights_file, write
+from benchmarks.training import (
+    SOURCES,
+    STANDIN,
+    arguments_of,
+    command_line,
+    corpus_options,
+    digest,
+    quiet,
+    trained,
+    weights_file,
+    write,
+)
 from lit_moeedit.callbacks import EditEvent, EditHold, EditListener, EditReplay, KnowledgeEditing
 from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
 from lit_moeedit.data.encoding import IGNORED_LABEL
@@ -54,10 +65,6 @@ RATE = 4e-5
 """Learning rate at the end of the configs' schedules."""
 CONTRADICTED = 8
 """Number of edited facts whose old answers stay in the text that contradicts."""
-KNOWN, CANDIDATES = 100, 200
-"""Number of edits of the stand-in, and of the facts from which those that it generates are taken."""
-SOURCES = {"counterfact": "path", STANDIN: "wordnet"}
-"""Models that need a file or a folder, and the setting of their corpus that names it."""
 STATED = 2
 """Number of paraphrases of a fact that are stated, where any are; how the others fare is measured apart."""
 ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -362,9 +369,8 @@ def main() -> None:
         if name in SOURCES and sources[name] is None:
             continue
         edits = arguments.edits if name == "counterfact" else CANDIDATES if name == STANDIN else None
-        settings = {SOURCES[name]: sources[name]} if name in SOURCES else {}
-        settings |= {} if edits is None else {"edits": edits}
-        options = [f"--data.init_args.corpus.init_args.{setting}={value}" for setting, value in settings.items()]
+        options = corpus_options(**{SOURCES[name]: sources[name]}) if name in SOURCES else []
+        options += [] if edits is None else corpus_options(edits=edits)
         for seed in arguments.seeds:
             found, only = trained(name, seed, arguments.models, *options), None
             if name == STANDIN:

@@ -76,6 +76,8 @@ _WEAK = (
 STANDIN = "standin"
 """Name of the model that is nearer to a real language model, see :mod:`benchmarks.standin`."""
 _STANDIN = ("../benchmarks/standin/standin.yaml", ())
+SOURCES: Mapping[str, str] = {"counterfact": "path", STANDIN: "wordnet"}
+"""Models whose corpus needs a file or a folder, and its setting that names it."""
 
 
 class FewCountries(Atlas):
@@ -121,6 +123,11 @@ def command_line(name: str, seed: int, *arguments: str) -> tuple[EditingCLI, Kno
         run=False,
     )
     return cli, next(callback for callback in cli.trainer.callbacks if isinstance(callback, KnowledgeEditing))
+
+
+def corpus_options(**settings: Any) -> list[str]:
+    """Arguments of the command line with settings of the corpus."""
+    return [f"--data.init_args.corpus.init_args.{name}={value}" for name, value in settings.items()]
 
 
 def arguments_of(description: str) -> argparse.ArgumentParser:

@@ -21,13 +21,24 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from benchmarks.editing import runs
-from benchmarks.standin.measures import WORDINGS, corpus_of, keep_known, perplexities, recall, swaps, trained_on
+from benchmarks.standin.measures import (
+    CANDIDATES,
+    KNOWN,
+    WORDINGS,
+    corpus_of,
+    keep_known,
+    perplexities,
+    recall,
+    swaps,
+    trained_on,
+)
 from benchmarks.training import (
     QUALITY,
     STANDIN,
     Trained,
     arguments_of,
     changed,
+    corpus_options,
     header,
     interval,
     quiet,
@@ -39,7 +50,6 @@ from lit_moeedit.data import Fact
 from lit_moeedit.editing import Place
 from lit_moeedit.models.experts import expert_layers
 
-EDITS, CANDIDATES = 100, 200
 PARTS = ("knowledge", "places", "neutral", "editors", "survival")
 STEPS, RATES = 120, (0.0, 2.5e-5, 2.5e-4)
 """Steps of further training, and learning rates: none, that at the end of the config's schedule, and ten times that."""
@@ -69,7 +79,7 @@ def measure(found: Trained, parts: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Names of what is measured of a model, each with its results."""
     if "knowledge" in parts:
         yield from knowledge(found)
-    keep_known(found, EDITS)
+    keep_known(found, KNOWN)
     if "places" in parts:
         yield from at_places(found)
     if "neutral" in parts:
@@ -94,7 +104,7 @@ def knowledge(found: Trained) -> Iterator[tuple[str, Any]]:
     yield "swaps", swaps(found)
     candidates = len(found.data.edit_facts())
     yield "known", keep_known(found, candidates)
-    yield "edits", min(EDITS, len(found.data.edit_facts()))
+    yield "edits", min(KNOWN, len(found.data.edit_facts()))
 
 
 def at_places(found: Trained) -> Iterator[tuple[str, Any]]:
@@ -211,8 +221,7 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     seeds = " ".join(map(str, arguments.seeds))
     command = f"`python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds {seeds}`"
-    corpus = {"wordnet": arguments.wordnet, "edits": CANDIDATES}
-    options = [f"--data.init_args.corpus.init_args.{option}={value}" for option, value in corpus.items()]
+    options = corpus_options(wordnet=arguments.wordnet, edits=CANDIDATES)
     for seed in map(str, arguments.seeds):
         found = trained(STANDIN, int(seed), arguments.models, *options)
         known = results.get(seed, {}).get("training", {}).get("weights") == found.weights

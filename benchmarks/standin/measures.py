@@ -20,6 +20,8 @@ from lit_moeedit.editing.evaluation import perplexity, score
 from lit_moeedit.models.experts import expert_layers
 from lit_moeedit.models.partial_forward import inference
 
+KNOWN, CANDIDATES = 100, 200
+"""Number of facts that are edited, and of those from which the ones that the model generates are taken."""
 WORDINGS = ("in training", "held out")
 
 

@@ -230,8 +230,8 @@ class Trained:
 
 def shares_by_fact(evaluation: Evaluation, facts: Sequence[Fact]) -> dict[str, str]:
     """Write down the metrics that are means over facts: ``3/4 0/4`` of two facts, and their keys."""
-    shown = {*QUALITY, "efficacy_accuracy", "generalization_accuracy"}
-    sums = {name: own.tolist() for name, own in evaluation.by_fact.items() if name in shown}
+    shown = (*QUALITY, "efficacy_accuracy", "generalization_accuracy", "specificity_retained_")
+    sums = {name: own.tolist() for name, own in evaluation.by_fact.items() if name.startswith(shown)}
     found = {name: " ".join(f"{a:g}/{b:g}" for a, b in zip(*own, strict=True)) for name, own in sums.items()}
     return {"keys": " ".join(fact.key[:16] for fact in facts), **found}
 

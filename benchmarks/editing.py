@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from benchmarks import reference
 from benchmarks.baselines import in_context, train_adapters
 from benchmarks.training import (
+    BY_FACT,
     QUALITY,
     STANDIN,
     Once,
@@ -41,7 +42,7 @@ from benchmarks.training import (
     digest,
     finish,
     header,
-    interval,
+    mean_of,
     quiet,
     row,
     trained,
@@ -110,7 +111,6 @@ KINDER = (
     "all tokens of the new answer, the residual is that of the target layer, layers take one over the layers left of "
     "it, and padding has no part in second moments. The row “as released” has the first three as released."
 )
-BY_FACT = "95 % bootstrap interval over the facts; of utility, routing and perplexity lowest to highest seed"
 
 Edit = Callable[[PreTrainedModel, Sequence[Fact]], dict[str, float]]
 
@@ -243,13 +243,7 @@ def of_parts(results: dict[str, Any]) -> list[str]:
             own = [found[label] for found in results[name].values() if label in found]
             of = [seed for seed, found in results[name].items() if label in found]
             cells = [label if len(of) == len(results[name]) else f"{label} (seeds {', '.join(of)})"]
-            for metric in QUALITY:
-                values = [run[metric] for run in own if run[metric] is not None]
-                low, high = (interval(own, metric) if has_facts else None) or (
-                    min(values, default=0.0),
-                    max(values, default=0.0),
-                )
-                cells.append(f"{statistics.mean(values):.3f} ({low:.2f}–{high:.2f})" if values else "–")
+            cells += [mean_of(own, metric) for metric in QUALITY]
             if not all(run["seconds"] for run in own):
                 lines.append(row([*cells, *("–" for _ in (*PHASES, "seconds", "ratio"))]))
                 continue

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.training import Trained, arguments_of, changed, header, interval, quiet, row, trained, write
+from benchmarks.training import Trained, arguments_of, changed, header, mean_of, quiet, row, trained, write
 from lit_moeedit.data import Atlas, Fact
 from lit_moeedit.data.atlas import TEMPLATES
 from lit_moeedit.data.datamodule import StatementDataset
@@ -149,18 +149,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         own = [result for result in results if (result["model"], result["token"], result["tokens"]) == key]
         for choice in CHOICES:
             found = [result[choice] for result in own]
-            cells = [_mean(found, "efficacy_accuracy"), ", ".join(f"{one['efficacy_accuracy']:.2f}" for one in found)]
-            cells += [_mean(found, metric) for metric in METRICS]
+            by_seed = ", ".join(f"{one['efficacy_accuracy']:.2f}" for one in found)
+            cells = [mean_of(found, "efficacy_accuracy"), by_seed, *(mean_of(found, metric) for metric in METRICS)]
             loss, seconds = (statistics.mean(one["seconds"][name] for one in found) for name in ("nll", "edit"))
             ratio = statistics.mean(one[choice]["seconds"]["edit"] / one["first"]["seconds"]["edit"] for one in own)
             facts = "/".join(dict.fromkeys(str(result["facts"]) for result in own))
             lines.append(row((*key, facts, choice, *cells, f"{loss:.2f}", f"{seconds:.1f}", f"{ratio:.2f}")))
     return "\n".join(lines)
-
-
-def _mean(found: Sequence[dict[str, Any]], metric: str) -> str:
-    mean, between = f"{statistics.mean(one[metric] for one in found):.3f}", interval(found, metric)
-    return mean if between is None else f"{mean} ({between[0]:.2f}–{between[1]:.2f})"
 
 
 def main() -> None:
@@ -178,7 +173,8 @@ def main() -> None:
     notes = (
         "`rows`: the setting `target_tokens`. `generated`: share of the new targets that are generated in full. "
         "`generalization`: the same after paraphrases. Means over the seeds; in parentheses 95 % bootstrap intervals "
-        "over the facts. `routing`: similarity above the lowest edited layer. `perplexity`: after over before. "
+        "over the facts, of `routing` and `perplexity` the lowest to the highest seed. `routing`: similarity above the "
+        "lowest edited layer. `perplexity`: after over before. "
         "`target loss`: nats per token with the target vectors. `edit, s`: without second moments; `time`: over that "
         "of `first`, in one run."
     )

@@ -10,7 +10,6 @@ The target vectors are the same in all rows. Writes ``moment_tokens.json`` and `
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.training import Once, Trained, arguments_of, changed, header, quiet, row, trained, write
+from benchmarks.training import (
+    BY_FACT,
+    Once,
+    Trained,
+    arguments_of,
+    changed,
+    header,
+    mean_of,
+    only,
+    quiet,
+    row,
+    trained,
+    write,
+)
 from lit_moeedit.data import Fact
 from lit_moeedit.solvers import ExpertDeltas
 
@@ -52,7 +64,7 @@ def measure(found: Trained) -> dict[str, dict[str, float]]:
 
     for part in PARTS:
         quality = found.quality(edit)
-        results[str(part)] = {name: quality[name] for name in SHOWN} | {"seconds": quality["seconds"]["statistics"]}
+        results[str(part)] = only(quality, SHOWN) | {"seconds": quality["seconds"]["statistics"]}
     for part in PARTS:
         results[str(part)]["difference"] = difference(made[part], made[None])
     return results
@@ -72,14 +84,15 @@ def main() -> None:
         by_seed = [measure(trained(name, seed, arguments.models, *given)) for seed in arguments.seeds]
         results[name] = dict(zip(map(str, arguments.seeds), by_seed, strict=True))
         for part in map(str, PARTS):
-            mean = {key: statistics.mean(found[part][key] for found in by_seed) for key in by_seed[0][part]}
-            cells = [f"{mean[key]:.3f}" for key in ("difference", *SHOWN, "seconds")]
+            own = [found[part] for found in by_seed]
+            cells = [mean_of(own, key) for key in ("difference", *SHOWN, "seconds")]
             lines.append(row([name, "all" if part == "None" else part, *cells]))
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")
     seeds = " ".join(map(str, arguments.seeds))
     facts = " --facts counterfact.json" if arguments.facts is not None else ""
-    command = f"`python -m benchmarks.moment_tokens{facts} --seeds {seeds}`, {torch.get_num_threads()} thread(s)"
+    command = f"`python -m benchmarks.moment_tokens{facts} --seeds {seeds}`, {torch.get_num_threads()} thread(s), "
+    command += f"means over the seeds ({BY_FACT}, likewise all other figures)"
     write("moment_tokens", command, text, results, arguments.output)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.standin.measures import CANDIDATES, KNOWN, keep_known
 from benchmarks.training import (
+    BY_FACT,
     CONFIGS,
     SOURCES,
     STANDIN,
@@ -35,6 +36,8 @@ from benchmarks.training import (
     corpus_options,
     finish,
     header,
+    mean_of,
+    only,
     quiet,
     row,
     trained,
@@ -177,17 +180,15 @@ def edits(name: str, seed: int, models: Path, known: set[Point], arguments: list
         editor = changed(found.editor, preserve=preserve, ridge=point.ridge, targets=shared)
         own = moments_of(point, *moments[point.gated])
         result = found.quality(lambda m, facts: editor.edit(m, found.tokenizer, facts, moments=own).seconds)  # noqa: B023
-        yield {**asdict(point), **{metric: result[metric] for metric in SHOWN}}
+        yield {**asdict(point), **only(result, SHOWN)}
 
 
-def by_setting(by_seed: dict[str, list[dict[str, Any]]]) -> dict[Point, dict[str, list[float]]]:
-    """Gather the metrics of each setting, seed by seed."""
-    rows: dict[Point, dict[str, list[float]]] = {}
+def by_setting(by_seed: dict[str, list[dict[str, Any]]]) -> dict[Point, list[dict[str, Any]]]:
+    """Gather the results of each setting, one of each seed."""
+    rows: dict[Point, list[dict[str, Any]]] = {}
     for results in by_seed.values():
         for result in results:
-            own = rows.setdefault(_point(result), {metric: [] for metric in SHOWN})
-            for metric in SHOWN:
-                own[metric].append(result[metric])
+            rows.setdefault(_point(result), []).append(result)
     return rows
 
 
@@ -196,15 +197,14 @@ def _point(result: dict[str, Any]) -> Point:
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """Format the results as Markdown: means over seeds, with the lowest and the highest."""
+    """Format the results as Markdown: means over seeds, with intervals."""
     lines = []
     for name in results:
-        lines += [f"{name}: {EDITS} edits, mean of seeds {', '.join(results[name])} (lowest to highest)", ""]
+        lines += [f"{name}: {EDITS} edits, mean of seeds {', '.join(results[name])} ({BY_FACT})", ""]
         lines += header(["form", "τ, β or strength", "λ", *(shown.replace("_", " ") for shown in SHOWN)])
         for point, found in by_setting(results[name]).items():
             cells = [point.form, f"{point.strength:g}", f"{point.ridge:g}"]
-            shown = (f"{statistics.mean(v):.3f} ({min(v):.2f}–{max(v):.2f})" for v in found.values())
-            lines.append(row([*cells, *shown]))
+            lines.append(row([*cells, *(mean_of(found, metric) for metric in SHOWN)]))
         lines.append("")
     return "\n".join(lines)
 
@@ -213,7 +213,10 @@ def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> 
     """Draw the neighbours that an edit keeps over its generalization, a curve for each form, the default ringed."""
     figure, grid = plt.subplots(1, len(results), figsize=(4.4 * len(results), 4.4), layout="constrained", squeeze=False)
     for axes, name in zip(grid[0], results, strict=True):
-        means = {p: {k: statistics.mean(v) for k, v in own.items()} for p, own in by_setting(results[name]).items()}
+        means = {
+            point: {metric: statistics.mean(result[metric] for result in own) for metric in SHOWN}
+            for point, own in by_setting(results[name]).items()
+        }
         found = sorted(means.items(), key=lambda item: item[0].strength)
         for form, marker in zip(DRAWN, "Xso^", strict=True):
             curve = [(point, part) for point, part in found if point.form == form and part["efficacy"] >= WORKING]

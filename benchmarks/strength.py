@@ -4,7 +4,7 @@ Run from the root of the repository, with the package installed:
 
     python -m benchmarks.strength --facts counterfact.json
 
-Six models: two that have seen little (256 steps on 30 countries), that of the demo, and three of CounterFact.
+Nine models: three that have seen little (256 steps on 30 countries), three of the demo, and three of CounterFact.
 Every setting edits copies of the same weights; those with the same target layer and ``stop`` share target vectors.
 Half of the paraphrases and neighbours of each fact are measured. With ``tune: true`` an editor chooses its settings by
 the other half (see :func:`lit_moeedit.editing.locating.tune`). Of CounterFact, where each fact has one of each, every
@@ -17,6 +17,7 @@ measured again. ``--fresh`` begins anew.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +26,26 @@ from typing import Any, Literal
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.training import WEAK, Once, Trained, arguments_of, changed, finish, header, quiet, row, trained
+from benchmarks.training import (
+    BY_FACT,
+    WEAK,
+    Once,
+    Trained,
+    arguments_of,
+    changed,
+    finish,
+    header,
+    mean_of,
+    only,
+    quiet,
+    row,
+    trained,
+)
 from lit_moeedit.data import Fact
 from lit_moeedit.editing import Editor, Place, evaluate
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
-CASES = ((WEAK, 0), (WEAK, 1), ("atlas", 0), *(("counterfact", seed) for seed in range(3)))
+MODELS = (WEAK, "atlas", "counterfact")
 SHOWN = ("efficacy_accuracy", "generalization", "specificity_retained", "routing", "perplexity")
 DRAWN = ("specificity_retained", "generalization")
 DEFAULT, STOP = 0.3, 0.05
@@ -68,6 +83,10 @@ class Setting:
         return (CovariancePenalty if self.kind == "covariance" else NullSpace)(self.strength)
 
 
+GIVEN, AUTO = Setting("all layers", DEFAULT), Setting(TUNED, DEFAULT, tune=True)
+"""The default, and the editor that chooses by itself."""
+
+
 def settings() -> Iterator[Setting]:
     """All settings; the default first."""
     for strength in (DEFAULT, 1.0, 0.03, 0.003, 3e-4, 3e-5):
@@ -83,7 +102,7 @@ def settings() -> Iterator[Setting]:
         yield Setting("all layers, by stop", DEFAULT, stop=stop)
     yield Setting("covariance", 1e3, kind="covariance")
     yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
-    yield Setting(TUNED, DEFAULT, tune=True)
+    yield AUTO
 
 
 def halves(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
@@ -143,7 +162,7 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
         result = case.quality(edit, measured)
         yield {
             **vars(setting),
-            **{metric: result[metric] for metric in SHOWN},
+            **only(result, SHOWN),
             "trial": {metric: seen[metric] for metric in SHOWN[:3]},
             "found": list(editor.layers),
             "chosen": str(editor.place) if setting.tune else None,
@@ -155,39 +174,54 @@ def setting_of(result: dict[str, Any]) -> Setting:
     return Setting(**{name: result[name] for name in Setting.__dataclass_fields__ if name in result})
 
 
-def tuned(found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The result of the editor that chooses by itself, if there is one."""
-    return next((result for result in found if result["series"] == TUNED), None)
+def by_setting(results: dict[str, list[dict[str, Any]]], name: str) -> dict[Setting, list[dict[str, Any]]]:
+    """Gather the results of each setting on a model, one of each seed."""
+    found: dict[Setting, list[dict[str, Any]]] = {}
+    for case, rows in results.items():
+        if case.startswith(f"{name}, seed "):
+            for result in rows:
+                found.setdefault(setting_of(result), []).append(result)
+    return found
 
 
-def title(case: str) -> str:
-    return case.replace("atlas, seed", "the demo's model, seed")
-
-
-def is_default(result: dict[str, Any]) -> bool:
-    return setting_of(result) == Setting("all layers", DEFAULT)
+def title(name: str) -> str:
+    return "the demo's model" if name == "atlas" else name
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown."""
-    lines = []
-    for case, found in results.items():
-        lines += [title(case), ""]
-        names = ("generalization", "retained")
-        lines += header(
-            ["setting", "strength", "layers", "stop", *(shown.replace("_", " ") for shown in SHOWN)]
-            + [f"{name} (trial)" for name in names]
-        )
-        for result in found:
-            name = result["series"] + (" (the default)" if is_default(result) else "")
-            cells = [f"{result['strength']:g}", ", ".join(map(str, result["found"])), f"{setting_of(result).stop:g}"]
-            if result is tuned(found):
-                name, cells = f"**{name}**: {result['chosen']}", ["", "", ""]
-            measured = [f"{result[metric]:.3f}" for metric in SHOWN]
-            seen = [f"{result['trial'][metric]:.3f}" for metric in SHOWN[1:3]]
-            lines.append(row([name, *cells, *measured, *seen]))
-        lines.append("")
-    return "\n".join(lines)
+    """Markdown: all models together, then each of them."""
+    by_model = {name: found for name in MODELS if (found := by_setting(results, name))}
+    count = len(results)
+    lines = [f"Means over the {count} models, the best harmonic mean of the first three columns first", ""]
+    lines += header(["setting", "strength", "layers", "stop", *map(_title, SHOWN), "harmonic mean"])
+    rows = []
+    for setting in settings():
+        found = [result for own in by_model.values() for result in own.get(setting, [])]
+        if len(found) == count:
+            means = [statistics.mean(result[metric] for result in found) for metric in SHOWN]
+            score = statistics.harmonic_mean(means[:3])
+            rows.append((score, [*_named(setting), *(f"{mean:.3f}" for mean in means), f"{score:.3f}"]))
+    lines += [row(cells) for _, cells in sorted(rows, key=lambda one: -one[0])]
+    for name, found in by_model.items():
+        seeds = [case.rpartition(" ")[2] for case in results if case.startswith(f"{name}, seed ")]
+        lines += ["", f"{title(name)}: mean over seeds {', '.join(seeds)} ({BY_FACT})", ""]
+        lines += header(["setting", "strength", "layers", "stop", *map(_title, SHOWN)])
+        for setting, own in found.items():
+            lines.append(row([*_named(setting), *(mean_of(own, metric) for metric in SHOWN)]))
+        chosen = [f"{one['chosen']} (seed {seed})" for seed, one in zip(seeds, found.get(AUTO, []), strict=False)]
+        lines += ["", f"Chosen by `{TUNED}`: {'; '.join(chosen)}."] if chosen else []
+    return "\n".join(lines) + "\n"
+
+
+def _named(setting: Setting) -> list[str]:
+    if setting.tune:
+        return [f"**{TUNED}**", "", "", f"{setting.stop:g}"]
+    name = setting.series + (" (the default)" if setting == GIVEN else "")
+    return [name, f"{setting.strength:g}", setting.layers, f"{setting.stop:g}"]
+
+
+def _title(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 STYLES = {
@@ -201,26 +235,27 @@ STYLES = {
 
 
 def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Generalization against neighbours retained; the default has a ring, what the trial chooses a star."""
-    rows, columns = -(-len(results) // 3), min(3, len(results))
-    size = (4.2 * columns, 4.0 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for unused in grid.flat[len(results) :]:
-        unused.set_axis_off()
-    for axes, (case, found) in zip(grid.flat, results.items(), strict=False):
+    """Generalization against neighbours retained, means over seeds; the default has a ring, what is tuned a star."""
+    names = [name for name in MODELS if by_setting(results, name)]
+    size = (4.4 * len(names), 4.6)
+    figure, grid = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
+    for axes, name in zip(grid[0], names, strict=True):
+        means = {
+            setting: [statistics.mean(result[metric] for result in own) for metric in DRAWN]
+            for setting, own in by_setting(results, name).items()
+        }
         for series, (color, marker, line) in STYLES.items():
-            own = [result for result in found if result["series"] == series]
-            own.sort(key=lambda result: (result["strength"], setting_of(result).stop))
-            x, y = ([result[metric] for result in own] for metric in DRAWN)
+            own = sorted((s for s in means if s.series == series), key=lambda s: (s.strength, s.stop))
+            x, y = zip(*(means[setting] for setting in own), strict=True)
             axes.plot(x, y, color=color, marker=marker, ls=line, label=series, alpha=0.8)
-        default = next(result for result in found if is_default(result))
-        axes.plot(*(default[metric] for metric in DRAWN), "o", ms=14, mfc="none", mec="black", label="the default")
-        if best := tuned(found):
-            axes.plot(*(best[metric] for metric in DRAWN), "*", ms=18, mfc="none", mec="black", label=TUNED)
-        axes.set(title=title(case), xlabel="neighbours retained", ylabel="generalization")
+        for setting, marker, label in ((GIVEN, "o", "the default"), (AUTO, "*", TUNED)):
+            if setting in means:
+                axes.plot(*means[setting], marker, ms=16, mfc="none", mec="black", label=label)
+        axes.set(title=title(name), xlabel="neighbours retained")
         axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel("generalization")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle("Further right and up is better")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -236,9 +271,8 @@ def main() -> None:
     file = arguments.output / "strength.json"
     order = list(settings())
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
-    cases = [f"{name}, seed {seed}" for name, seed in CASES]
-    results = {case: results[case] for case in cases if case in results}
-    for name, seed in CASES:
+    cases = [(name, seed) for name in MODELS for seed in arguments.seeds]
+    for name, seed in cases:
         options = [f"--data.init_args.corpus.init_args.path={arguments.facts}"] if name == "counterfact" else []
         if name == "counterfact" and arguments.facts is None:
             continue

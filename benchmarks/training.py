@@ -40,6 +40,8 @@ from lit_moeedit.metrics import RoutingSimilarity
 from lit_moeedit.module import LitMoE
 
 T = TypeVar("T")
+BY_FACT = "95 % bootstrap interval over the facts; of utility, routing and perplexity lowest to highest seed"
+"""What :func:`mean_of` formats."""
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 MODELS = ROOT / "runs/models"
@@ -230,7 +232,7 @@ class Trained:
 
 def shares_by_fact(evaluation: Evaluation, facts: Sequence[Fact]) -> dict[str, str]:
     """Write down the metrics that are means over facts: ``3/4 0/4`` of two facts, and their keys."""
-    shown = (*QUALITY, "efficacy_accuracy", "generalization_accuracy", "specificity_retained_")
+    shown = ("efficacy", "generalization", "specificity")
     sums = {name: own.tolist() for name, own in evaluation.by_fact.items() if name.startswith(shown)}
     found = {name: " ".join(f"{a:g}/{b:g}" for a, b in zip(*own, strict=True)) for name, own in sums.items()}
     return {"keys": " ".join(fact.key[:16] for fact in facts), **found}
@@ -251,6 +253,25 @@ def interval(results: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, 
             before = sums.get(key, [0.0, 0.0])
             sums[key] = [before[0] + holds, before[1] + counts]
     return intervals({metric: torch.tensor([*sums.values()], dtype=torch.float64).T}).get(metric)
+
+
+def only(result: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    """Keep some metrics of a result of :meth:`Trained.quality`, and what their intervals are made of."""
+    by_fact = {name: shares for name, shares in result["by_fact"].items() if name in {"keys", *metrics}}
+    return {**{metric: result[metric] for metric in metrics}, "by_fact": by_fact}
+
+
+def mean_of(results: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """Format a metric of a table: its mean over seeds, with its interval.
+
+    The interval is that of :func:`interval`; of what is no mean over facts, it is the lowest to the highest of several
+    seeds.
+    """
+    values = [result[metric] for result in results if result[metric] is not None]
+    if not values:
+        return "–"
+    between = interval(results, metric) or ((min(values), max(values)) if len(results) > 1 else None)
+    return f"{statistics.mean(values):.3f}" + ("" if between is None else f" ({between[0]:.2f}–{between[1]:.2f})")
 
 
 def trained(name: str, seed: int, models: Path, *arguments: str) -> Trained:

@@ -10,13 +10,25 @@ into ``benchmarks/results``.
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training import QUALITY, Once, arguments_of, changed, header, quiet, row, trained, write
+from benchmarks.training import (
+    BY_FACT,
+    QUALITY,
+    Once,
+    arguments_of,
+    changed,
+    header,
+    mean_of,
+    only,
+    quiet,
+    row,
+    trained,
+    write,
+)
 from lit_moeedit.editing import second_moments
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 from lit_moeedit.solvers import Tucker, TuckerFactors, Woodbury
@@ -60,10 +72,8 @@ def edits(seed: int, models: Path) -> tuple[dict[str, Any], list[str]]:
             if name.endswith(ALONE):
                 editor.layers = editor.layers[-1:]
             result = found.quality(lambda m, facts: editor.edit(m, found.tokenizer, facts, moments=own).seconds)  # noqa: B023
-            seconds = result["seconds"]
-            results[f"{preserve}, {name}"] = {metric: result[metric] for metric in QUALITY} | {
-                "seconds": seconds["features"] + seconds["solve"]
-            }
+            seconds = result["seconds"]["features"] + result["seconds"]["solve"]
+            results[f"{preserve}, {name}"] = {**only(result, QUALITY), "seconds": seconds}
     rows = []
     for layer in layers:
         second_moment = moments[False][layer.index].total.sum(0) / moments[False][layer.index].count.sum()
@@ -84,8 +94,8 @@ def main() -> None:
     columns = (*QUALITY, "seconds")
     lines = header(["variant", *columns])
     for name in results[arguments.seeds[0]]:
-        means = [statistics.mean(results[seed][name][column] for seed in arguments.seeds) for column in columns]
-        lines.append(row([name, *(f"{mean:.3f}" for mean in means)]))
+        own = [results[seed][name] for seed in arguments.seeds]
+        lines.append(row([name, *(mean_of(own, column) for column in columns)]))
     experts, d_model, d_hidden = 16, 128, 192
     lines += ["", f"Directions (of {experts} experts, {d_model} outputs, {d_hidden} inputs) that hold a share:", ""]
     lines += [*header(["seed", "layer", "weights", *ENERGIES]), *spectra]
@@ -93,7 +103,8 @@ def main() -> None:
     command = (
         f"`python -m benchmarks.tucker --seeds {' '.join(map(str, arguments.seeds))}`, {EDITS} edits, the means over"
     )
-    write("tucker", f"{command} the seeds; seconds are those of features and solve.", text, results, arguments.output)
+    command += f" the seeds ({BY_FACT}, likewise the seconds of features and solve)."
+    write("tucker", command, text, results, arguments.output)
     sys.stdout.write(text)
 
 

@@ -22,6 +22,8 @@ from lit_moeedit.models.partial_forward import inference
 
 KNOWN, CANDIDATES = 100, 200
 """Number of facts that are edited, and of those from which the ones that the model generates are taken."""
+CONTEXT_TOKENS = 10
+"""Number of tokens that a model adds to the first word of a context."""
 WORDINGS = ("in training", "held out")
 
 
@@ -103,6 +105,23 @@ def swaps(found: Trained, cases: int = 200, seed: int = 0) -> dict[str, dict[int
                         handle.remove()
                     right[token][i].append(bool(answer == wanted))
     return {token: {i: sum(x) / max(1, len(x)) for i, x in by_layer.items()} for token, by_layer in right.items()}
+
+
+def generated_contexts(found: Trained, count: int, seed: int = 0) -> list[str]:
+    """Let a model go on from first words of its texts: contexts for edits that it writes itself, as in MEMIT.
+
+    Each token is one of the five most likely ones, drawn by their likelihood.
+    """
+    words = sorted({text.split()[0] for text in found.preservation_texts()})
+    generator, texts = torch.Generator().manual_seed(seed), []
+    with inference(found.model):
+        for opening in random.Random(seed).sample(words, count):
+            ids = encode(found.tokenizer, [opening], [""])[0].ids
+            for _ in range(CONTEXT_TOKENS):
+                likely = found.model(torch.tensor([ids]), use_cache=False).logits[0, -1].topk(5)
+                ids = [*ids, int(likely.indices[torch.multinomial(likely.values.softmax(0), 1, generator=generator)])]
+            texts.append(found.tokenizer.decode(ids, skip_special_tokens=True).removesuffix(".") + ".")
+    return texts
 
 
 def trained_on(found: Trained, model: PreTrainedModel, steps: int, rate: float) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import editing, long_targets, preservation, strength
 from benchmarks.lifelong import PerExpert
 from benchmarks.survival_report import table
-from benchmarks.training import finish, interval
+from benchmarks.training import RESULTS, finish, interval, mean_of, only
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.editing.memory import GatedKeys
 
@@ -63,3 +65,30 @@ def test_a_fact_that_two_seeds_edit_is_one_fact_of_an_interval() -> None:
     assert (low, high) == (again_low, again_high) == (0.0, 1.0)
     assert wide_high - wide_low < high - low
     assert interval([one], "routing") is None and interval([{}], "efficacy") is None
+
+
+def test_a_cell_has_the_interval_over_facts_or_the_range_of_seeds() -> None:
+    facts = {"keys": "a b c d", "efficacy": "1/1 0/1 1/1 0/1", "generalization": "2/2 2/2 2/2 2/2"}
+    one, other = (
+        {"efficacy": 0.5, "generalization": 1.0, "routing": routing, "by_fact": facts} for routing in (0.5, 1)
+    )
+    assert mean_of([one, other], "efficacy") == "0.500 (0.00–1.00)"
+    assert mean_of([one, other], "routing") == "0.750 (0.50–1.00)" and mean_of([one], "routing") == "0.500"
+    assert mean_of([{"routing": None}, {"routing": None}], "routing") == "–"
+    kept = only(one, ["efficacy", "routing"])
+    assert kept == {"efficacy": 0.5, "routing": 0.5, "by_fact": {name: facts[name] for name in ("keys", "efficacy")}}
+    assert mean_of([kept], "efficacy") == "0.500 (0.00–1.00)"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("editing", editing.tables),
+        ("long_targets", long_targets.table),
+        ("preservation", preservation.table),
+        ("strength", strength.table),
+    ],
+)
+def test_a_table_is_of_the_results_beside_it(name: str, text: Callable[[Any], str]) -> None:
+    results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert text(results).strip() in (RESULTS / f"{name}.md").read_text(encoding="utf-8")

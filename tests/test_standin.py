@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -241,6 +243,25 @@ def small_texts(corpus: StandIn) -> list[Statement]:
         for relation in subject.facts
         for prompt in corpus.prompts(subject, relation)[HELD_OUT:]
     ]
+
+
+def test_a_model_writes_contexts_of_likely_tokens(untrained: Trained) -> None:
+    forward, calls = untrained.model.forward, list[tuple[list[int], list[int]]]()
+
+    def watched(ids: torch.Tensor, **settings: Any) -> Any:
+        output = forward(ids, **settings)
+        calls.append((ids[0].tolist(), output.logits[0, -1].topk(5).indices.tolist()))
+        return output
+
+    untrained.model.forward = watched  # type: ignore[method-assign]
+    texts = measures.generated_contexts(untrained, 3)
+    steps = [(likely, ids[-1]) for (before, likely), (ids, _) in pairwise(calls) if ids[:-1] == before]
+    assert len(steps) == 3 * (measures.CONTEXT_TOKENS - 1) and all(token in likely for likely, token in steps)
+    assert any(token != likely[0] for likely, token in steps)
+    words = {text.split()[0] for text in untrained.preservation_texts()}
+    openings = {next(word for word in words if text.startswith(word)) for text in texts}
+    assert len(openings) == 3 and all(text.endswith(".") for text in texts)
+    assert texts == measures.generated_contexts(untrained, 3) != measures.generated_contexts(untrained, 3, seed=1)
 
 
 def test_further_training_leaves_out_the_edited_subjects(untrained: Trained) -> None:

@@ -120,7 +120,7 @@ def generated_contexts(found: Trained, count: int, seed: int = 0) -> list[str]:
             for _ in range(CONTEXT_TOKENS):
                 likely = found.model(torch.tensor([ids]), use_cache=False).logits[0, -1].topk(5)
                 ids = [*ids, int(likely.indices[torch.multinomial(likely.values.softmax(0), 1, generator=generator)])]
-            texts.append(found.tokenizer.decode(ids, skip_special_tokens=True).removesuffix(".") + ".")
+            texts.append(found.tokenizer.decode(ids, skip_special_tokens=True).strip().removesuffix(".") + ".")
     return texts
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from benchmarks.training import RESULTS, command_line, quiet, write
+from benchmarks.training import RESULTS, command_line, header, quiet, row, write
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 from lit_moeedit.preservation import CovariancePenalty, NullSpace
 
@@ -71,7 +71,7 @@ def run(seed: int, name: str, folder: Path, first: Path | None = None) -> dict[s
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def row(summary: dict[str, Any]) -> list[float]:
+def values_of(summary: dict[str, Any]) -> list[float]:
     """The numbers of one run, in the order of the table's columns."""
     routing, perplexity = summary["routing"], summary["perplexity"]
     above = [value for i, value in routing["per_layer"].items() if int(i) > routing["first_edited_layer"]]
@@ -80,21 +80,32 @@ def row(summary: dict[str, Any]) -> list[float]:
     return [*values, *(perplexity[moment] / perplexity["before"] for moment in ("after", "after_training"))]
 
 
+def bounds_of(summary: dict[str, Any]) -> list[tuple[float, float] | None]:
+    """The intervals of one run; ``None`` of what is no mean over facts."""
+    return [*(summary["intervals"][moment].get(metric) for moment, metric in COLUMNS), *[None] * 4]
+
+
 HEADER = (
-    "| variant | seed | efficacy | general. | retained | efficacy, end | accuracy, end | general., end | retained, end "
-    "| routing above | routing, lowest layer | perplexity × | perplexity ×, end |"
-)
+    "variant", "seed", "efficacy", "generalization", "retained", "efficacy, end", "generated, end",
+    "generalization, end", "retained, end", "routing above", "routing, lowest layer", "perplexity ×",
+    "perplexity ×, end",
+)  # fmt: skip
 
 
-def table(results: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Markdown: one row per run, and the mean of each variant."""
-    lines = [HEADER, "|" + " --- |" * (HEADER.count("|") - 1)]
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Markdown: one row per run with its intervals, and the mean of each variant, from the lowest to the highest."""
+    lines = header(HEADER)
     for name, by_seed in results.items():
-        rows = {str(seed): row(summary) for seed, summary in by_seed.items()}
-        rows["mean"] = [statistics.mean(values) for values in zip(*rows.values(), strict=True)]
-        for seed, values in rows.items():
-            lines.append(f"| {name} | {seed} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+        runs = [values_of(summary) for summary in by_seed.values()]
+        rows = {seed: [*zip(values_of(own), bounds_of(own), strict=True)] for seed, own in by_seed.items()}
+        rows["mean"] = [(statistics.mean(own), (min(own), max(own))) for own in zip(*runs, strict=True)]
+        for seed, cells in rows.items():
+            lines.append(row([name, seed, *(_cell(value, between) for value, between in cells)]))
     return "\n".join(lines)
+
+
+def _cell(value: float, between: tuple[float, float] | None) -> str:
+    return f"{value:.3f}" + ("" if between is None else f" ({between[0]:.2f}–{between[1]:.2f})")
 
 
 def main() -> None:
@@ -104,16 +115,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quiet()
-    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in ("output", *arguments.variants)}
+    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in ("output", *arguments.variants)}
     with tempfile.TemporaryDirectory() as temporary:
         for seed in arguments.seeds:
             first = Path(temporary) / f"{seed}"
-            results["output"][seed] = run(seed, "output", first)
+            results["output"][str(seed)] = run(seed, "output", first)
             for name in arguments.variants:
                 if name != "output":
-                    results[name][seed] = run(seed, name, Path(temporary) / f"{seed}-{name}", first)
+                    results[name][str(seed)] = run(seed, name, Path(temporary) / f"{seed}-{name}", first)
     text = table(results)
-    command = f"`python -m benchmarks.atlas --seeds {' '.join(map(str, arguments.seeds))}`"
+    command = (
+        f"`python -m benchmarks.atlas --seeds {' '.join(map(str, arguments.seeds))}`: 95 % bootstrap intervals over "
+        "the facts of each seed; of the means the lowest to the highest seed"
+    )
     write("atlas", command, text, results, arguments.output)
     sys.stdout.write(text + "\n")
 

@@ -27,7 +27,18 @@ import lightning as L
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.training import arguments_of, command_line, header, quiet, row, trained, write
+from benchmarks.training import (
+    arguments_of,
+    command_line,
+    header,
+    mean_of,
+    only,
+    quiet,
+    row,
+    shares_by_fact,
+    trained,
+    write,
+)
 from lit_moeedit.callbacks import EditReplay, EditReport, KnowledgeEditing, RoutingMonitor
 from lit_moeedit.callbacks.listener import EditEvent, EditListener
 from lit_moeedit.cli import EditingCLI
@@ -70,6 +81,8 @@ class Observer(EditListener):
         evaluation = self.evaluate(done)
         said, metrics = evaluation.edits_exact, evaluation.metrics
         found = {name: metrics[name] for name in METRICS}
+        if done == BATCHES:
+            found = only({**found, "by_fact": shares_by_fact(evaluation, self.facts)}, METRICS)
         found["oldest"], found["newest"] = (float(part.float().mean()) for part in (said[:SIZE], said[-SIZE:]))
         self.batches.append(found)
 
@@ -117,18 +130,13 @@ def run(seed: int, setting: str, memory: str, models: Path) -> list[dict[str, An
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     """Markdown: what is left of all 200 edits at the end."""
-    columns = ["variant", "seed", "efficacy", "accuracy", "generalization", "retained"]
-    lines = header([*columns, "accuracy, first 20", "accuracy, last 20", "keys per layer"])
+    columns = ["variant", "efficacy", "generated", "generalization", "retained"]
+    lines = header([*columns, "generated, first 20", "generated, last 20", "keys per layer"])
     for name, by_seed in results.items():
-        rows: dict[str, list[float]] = {}
-        for seed, batches in by_seed.items():
-            last = batches[-1]
-            keys = [size[1] for size in last.get("memory", {}).values()]
-            rows[seed] = [last[metric] for metric in (*METRICS, "oldest", "newest")]
-            rows[seed] += [statistics.mean(keys) if keys else 0.0]
-        rows["mean"] = [statistics.mean(values) for values in zip(*rows.values(), strict=True)]
-        for seed, values in rows.items():
-            lines.append(row([name, seed, *(f"{value:.3f}" for value in values[:-1]), f"{values[-1]:.0f}"]))
+        last = [batches[-1] for batches in by_seed.values()]
+        keys = [size[1] for own in last for size in own.get("memory", {}).values()]
+        cells = [mean_of(last, metric) for metric in (*METRICS, "oldest", "newest")]
+        lines.append(row([name, *cells, f"{statistics.mean(keys) if keys else 0.0:.0f}"]))
     return "\n".join(lines)
 
 
@@ -169,7 +177,10 @@ def main() -> None:
     quiet()
     file = arguments.output / "sequential.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
-    command = f"`python -m benchmarks.sequential --seeds {' '.join(map(str, arguments.seeds))}`"
+    command = (
+        f"`python -m benchmarks.sequential --seeds {' '.join(map(str, arguments.seeds))}`: means over the seeds (95 % "
+        "bootstrap interval over the facts; of the first and the last 20 the lowest to the highest seed)"
+    )
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for setting, memories in SETTINGS.items():
         for memory in memories:

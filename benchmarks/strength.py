@@ -192,7 +192,10 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: all models together, then each of them."""
     by_model = {name: found for name in MODELS if (found := by_setting(results, name))}
     count = len(results)
-    lines = [f"Means over the {count} models, also of the harmonic mean of the first three columns, the highest first", ""]
+    lines = [
+        f"Means over the {count} models, also of the harmonic mean of the first three columns, the highest first",
+        "",
+    ]
     lines += header(["setting", "strength", "layers", "stop", *map(_title, SHOWN), "harmonic mean"])
     rows = []
     for setting in settings():

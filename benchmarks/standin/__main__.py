@@ -7,7 +7,7 @@ Run from the root of the repository, with the package installed, and WordNet's `
 
 Training takes about 40 minutes on one core, once. Facts that the model does not generate are not edited. Writes
 ``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts of the same weights that are not measured again
-are kept. Intervals are 95 % bootstrap intervals over the facts of a seed.
+are kept.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from benchmarks.standin.measures import (
     trained_on,
 )
 from benchmarks.training import (
+    BY_FACT,
     QUALITY,
     STANDIN,
     Trained,
@@ -173,19 +174,19 @@ def _label(place: Place) -> str:
 
 
 TITLES = {
-    "places": "The default editor by token and layers:",
-    "contexts": "The default editor at the token and layers of the config, by what is put before the prompts, each of "
-    "them alone besides:",
+    "places": "The default editor by token and layers",
+    "contexts": "The default editor at the token and layers of the config, by what is put before the prompts, which "
+    "are edited by themselves besides",
     "neutral": "The default editor at the token and layers of the config, by further neutral prompts of each fact and "
-    "steps of the search for target vectors:",
-    "editors": "Editors at the token and layers of the config, with shared targets and moments:",
-    "survival": "The default editor at the token and layers of the config, after further training on other texts:",
+    "steps of the search for target vectors",
+    "editors": "Editors at the token and layers of the config, with shared targets and moments",
+    "survival": "The default editor at the token and layers of the config, after further training on other texts",
 }
 HEADS = {"neutral": "neutral prompts"}
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown of all that was measured, by seed."""
+    """Markdown of all that was measured: what the model of each seed knows, then the edits of all seeds together."""
     lines = []
     for seed, found in results.items():
         size, seconds = found["parameters"] / 1e6, found["training"]["seconds"]
@@ -207,10 +208,18 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
             *(row([token, *(f"{x:.2f}" for x in by.values())]) for token, by in found["swaps"].items()),
             "",
             f"{found['edits']} edits of facts that it generates, which are {found['known']:.0%} of the candidates.",
+            "",
         ]
-        for part in (part for part in TITLES if part in found):
-            lines += ["", TITLES[part], "", *header([HEADS.get(part, part.removesuffix("s")), *map(_title, SHOWN)])]
-            lines += [row([label, *(mean_of([run], name) for name in SHOWN)]) for label, run in found[part].items()]
+    for part, title in TITLES.items():
+        by_seed = {seed: found[part] for seed, found in results.items() if part in found}
+        if not by_seed:
+            continue
+        lines += [f"{title}, mean over seeds {', '.join(by_seed)} ({BY_FACT}):", ""]
+        lines += header([HEADS.get(part, part.removesuffix("s")), *map(_title, SHOWN)])
+        for label in dict.fromkeys(label for rows in by_seed.values() for label in rows):
+            own = {seed: rows[label] for seed, rows in by_seed.items() if label in rows}
+            name = label if len(own) == len(by_seed) else f"{label} (seed {', '.join(own)})"
+            lines.append(row([name, *(mean_of([*own.values()], metric) for metric in SHOWN)]))
         lines.append("")
     return "\n".join(lines)
 

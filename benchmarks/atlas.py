@@ -21,7 +21,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from benchmarks.training import RESULTS, command_line, header, quiet, row, write
+from benchmarks.training import BY_FACT, RESULTS, cell, command_line, header, quiet, row, write
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 from lit_moeedit.preservation import CovariancePenalty, NullSpace
 
@@ -93,19 +93,15 @@ HEADER = (
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Markdown: one row per run with its intervals, and the mean of each variant, from the lowest to the highest."""
+    """Markdown: one row per run with its intervals, and the mean of each variant with its range."""
     lines = header(HEADER)
     for name, by_seed in results.items():
         runs = [values_of(summary) for summary in by_seed.values()]
-        rows = {seed: [*zip(values_of(own), bounds_of(own), strict=True)] for seed, own in by_seed.items()}
-        rows["mean"] = [(statistics.mean(own), (min(own), max(own))) for own in zip(*runs, strict=True)]
-        for seed, cells in rows.items():
-            lines.append(row([name, seed, *(_cell(value, between) for value, between in cells)]))
+        for seed, own in by_seed.items():
+            lines.append(row([name, seed, *map(cell, values_of(own), bounds_of(own))]))
+        means = [cell(statistics.mean(own), spread=(min(own), max(own))) for own in zip(*runs, strict=True)]
+        lines.append(row([name, "mean", *means]))
     return "\n".join(lines)
-
-
-def _cell(value: float, between: tuple[float, float] | None) -> str:
-    return f"{value:.3f}" + ("" if between is None else f" ({between[0]:.2f}–{between[1]:.2f})")
 
 
 def main() -> None:
@@ -124,10 +120,7 @@ def main() -> None:
                 if name != "output":
                     results[name][str(seed)] = run(seed, name, Path(temporary) / f"{seed}-{name}", first)
     text = table(results)
-    command = (
-        f"`python -m benchmarks.atlas --seeds {' '.join(map(str, arguments.seeds))}`: 95 % bootstrap intervals over "
-        "the facts of each seed; of the means the lowest to the highest seed"
-    )
+    command = f"`python -m benchmarks.atlas --seeds {' '.join(map(str, arguments.seeds))}`: {BY_FACT}"
     write("atlas", command, text, results, arguments.output)
     sys.stdout.write(text + "\n")
 

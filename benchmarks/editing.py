@@ -42,6 +42,7 @@ from benchmarks.training import (
     digest,
     finish,
     header,
+    label_of,
     mean_of,
     quiet,
     row,
@@ -228,10 +229,8 @@ def of_parts(results: dict[str, Any]) -> list[str]:
         if not results.get(name):
             continue
         labels = list(dict.fromkeys(label for found in results[name].values() for label in found))
-        has_facts = all("by_fact" in run for found in results[name].values() for run in found.values())
-        intervals = BY_FACT if has_facts else "lowest to highest seed"
         threads = {str(run["threads"]) for found in results[name].values() for run in found.values()}
-        measured = f"mean over seeds {', '.join(results[name])} ({intervals}), threads: {', '.join(sorted(threads))}"
+        measured = f"mean over seeds {', '.join(results[name])} ({BY_FACT}), threads: {', '.join(sorted(threads))}"
         loads = [run["load"] for found in results[name].values() for run in found.values() if "load" in run]
         if loads and max(loads) > 2:
             measured += f". Seconds, where they are, are rough: the load of the machine was up to {max(loads):.0f}"
@@ -240,9 +239,8 @@ def of_parts(results: dict[str, Any]) -> list[str]:
         lines += [f"{EDITS[name]} edits, {name}: {measured}", ""]
         lines += header(["editor", *QUALITY, *PHASES, "seconds", "× the reference"])
         for label in labels:
-            own = [found[label] for found in results[name].values() if label in found]
-            of = [seed for seed, found in results[name].items() if label in found]
-            cells = [label if len(of) == len(results[name]) else f"{label} (seeds {', '.join(of)})"]
+            by_seed = {seed: found[label] for seed, found in results[name].items() if label in found}
+            own, cells = [*by_seed.values()], [label_of(label, by_seed, results[name])]
             cells += [mean_of(own, metric) for metric in QUALITY]
             if not all(run["seconds"] for run in own):
                 lines.append(row([*cells, *("–" for _ in (*PHASES, "seconds", "ratio"))]))

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.training import Trained, arguments_of, changed, header, mean_of, quiet, row, trained, write
+from benchmarks.training import BY_FACT, Trained, arguments_of, changed, header, mean_of, quiet, row, trained, write
 from lit_moeedit.data import Atlas, Fact
 from lit_moeedit.data.atlas import TEMPLATES
 from lit_moeedit.data.datamodule import StatementDataset
@@ -142,20 +142,27 @@ def compare(name: str, seed: int, case: Trained, rows: Sequence[tuple[str, str]]
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Format the results as Markdown: means over seeds, and the share that every seed generates."""
-    names = ("generated", "by seed", "generalization", "specificity retained", "routing", "perplexity", "target loss")
+    """Format the results as Markdown: means over seeds."""
+    names = ("generated", "generalization", "specificity retained", "routing", "perplexity", "target loss")
     lines = header(("model", "token", "tokens", "facts", "rows", *names, "edit, s", "time"))
     for key in dict.fromkeys((result["model"], result["token"], result["tokens"]) for result in results):
         own = [result for result in results if (result["model"], result["token"], result["tokens"]) == key]
         for choice in CHOICES:
             found = [result[choice] for result in own]
-            by_seed = ", ".join(f"{one['efficacy_accuracy']:.2f}" for one in found)
-            cells = [mean_of(found, "efficacy_accuracy"), by_seed, *(mean_of(found, metric) for metric in METRICS)]
+            cells = [mean_of(found, metric) for metric in ("efficacy_accuracy", *METRICS)]
             loss, seconds = (statistics.mean(one["seconds"][name] for one in found) for name in ("nll", "edit"))
             ratio = statistics.mean(one[choice]["seconds"]["edit"] / one["first"]["seconds"]["edit"] for one in own)
             facts = "/".join(dict.fromkeys(str(result["facts"]) for result in own))
             lines.append(row((*key, facts, choice, *cells, f"{loss:.2f}", f"{seconds:.1f}", f"{ratio:.2f}")))
     return "\n".join(lines)
+
+
+NOTES = (
+    "`rows`: the setting `target_tokens`. `generated`: share of the new targets that are generated in full. "
+    f"`generalization`: the same after paraphrases. Means over the seeds, {BY_FACT}. `routing`: similarity above the "
+    "lowest edited layer. `perplexity`: after over before. `target loss`: nats per token with the target vectors. "
+    "`edit, s`: without second moments; `time`: over that of `first`, in one run."
+)
 
 
 def main() -> None:
@@ -170,14 +177,6 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     if file.exists() and not arguments.fresh:
         results = json.loads(file.read_text(encoding="utf-8"))
-    notes = (
-        "`rows`: the setting `target_tokens`. `generated`: share of the new targets that are generated in full. "
-        "`generalization`: the same after paraphrases. Means over the seeds; in parentheses 95 % bootstrap intervals "
-        "over the facts, of `routing` and `perplexity` the lowest to the highest seed. `routing`: similarity above the "
-        "lowest edited layer. `perplexity`: after over before. "
-        "`target loss`: nats per token with the target vectors. `edit, s`: without second moments; `time`: over that "
-        "of `first`, in one run."
-    )
     for name in arguments.names:
         if name == "counterfact" and arguments.facts is None:
             continue
@@ -195,7 +194,7 @@ def main() -> None:
                     f"`python -m benchmarks.long_targets --facts counterfact.json --seeds {seeds}`, "
                     f"{torch.get_num_threads()} thread(s)"
                 )
-                write("long_targets", command, f"{table(results)}\n\n{notes}", results, arguments.output)
+                write("long_targets", command, f"{table(results)}\n\n{NOTES}", results, arguments.output)
     sys.stdout.write(table(results) + "\n")
 
 

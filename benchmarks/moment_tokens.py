@@ -51,7 +51,7 @@ def difference(deltas: dict[int, ExpertDeltas], whole: dict[int, ExpertDeltas]) 
     return float((squares[0] / squares[1]).sqrt())
 
 
-def measure(found: Trained) -> dict[str, dict[str, float]]:
+def measure(found: Trained) -> dict[str, dict[str, Any]]:
     """By number of tokens, metrics of the edit, its seconds of statistics, and how far it is from the whole edit."""
     editor = changed(found.editor, targets=Once(found.editor.targets))
     texts, results = found.preservation_texts(), {}
@@ -70,30 +70,33 @@ def measure(found: Trained) -> dict[str, dict[str, float]]:
     return results
 
 
+def table(results: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> str:
+    """Markdown: means over the seeds of each model."""
+    lines = header(["model", "tokens", "difference of ΔW", *SHOWN, "statistics, s"])
+    for name, by_seed in results.items():
+        for part in map(str, PARTS):
+            own = [found[part] for found in by_seed.values()]
+            cells = [mean_of(own, key) for key in ("difference", *SHOWN, "seconds")]
+            lines.append(row([name, "all" if part == "None" else part, *cells]))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--facts", type=Path, help="a CounterFact file, for a second model")
     arguments = parser.parse_args()
     quiet()
-    results: dict[str, Any] = {}
-    lines = header(["model", "tokens", "difference of ΔW", *SHOWN, "statistics, s"])
+    results: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     models: dict[str, list[str]] = {"atlas": []}
     if arguments.facts is not None:
         models["counterfact"] = [f"--data.init_args.corpus.init_args.path={arguments.facts.resolve()}"]
     for name, given in models.items():
-        by_seed = [measure(trained(name, seed, arguments.models, *given)) for seed in arguments.seeds]
-        results[name] = dict(zip(map(str, arguments.seeds), by_seed, strict=True))
-        for part in map(str, PARTS):
-            own = [found[part] for found in by_seed]
-            cells = [mean_of(own, key) for key in ("difference", *SHOWN, "seconds")]
-            lines.append(row([name, "all" if part == "None" else part, *cells]))
-    text = "\n".join(lines)
-    sys.stdout.write(text + "\n")
+        results[name] = {str(s): measure(trained(name, s, arguments.models, *given)) for s in arguments.seeds}
     seeds = " ".join(map(str, arguments.seeds))
     facts = " --facts counterfact.json" if arguments.facts is not None else ""
     command = f"`python -m benchmarks.moment_tokens{facts} --seeds {seeds}`, {torch.get_num_threads()} thread(s), "
-    command += f"means over the seeds ({BY_FACT}, likewise all other figures)"
-    write("moment_tokens", command, text, results, arguments.output)
+    write("moment_tokens", f"{command}means over the seeds ({BY_FACT})", table(results), results, arguments.output)
+    sys.stdout.write(table(results) + "\n")
 
 
 if __name__ == "__main__":

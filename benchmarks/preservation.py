@@ -36,6 +36,7 @@ from benchmarks.training import (
     corpus_options,
     finish,
     header,
+    label_of,
     mean_of,
     only,
     quiet,
@@ -183,12 +184,12 @@ def edits(name: str, seed: int, models: Path, known: set[Point], arguments: list
         yield {**asdict(point), **only(result, SHOWN)}
 
 
-def by_setting(by_seed: dict[str, list[dict[str, Any]]]) -> dict[Point, list[dict[str, Any]]]:
-    """Gather the results of each setting, one of each seed."""
-    rows: dict[Point, list[dict[str, Any]]] = {}
-    for results in by_seed.values():
+def by_setting(by_seed: dict[str, list[dict[str, Any]]]) -> dict[Point, dict[str, dict[str, Any]]]:
+    """Gather the results of each setting by seed."""
+    rows: dict[Point, dict[str, dict[str, Any]]] = {}
+    for seed, results in by_seed.items():
         for result in results:
-            rows.setdefault(_point(result), []).append(result)
+            rows.setdefault(_point(result), {})[seed] = result
     return rows
 
 
@@ -203,8 +204,8 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
         lines += [f"{name}: {EDITS} edits, mean of seeds {', '.join(results[name])} ({BY_FACT})", ""]
         lines += header(["form", "τ, β or strength", "λ", *(shown.replace("_", " ") for shown in SHOWN)])
         for point, found in by_setting(results[name]).items():
-            cells = [point.form, f"{point.strength:g}", f"{point.ridge:g}"]
-            lines.append(row([*cells, *(mean_of(found, metric) for metric in SHOWN)]))
+            cells = [label_of(point.form, found, results[name]), f"{point.strength:g}", f"{point.ridge:g}"]
+            lines.append(row([*cells, *(mean_of([*found.values()], metric) for metric in SHOWN)]))
         lines.append("")
     return "\n".join(lines)
 
@@ -214,7 +215,7 @@ def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> 
     figure, grid = plt.subplots(1, len(results), figsize=(4.4 * len(results), 4.4), layout="constrained", squeeze=False)
     for axes, name in zip(grid[0], results, strict=True):
         means = {
-            point: {metric: statistics.mean(result[metric] for result in own) for metric in SHOWN}
+            point: {metric: statistics.mean(result[metric] for result in own.values()) for metric in SHOWN}
             for point, own in by_setting(results[name]).items()
         }
         found = sorted(means.items(), key=lambda item: item[0].strength)
@@ -259,9 +260,10 @@ def main() -> None:
             for new in edits(name, seed, arguments.models, {_point(result) for result in rows}, corpus):
                 rows.append(new)
                 file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    seeds = " ".join(map(str, arguments.seeds))
     command = (
-        "`python -m benchmarks.preservation --facts counterfact.json --wordnet /usr/share/wordnet "
-        f"--seeds {' '.join(map(str, arguments.seeds))}`, 1 thread"
+        f"`python -m benchmarks.preservation --facts counterfact.json --wordnet /usr/share/wordnet --seeds {seeds}`, "
+        "1 thread"
     )
     finish("preservation", command, table(results), picture, results, arguments.output)
 

@@ -28,9 +28,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.training import (
+    BY_FACT,
     arguments_of,
     command_line,
     header,
+    label_of,
     mean_of,
     only,
     quiet,
@@ -136,6 +138,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
         last = [batches[-1] for batches in by_seed.values()]
         keys = [size[1] for own in last for size in own.get("memory", {}).values()]
         cells = [mean_of(last, metric) for metric in (*METRICS, "oldest", "newest")]
+        name = label_of(name, by_seed, next(iter(results.values())))
         lines.append(row([name, *cells, f"{statistics.mean(keys) if keys else 0.0:.0f}"]))
     return "\n".join(lines)
 
@@ -177,19 +180,16 @@ def main() -> None:
     quiet()
     file = arguments.output / "sequential.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
-    command = (
-        f"`python -m benchmarks.sequential --seeds {' '.join(map(str, arguments.seeds))}`: means over the seeds (95 % "
-        "bootstrap interval over the facts; of the first and the last 20 the lowest to the highest seed)"
-    )
+    seeds = [*map(str, arguments.seeds)]
+    command = f"`python -m benchmarks.sequential --seeds {' '.join(seeds)}`: means over the seeds ({BY_FACT})"
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for setting, memories in SETTINGS.items():
         for memory in memories:
             variant = f"{setting}, {memory}".removeprefix(", ")
-            results[variant] = known.get(variant, {})
-            for seed in map(str, arguments.seeds):
-                if seed not in results[variant]:
-                    results[variant][seed] = run(int(seed), setting, memory, arguments.models)
-                    write("sequential", command, table(results), {**known, **results}, arguments.output)
+            own = results[variant] = {seed: known[variant][seed] for seed in seeds if seed in known.get(variant, {})}
+            for seed in seeds:
+                own[seed] = own.get(seed) or run(int(seed), setting, memory, arguments.models)
+                write("sequential", command, table(results), {**known, **results}, arguments.output)
     draw(results, arguments.output / "sequential.png")
     sys.stdout.write(table(results) + "\n")
 

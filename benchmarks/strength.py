@@ -4,7 +4,7 @@ Run from the root of the repository, with the package installed:
 
     python -m benchmarks.strength --facts counterfact.json
 
-Nine models: three that have seen little (256 steps on 30 countries), three of the demo, and three of CounterFact.
+Models that have seen little (256 steps on 30 countries), those of the demo, and those of CounterFact.
 Every setting edits copies of the same weights; those with the same target layer and ``stop`` share target vectors.
 Half of the paraphrases and neighbours of each fact are measured. With ``tune: true`` an editor chooses its settings by
 the other half (see :func:`lit_moeedit.editing.locating.tune`). Of CounterFact, where each fact has one of each, every
@@ -35,6 +35,7 @@ from benchmarks.training import (
     changed,
     finish,
     header,
+    label_of,
     mean_of,
     only,
     quiet,
@@ -42,7 +43,7 @@ from benchmarks.training import (
     trained,
 )
 from lit_moeedit.data import Fact
-from lit_moeedit.editing import Editor, Place, evaluate
+from lit_moeedit.editing import Editor, Place
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
 MODELS = (WEAK, "atlas", "counterfact")
@@ -134,7 +135,6 @@ class ByTop:
 def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
     """Measure the settings of one model that are not known yet."""
     trial, measured = halves(case.data.edit_facts())
-    before = evaluate(case.model, case.tokenizer, trial)
     texts, shared = case.preservation_texts(), dict[float, ByTop]()
     moments: dict[tuple[bool, tuple[int, ...]], Any] = {}
     for setting in settings():
@@ -152,18 +152,15 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
             editor = editor.at(Place(editor.layers[-1:], None))
         if (place := (editor.gated, editor.layers)) not in moments:
             moments[place] = editor.moments(case.model, case.tokenizer, editor.check(case.model), texts)
-        seen: dict[str, float] = {}
 
         def edit(model: Any, facts: Any) -> dict[str, float]:
             result = editor.edit(model, case.tokenizer, trial, texts, moments=moments[place], measured=measured)  # noqa: B023
-            seen.update(evaluate(model, case.tokenizer, trial, before.neighbours_exact).metrics)  # noqa: B023
             return result.seconds
 
         result = case.quality(edit, measured)
         yield {
             **vars(setting),
             **only(result, SHOWN),
-            "trial": {metric: seen[metric] for metric in SHOWN[:3]},
             "found": list(editor.layers),
             "chosen": str(editor.place) if setting.tune else None,
             "seconds": result["seconds"],
@@ -174,13 +171,13 @@ def setting_of(result: dict[str, Any]) -> Setting:
     return Setting(**{name: result[name] for name in Setting.__dataclass_fields__ if name in result})
 
 
-def by_setting(results: dict[str, list[dict[str, Any]]], name: str) -> dict[Setting, list[dict[str, Any]]]:
-    """Gather the results of each setting on a model, one of each seed."""
-    found: dict[Setting, list[dict[str, Any]]] = {}
+def by_setting(results: dict[str, list[dict[str, Any]]], name: str) -> dict[Setting, dict[str, dict[str, Any]]]:
+    """Gather the results of each setting on a model, by seed."""
+    found: dict[Setting, dict[str, dict[str, Any]]] = {}
     for case, rows in results.items():
-        if case.startswith(f"{name}, seed "):
-            for result in rows:
-                found.setdefault(setting_of(result), []).append(result)
+        model, _, seed = case.rpartition(", seed ")
+        for result in rows if model == name else []:
+            found.setdefault(setting_of(result), {})[seed] = result
     return found
 
 
@@ -191,27 +188,30 @@ def title(name: str) -> str:
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: all models together, then each of them."""
     by_model = {name: found for name in MODELS if (found := by_setting(results, name))}
-    count = len(results)
+    seeds = {name: [*max(found.values(), key=len)] for name, found in by_model.items()}
+    count = sum(map(len, seeds.values()))
     lines = [
-        f"Means over the {count} models, also of the harmonic mean of the first three columns, the highest first",
+        f"Means over the {count} models, also of the harmonic mean of the first three metrics, the highest first; "
+        "settings that are next to each other differ by less than their intervals below",
         "",
     ]
     lines += header(["setting", "strength", "layers", "stop", *map(_title, SHOWN), "harmonic mean"])
     rows = []
     for setting in settings():
-        found = [result for own in by_model.values() for result in own.get(setting, [])]
+        found = [result for own in by_model.values() for result in own.get(setting, {}).values()]
         if len(found) == count:
             means = [statistics.mean(result[metric] for result in found) for metric in SHOWN]
             score = statistics.mean(statistics.harmonic_mean([one[metric] for metric in SHOWN[:3]]) for one in found)
             rows.append((score, [*_named(setting), *(f"{mean:.3f}" for mean in means), f"{score:.3f}"]))
     lines += [row(cells) for _, cells in sorted(rows, key=lambda one: -one[0])]
-    for name, found in by_model.items():
-        seeds = [case.rpartition(" ")[2] for case in results if case.startswith(f"{name}, seed ")]
-        lines += ["", f"{title(name)}: mean over seeds {', '.join(seeds)} ({BY_FACT})", ""]
+    for name, own in by_model.items():
+        lines += ["", f"{title(name)}: mean over seeds {', '.join(seeds[name])} ({BY_FACT})", ""]
         lines += header(["setting", "strength", "layers", "stop", *map(_title, SHOWN)])
-        for setting, own in found.items():
-            lines.append(row([*_named(setting), *(mean_of(own, metric) for metric in SHOWN)]))
-        chosen = [f"{one['chosen']} (seed {seed})" for seed, one in zip(seeds, found.get(AUTO, []), strict=False)]
+        for setting, by_seed in own.items():
+            label, *cells = _named(setting)
+            cells += [mean_of([*by_seed.values()], metric) for metric in SHOWN]
+            lines.append(row([label_of(label, by_seed, seeds[name]), *cells]))
+        chosen = [f"{one['chosen']} (seed {seed})" for seed, one in own.get(AUTO, {}).items()]
         lines += ["", f"Chosen by `{TUNED}`: {'; '.join(chosen)}."] if chosen else []
     return "\n".join(lines) + "\n"
 
@@ -244,12 +244,12 @@ def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, grid = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         means = {
-            setting: [statistics.mean(result[metric] for result in own) for metric in DRAWN]
+            setting: [statistics.mean(result[metric] for result in own.values()) for metric in DRAWN]
             for setting, own in by_setting(results, name).items()
         }
         for series, (color, marker, line) in STYLES.items():
             own = sorted((s for s in means if s.series == series), key=lambda s: (s.strength, s.stop))
-            x, y = zip(*(means[setting] for setting in own), strict=True)
+            x, y = ([means[setting][axis] for setting in own] for axis in (0, 1))
             axes.plot(x, y, color=color, marker=marker, ls=line, label=series, alpha=0.8)
         for setting, marker, label in ((GIVEN, "o", "the default"), (AUTO, "*", TUNED)):
             if setting in means:
@@ -287,7 +287,10 @@ def main() -> None:
             rows.append(new)
             rows.sort(key=lambda result: order.index(setting_of(result)))
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    command = f"`python -m benchmarks.strength --facts counterfact.json`, {torch.get_num_threads()} thread(s)"
+    seeds = " ".join(map(str, arguments.seeds))
+    command = (
+        f"`python -m benchmarks.strength --facts counterfact.json --seeds {seeds}`, {torch.get_num_threads()} thread(s)"
+    )
     finish("strength", command, table(results), picture, results, arguments.output)
 
 

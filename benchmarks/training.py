@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ from lit_moeedit.metrics import RoutingSimilarity
 from lit_moeedit.module import LitMoE
 
 T = TypeVar("T")
-BY_FACT = "95 % bootstrap interval over the facts; of utility, routing and perplexity lowest to highest seed"
+BY_FACT = "in parentheses 95 % bootstrap intervals over the facts of these models, in brackets the range of the seeds"
 """What :func:`mean_of` formats."""
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -262,16 +262,36 @@ def only(result: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def mean_of(results: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Format a metric of a table: its mean over seeds, with its interval.
+    """Format a metric of a table: its mean over seeds, its :func:`interval`, and its range over seeds.
 
-    The interval is that of :func:`interval`; of what is no mean over facts, it is the lowest to the highest of several
-    seeds.
+    The interval tells how much another choice of facts would change it on the same models, and the range how much other
+    models do. What is no mean over facts has no interval.
     """
     values = [result[metric] for result in results if result[metric] is not None]
-    if not values:
-        return "–"
-    between = interval(results, metric) or ((min(values), max(values)) if len(results) > 1 else None)
-    return f"{statistics.mean(values):.3f}" + ("" if between is None else f" ({between[0]:.2f}–{between[1]:.2f})")
+    spread = (min(values), max(values)) if len(values) > 1 else None
+    return cell(statistics.mean(values), interval(results, metric), spread) if values else "–"
+
+
+def cell(mean: float, between: tuple[float, float] | None = None, spread: tuple[float, float] | None = None) -> str:
+    """Format a mean of a table, with its interval and its range if it has them.
+
+    Example:
+        >>> cell(0.5), cell(0.5, (0.42, 0.58)), cell(0.5, (0.42, 0.58), (0.4, 0.6))
+        ('0.500', '0.500 (0.42–0.58)', '0.500 (0.42–0.58) [0.40–0.60]')
+    """
+    bounds = zip(("({:.2f}–{:.2f})", "[{:.2f}–{:.2f}]"), (between, spread), strict=True)
+    return " ".join([f"{mean:.3f}", *(form.format(*pair) for form, pair in bounds if pair is not None)])
+
+
+def label_of(label: str, seeds: Iterable[str], all_seeds: Iterable[str]) -> str:
+    """Return the label of a row, with its seeds if it has not all of them.
+
+    Example:
+        >>> label_of("BCD", ["0", "1"], ["0", "1"]), label_of("BCD", ["1"], ["0", "1"])
+        ('BCD', 'BCD (seed 1)')
+    """
+    own = [*seeds]
+    return label if own == [*all_seeds] else f"{label} (seed {', '.join(own)})"
 
 
 def trained(name: str, seed: int, models: Path, *arguments: str) -> Trained:

@@ -58,8 +58,8 @@ def variants(energies: Sequence[float]) -> dict[str, Woodbury | Tucker]:
     return found
 
 
-def edits(seed: int, models: Path) -> tuple[dict[str, Any], list[str]]:
-    """Measure each variant, by preservation and solver; and the rows of a table of spectra."""
+def measure(seed: int, models: Path) -> dict[str, Any]:
+    """Measure each variant, by preservation and solver (``edits``), and the spectra of each layer's experts."""
     found = trained("atlas", seed, models, f"--data.init_args.corpus.init_args.edits={EDITS}")
     layers = found.editor.check(found.model)
     texts, shared = found.preservation_texts(), Once(found.editor.targets)
@@ -74,38 +74,45 @@ def edits(seed: int, models: Path) -> tuple[dict[str, Any], list[str]]:
             result = found.quality(lambda m, facts: editor.edit(m, found.tokenizer, facts, moments=own).seconds)  # noqa: B023
             seconds = result["seconds"]["features"] + result["seconds"]["solve"]
             results[f"{preserve}, {name}"] = {**only(result, QUALITY), "seconds": seconds}
-    rows = []
+    spectra: dict[str, dict[str, list[tuple[int, ...]]]] = {}
     for layer in layers:
         second_moment = moments[False][layer.index].total.sum(0) / moments[False][layer.index].count.sum()
-        for name, metric in (("plain", None), ("whitened", second_moment)):
-            ranks = [TuckerFactors.hosvd(layer.down_proj.detach(), metric, energy=energy).ranks for energy in ENERGIES]
-            rows.append(row([seed, layer.index, name, *(" ".join(map(str, r)) for r in ranks)]))
-    return results, rows
+        weights, metrics = layer.down_proj.detach(), {"plain": None, "whitened": second_moment}
+        spectra[str(layer.index)] = {
+            name: [TuckerFactors.hosvd(weights, metric, energy=energy).ranks for energy in ENERGIES]
+            for name, metric in metrics.items()
+        }
+    return {"edits": results, "spectra": spectra}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: the variants, means over seeds, and the spectra."""
+    columns = (*QUALITY, "seconds")
+    lines = header(["variant", *columns])
+    for name in next(iter(results.values()))["edits"]:
+        own = [found["edits"][name] for found in results.values()]
+        lines.append(row([name, *(mean_of(own, column) for column in columns)]))
+    experts, d_model, d_hidden = 16, 128, 192
+    lines += ["", f"Directions (of {experts} experts, {d_model} outputs, {d_hidden} inputs) that hold a share:", ""]
+    lines += header(["seed", "layer", "weights", *ENERGIES])
+    for seed, found in results.items():
+        for layer, by_weights in found["spectra"].items():
+            for name, ranks in by_weights.items():
+                lines.append(row([seed, layer, name, *(" ".join(map(str, r)) for r in ranks)]))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
     arguments = parser.parse_args()
     quiet()
-    results, spectra = {}, []
-    for seed in arguments.seeds:
-        results[seed], rows = edits(seed, arguments.models)
-        spectra += rows
-    columns = (*QUALITY, "seconds")
-    lines = header(["variant", *columns])
-    for name in results[arguments.seeds[0]]:
-        own = [results[seed][name] for seed in arguments.seeds]
-        lines.append(row([name, *(mean_of(own, column) for column in columns)]))
-    experts, d_model, d_hidden = 16, 128, 192
-    lines += ["", f"Directions (of {experts} experts, {d_model} outputs, {d_hidden} inputs) that hold a share:", ""]
-    lines += [*header(["seed", "layer", "weights", *ENERGIES]), *spectra]
-    text = "\n".join(lines) + "\n"
+    results = {str(seed): measure(seed, arguments.models) for seed in arguments.seeds}
     command = (
-        f"`python -m benchmarks.tucker --seeds {' '.join(map(str, arguments.seeds))}`, {EDITS} edits, the means over"
+        f"`python -m benchmarks.tucker --seeds {' '.join(results)}`, {EDITS} edits, the means over the seeds ({BY_FACT}); "
+        "seconds are those of features and solve."
     )
-    command += f" the seeds ({BY_FACT}, likewise the seconds of features and solve)."
-    write("tucker", command, text, results, arguments.output)
-    sys.stdout.write(text)
+    write("tucker", command, table(results), results, arguments.output)
+    sys.stdout.write(table(results) + "\n")
 
 
 if __name__ == "__main__":

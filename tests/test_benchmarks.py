@@ -13,7 +13,7 @@ import torch
 from benchmarks import editing, long_targets, preservation, strength
 from benchmarks.lifelong import PerExpert
 from benchmarks.survival_report import table
-from benchmarks.training import RESULTS, finish, interval, mean_of, only
+from benchmarks.training import RESULTS, WEAK, finish, interval, mean_of, only
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.editing.memory import GatedKeys
 
@@ -67,28 +67,50 @@ def test_a_fact_that_two_seeds_edit_is_one_fact_of_an_interval() -> None:
     assert interval([one], "routing") is None and interval([{}], "efficacy") is None
 
 
-def test_a_cell_has_the_interval_over_facts_or_the_range_of_seeds() -> None:
+def test_a_cell_has_the_interval_over_facts_and_the_range_of_seeds() -> None:
     facts = {"keys": "a b c d", "efficacy": "1/1 0/1 1/1 0/1", "generalization": "2/2 2/2 2/2 2/2"}
     one, other = (
         {"efficacy": 0.5, "generalization": 1.0, "routing": routing, "by_fact": facts} for routing in (0.5, 1)
     )
-    assert mean_of([one, other], "efficacy") == "0.500 (0.00–1.00)"
-    assert mean_of([one, other], "routing") == "0.750 (0.50–1.00)" and mean_of([one], "routing") == "0.500"
+    assert mean_of([one, {**other, "efficacy": 0.25}], "efficacy") == "0.375 (0.00–1.00) [0.25–0.50]"
+    assert mean_of([one, other], "routing") == "0.750 [0.50–1.00]" and mean_of([one], "routing") == "0.500"
+    assert mean_of([{"routing": None}, one], "routing") == "0.500"
     assert mean_of([{"routing": None}, {"routing": None}], "routing") == "–"
+    # of results that do not tell their facts nothing is taken for an interval
+    assert mean_of([one, {"efficacy": 0.25}], "efficacy") == "0.375 [0.25–0.50]"
     kept = only(one, ["efficacy", "routing"])
     assert kept == {"efficacy": 0.5, "routing": 0.5, "by_fact": {name: facts[name] for name in ("keys", "efficacy")}}
     assert mean_of([kept], "efficacy") == "0.500 (0.00–1.00)"
+
+
+def test_rows_of_some_seeds_name_them() -> None:
+    point = {"form": "output", "strength": 0.3, "ridge": 1e-3, "gated": True, "by_fact": {}}
+    known = point | dict.fromkeys(preservation.SHOWN, 0.5)
+    text = preservation.table({"atlas": {"0": [known, {**known, "strength": 1.0}], "1": [known]}})
+    assert "| output | 0.3 |" in text and "| output (seed 0) | 1 |" in text
+    tuned = {**vars(strength.AUTO), **dict.fromkeys(strength.SHOWN, 0.5), "chosen": "layer 2"}
+    given = {**tuned, **vars(strength.GIVEN)}
+    cases = {"atlas, seed 0": [given], "atlas, seed 1": [given, tuned], f"{WEAK}, seed 1": [given, tuned]}
+    text = strength.table(cases)
+    assert "Means over the 3 models" in text and text.count("layer 2 (seed 1)") == 2 and "layer 2 (seed 0)" not in text
+    assert text.count("**tune: true** (seed 1)") == 1  # of the other model there is no other seed
+
+
+def test_a_picture_of_some_settings_is_drawn(tmp_path: Path) -> None:
+    given = {**vars(strength.GIVEN), **dict.fromkeys(strength.SHOWN, 0.5)}
+    strength.picture({"atlas, seed 0": [given]}, tmp_path / "some.png")
+    assert (tmp_path / "some.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("editing", editing.tables),
-        ("long_targets", long_targets.table),
+        ("long_targets", lambda results: f"{long_targets.table(results)}\n\n{long_targets.NOTES}"),
         ("preservation", preservation.table),
         ("strength", strength.table),
     ],
 )
 def test_a_table_is_of_the_results_beside_it(name: str, text: Callable[[Any], str]) -> None:
     results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    assert text(results).strip() in (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    assert (RESULTS / f"{name}.md").read_text(encoding="utf-8").split("\n\n", 1)[1] == f"{text(results).rstrip()}\n"

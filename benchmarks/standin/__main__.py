@@ -42,6 +42,7 @@ from benchmarks.training import (
     changed,
     corpus_options,
     header,
+    label_of,
     mean_of,
     quiet,
     row,
@@ -175,8 +176,8 @@ def _label(place: Place) -> str:
 
 TITLES = {
     "places": "The default editor by token and layers",
-    "contexts": "The default editor at the token and layers of the config, by what is put before the prompts, which "
-    "are edited by themselves besides",
+    "contexts": "The default editor at the token and layers of the config, by the contexts of the prompts, which are "
+    "edited without one, too",
     "neutral": "The default editor at the token and layers of the config, by further neutral prompts of each fact and "
     "steps of the search for target vectors",
     "editors": "Editors at the token and layers of the config, with shared targets and moments",
@@ -218,8 +219,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         lines += header([HEADS.get(part, part.removesuffix("s")), *map(_title, SHOWN)])
         for label in dict.fromkeys(label for rows in by_seed.values() for label in rows):
             own = {seed: rows[label] for seed, rows in by_seed.items() if label in rows}
-            name = label if len(own) == len(by_seed) else f"{label} (seed {', '.join(own)})"
-            lines.append(row([name, *(mean_of([*own.values()], metric) for metric in SHOWN)]))
+            lines.append(row([label_of(label, own, by_seed), *(mean_of([*own.values()], metric) for metric in SHOWN)]))
         lines.append("")
     return "\n".join(lines)
 
@@ -241,8 +241,6 @@ def main() -> None:
     quiet()
     file = arguments.output / "standin.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    seeds = " ".join(map(str, arguments.seeds))
-    command = f"`python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds {seeds}`"
     options = corpus_options(wordnet=arguments.wordnet, edits=CANDIDATES)
     for seed in map(str, arguments.seeds):
         found = trained(STANDIN, int(seed), arguments.models, *options)
@@ -250,8 +248,10 @@ def main() -> None:
         parts = arguments.parts if known else PARTS
         results[seed] = results[seed] if known else {}
         for name, value in measure(found, parts):
-            results[seed][name] = value
+            # rows that are not measured yet keep their results
+            results[seed][name] = {**results[seed].get(name, {}), **value} if name in TITLES else value
             if "edits" in results[seed]:
+                command = f"`python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds {' '.join(results)}`"
                 write("standin", command, tables(results), results, arguments.output)
     sys.stdout.write(tables(results))
 

@@ -110,17 +110,26 @@ def swaps(found: Trained, cases: int = 200, seed: int = 0) -> dict[str, dict[int
 def generated_contexts(found: Trained, count: int, seed: int = 0) -> list[str]:
     """Let a model go on from first words of its texts: contexts for edits that it writes itself, as in MEMIT.
 
-    Each token is one of the five most likely ones, drawn by their likelihood.
+    Each token is one of the five most likely ones, drawn by their likelihood. None of the texts names a subject that is
+    edited, or that a neighbour asks for: what is measured is not edited on.
     """
     words = sorted({text.split()[0] for text in found.preservation_texts()})
-    generator, texts = torch.Generator().manual_seed(seed), []
+    random.Random(seed).shuffle(words)
+    facts = found.data.edit_facts()
+    prompts = [*(fact.prompt for fact in facts), *(other.prompt for fact in facts for other in fact.neighbours)]
+    asked = [s.name for s in corpus_of(found).subjects if any(s.name in prompt for prompt in prompts)]
+    generator, texts = torch.Generator().manual_seed(seed), list[str]()
     with inference(found.model):
-        for opening in random.Random(seed).sample(words, count):
+        for opening in words:
+            if len(texts) == count:
+                break
             ids = encode(found.tokenizer, [opening], [""])[0].ids
             for _ in range(CONTEXT_TOKENS):
                 likely = found.model(torch.tensor([ids]), use_cache=False).logits[0, -1].topk(5)
                 ids = [*ids, int(likely.indices[torch.multinomial(likely.values.softmax(0), 1, generator=generator)])]
-            texts.append(found.tokenizer.decode(ids, skip_special_tokens=True).strip().removesuffix(".") + ".")
+            text = found.tokenizer.decode(ids, skip_special_tokens=True).strip().removesuffix(".") + "."
+            if not any(name in text for name in asked):
+                texts.append(text)
     return texts
 
 

@@ -108,8 +108,8 @@ def main() -> None:
     quiet()
     results = {str(seed): measure(seed, arguments.models) for seed in arguments.seeds}
     command = (
-        f"`python -m benchmarks.tucker --seeds {' '.join(results)}`, {EDITS} edits, the means over the seeds ({BY_FACT}); "
-        "seconds are those of features and solve."
+        f"`python -m benchmarks.tucker --seeds {' '.join(results)}`, {EDITS} edits, the means over the seeds "
+        f"({BY_FACT}); seconds are those of features and solve."
     )
     write("tucker", command, table(results), results, arguments.output)
     sys.stdout.write(table(results) + "\n")

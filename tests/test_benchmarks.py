@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import editing, long_targets, preservation, strength
+from benchmarks import editing, long_targets, moment_tokens, preservation, strength, tucker
 from benchmarks.lifelong import PerExpert
 from benchmarks.survival_report import table
 from benchmarks.training import RESULTS, WEAK, finish, interval, mean_of, only
@@ -109,6 +109,8 @@ def test_a_picture_of_some_settings_is_drawn(tmp_path: Path) -> None:
         ("long_targets", lambda results: f"{long_targets.table(results)}\n\n{long_targets.NOTES}"),
         ("preservation", preservation.table),
         ("strength", strength.table),
+        ("tucker", tucker.table),
+        ("moment_tokens", moment_tokens.table),
     ],
 )
 def test_a_table_is_of_the_results_beside_it(name: str, text: Callable[[Any], str]) -> None:

@@ -49,11 +49,11 @@ from lit_moeedit.editing import EditMemory, Evaluation, evaluate, second_moments
 WATCHING = (RoutingMonitor, EditReport, EditReplay)
 BATCHES, SIZE, STEPS = 10, 20, 16
 METRICS = ("efficacy", "efficacy_accuracy", "generalization", "specificity_retained")
-# 200 facts in 3 contexts at 4 experts each are 2400 keys per layer
+# 200 facts in 3 contexts at 4 experts each are 2400 keys per layer, and some targets have several tokens
 MEMORIES: dict[str, Callable[[], EditMemory | None]] = {
     "no memory": lambda: None,
     "memory": EditMemory,
-    "memory of 1/8 of the keys": lambda: EditMemory(limit=300),
+    "memory of 1/9 of the keys": lambda: EditMemory(limit=300),
 }
 SETTINGS = {
     "": tuple(MEMORIES),

@@ -1,0 +1,109 @@
+"""Generalization and neighbours on 200 facts of CounterFact: those of the other benchmarks, and the next hundred.
+
+Run from the root of the repository, with the package installed:
+
+    python -m benchmarks.further_facts --facts counterfact.json --seeds 0 1 2
+
+Settings may be chosen on the next hundred facts and measured on the first, or the reverse. Each hundred is edited by
+itself, and no text of the other one is a further prompt. Writes ``further_facts.json`` and ``further_facts.md`` into
+``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.training import (
+    BY_FACT,
+    Once,
+    arguments_of,
+    changed,
+    corpus_options,
+    header,
+    mean_of,
+    only,
+    quiet,
+    row,
+    trained,
+    write,
+)
+from lit_moeedit.data import Fact
+from lit_moeedit.editing import Editor, SecondMoments
+from lit_moeedit.preservation import OutputPenalty
+
+EDITS = 100
+HALVES = {"the first hundred": slice(0, EDITS), "the next hundred": slice(EDITS, 2 * EDITS)}
+SETTINGS = ((0, 0.05, 0.3), (3, 0.15, 0.3), (3, 0.15, 0.03), (3, 0.15, 0.003))
+"""Number of further prompts, loss at which the search for target vectors stops, and strength."""
+SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")
+Moments = Mapping[int, SecondMoments]
+Results = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def edits(seed: int, models: Path, facts: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure each setting on each half; yields the half's name and the result."""
+    found = trained("counterfact", seed, models, *corpus_options(edits=2 * EDITS, path=facts))
+    every = list(found.data.edit_facts())
+
+    def edit(editor: Editor, model: PreTrainedModel, own: Sequence[Fact], moments: Moments) -> dict[str, float]:
+        return editor.edit(model, found.tokenizer, own, moments=moments, measured=every).seconds
+
+    for half, part in HALVES.items():
+        chosen = every[part]
+        found.data.corpus.edits[:] = chosen  # so that the other hundred is text as any other
+        layers, texts = found.editor.check(found.model), found.preservation_texts()
+        moments = found.editor.moments(found.model, found.tokenizer, layers, texts)
+        shared: dict[float, Once] = {}
+        for phrasings, stop, strength in SETTINGS:
+            targets = shared.setdefault(stop, Once(changed(found.editor.targets, stop=stop)))
+            editor = changed(found.editor, phrasings=phrasings, targets=targets, preserve=OutputPenalty(strength))
+            result = found.quality(lambda m, own: edit(editor, m, own, moments), chosen)  # noqa: B023
+            yield half, {"phrasings": phrasings, "stop": stop, "strength": strength, **only(result, SHOWN)}
+
+
+def table(results: Results) -> str:
+    """Markdown: each hundred, and both together."""
+    lines = header(["facts", "further prompts", "stop", "strength", *(name.replace("_", " ") for name in SHOWN)])
+    for phrasings, stop, strength in SETTINGS:
+        for label, halves in {**{half: [half] for half in HALVES}, "both": [*HALVES]}.items():
+            own = [
+                result
+                for by_half in results.values()
+                for half in halves
+                for result in by_half[half]
+                if (result["phrasings"], result["stop"], result["strength"]) == (phrasings, stop, strength)
+            ]
+            cells = [label, phrasings, f"{stop:g}", f"{strength:g}"]
+            lines.append(row([*cells, *(mean_of(own, metric) for metric in SHOWN)]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = arguments_of(__doc__ or "")
+    parser.add_argument("--facts", type=Path, required=True, help="a CounterFact file")
+    arguments = parser.parse_args()
+    quiet()
+    file = arguments.output / "further_facts.json"
+    results: Results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for seed in arguments.seeds:
+        by_half: dict[str, list[dict[str, Any]]] = {half: [] for half in HALVES}
+        for half, result in edits(seed, arguments.models, arguments.facts):
+            by_half[half].append(result)
+        results[str(seed)] = by_half
+        command = (
+            f"`python -m benchmarks.further_facts --facts counterfact.json --seeds {' '.join(results)}`, "
+            f"{torch.get_num_threads()} thread(s): means over the seeds, or the seeds and both hundreds ({BY_FACT})"
+        )
+        write("further_facts", command, table(results), results, arguments.output)
+    sys.stdout.write(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import editing, long_targets, moment_tokens, preservation, sequential, strength, tucker
+from benchmarks import editing, further_facts, long_targets, moment_tokens, preservation, sequential, strength, tucker
 from benchmarks.lifelong import PerExpert
 from benchmarks.survival_report import table
 from benchmarks.training import RESULTS, WEAK, finish, interval, mean_of, only
@@ -112,6 +112,7 @@ def test_a_picture_of_some_settings_is_drawn(tmp_path: Path) -> None:
         ("tucker", tucker.table),
         ("moment_tokens", moment_tokens.table),
         ("sequential", sequential.table),
+        ("further_facts", further_facts.table),
     ],
 )
 def test_a_table_is_of_the_results_beside_it(name: str, text: Callable[[Any], str]) -> None:

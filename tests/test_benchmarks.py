@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import editing, further_facts, long_targets, moment_tokens, preservation, sequential, strength, tucker
+from benchmarks import (
+    atlas,
+    editing,
+    further_facts,
+    long_targets,
+    moment_tokens,
+    preservation,
+    sequential,
+    strength,
+    tucker,
+)
 from benchmarks.lifelong import PerExpert
 from benchmarks.survival_report import table
 from benchmarks.training import RESULTS, WEAK, finish, interval, mean_of, only
@@ -113,6 +123,7 @@ def test_a_picture_of_some_settings_is_drawn(tmp_path: Path) -> None:
         ("moment_tokens", moment_tokens.table),
         ("sequential", sequential.table),
         ("further_facts", further_facts.table),
+        ("atlas", atlas.table),
     ],
 )
 def test_a_table_is_of_the_results_beside_it(name: str, text: Callable[[Any], str]) -> None:

@@ -95,7 +95,8 @@ def main() -> None:
     seeds = " ".join(map(str, arguments.seeds))
     facts = " --facts counterfact.json" if arguments.facts is not None else ""
     command = f"`python -m benchmarks.moment_tokens{facts} --seeds {seeds}`, {torch.get_num_threads()} thread(s), "
-    write("moment_tokens", f"{command}means over the seeds ({BY_FACT})", table(results), results, arguments.output)
+    command += f"about 6 minutes, means over the seeds ({BY_FACT})"
+    write("moment_tokens", command, table(results), results, arguments.output)
     sys.stdout.write(table(results) + "\n")
 
 

@@ -263,7 +263,7 @@ def main() -> None:
     seeds = " ".join(map(str, arguments.seeds))
     command = (
         f"`python -m benchmarks.preservation --facts counterfact.json --wordnet /usr/share/wordnet --seeds {seeds}`, "
-        "1 thread"
+        "1 thread, about 35 minutes"
     )
     finish("preservation", command, table(results), picture, results, arguments.output)
 

@@ -181,7 +181,10 @@ def main() -> None:
     file = arguments.output / "sequential.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
     seeds = [*map(str, arguments.seeds)]
-    command = f"`python -m benchmarks.sequential --seeds {' '.join(seeds)}`: means over the seeds ({BY_FACT})"
+    command = (
+        f"`python -m benchmarks.sequential --seeds {' '.join(seeds)}`, about 20 minutes on one core: means over the seeds "
+        f"({BY_FACT})"
+    )
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for setting, memories in SETTINGS.items():
         for memory in memories:

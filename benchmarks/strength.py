@@ -289,7 +289,8 @@ def main() -> None:
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     seeds = " ".join(map(str, arguments.seeds))
     command = (
-        f"`python -m benchmarks.strength --facts counterfact.json --seeds {seeds}`, {torch.get_num_threads()} thread(s)"
+        f"`python -m benchmarks.strength --facts counterfact.json --seeds {seeds}`, "
+        f"{torch.get_num_threads()} thread(s), about 20 minutes"
     )
     finish("strength", command, table(results), picture, results, arguments.output)
 

@@ -252,6 +252,7 @@ def main() -> None:
             results[seed][name] = {**results[seed].get(name, {}), **value} if name in TITLES else value
             if "edits" in results[seed]:
                 command = f"`python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds {' '.join(results)}`"
+                command += ", about 25 minutes for a seed on one core, besides the training"
                 write("standin", command, tables(results), results, arguments.output)
     sys.stdout.write(tables(results))
 

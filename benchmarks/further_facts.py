@@ -99,8 +99,8 @@ def main() -> None:
         results[str(seed)] = by_half
         command = (
             f"`python -m benchmarks.further_facts --facts counterfact.json --seeds {' '.join(results)}`, "
-            f"{torch.get_num_threads()} thread(s), about 10 minutes: means over the seeds, or the seeds and both hundreds "
-            f"({BY_FACT})"
+            f"{torch.get_num_threads()} thread(s), about 10 minutes: means over the seeds, or the seeds and "
+            f"both hundreds ({BY_FACT})"
         )
         write("further_facts", command, table(results), results, arguments.output)
     sys.stdout.write(table(results) + "\n")

@@ -182,8 +182,8 @@ def main() -> None:
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
     seeds = [*map(str, arguments.seeds)]
     command = (
-        f"`python -m benchmarks.sequential --seeds {' '.join(seeds)}`, about 20 minutes on one core: means over the seeds "
-        f"({BY_FACT})"
+        f"`python -m benchmarks.sequential --seeds {' '.join(seeds)}`, about 20 minutes on one core: means over the "
+        f"seeds ({BY_FACT})"
     )
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for setting, memories in SETTINGS.items():

@@ -52,7 +52,7 @@ HUNDRED, POINTS = 100, 8
 ABILITY = ("other_style_perplexity",)
 COMMAND = (
     "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds, with the "
-    "means of their 95 % intervals over facts; s: processor time of the edits; —: not measured; "
+    "means of the bounds of their 95 % intervals over facts; s: processor time of the edits; —: not measured; "
     "not all variants have been run with all seeds"
 )
 Interval = list[float]
@@ -276,7 +276,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         ax.set(title=title, xlabel="facts edited")
         ax.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2))
     figure.suptitle(f"seed {seed}")
     figure.savefig(path, dpi=110)
     plt.close(figure)

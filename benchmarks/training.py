@@ -277,9 +277,9 @@ def cell(mean: float, between: tuple[float, float] | None = None, spread: tuple[
 
     Example:
         >>> cell(0.5), cell(0.5, (0.42, 0.58)), cell(0.5, (0.42, 0.58), (0.4, 0.6))
-        ('0.500', '0.500 (0.42–0.58)', '0.500 (0.42–0.58) [0.40–0.60]')
+        ('0.500', '0.500 (0.420–0.580)', '0.500 (0.420–0.580) [0.400–0.600]')
     """
-    bounds = zip(("({:.2f}–{:.2f})", "[{:.2f}–{:.2f}]"), (between, spread), strict=True)
+    bounds = zip(("({:.3f}–{:.3f})", "[{:.3f}–{:.3f}]"), (between, spread), strict=True)
     return " ".join([f"{mean:.3f}", *(form.format(*pair) for form, pair in bounds if pair is not None)])
 
 

@@ -82,15 +82,15 @@ def test_a_cell_has_the_interval_over_facts_and_the_range_of_seeds() -> None:
     one, other = (
         {"efficacy": 0.5, "generalization": 1.0, "routing": routing, "by_fact": facts} for routing in (0.5, 1)
     )
-    assert mean_of([one, {**other, "efficacy": 0.25}], "efficacy") == "0.375 (0.00–1.00) [0.25–0.50]"
-    assert mean_of([one, other], "routing") == "0.750 [0.50–1.00]" and mean_of([one], "routing") == "0.500"
+    assert mean_of([one, {**other, "efficacy": 0.25}], "efficacy") == "0.375 (0.000–1.000) [0.250–0.500]"
+    assert mean_of([one, other], "routing") == "0.750 [0.500–1.000]" and mean_of([one], "routing") == "0.500"
     assert mean_of([{"routing": None}, one], "routing") == "0.500"
     assert mean_of([{"routing": None}, {"routing": None}], "routing") == "–"
     # of results that do not tell their facts nothing is taken for an interval
-    assert mean_of([one, {"efficacy": 0.25}], "efficacy") == "0.375 [0.25–0.50]"
+    assert mean_of([one, {"efficacy": 0.25}], "efficacy") == "0.375 [0.250–0.500]"
     kept = only(one, ["efficacy", "routing"])
     assert kept == {"efficacy": 0.5, "routing": 0.5, "by_fact": {name: facts[name] for name in ("keys", "efficacy")}}
-    assert mean_of([kept], "efficacy") == "0.500 (0.00–1.00)"
+    assert mean_of([kept], "efficacy") == "0.500 (0.000–1.000)"
 
 
 def test_rows_of_some_seeds_name_them() -> None:

@@ -3,11 +3,11 @@
 Run from the root of the repository, with the package installed, and WordNet's ``data.noun`` (from the Debian package
 ``wordnet-base``, say) in a folder:
 
-    python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds 0
+    python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds 0 1 2
 
-Training takes about 40 minutes on one core, once. Facts that the model does not generate are not edited. Writes
-``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts of the same weights that are not measured again
-are kept.
+Training takes 25 to 40 minutes on one core, once, and the rest 25 minutes. Facts that the model does not generate are
+not edited. Writes ``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts of the same weights that are
+not measured again are kept.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ Run from the root of the repository, with the package installed:
 Settings may be chosen on the next hundred facts and measured on the first, or the reverse. Each hundred is edited by
 itself, and no text of the other one is a further prompt. Writes ``further_facts.json`` and ``further_facts.md`` into
 ``benchmarks/results``.
+
+Three seeds take about 10 minutes on one core.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from benchmarks.training import (
     only,
     quiet,
     row,
+    title_of,
     trained,
     write,
 )
@@ -70,7 +73,7 @@ def edits(seed: int, models: Path, facts: Path) -> Iterator[tuple[str, dict[str,
 
 def table(results: Results) -> str:
     """Markdown: each hundred, and both together."""
-    lines = header(["facts", "further prompts", "stop", "strength", *(name.replace("_", " ") for name in SHOWN)])
+    lines = header(["facts", "further prompts", "stop", "strength", *map(title_of, SHOWN)])
     for phrasings, stop, strength in SETTINGS:
         for label, halves in {**{half: [half] for half in HALVES}, "both": [*HALVES]}.items():
             own = [
@@ -99,7 +102,7 @@ def main() -> None:
         results[str(seed)] = by_half
         command = (
             f"`python -m benchmarks.further_facts --facts counterfact.json --seeds {' '.join(results)}`, "
-            f"{torch.get_num_threads()} thread(s), about 10 minutes: means over the seeds, or the seeds and "
+            f"{torch.get_num_threads()} thread(s): means over the seeds, or the seeds and "
             f"both hundreds ({BY_FACT})"
         )
         write("further_facts", command, table(results), results, arguments.output)

@@ -53,7 +53,8 @@ ABILITY = ("other_style_perplexity",)
 COMMAND = (
     "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds, with the "
     "means of the bounds of their 95 % intervals over facts; s: processor time of the edits; —: not measured; "
-    "not all variants have been run with all seeds"
+    "not all variants have been run with all seeds. Neighbours of the first 100 edits are left out of the preserved "
+    "text, those of later ones are not"
 )
 Interval = list[float]
 

@@ -26,7 +26,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.training import BY_FACT, Trained, arguments_of, changed, header, mean_of, quiet, row, trained, write
+from benchmarks.training import (
+    BY_FACT,
+    Trained,
+    arguments_of,
+    changed,
+    corpus_options,
+    header,
+    mean_of,
+    quiet,
+    row,
+    trained,
+    write,
+)
 from lit_moeedit.data import Atlas, Fact
 from lit_moeedit.data.atlas import TEMPLATES
 from lit_moeedit.data.datamodule import StatementDataset
@@ -180,7 +192,7 @@ def main() -> None:
     for name in arguments.names:
         if name == "counterfact" and arguments.facts is None:
             continue
-        options = [f"--data.init_args.corpus.init_args.path={arguments.facts}"] if name == "counterfact" else []
+        options = corpus_options(path=arguments.facts) if name == "counterfact" else []
         for seed in arguments.seeds:
             known = {(one["token"], one["tokens"]) for one in results if (one["model"], one["seed"]) == (name, seed)}
             missing = [one for one in rows_of(name) if one not in known]

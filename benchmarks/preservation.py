@@ -7,6 +7,8 @@ Run from the root of the repository, with the package installed:
 Every form edits copies of the same trained weights towards the same target vectors, at a range of its own strength.
 Writes ``preservation.json``, ``preservation.md`` and ``preservation.png`` into ``benchmarks/results``; runs that are in
 the JSON are not made again. ``--fresh`` begins anew.
+
+Three seeds take about 35 minutes on one core.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from benchmarks.training import (
     only,
     quiet,
     row,
+    title_of,
     trained,
 )
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
@@ -202,7 +205,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     lines = []
     for name in results:
         lines += [f"{name}: {EDITS} edits, mean of seeds {', '.join(results[name])} ({BY_FACT})", ""]
-        lines += header(["form", "τ, β or strength", "λ", *(shown.replace("_", " ") for shown in SHOWN)])
+        lines += header(["form", "τ, β or strength", "λ", *map(title_of, SHOWN)])
         for point, found in by_setting(results[name]).items():
             cells = [label_of(point.form, found, results[name]), f"{point.strength:g}", f"{point.ridge:g}"]
             lines.append(row([*cells, *(mean_of([*found.values()], metric) for metric in SHOWN)]))
@@ -263,7 +266,7 @@ def main() -> None:
     seeds = " ".join(map(str, arguments.seeds))
     command = (
         f"`python -m benchmarks.preservation --facts counterfact.json --wordnet /usr/share/wordnet --seeds {seeds}`, "
-        "1 thread, about 35 minutes"
+        "1 thread"
     )
     finish("preservation", command, table(results), picture, results, arguments.output)
 

@@ -12,6 +12,8 @@ are those of the trained model, taken once (with training in between anew for ea
 ``sequential.json``, ``sequential.md`` and ``sequential.png`` into ``benchmarks/results``.
 
 Runs that are in the JSON are not made again; ``--fresh`` begins anew.
+
+Three seeds take about 20 minutes on one core.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from benchmarks.training import (
     BY_FACT,
     arguments_of,
     command_line,
+    corpus_options,
     header,
     label_of,
     mean_of,
@@ -94,7 +97,7 @@ class Observer(EditListener):
 
 def run(seed: int, setting: str, memory: str, models: Path) -> list[dict[str, Any]]:
     """Measure all edits so far after each batch."""
-    corpus = [f"--data.init_args.corpus.init_args.{o}" for o in (f"edits={BATCHES * SIZE}", "neighbours=1")]
+    corpus = corpus_options(edits=BATCHES * SIZE, neighbours=1)
     weights = trained("atlas", seed, models, *corpus).model.state_dict()
     arguments = [*corpus, "--trainer.limit_val_batches=0", f"--trainer.max_epochs={BATCHES + 1}"]
     arguments.append(f"--data.init_args.samples_per_epoch={64 * STEPS}")
@@ -181,10 +184,7 @@ def main() -> None:
     file = arguments.output / "sequential.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
     seeds = [*map(str, arguments.seeds)]
-    command = (
-        f"`python -m benchmarks.sequential --seeds {' '.join(seeds)}`, about 20 minutes on one core: means over the "
-        f"seeds ({BY_FACT})"
-    )
+    command = f"`python -m benchmarks.sequential --seeds {' '.join(seeds)}`: means over the seeds ({BY_FACT})"
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for setting, memories in SETTINGS.items():
         for memory in memories:

@@ -283,6 +283,11 @@ def cell(mean: float, between: tuple[float, float] | None = None, spread: tuple[
     return " ".join([f"{mean:.3f}", *(form.format(*pair) for form, pair in bounds if pair is not None)])
 
 
+def title_of(metric: str) -> str:
+    """Return the name of a metric as the head of a column."""
+    return metric.replace("_", " ")
+
+
 def label_of(label: str, seeds: Iterable[str], all_seeds: Iterable[str]) -> str:
     """Return the label of a row, with its seeds if it has not all of them.
 

@@ -6,6 +6,8 @@ Run from the root of the repository, with the package installed:
 
 Every variant edits a copy of the same weights towards the same target vectors. Writes ``tucker.json`` and ``tucker.md``
 into ``benchmarks/results``.
+
+Three seeds take about 6 minutes on one core.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from benchmarks.training import (
     Once,
     arguments_of,
     changed,
+    corpus_options,
     header,
     mean_of,
     only,
@@ -60,7 +63,7 @@ def variants(energies: Sequence[float]) -> dict[str, Woodbury | Tucker]:
 
 def measure(seed: int, models: Path) -> dict[str, Any]:
     """Measure each variant, by preservation and solver (``edits``), and the spectra of each layer's experts."""
-    found = trained("atlas", seed, models, f"--data.init_args.corpus.init_args.edits={EDITS}")
+    found = trained("atlas", seed, models, *corpus_options(edits=EDITS))
     layers = found.editor.check(found.model)
     texts, shared = found.preservation_texts(), Once(found.editor.targets)
     moments = {g: second_moments(found.model, found.tokenizer, layers, texts, gated=g) for g in (False, True)}
@@ -109,7 +112,7 @@ def main() -> None:
     results = {str(seed): measure(seed, arguments.models) for seed in arguments.seeds}
     command = (
         f"`python -m benchmarks.tucker --seeds {' '.join(results)}`, {EDITS} edits, the means over the seeds "
-        f"({BY_FACT}); seconds are those of features and solve. About 6 minutes on one core"
+        f"({BY_FACT}); seconds are those of features and solve."
     )
     write("tucker", command, table(results), results, arguments.output)
     sys.stdout.write(table(results) + "\n")

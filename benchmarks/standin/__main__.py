@@ -46,6 +46,7 @@ from benchmarks.training import (
     mean_of,
     quiet,
     row,
+    title_of,
     trained,
     write,
 )
@@ -216,16 +217,12 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
         if not by_seed:
             continue
         lines += [f"{title}, mean over seeds {', '.join(by_seed)} ({BY_FACT}):", ""]
-        lines += header([HEADS.get(part, part.removesuffix("s")), *map(_title, SHOWN)])
+        lines += header([HEADS.get(part, part.removesuffix("s")), *map(title_of, SHOWN)])
         for label in dict.fromkeys(label for rows in by_seed.values() for label in rows):
             own = {seed: rows[label] for seed, rows in by_seed.items() if label in rows}
             lines.append(row([label_of(label, own, by_seed), *(mean_of([*own.values()], metric) for metric in SHOWN)]))
         lines.append("")
     return "\n".join(lines)
-
-
-def _title(metric: str) -> str:
-    return metric.replace("_", " ")
 
 
 def _listed(values: dict[str, float]) -> str:
@@ -252,7 +249,6 @@ def main() -> None:
             results[seed][name] = {**results[seed].get(name, {}), **value} if name in TITLES else value
             if "edits" in results[seed]:
                 command = f"`python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds {' '.join(results)}`"
-                command += ", about 25 minutes for a seed on one core, besides the training"
                 write("standin", command, tables(results), results, arguments.output)
     sys.stdout.write(tables(results))
 

@@ -51,7 +51,8 @@ def stated(fact: Fact) -> Fact:
 
     neighbours = tuple(replace(neighbour, prompt=after(neighbour.prompt)) for neighbour in fact.neighbours)
     paraphrases = tuple(map(after, fact.paraphrases))
-    return replace(fact, prompt=after(fact.prompt), paraphrases=paraphrases, neighbours=neighbours)
+    probes = tuple(replace(probe, prompt=after(probe.prompt)) for probe in fact.probes)
+    return replace(fact, prompt=after(fact.prompt), paraphrases=paraphrases, neighbours=neighbours, probes=probes)
 
 
 def train_adapters(

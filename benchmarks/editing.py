@@ -139,7 +139,7 @@ class Shared:
 
 def runs(found: Trained, name: str, share: bool = False) -> dict[str, Edit]:
     """Every editor, and the one that edits one fact at a time, by what they are called."""
-    texts = found.preservation_texts()
+    texts = found.data.preservation_texts()
     shared = Shared(found, texts)
 
     def by(editor: Editor) -> Edit:

@@ -61,7 +61,7 @@ def edits(seed: int, models: Path, facts: Path) -> Iterator[tuple[str, dict[str,
     for half, part in HALVES.items():
         chosen = every[part]
         found.data.corpus.edits[:] = chosen  # so that the other hundred is text as any other
-        layers, texts = found.editor.check(found.model), found.preservation_texts()
+        layers, texts = found.editor.check(found.model), found.data.preservation_texts()
         moments = found.editor.moments(found.model, found.tokenizer, layers, texts)
         shared: dict[float, Once] = {}
         for phrasings, stop, strength in SETTINGS:

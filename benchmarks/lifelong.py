@@ -53,8 +53,7 @@ ABILITY = ("other_style_perplexity",)
 COMMAND = (
     "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds, with the "
     "means of the bounds of their 95 % intervals over facts; s: processor time of the edits; —: not measured; "
-    "not all variants have been run with all seeds. Neighbours of the first 100 edits are left out of the preserved "
-    "text, those of later ones are not"
+    "not all variants have been run with all seeds"
 )
 Interval = list[float]
 
@@ -122,7 +121,8 @@ class Stream:
     def __init__(self, own: Trained, facts: Sequence[Fact]) -> None:
         self.own, self.facts = own, facts
         self.editor = changed(own.editor, contexts=("",))
-        self.texts = own.preservation_texts()
+        own.data.measured = facts
+        self.texts = own.data.preservation_texts()
         self.moments = self._moments(own.model)
         asked = {text for fact in facts for text in (fact.prompt, *fact.paraphrases)}
         pairs = {(n.prompt, n.target) for fact in facts for n in fact.neighbours if n.prompt not in asked}

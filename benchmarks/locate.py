@@ -58,7 +58,7 @@ def edited_at(case: Trained, place: Place, texts: list[str]) -> Trial:
 
 def compare(name: str, seed: int, case: Trained) -> dict[str, Any]:
     """Sweep and locate on one model."""
-    texts = case.preservation_texts()
+    texts = case.data.preservation_texts()
     start = time.perf_counter()
     sweep = [edited_at(case, place, texts) for place in all_places(case)]
     swept = time.perf_counter() - start

@@ -113,7 +113,7 @@ def measure(case: Trained, editor: Editor, facts: Sequence[Fact]) -> dict[str, A
     """Edit with each choice, with the same second moments, and measure."""
     case.data.corpus.edits[:] = facts  # so that no text that states an edited fact is preserved, or a probe
     case.data._validation = StatementDataset(case.tokenizer, case.data._held_out())
-    texts = case.preservation_texts()[:TEXTS]
+    texts = case.data.preservation_texts()[:TEXTS]
     moments = editor.moments(case.model, case.tokenizer, editor.find_layers(case.model), texts)
     found: dict[str, Any] = {}
     for choice in CHOICES:

@@ -123,7 +123,7 @@ def compare(own: Any, facts: Sequence[Fact], past: int) -> dict[str, dict[str, f
     editor = Comparing(own.editor.layers)
     editor.__dict__ |= {**vars(own.editor), "contexts": ("",), "past": facts[SIZE : SIZE + past], "found": {}}
     moments = second_moments(
-        own.model, own.tokenizer, editor.check(own.model), own.preservation_texts()[:1024], gated=editor.gated
+        own.model, own.tokenizer, editor.check(own.model), own.data.preservation_texts()[:1024], gated=editor.gated
     )
     with suppress(_Measured):
         editor.edit(own.model, own.tokenizer, facts[:SIZE], moments=moments)

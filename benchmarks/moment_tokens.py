@@ -57,7 +57,7 @@ def difference(deltas: dict[int, ExpertDeltas], whole: dict[int, ExpertDeltas]) 
 def measure(found: Trained) -> dict[str, dict[str, Any]]:
     """By number of tokens, metrics of the edit, its seconds of statistics, and how far it is from the whole edit."""
     editor = changed(found.editor, targets=Once(found.editor.targets))
-    texts, results = found.preservation_texts(), {}
+    texts, results = found.data.preservation_texts(), {}
     made: dict[Any, dict[int, ExpertDeltas]] = {}
 
     def edit(model: PreTrainedModel, facts: Sequence[Fact]) -> dict[str, float]:

@@ -116,7 +116,7 @@ def both_moments(found: Trained, gated: bool) -> tuple[Moments, Moments]:
     """Second moments over all tokens of the preservation text, and over the last tokens of its prompts."""
     model, layers, tokenizer = found.model, found.editor.check(found.model), found.tokenizer
     everywhere, edited = ({x.index: SecondMoments.zeros(x, gated=gated) for x in layers} for _ in range(2))
-    texts = found.preservation_texts()
+    texts = found.data.preservation_texts()
     rows = [encoding.ids for encoding in encode(tokenizer, texts, [""] * len(texts))]
     selected, last = torch.empty(0), torch.empty(0)
 

@@ -139,7 +139,7 @@ class ByTop:
 def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
     """Measure the settings of one model that are not known yet."""
     trial, measured = halves(case.data.edit_facts())
-    texts, shared = case.preservation_texts(), dict[float, ByTop]()
+    texts, shared = case.data.preservation_texts(), dict[float, ByTop]()
     moments: dict[tuple[bool, tuple[int, ...]], Any] = {}
     for setting in settings():
         if setting in known:

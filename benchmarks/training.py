@@ -60,6 +60,10 @@ CONFIGS: Mapping[str, tuple[str, Sequence[str]]] = {
         (f"{_SHAPE}.model_type=mixtral", f"{_SHAPE}.num_local_experts=16", f"{_SHAPE}.intermediate_size=192"),
     ),
     "counterfact": ("counterfact.yaml", ()),
+    "atlas, chains": (
+        "atlas.yaml",
+        ("--data.init_args.corpus.init_args.chains=true", "--data.init_args.samples_per_epoch=16384"),
+    ),
 }
 """Configs of the models by name, and what is different from them."""
 WEAK = "atlas, 30 countries"
@@ -105,6 +109,29 @@ class FewCountries(Atlas):
         Corpus.__init__(self, train=train, validation=validation, edits=facts, prefixes=PREFIXES)
 
 
+class Unmeasured(FactsDataModule):
+    """Data whose texts to preserve have nothing that benchmarks measure: as many as its config says.
+
+    A run preserves any text that states none of the edited facts. What an edit does to a neighbour that was preserved
+    word for word, or to a text on which routing and perplexity are watched, says little of others.
+
+    Attributes:
+        measured: the facts whose neighbours are measured; ``None`` for those to edit.
+    """
+
+    measured: Sequence[Fact] | None = None
+
+    def preservation_texts(self) -> list[str]:
+        """Return texts with no neighbour's prompt, and none of the probe."""
+        facts = self.edit_facts() if self.measured is None else self.measured
+        asked = {neighbour.prompt for fact in facts for neighbour in fact.neighbours} | set(self.probe_texts())
+        measured = re.compile("|".join(map(re.escape, sorted(asked, key=len, reverse=True))))
+        every = copy.copy(self)
+        every.preservation_samples = sys.maxsize
+        texts = (text for text in FactsDataModule.preservation_texts(every) if not measured.search(text))
+        return list(itertools.islice(texts, self.preservation_samples))
+
+
 def command_line(name: str, seed: int, *arguments: str) -> tuple[EditingCLI, KnowledgeEditing]:
     """A config, ready to be run without a logger, and its callback that edits."""
     config, different = {**CONFIGS, WEAK: _WEAK, STANDIN: _STANDIN}[name]
@@ -124,6 +151,7 @@ def command_line(name: str, seed: int, *arguments: str) -> tuple[EditingCLI, Kno
         ],
         run=False,
     )
+    cli.datamodule.__class__ = Unmeasured  # the config's own class has the same attributes
     return cli, next(callback for callback in cli.trainer.callbacks if isinstance(callback, KnowledgeEditing))
 
 
@@ -162,7 +190,7 @@ class Trained:
     """A model just before its edit, what the run would edit it with, the seconds of its training, and its digest."""
 
     model: PreTrainedModel
-    data: FactsDataModule
+    data: Unmeasured
     editor: Editor
     seconds: float
     weights: str = ""
@@ -172,20 +200,6 @@ class Trained:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         assert self.data.tokenizer is not None
         return self.data.tokenizer
-
-    def preservation_texts(self) -> list[str]:
-        """Return the texts to preserve: as many of the data's as its config says, none that ``quality`` measures.
-
-        A run preserves any text that states none of the edited facts. What an edit does to a neighbour that was
-        preserved word for word, or to a text on which routing and perplexity are watched, says little of others.
-        """
-        asked = {neighbour.prompt for fact in self.data.edit_facts() for neighbour in fact.neighbours}
-        asked |= set(self.data.probe_texts())
-        measured = re.compile("|".join(map(re.escape, sorted(asked, key=len, reverse=True))))
-        data = copy.copy(self.data)
-        data.preservation_samples = sys.maxsize
-        texts = (text for text in data.preservation_texts() if not measured.search(text))
-        return list(itertools.islice(texts, self.data.preservation_samples))
 
     def quality(
         self,
@@ -230,10 +244,17 @@ class Trained:
         }
 
 
-def shares_by_fact(evaluation: Evaluation, facts: Sequence[Fact]) -> dict[str, str]:
-    """Write down the metrics that are means over facts: ``3/4 0/4`` of two facts, and their keys."""
-    shown = ("efficacy", "generalization", "specificity")
-    sums = {name: own.tolist() for name, own in evaluation.by_fact.items() if name.startswith(shown)}
+def shares_by_fact(
+    evaluation: Evaluation, facts: Sequence[Fact], shown: Sequence[str] = ("efficacy", "generalization", "specificity")
+) -> dict[str, str]:
+    """Write down the metrics that are means over facts: ``3/4 0/4`` of two facts, and their keys.
+
+    Args:
+        evaluation: with the metrics.
+        facts: what was evaluated.
+        shown: beginnings of the metrics' names.
+    """
+    sums = {name: own.tolist() for name, own in evaluation.by_fact.items() if name.startswith(tuple(shown))}
     found = {name: " ".join(f"{a:g}/{b:g}" for a, b in zip(*own, strict=True)) for name, own in sums.items()}
     return {"keys": " ".join(fact.key[:16] for fact in facts), **found}
 

@@ -65,7 +65,7 @@ def measure(seed: int, models: Path) -> dict[str, Any]:
     """Measure each variant, by preservation and solver (``edits``), and the spectra of each layer's experts."""
     found = trained("atlas", seed, models, *corpus_options(edits=EDITS))
     layers = found.editor.check(found.model)
-    texts, shared = found.preservation_texts(), Once(found.editor.targets)
+    texts, shared = found.data.preservation_texts(), Once(found.editor.targets)
     moments = {g: second_moments(found.model, found.tokenizer, layers, texts, gated=g) for g in (False, True)}
     results: dict[str, Any] = {}
     for preserve, (kept, ridge) in PRESERVE.items():

@@ -258,7 +258,7 @@ def test_a_model_writes_contexts_of_likely_tokens(untrained: Trained) -> None:
     steps = [(likely, ids[-1]) for (before, likely), (ids, _) in pairwise(calls) if ids[:-1] == before]
     assert len(steps) == 3 * (measures.CONTEXT_TOKENS - 1) and all(token in likely for likely, token in steps)
     assert any(token != likely[0] for likely, token in steps)
-    words = {text.split()[0] for text in untrained.preservation_texts()}
+    words = {text.split()[0] for text in untrained.data.preservation_texts()}
     openings = {max((word for word in words if text.startswith(word)), key=len) for text in texts}
     assert len(openings) == 3 and all(text.endswith(".") for text in texts)
     assert texts == measures.generated_contexts(untrained, 3) != measures.generated_contexts(untrained, 3, seed=1)

@@ -113,7 +113,7 @@ def generated_contexts(found: Trained, count: int, seed: int = 0) -> list[str]:
     Each token is one of the five most likely ones, drawn by their likelihood. None of the texts names a subject that is
     edited, or that a neighbour asks for: what is measured is not edited on.
     """
-    words = sorted({text.split()[0] for text in found.preservation_texts()})
+    words = sorted({text.split()[0] for text in found.data.preservation_texts()})
     random.Random(seed).shuffle(words)
     facts = found.data.edit_facts()
     prompts = [*(fact.prompt for fact in facts), *(other.prompt for fact in facts for other in fact.neighbours)]

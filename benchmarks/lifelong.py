@@ -15,9 +15,10 @@ and the last hundred of the facts edited so far, and at the end of all facts and
 answered right before the first edit, of all facts, without those whose prompt is edited; the perplexity of the answers
 to these neighbours, in proportion to that before (the model's own validation text states facts that the stream edits);
 norms of the edited experts; and at the end the perplexity of text of another style
-(:mod:`lit_moeedit.editing.further`). Intervals are 95 % bootstrap intervals over facts; of several seeds the means of
-theirs. Writes ``lifelong.json``, ``lifelong.md`` and ``lifelong.png`` after each variant; variants that are in the JSON
-are not run again, ``--fresh`` begins anew.
+(:mod:`lit_moeedit.editing.further`). No text to preserve has the prompt of a neighbour of any fact of the file.
+
+Writes ``lifelong.json``, ``lifelong.md`` and ``lifelong.png`` after each variant; variants that are in the JSON are not
+run again, ``--fresh`` begins anew.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from benchmarks.training import Trained, arguments_of, changed, header, quiet, row, trained, write
+from benchmarks.training import BY_FACT, Trained, arguments_of, cell, changed, header, quiet, row, trained, write
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.data.neutral import neutral_texts
 from lit_moeedit.editing import EditMemory, SecondMoments, evaluate, second_moments
@@ -51,11 +52,9 @@ from lit_moeedit.solvers.deltas import group_positions
 HUNDRED, POINTS = 100, 8
 ABILITY = ("other_style_perplexity",)
 COMMAND = (
-    "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds, with the "
-    "means of the bounds of their 95 % intervals over facts; s: processor time of the edits; —: not measured; "
-    "not all variants have been run with all seeds"
+    "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds "
+    f"({BY_FACT}); s: processor time of the edits; —: not measured"
 )
-Interval = list[float]
 
 
 class PerExpert(EditMemory):
@@ -126,9 +125,9 @@ class Stream:
         self.moments = self._moments(own.model)
         asked = {text for fact in facts for text in (fact.prompt, *fact.paraphrases)}
         pairs = {(n.prompt, n.target) for fact in facts for n in fact.neighbours if n.prompt not in asked}
-        self.neighbours = sorted(pairs)
-        right = self.scores(own.model, self.neighbours).exact
-        self.neighbours = [pair for pair, is_right in zip(self.neighbours, right.tolist(), strict=True) if is_right]
+        every = sorted(pairs)
+        self.was_right = self.scores(own.model, every).exact.tolist()
+        self.neighbours = [pair for pair, is_right in zip(every, self.was_right, strict=True) if is_right]
         self.confusion = float(-self.scores(own.model, self.neighbours).log_prob.mean())
         self.norms = self._norms(own.model)
         # the held-out statements of the data are of facts that the stream edits
@@ -179,10 +178,15 @@ class Stream:
         if whole:
             paraphrases = [(text, fact.target_new) for fact in facts for text in fact.paraphrases]
             parts |= {"all": self.said(model, facts), "paraphrases": self.scores(model, paraphrases).exact.double()}
+        found = {name: [float(own.mean()), *bootstrap_interval(own).tolist()] for name, own in parts.items()}
+        if whole:
+            found |= {"each": {name: "".join(f"{held:g}" for held in own.tolist()) for name, own in parts.items()}}
+            kept = iter(found["each"]["neighbours"])
+            found["each"]["neighbours"] = "".join(next(kept) if was_right else "-" for was_right in self.was_right)
         growth = {i: norms / self.norms[i] for i, norms in self._norms(model).items()}
         return {
             "edits": len(facts),
-            **{name: [float(own.mean()), *bootstrap_interval(own).tolist()] for name, own in parts.items()},
+            **found,
             "perplexity": math.exp(float(-neighbours.log_prob.mean()) - self.confusion),
             "growth": [float(torch.cat(list(growth.values())).mean()), float(torch.cat(list(growth.values())).max())],
         }
@@ -211,12 +215,16 @@ def known_facts(path: Path, own: Trained) -> list[Fact]:
     return found
 
 
-def _shown(values: Sequence[Interval | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+def _shown(ends: Sequence[Mapping[str, Any]], part: str) -> str:
+    """Format the mean of a part over seeds, its interval over facts (or neighbours), and its range over seeds."""
+    found = [end for end in ends if part in end]
+    if not found:
         return "—"
-    mean, low, high = map(statistics.mean, zip(*known, strict=True))
-    return f"{mean:.3f} ({low:.2f}–{high:.2f})"
+    each = torch.tensor([["01-".index(held) for held in end["each"][part]] for end in found], dtype=torch.float64)
+    counts = each < 2
+    low, high = bootstrap_interval((each * counts).sum(0), counts.double().sum(0)).tolist()
+    means = [end[part][0] for end in found]
+    return cell(statistics.mean(means), (low, high), (min(means), max(means)) if len(means) > 1 else None)
 
 
 def _number(values: Sequence[float | None], digits: int = 3) -> str:
@@ -245,7 +253,7 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for name, found in ends(results).items():
         parts = ("first", "middle", "last", "all", "right after", "paraphrases", "neighbours")
-        shown = [_shown([end.get(part) for end in found]) for part in parts]
+        shown = [_shown(found, part) for part in parts]
         keys = _number([statistics.mean(end["keys"]) if "keys" in end else None for end in found], 0)
         ability = [_number([end.get("ability", {}).get(own) for end in found]) for own in ABILITY]
         growth = ", ".join(_number([end["growth"][i] for end in found], 2) for i in range(2))
@@ -255,37 +263,37 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Curves of the first seed over the stream of the variants with batches of 50, and the one batch as a line."""
+    """Curves over the stream of the variants with batches of 50, and the one batch as a line; bands are the seeds'."""
     shown = {"first": "first 100 generated", "middle": "middle 100 generated", "neighbours": "neighbours kept"}
     figure, axes = plt.subplots(1, len(shown) + 1, figsize=(15, 3.6), layout="constrained")
-    seed, first = next(iter(results.items()))
-    variants = {name: points for name, points in first["variants"].items() if name in VARIANTS}
-    curves = {name: points for name, points in variants.items() if VARIANTS[name].size == 50}
-    for number, (name, points) in enumerate(curves.items()):
-        at = [point["edits"] for point in points]
-        for ax, part in zip(axes, shown, strict=False):
-            values = torch.tensor([point[part] for point in points])
-            ax.plot(at, values[:, 0], color=f"C{number}", marker=".", label=name)
-            ax.fill_between(at, values[:, 1], values[:, 2], color=f"C{number}", alpha=0.15, linewidth=0)
-        if all("perplexity" in point for point in points):
-            axes[-1].plot(at, [point["perplexity"] for point in points], color=f"C{number}", marker=".")
+    own = [seed["variants"] for seed in results.values()]
+    variants = {name: [seed[name] for seed in own if name in seed] for name in VARIANTS if any(name in s for s in own)}
+    curves = {name: by_seed for name, by_seed in variants.items() if VARIANTS[name].size == 50}
+    for number, (name, by_seed) in enumerate(curves.items()):
+        at = [point["edits"] for point in by_seed[0]]
+        for ax, part in zip(axes, [*shown, "perplexity"], strict=True):
+            values = torch.tensor(
+                [[point[part] if part == "perplexity" else point[part][0] for point in points] for points in by_seed]
+            )
+            ax.plot(at, values.mean(0), color=f"C{number}", marker=".", label=name)
+            ax.fill_between(at, values.amin(0), values.amax(0), color=f"C{number}", alpha=0.15, linewidth=0)
     if "one batch of all" in variants:
-        end = variants["one batch of all"][-1]
-        for ax, value in zip(axes, [*(end[part][0] for part in shown), end["perplexity"]], strict=True):
+        last = [points[-1] for points in variants["one batch of all"]]
+        values = [statistics.mean(end[part][0] for end in last) for part in shown]
+        for ax, value in zip(axes, [*values, statistics.mean(end["perplexity"] for end in last)], strict=True):
             ax.axhline(value, color="black", linestyle=":", label="one batch of all")
     for ax, title in zip(axes, [*shown.values(), "perplexity, relative"], strict=True):
         ax.set(title=title, xlabel="facts edited")
         ax.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2))
-    figure.suptitle(f"seed {seed}")
+    figure.suptitle(f"mean of seeds {', '.join(results)}, and their range")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main() -> None:
     parser = arguments_of(__doc__)
-    parser.set_defaults(seeds=[0])
     parser.add_argument("--facts", type=Path, required=True, help="a file of CounterFact")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS])
     parser.add_argument("--fresh", action="store_true", help="forget the results so far")

@@ -28,7 +28,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.baselines import stated, train_adapters
-from benchmarks.editing import ADAPTERS, HARD, IN_CONTEXT, editors
+from benchmarks.editing import ADAPTERS, IN_CONTEXT, editors
 from benchmarks.training import (
     BY_FACT,
     Trained,
@@ -133,7 +133,9 @@ def questions(found: Trained) -> dict[str, float]:
     corpus, shares = found.data.corpus, {}
     assert isinstance(corpus, Atlas) and corpus.chains is not None
     for label, statements in (("read", corpus.chains.statements(is_asked=False)), ("not read", corpus.questions)):
-        exact = score(found.model, found.tokenizer, [s.prompt for s in statements], [s.target for s in statements]).exact
+        exact = score(
+            found.model, found.tokenizer, [s.prompt for s in statements], [s.target for s in statements]
+        ).exact
         for kind in KINDS:
             own = torch.tensor([s.fact.endswith(kind) for s in statements])
             shares[f"{kind}, {label}"] = float(exact[own].float().mean())
@@ -145,8 +147,10 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines: list[str] = []
     asked = [own["questions"] for own in results.get(CHAINS, {}).values()]
     if asked:
-        lines += ["Questions that the model answers right before any edit, of countries of which it has read what follows, "
-                  "and of the others:", ""]  # fmt: skip
+        lines += [
+            "Answered right before any edit, of countries of which the model has read what follows, and of others:"
+        ]
+        lines.append("")
         lines += [*header(asked[0]), row([mean_of(asked, name) for name in asked[0]]), ""]
     for name, by_seed in results.items():
         labels = dict.fromkeys(label for own in by_seed.values() for label in own["editors"])
@@ -157,8 +161,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
             lines += header(["editor", *map(title_of, known)])
             for label in labels:
                 runs = {seed: own["editors"][label] for seed, own in by_seed.items() if label in own["editors"]}
-                # the unedited model keeps its neighbours by definition
-                own = [{metric: run.get(metric) for metric in known} | {"by_fact": run["by_fact"]} for run in runs.values()]
+                own = [dict.fromkeys(known) | run for run in runs.values()]
                 lines.append(row([label_of(label, runs, by_seed), *(mean_of(own, metric) for metric in known)]))
             lines.append("")
     return "\n".join(lines)

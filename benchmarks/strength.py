@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from matplotlib import pyplot as plt
 
+from benchmarks.editing import HARD, editors
 from benchmarks.training import (
     BY_FACT,
     WEAK,
@@ -59,16 +60,20 @@ TUNED = "tune: true"
 """Name of the editor that chooses by itself."""
 
 
+OTHERS = {"MoEEdit": "BCD, null space (MoEEdit)", "MoEEdit as released": "BCD, null space (MoEEdit as released)"}
+"""Other editors, by the kind of a setting; they are the same on all models."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """Settings of an edit.
 
     Attributes:
         series: what settings of a curve have in common.
-        strength: of the output penalty; ``β`` or ``τ`` of the other preservations.
+        strength: of the output penalty; ``β`` or ``τ`` of the other preservations, also those of other editors.
         layers: the config's, or the highest of them alone.
         phrasings: number of further prompts of each fact.
-        kind: the preservation.
+        kind: the preservation, or another editor of :func:`benchmarks.editing.editors`.
         tune: the editor chooses by trials of its own, with the halves of the facts that are not measured.
         stop: loss at which the search for target vectors stops.
     """
@@ -77,7 +82,7 @@ class Setting:
     strength: float
     layers: Literal["given", "target layer"] = "given"
     phrasings: int = 0
-    kind: Literal["output", "covariance", "null space"] = "output"
+    kind: Literal["output", "covariance", "null space", "MoEEdit", "MoEEdit as released"] = "output"
     tune: bool = False
     stop: float = STOP
 
@@ -86,6 +91,12 @@ class Setting:
         if self.kind == "output":
             return OutputPenalty(self.strength)
         return (CovariancePenalty if self.kind == "covariance" else NullSpace)(self.strength)
+
+    def editor(self, base: Editor, targets: Any) -> Editor:
+        """The editor of a config with these settings, and with a search for target vectors."""
+        if self.kind in OTHERS:
+            return editors(base, "atlas")[OTHERS[self.kind]]
+        return changed(base, targets=targets, preserve=self.preservation, phrasings=self.phrasings, tune=self.tune)
 
 
 GIVEN, AUTO = Setting("all layers", DEFAULT), Setting(TUNED, DEFAULT, tune=True)
@@ -107,6 +118,9 @@ def settings() -> Iterator[Setting]:
         yield Setting("all layers, by stop", DEFAULT, stop=stop)
     yield Setting("covariance", 1e3, kind="covariance")
     yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
+    yield Setting("three further prompts", DEFAULT, phrasings=3, stop=0.15)
+    yield Setting("MoEEdit", HARD["atlas"][0], kind="MoEEdit")
+    yield Setting("MoEEdit as released", HARD["atlas"][0], kind="MoEEdit as released")
     yield AUTO
 
 
@@ -145,13 +159,7 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
         if setting in known:
             continue
         targets = shared.setdefault(setting.stop, ByTop(changed(case.editor.targets, stop=setting.stop)))
-        editor: Editor = changed(
-            case.editor,
-            targets=targets,
-            preserve=setting.preservation,
-            phrasings=setting.phrasings,
-            tune=setting.tune,
-        )
+        editor = setting.editor(case.editor, targets)
         if setting.layers == "target layer":
             editor = editor.at(Place(editor.layers[-1:], None))
         if (place := (editor.gated, editor.layers)) not in moments:

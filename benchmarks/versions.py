@@ -23,7 +23,7 @@ from benchmarks.training import MODELS, RESULTS, header, quiet, row, trained, wr
 SLOWER = 1.05
 """No phase may take more than so many times as long."""
 CHILD = r"""
-import json, random, sys, time
+import inspect, json, random, sys, time
 import torch, yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,6 +54,9 @@ layers = list(expert_layers(model).values())
 fastest("statistics, demo, long texts", lambda: second_moments(model, tokenizer, layers[:3], texts, 8192, gated=True))
 targets = TargetOptimizer(steps=60, learning_rate=0.5, clamp=2.0, weight_decay=0.05, stop=0.05)
 settings = {"token": "last", "contexts": ("", "Note:", "As we know,"), "token_budget": 4096, "targets": targets}
+# versions before 0.2 have a row for each prompt, and no other
+if "target_tokens" in inspect.signature(Editor.__init__).parameters:
+    settings["target_tokens"] = "first"
 editor = Editor([2], **settings)
 # versions before 0.2 have a method of another name
 rows = (editor.encode(tokenizer, corpus.edits).rows if hasattr(editor, "encode")

@@ -45,6 +45,7 @@ from benchmarks.training import (
     row,
     title_of,
     trained,
+    whiskers,
 )
 from lit_moeedit.data.encoding import encode, pad, pad_id, position_ids, token_batches
 from lit_moeedit.editing import SecondMoments
@@ -60,6 +61,7 @@ WORKING = 0.95
 """Efficacy below which a setting is left out of the picture: it preserves by not editing."""
 DRAWN = ("none", "null space (MoEEdit)", "covariance", "output")
 """Forms in the picture; the others are in the table."""
+AXES = ("specificity_retained", "generalization")
 NAMES = ("atlas", "counterfact", STANDIN)
 SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")
 Moments = dict[int, SecondMoments]
@@ -214,27 +216,34 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 
 
 def picture(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
-    """Draw the neighbours that an edit keeps over its generalization, a curve for each form, the default ringed."""
+    """Draw generalization over the neighbours that an edit keeps, a curve for each form.
+
+    The default is ringed, and has its 95 % intervals over the facts.
+    """
     figure, grid = plt.subplots(1, len(results), figsize=(4.4 * len(results), 4.4), layout="constrained", squeeze=False)
     for axes, name in zip(grid[0], results, strict=True):
+        settings = by_setting(results[name])
         means = {
             point: {metric: statistics.mean(result[metric] for result in own.values()) for metric in SHOWN}
-            for point, own in by_setting(results[name]).items()
+            for point, own in settings.items()
         }
         found = sorted(means.items(), key=lambda item: item[0].strength)
         for form, marker in zip(DRAWN, "Xso^", strict=True):
             curve = [(point, part) for point, part in found if point.form == form and part["efficacy"] >= WORKING]
-            x, y = ([part[key] for _, part in curve] for key in ("generalization", "specificity_retained"))
+            x, y = ([part[key] for _, part in curve] for key in AXES)
             axes.plot(x, y, marker + "-", label=form, markersize=5)
             ringed = [i for i, (point, _) in enumerate(curve) if form == "output" and point.strength == DEFAULT]
             label = "the default" if ringed else None
             axes.plot([x[i] for i in ringed], [y[i] for i in ringed], "o", color="k", ms=12, mfc="none", label=label)
-        axes.set(title=name, xlabel="generalization")
+            for i in ringed:
+                whiskers(axes, [*settings[curve[i][0]].values()], *AXES, "black")
+        axes.set(title=name, xlabel="neighbours retained")
         axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel("neighbours retained")
+    grid[0][0].set_ylabel("generalization")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"Settings that reach {WORKING:.0%} of {EDITS} edits: further right and up is better")
+    reached = f"settings that reach {WORKING:.0%} of {EDITS} edits"
+    figure.suptitle(f"Further right and up is better: {reached} (lines: 95 % intervals of the default)")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -46,6 +46,7 @@ from benchmarks.training import (
     row,
     title_of,
     trained,
+    whiskers,
 )
 from lit_moeedit.data import Fact
 from lit_moeedit.editing import Editor, Place
@@ -245,14 +246,18 @@ STYLES = {
 
 
 def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Generalization against neighbours retained, means over seeds; the default has a ring, what is tuned a star."""
+    """Generalization against neighbours retained, means over seeds; the default has a ring, what is tuned a star.
+
+    These two have their 95 % intervals over the facts.
+    """
     names = [name for name in MODELS if by_setting(results, name)]
     size = (4.4 * len(names), 4.6)
     figure, grid = plt.subplots(1, len(names), figsize=size, layout="constrained", squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
+        found = by_setting(results, name)
         means = {
             setting: [statistics.mean(result[metric] for result in own.values()) for metric in DRAWN]
-            for setting, own in by_setting(results, name).items()
+            for setting, own in found.items()
         }
         for series, (color, marker, line) in STYLES.items():
             own = sorted((s for s in means if s.series == series), key=lambda s: (s.strength, s.stop))
@@ -261,12 +266,15 @@ def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for setting, marker, label in ((GIVEN, "o", "the default"), (AUTO, "*", TUNED)):
             if setting in means:
                 axes.plot(*means[setting], marker, ms=16, mfc="none", mec="black", label=label)
+                whiskers(axes, [*found[setting].values()], *DRAWN, "black" if setting == GIVEN else "gray")
         axes.set(title=title(name), xlabel="neighbours retained")
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("generalization")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle("Further right and up is better")
+    figure.suptitle(
+        "Further right and up is better (lines: 95 % intervals of the default, and in gray of what is tuned)"
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

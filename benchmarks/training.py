@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import random
 import re
 import statistics
@@ -302,6 +303,14 @@ def cell(mean: float, between: tuple[float, float] | None = None, spread: tuple[
     """
     bounds = zip(("({:.3f}–{:.3f})", "[{:.3f}–{:.3f}]"), (between, spread), strict=True)
     return " ".join([f"{mean:.3f}", *(form.format(*pair) for form, pair in bounds if pair is not None)])
+
+
+def whiskers(axes: Any, results: Sequence[Mapping[str, Any]], x: str, y: str, color: str) -> None:
+    """Draw the :func:`interval` of two metrics around the point of their means over seeds."""
+    for metric, other in ((x, y), (y, x)):
+        low, high = interval(results, metric) or (math.nan, math.nan)
+        at = statistics.mean(result[other] for result in results)
+        (axes.hlines if metric == x else axes.vlines)(at, low, high, color=color, lw=1, alpha=0.6, zorder=1)
 
 
 def title_of(metric: str) -> str:

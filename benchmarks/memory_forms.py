@@ -17,6 +17,7 @@ has the number of their singular vectors. A joint singular vector takes the byte
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.lifelong import PerExpert, known_facts
-from benchmarks.training import arguments_of, header, quiet, row, trained, write
+from benchmarks.training import arguments_of, cell, corpus_options, header, quiet, row, trained, write
 from lit_moeedit.data import Fact
 from lit_moeedit.editing import EditMemory, Editor, second_moments
 from lit_moeedit.editing.job import EditJob
@@ -131,16 +132,20 @@ def compare(own: Any, facts: Sequence[Fact], past: int) -> dict[str, dict[str, f
     return found
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown: a row for each form and number of past facts."""
+def table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    """Markdown: a row for each form and number of past facts, means over the seeds with their range."""
     columns = ["past facts", "memory", "keys", "objective", "residuals left", "past outputs moved", "s"]
     lines = header(columns)
-    for past, forms in results.items():
-        least = forms["all rows"]["objective"]
-        for name, found in forms.items():
-            shares = (f"{found[part]:.4f}" for part in ("left", "moved"))
-            ratio = f"{found['objective'] / least:.2f}"
-            lines.append(row([past, name, f"{found['keys']:,}", ratio, *shares, f"{found['seconds']:.2f}"]))
+    by_seed = [*results.values()]
+    for past, forms in by_seed[0].items():
+        for name in forms:
+            found = [own[past][name] for own in by_seed if past in own]
+            least = [own[past]["all rows"]["objective"] for own in by_seed if past in own]
+            ratios = [own["objective"] / low for own, low in zip(found, least, strict=True)]
+            values = (ratios, *([own[part] for own in found] for part in ("left", "moved")))
+            shown = [cell(statistics.mean(own), spread=(min(own), max(own))) for own in values]
+            keys, seconds = (statistics.mean(own[part] for own in found) for part in ("keys", "seconds"))
+            lines.append(row([past, name, f"{keys:,.0f}", *shown, f"{seconds:.2f}"]))
     return "\n".join(lines)
 
 
@@ -150,13 +155,16 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    path = f"--data.init_args.corpus.init_args.path={arguments.facts}"
-    own = trained("counterfact", 0, arguments.models, path)
-    facts = known_facts(arguments.facts, own)
-    results = {}
-    for past in PAST:
-        results[str(past)] = compare(own, facts, past)
-        command = "`python -m benchmarks.memory_forms --facts counterfact.json`, one seed, one thread"
+    results: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for seed in arguments.seeds:
+        own = trained("counterfact", seed, arguments.models, *corpus_options(path=arguments.facts))
+        own.data.measured = facts = known_facts(arguments.facts, own)
+        for past in PAST:
+            results.setdefault(str(seed), {})[str(past)] = compare(own, facts, past)
+        command = (
+            f"`python -m benchmarks.memory_forms --facts counterfact.json --seeds {' '.join(results)}`, one thread: "
+            "means over the seeds, in brackets their range; nothing here is a mean over facts"
+        )
         write("memory_forms", command, table(results), results, arguments.output)
 
 

@@ -37,6 +37,7 @@ def test_the_table_of_rivers_is_clean() -> None:
     assert set(names) <= set(CAPITALS.values())
     for capital, river in RIVERS.items():
         assert river == river.strip() and river.isascii() and river != capital
+        assert not [country for country, own in CAPITALS.items() if own == capital and country == river]
     # an edit must be able to change the river
     assert max(Counter(RIVERS.values()).values()) <= 5
 

@@ -14,8 +14,9 @@ losing edits mends it. Step time is the processor time of a whole fit over that 
 left out. ``--edits`` edits another number of facts of the CounterFact model; it has at most 353 whose new targets it
 knows. The stand-in of :mod:`benchmarks.standin`, with ``--wordnet``, is edited with facts that it generates, and
 trained on for 256 steps. Continuations in two processes, under DeepSpeed ZeRO stage 3 or FSDP2, have as many rows in
-each step as in one. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs
-that are in the JSON are not made again, if they are of the same weights.
+each step as in one. No preserved text has a neighbour's prompt; in runs of earlier versions some did, and these have a
+table of their own. Writes ``survival.json``, ``survival.md`` and ``survival.png`` into ``benchmarks/results``; runs
+that are in the JSON are not made again, if they are of the same weights and this version.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from benchmarks.training import (
     corpus_options,
     digest,
     quiet,
+    shares_by_fact,
     trained,
     weights_file,
     write,
@@ -299,7 +301,7 @@ def run(
     model, batches = module.model.eval(), list(data.val_dataloader())[:8]
     found = {
         "model": name, "seed": seed, "continuation": continuation, "condition": condition, "edits": len(facts),
-        "weights": digest(weights), "after": watch.after,
+        "weights": digest(weights), "after": watch.after, "neighbours_preserved": False,
         "train_loss": statistics.mean(watch.losses[-len(watch.losses) // 4 :]),
         "perplexity": perplexity(model, batches),
         "seconds": watch.seconds, "processor": processor(),
@@ -309,6 +311,7 @@ def run(
         evaluation = own.evaluate(module)
         exact = dict(zip((fact.key for fact in own.applied_facts), evaluation.edits_exact.tolist(), strict=True))
         found["end"] = dict(evaluation.metrics)
+        found["by_fact"] = shares_by_fact(evaluation, own.applied_facts, ("efficacy_accuracy", "specificity_retained"))
         found["unstated"] = {"after": watch.unstated, "end": unstated(evaluation)}
         contradicted = {fact.key for fact in facts[: then.contradicted]}
         for group, keys in (("contradicted", contradicted), ("others", exact.keys() - contradicted)):
@@ -362,7 +365,9 @@ def main() -> None:
     file, rank = arguments.output / "survival.json", int(os.environ.get("RANK", "0"))
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     done = {
-        (r["model"], edits_of(r), (r["seed"], r.get("weights")), r["continuation"], r["condition"]) for r in results
+        (r["model"], edits_of(r), (r["seed"], r.get("weights")), r["continuation"], r["condition"])
+        for r in results
+        if "neighbours_preserved" in r
     }
     sources = {"counterfact": arguments.facts, STANDIN: arguments.wordnet}
     for name in arguments.names:

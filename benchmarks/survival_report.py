@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from benchmarks.training import STANDIN, header, row
+from benchmarks.training import mean_of as by_fact
 
 NAMES = ("atlas", "counterfact", STANDIN)
 PICTURED = NAMES[:2]
@@ -28,9 +29,14 @@ MEASURED = {"efficacy_accuracy": "prompts", "generalization_accuracy": "paraphra
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """Format the results as Markdown, with those of earlier versions, which do not tell their weights, apart."""
-    own = [result for result in results if "weights" in result]
-    parts = [("", own), ("Of other weights, trained before on another machine:", [r for r in results if r not in own])]
+    """Format the results as Markdown, with those of earlier versions apart, which do not tell so much of a run."""
+    now = [result for result in results if "neighbours_preserved" in result]
+    own = [result for result in results if "weights" in result and result not in now]
+    parts = [
+        ("", now),
+        ("With some of the neighbours' prompts in the preserved text:", own),
+        ("Likewise, of other weights, trained before on another machine:", [r for r in results if r not in own + now]),
+    ]
     return "\n\n".join("\n\n".join(filter(None, (title, table(part)))) for title, part in parts if part)
 
 
@@ -49,6 +55,8 @@ def table(results: list[dict[str, Any]]) -> str:
         is_edited = condition != "never edited"
         end = [r["end"]["efficacy_accuracy"] for r in own] if is_edited else []
         shown = f"{interval(end)}" if end else "-"
+        if end and all("by_fact" in r for r in own):
+            shown = by_fact([{**r["end"], "by_fact": r["by_fact"]} for r in own], "efficacy_accuracy")
         if is_edited and own[0]["contradicted"] is not None:
             parts = [statistics.mean(r[group] for r in own) for group in ("contradicted", "others")]
             shown += f" (contradicted {parts[0]:.2f}, others {parts[1]:.2f})"
@@ -95,14 +103,16 @@ def percent(ratios: list[float]) -> str:
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draw what is left of the edits at the end, without protection and with: a dot for each run, a bar for the mean.
 
-    Shown are the continuations without contradictions, with as many edits as the configs have. Results of earlier
-    versions are left out.
+    Shown are the continuations without contradictions, with as many edits as the configs have. Results that do not tell
+    their weights are left out; of two runs of a case the later one is shown, which preserves no neighbour's prompt.
 
     Args:
         results: of all runs.
         path: of the picture.
     """
-    shown = [r for r in results if "end" in r and "weights" in r and edits_of(r) == EDITS[r["model"]]]
+    known = [r for r in results if "end" in r and "weights" in r and edits_of(r) == EDITS[r["model"]]]
+    case = ("model", "seed", "weights", "continuation", "condition")
+    shown = [*{tuple(r[part] for part in case): r for r in known}.values()]
     figure, grid = plt.subplots(2, 2, figsize=(10, 6), sharex=True, sharey="col", layout="constrained")
     width = 0.8 / len(DRAWN)
     for axes_row, name in zip(grid, PICTURED, strict=True):

@@ -1,14 +1,14 @@
-"""Generalization and neighbours on 200 facts of CounterFact: those of the other benchmarks, and the next hundred.
+"""Generalization and neighbours on 300 facts of CounterFact: the hundred of the other benchmarks, and two further ones.
 
 Run from the root of the repository, with the package installed:
 
     python -m benchmarks.further_facts --facts counterfact.json --seeds 0 1 2
 
-Settings may be chosen on the next hundred facts and measured on the first, or the reverse. Each hundred is edited by
-itself, and no text of the other one is a further prompt. Writes ``further_facts.json`` and ``further_facts.md`` into
+Settings may be chosen on one hundred and measured on the others: those here were chosen on the second, and the third
+had no part in any choice. Each hundred is edited by itself, and no text of another one is a further prompt. Writes ``further_facts.json`` and ``further_facts.md`` into
 ``benchmarks/results``.
 
-Three seeds take about 10 minutes on one core.
+Three seeds take about 15 minutes on one core.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from lit_moeedit.editing import Editor, SecondMoments
 from lit_moeedit.preservation import OutputPenalty
 
 EDITS = 100
-HALVES = {"the first hundred": slice(0, EDITS), "the next hundred": slice(EDITS, 2 * EDITS)}
+NAMES = ("the first hundred", "the second hundred", "the third hundred")
+PARTS = {name: slice(number * EDITS, (number + 1) * EDITS) for number, name in enumerate(NAMES)}
 SETTINGS = ((0, 0.05, 0.3), (3, 0.15, 0.3), (3, 0.15, 0.03), (3, 0.15, 0.003))
 """Number of further prompts, loss at which the search for target vectors stops, and strength."""
 SHOWN = ("efficacy", "generalization", "specificity_retained", "routing", "perplexity")
@@ -51,16 +52,16 @@ Results = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def edits(seed: int, models: Path, facts: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measure each setting on each half; yields the half's name and the result."""
-    found = trained("counterfact", seed, models, *corpus_options(edits=2 * EDITS, path=facts))
+    """Measure each setting on each hundred; yields its name and the result."""
+    found = trained("counterfact", seed, models, *corpus_options(edits=len(PARTS) * EDITS, path=facts))
     every = list(found.data.edit_facts())
 
     def edit(editor: Editor, model: PreTrainedModel, own: Sequence[Fact], moments: Moments) -> dict[str, float]:
         return editor.edit(model, found.tokenizer, own, moments=moments, measured=every).seconds
 
-    for half, part in HALVES.items():
+    for name, part in PARTS.items():
         chosen = every[part]
-        found.data.corpus.edits[:] = chosen  # so that the other hundred is text as any other
+        found.data.corpus.edits[:] = chosen  # so that the others are text as any other
         layers, texts = found.editor.check(found.model), found.data.preservation_texts()
         moments = found.editor.moments(found.model, found.tokenizer, layers, texts)
         shared: dict[float, Once] = {}
@@ -68,19 +69,19 @@ def edits(seed: int, models: Path, facts: Path) -> Iterator[tuple[str, dict[str,
             targets = shared.setdefault(stop, Once(changed(found.editor.targets, stop=stop)))
             editor = changed(found.editor, phrasings=phrasings, targets=targets, preserve=OutputPenalty(strength))
             result = found.quality(lambda m, own: edit(editor, m, own, moments), chosen)  # noqa: B023
-            yield half, {"phrasings": phrasings, "stop": stop, "strength": strength, **only(result, SHOWN)}
+            yield name, {"phrasings": phrasings, "stop": stop, "strength": strength, **only(result, SHOWN)}
 
 
 def table(results: Results) -> str:
-    """Markdown: each hundred, and both together."""
+    """Markdown: each hundred, and all together."""
     lines = header(["facts", "further prompts", "stop", "strength", *map(title_of, SHOWN)])
     for phrasings, stop, strength in SETTINGS:
-        for label, halves in {**{half: [half] for half in HALVES}, "both": [*HALVES]}.items():
+        for label, names in {**{name: [name] for name in PARTS}, "all": [*PARTS]}.items():
             own = [
                 result
-                for by_half in results.values()
-                for half in halves
-                for result in by_half[half]
+                for by_name in results.values()
+                for name in names
+                for result in by_name[name]
                 if (result["phrasings"], result["stop"], result["strength"]) == (phrasings, stop, strength)
             ]
             cells = [label, phrasings, f"{stop:g}", f"{strength:g}"]
@@ -95,15 +96,16 @@ def main() -> None:
     quiet()
     file = arguments.output / "further_facts.json"
     results: Results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    results = {seed: own for seed, own in results.items() if [*own] == [*PARTS]}
     for seed in arguments.seeds:
-        by_half: dict[str, list[dict[str, Any]]] = {half: [] for half in HALVES}
-        for half, result in edits(seed, arguments.models, arguments.facts):
-            by_half[half].append(result)
-        results[str(seed)] = by_half
+        by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in PARTS}
+        for name, result in edits(seed, arguments.models, arguments.facts):
+            by_name[name].append(result)
+        results[str(seed)] = by_name
         command = (
             f"`python -m benchmarks.further_facts --facts counterfact.json --seeds {' '.join(results)}`, "
             f"{torch.get_num_threads()} thread(s): means over the seeds, or the seeds and "
-            f"both hundreds ({BY_FACT})"
+            f"all hundreds ({BY_FACT})"
         )
         write("further_facts", command, table(results), results, arguments.output)
     sys.stdout.write(table(results) + "\n")

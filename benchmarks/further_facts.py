@@ -5,8 +5,8 @@ Run from the root of the repository, with the package installed:
     python -m benchmarks.further_facts --facts counterfact.json --seeds 0 1 2
 
 Settings may be chosen on one hundred and measured on the others: those here were chosen on the second, and the third
-had no part in any choice. Each hundred is edited by itself, and no text of another one is a further prompt. Writes ``further_facts.json`` and ``further_facts.md`` into
-``benchmarks/results``.
+had no part in any choice. Each hundred is edited by itself, and no text of another one is a further prompt. Writes
+``further_facts.json`` and ``further_facts.md`` into ``benchmarks/results``.
 
 Three seeds take about 15 minutes on one core.
 """

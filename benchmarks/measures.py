@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +106,8 @@ def edits(found: Trained, known: Sequence[str]) -> Iterator[tuple[str, dict[str,
     def result(after: Any, asked: Sequence[Fact], **others: Any) -> dict[str, Any]:
         shown = [name for names in TABLES.values() for name in names if name != "held_out_accuracy"]
         seconds = time.perf_counter() - start
-        return {**after.metrics, **others, "by_fact": shares_by_fact(after, asked, shown), "seconds": seconds}
+        known = {name: value for name, value in {**after.metrics, **others}.items() if not math.isnan(value)}
+        return {**known, "by_fact": shares_by_fact(after, asked, shown), "seconds": seconds}
 
     if UNEDITED not in known:
         yield UNEDITED, result(unedited, facts)

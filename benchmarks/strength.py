@@ -5,7 +5,8 @@ Run from the root of the repository, with the package installed:
     python -m benchmarks.strength --facts counterfact.json
 
 Models that have seen little (256 steps on 30 countries), those of the demo, and those of CounterFact.
-Every setting edits copies of the same weights; those with the same target layer and ``stop`` share target vectors.
+Every setting edits copies of the same weights; those of our own editor with the same target layer and ``stop`` share
+target vectors.
 Half of the paraphrases and neighbours of each fact are measured. With ``tune: true`` an editor chooses its settings by
 the other half (see :func:`lit_moeedit.editing.locating.tune`). Of CounterFact, where each fact has one of each, every
 other fact is measured.
@@ -173,6 +174,7 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
         result = case.quality(edit, measured)
         yield {
             **vars(setting),
+            "weights": case.weights,
             **only(result, SHOWN),
             "found": list(editor.layers),
             "chosen": str(editor.place) if setting.tune else None,
@@ -295,10 +297,11 @@ def main() -> None:
         if name == "counterfact" and arguments.facts is None:
             continue
         rows = results.setdefault(f"{name}, seed {seed}", [])
-        known = [setting_of(result) for result in rows]
-        if all(setting in known for setting in order):
+        if all(setting in map(setting_of, rows) for setting in order):
             continue
-        for new in edits(trained(name, seed, arguments.models, *options), known):
+        case = trained(name, seed, arguments.models, *options)
+        rows[:] = [result for result in rows if result.get("weights", case.weights) == case.weights]
+        for new in edits(case, [setting_of(result) for result in rows]):
             rows.append(new)
             rows.sort(key=lambda result: order.index(setting_of(result)))
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

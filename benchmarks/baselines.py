@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.training import QUALITY, Trained, shares_by_fact
 from lit_moeedit.data import Fact
 from lit_moeedit.data.encoding import join, pad_id
-from lit_moeedit.editing import FineTuning, evaluate
+from lit_moeedit.editing import Evaluation, FineTuning, evaluate
 from lit_moeedit.editing.evaluation import score_batch
 from lit_moeedit.editing.target_rows import EncodedFacts
 
@@ -26,12 +26,8 @@ def in_context(found: Trained) -> dict[str, Any]:
 
     What is measured on other texts is ``None``, because nothing is stated there and no weight changes.
     """
-    facts = found.data.edit_facts()
-    before = evaluate(found.model, found.tokenizer, facts)
-    told = [stated(fact) for fact in facts]
-    # a neighbour counts as retained if its answer was right without the statement
-    baseline = {new.key: before.neighbours_exact[fact.key] for new, fact in zip(told, facts, strict=True)}
-    evaluation = evaluate(found.model, found.tokenizer, told, baseline)
+    before = evaluate(found.model, found.tokenizer, found.data.edit_facts())
+    told, evaluation = asked_in_context(found, before)
     unknown = dict.fromkeys(QUALITY)
     return {
         **unknown,
@@ -40,6 +36,15 @@ def in_context(found: Trained) -> dict[str, Any]:
         "recalled_before": before.metrics["truth_recalled"],
         "seconds": {},
     }
+
+
+def asked_in_context(found: Trained, before: Evaluation) -> tuple[list[Fact], Evaluation]:
+    """Ask the unedited model with each fact stated before everything; returns the facts as they are asked, too."""
+    facts = found.data.edit_facts()
+    told = [stated(fact) for fact in facts]
+    # a neighbour counts as retained if its answer was right without the statement
+    baseline = {new.key: before.neighbours_exact[fact.key] for new, fact in zip(told, facts, strict=True)}
+    return told, evaluate(found.model, found.tokenizer, told, baseline)
 
 
 def stated(fact: Fact) -> Fact:

@@ -101,7 +101,7 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     }
     shared: dict[str, Any] = {"layers": base.layers, "contexts": base.contexts, "steps": 60, "stop": base.targets.stop}
     return found | {
-        # of one batch there is nothing to remember
+        # its memory of earlier batches is empty in a single batch
         "AlphaEdit per expert": changed(base, solver=PerExpertRidge(), **hard, **paper),
         "MEMIT per expert": changed(base, preserve=CovariancePenalty(1e4), solver=PerExpertRidge(), **paper),
         "FT": FineTuning(learning_rate=1e-3, **shared),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.training import Trained, arguments_of, changed, corpus_options, header, quiet, row, trained, write
+from benchmarks.training import Trained, arguments_of, cell, changed, corpus_options, header, quiet, row, trained, write
 from lit_moeedit.editing import Evaluation, Place, evaluate, locate
 from lit_moeedit.editing.locating import Trial
 from lit_moeedit.editing.place import TOKENS
@@ -62,17 +62,25 @@ def edited_at(case: Trained, place: Place, texts: list[str]) -> tuple[Trial, Ten
     return trial, torch.stack([by_fact[name] for name in SCORED])
 
 
-def points_below(chosen: Tensor, best: Tensor) -> tuple[float, float]:
-    """Compute the 95 % bootstrap interval of the difference of two scores, from what holds and counts of each fact."""
+def points_below(chosen: Tensor, best: Tensor) -> tuple[float, float] | None:
+    """Compute the 95 % bootstrap interval of the difference of two scores, from what holds and counts of each fact.
+
+    A metric of which nothing counts has no part in a score; ``None`` if no metric has.
+    """
+    known = (chosen[:, 1].sum(-1) > 0) & (best[:, 1].sum(-1) > 0)
+    if not known.any():
+        return None
+    chosen, best = chosen[known], best[known]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(chosen.shape[-1], (RESAMPLES, chosen.shape[-1]), generator=generator)
 
     def scores(by_fact: Tensor) -> Tensor:
         holds, counts = by_fact[:, :, drawn].sum(-1).unbind(1)
         # the harmonic mean, which is 0 if one of the three is
-        return len(SCORED) / (counts / holds).sum(0)
+        return len(holds) / (counts / holds).sum(0)
 
-    low, high = torch.quantile(100 * (scores(best) - scores(chosen)), torch.tensor([0.025, 0.975]).double()).tolist()
+    # a draw may have no fact that counts
+    low, high = (100 * (scores(best) - scores(chosen))).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return low, high
 
 
@@ -127,7 +135,7 @@ def table(results: list[dict[str, Any]]) -> str:
                     f"{chosen['score']:.3f}",
                     Place.from_dict(best),
                     f"{best['score']:.3f}",
-                    f"{100 * (best['score'] - chosen['score']):.1f} ({below[0]:.1f}–{below[1]:.1f})",
+                    cell(100 * (best["score"] - chosen["score"]), below, digits=1),
                     f"{seconds['locate']:.1f}",
                     f"{seconds['sweep']:.1f} ({len(result['sweep'])} places)",
                 )

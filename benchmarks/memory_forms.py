@@ -143,7 +143,8 @@ def table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
             least = [own[past]["all rows"]["objective"] for own in by_seed if past in own]
             ratios = [own["objective"] / low for own, low in zip(found, least, strict=True)]
             values = (ratios, *([own[part] for own in found] for part in ("left", "moved")))
-            shown = [cell(statistics.mean(own), spread=(min(own), max(own))) for own in values]
+            spreads = [(min(own), max(own)) if len(own) > 1 else None for own in values]
+            shown = [cell(statistics.mean(own), spread=s, digits=4) for own, s in zip(values, spreads, strict=True)]
             keys, seconds = (statistics.mean(own[part] for own in found) for part in ("keys", "seconds"))
             lines.append(row([past, name, f"{keys:,.0f}", *shown, f"{seconds:.2f}"]))
     return "\n".join(lines)

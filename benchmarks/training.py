@@ -63,7 +63,11 @@ CONFIGS: Mapping[str, tuple[str, Sequence[str]]] = {
     "counterfact": ("counterfact.yaml", ()),
     "atlas, chains": (
         "atlas.yaml",
-        ("--data.init_args.corpus.init_args.chains=true", "--data.init_args.samples_per_epoch=16384"),
+        (
+            "--data.init_args.corpus.init_args.chains=true",
+            "--data.init_args.corpus.init_args.asked=0.5",
+            "--data.init_args.samples_per_epoch=16384",
+        ),
     ),
 }
 """Configs of the models by name, and what is different from them."""
@@ -111,21 +115,23 @@ class FewCountries(Atlas):
 
 
 class Unmeasured(FactsDataModule):
-    """Data whose texts to preserve have nothing that benchmarks measure: as many as its config says.
+    """Data whose texts to preserve have no prompt of a neighbour or a probe, and are no texts of the probe of routing.
 
     A run preserves any text that states none of the edited facts. What an edit does to a neighbour that was preserved
-    word for word, or to a text on which routing and perplexity are watched, says little of others.
+    word for word, or to a text on which routing and perplexity are watched, says little of others. There are as many
+    texts as the config says, or all that there are.
 
     Attributes:
-        measured: the facts whose neighbours are measured; ``None`` for those to edit.
+        measured: the facts whose neighbours and probes are measured; ``None`` for those to edit.
     """
 
     measured: Sequence[Fact] | None = None
 
     def preservation_texts(self) -> list[str]:
-        """Return texts with no neighbour's prompt, and none of the probe."""
+        """Return the texts, in the order of the data's."""
         facts = self.edit_facts() if self.measured is None else self.measured
-        asked = {neighbour.prompt for fact in facts for neighbour in fact.neighbours} | set(self.probe_texts())
+        asked = {question.prompt for fact in facts for question in (*fact.neighbours, *fact.probes)}
+        asked |= set(self.probe_texts())
         measured = re.compile("|".join(map(re.escape, sorted(asked, key=len, reverse=True))))
         every = copy.copy(self)
         every.preservation_samples = sys.maxsize
@@ -152,7 +158,8 @@ def command_line(name: str, seed: int, *arguments: str) -> tuple[EditingCLI, Kno
         ],
         run=False,
     )
-    cli.datamodule.__class__ = Unmeasured  # the config's own class has the same attributes
+    assert type(cli.datamodule) is FactsDataModule
+    cli.datamodule.__class__ = Unmeasured  # another class on the command line would forget the config's corpus
     return cli, next(callback for callback in cli.trainer.callbacks if isinstance(callback, KnowledgeEditing))
 
 
@@ -294,15 +301,23 @@ def mean_of(results: Sequence[Mapping[str, Any]], metric: str) -> str:
     return cell(statistics.mean(values), interval(results, metric), spread) if values else "–"
 
 
-def cell(mean: float, between: tuple[float, float] | None = None, spread: tuple[float, float] | None = None) -> str:
+def cell(
+    mean: float,
+    between: tuple[float, float] | None = None,
+    spread: tuple[float, float] | None = None,
+    digits: int = 3,
+) -> str:
     """Format a mean of a table, with its interval and its range if it has them.
 
     Example:
         >>> cell(0.5), cell(0.5, (0.42, 0.58)), cell(0.5, (0.42, 0.58), (0.4, 0.6))
         ('0.500', '0.500 (0.420–0.580)', '0.500 (0.420–0.580) [0.400–0.600]')
     """
-    bounds = zip(("({:.3f}–{:.3f})", "[{:.3f}–{:.3f}]"), (between, spread), strict=True)
-    return " ".join([f"{mean:.3f}", *(form.format(*pair) for form, pair in bounds if pair is not None)])
+    bounds = zip(("({})", "[{}]"), (between, spread), strict=True)
+    shown = (
+        form.format("–".join(f"{value:.{digits}f}" for value in pair)) for form, pair in bounds if pair is not None
+    )
+    return " ".join([f"{mean:.{digits}f}", *shown])
 
 
 def whiskers(axes: Any, results: Sequence[Mapping[str, Any]], x: str, y: str, color: str) -> None:

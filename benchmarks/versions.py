@@ -54,7 +54,7 @@ layers = list(expert_layers(model).values())
 fastest("statistics, demo, long texts", lambda: second_moments(model, tokenizer, layers[:3], texts, 8192, gated=True))
 targets = TargetOptimizer(steps=60, learning_rate=0.5, clamp=2.0, weight_decay=0.05, stop=0.05)
 settings = {"token": "last", "contexts": ("", "Note:", "As we know,"), "token_budget": 4096, "targets": targets}
-# earlier versions have a row for each prompt, and no other
+# earlier versions edit at the first token of a target only
 if "target_tokens" in inspect.signature(Editor.__init__).parameters:
     settings["target_tokens"] = "first"
 editor = Editor([2], **settings)

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lit_moeedit.data.chains import Chains, rows
+from lit_moeedit.data.chains import Chains
 from lit_moeedit.data.corpus import Corpus, Statement
 from lit_moeedit.data.facts import Fact, Neighbour
+from lit_moeedit.data.tables import packaged_table
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "capital": (
@@ -74,7 +75,7 @@ class Entry:
 
 def read_table() -> list[Entry]:
     """Read the facts of the table in the package, one per country and relation, without empty cells."""
-    found = rows("atlas.tsv")
+    found = packaged_table("atlas.tsv")
     return [Entry(row["country"], relation, row[relation]) for row in found for relation in TEMPLATES if row[relation]]
 
 
@@ -84,9 +85,9 @@ class Atlas(Corpus):
     Every statement is one fact in one phrasing. An edit replaces an answer by another answer of the same relation. Its
     paraphrases are the other phrasings of the relation. Its neighbours are other facts of the same country
     (``same_subject``) and the same relation of other countries (``same_relation``). As in CounterFact, countries with
-    the same true answer come first among these, because they are the easiest to damage. There are no probes, unless
-    ``chains`` is set: else no answer is the subject of another statement, and no statement goes from an answer to its
-    country, so that a model trained on these sentences cannot follow a chain of facts or reverse one.
+    the same true answer come first among these, because they are the easiest to damage. Without ``chains`` there are no
+    probes: no answer is the subject of another statement, and no statement goes from an answer to its country, so that
+    a model trained on these sentences cannot follow a chain of facts or reverse one.
 
     Args:
         edits: number of facts to edit, at most one per country.
@@ -96,7 +97,8 @@ class Atlas(Corpus):
         seed: seed of the choice of edits, new answers, neighbours and held-out pairs.
         chains: true for facts that chain. Then sentences state also the rivers of capitals, the codes of countries, and
             what follows of most countries: the river of its capital, the country of a capital, and the capital of the
-            country with a code. Edits are of capitals that have a river, and their probes ask for all this anew.
+            country with a code. Edits exchange the capitals of countries, each for one at another river, and their
+            probes ask these three questions about the new capital.
         asked: share of the countries of which nothing that follows is stated. The questions about them are the
             attribute ``questions``; how many of them a model answers tells how well it follows a chain by itself.
 
@@ -111,7 +113,7 @@ class Atlas(Corpus):
         True
     """
 
-    chains: Chains | None = None
+    chained: Chains | None = None
     questions: Sequence[Statement] = ()
 
     def __init__(
@@ -124,48 +126,50 @@ class Atlas(Corpus):
         asked: float = 0.25,
     ) -> None:
         self.entries = read_table()
-        subjects = sorted({entry.subject for entry in self.entries})
-        if not 0 <= edits <= len(subjects):
-            raise ValueError(f"edits must be between 0 and {len(subjects)} (the number of countries), got {edits}")
-        if neighbours < 1:
-            raise ValueError(f"neighbours must be at least 1, got {neighbours}")
-        if not 0.0 <= held_out <= 0.4:
-            raise ValueError(f"held_out must be between 0 and 0.4, got {held_out}")
-        if not 0.0 <= asked <= 1.0:
-            raise ValueError(f"asked must be between 0 and 1, got {asked}")
-        rng = random.Random(seed)
         self._by_subject: dict[str, list[Entry]] = defaultdict(list)
         self._by_relation: dict[str, list[Entry]] = defaultdict(list)
         for entry in self.entries:
             self._by_subject[entry.subject].append(entry)
             self._by_relation[entry.relation].append(entry)
+        if not 0.0 <= asked <= 1.0:
+            raise ValueError(f"asked must be between 0 and 1, got {asked}")
         if chains:
-            self.chains = Chains(self._capitals(), asked, seed)
-            self.questions = self.chains.statements(is_asked=True)
+            capitals = {entry.subject: entry.answer for entry in self._by_relation["capital"]}
+            self.chained = Chains(capitals, asked, seed)
+            self.questions = self.chained.statements(is_asked=True)
+        subjects = self.chained.editable() if self.chained else sorted(self._by_subject)
+        if not 0 <= edits <= len(subjects):
+            which = "countries whose capital lies at a river" if chains else "countries"
+            raise ValueError(f"edits must be between 0 and {len(subjects)} (the number of {which}), got {edits}")
+        if neighbours < 1:
+            raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+        if not 0.0 <= held_out <= 0.4:
+            raise ValueError(f"held_out must be between 0 and 0.4, got {held_out}")
+        rng = random.Random(seed)
         chosen = [rng.choice(self._editable(subject)) for subject in rng.sample(subjects, edits)]
+        targets = self.chained.exchanged([entry.subject for entry in chosen], rng) if self.chained else {}
         # a generator of its own: the held-out pairs must not depend on the number of edits
         train, validation = self._split(held_out, random.Random(f"{seed}/held out"))
-        if self.chains:
-            train += self.chains.facts() + self.chains.statements(is_asked=False)
+        if self.chained:
+            train += self.chained.facts() + self.chained.statements(is_asked=False)
         super().__init__(
             train=train,
             validation=validation,
-            edits=[self._edit(entry, set(chosen), neighbours, rng) for entry in chosen],
+            edits=[self._edit(entry, set(chosen), neighbours, rng, targets.get(entry.subject)) for entry in chosen],
             prefixes=PREFIXES,
         )
 
     def facts_of(self, edits: Sequence[Fact]) -> set[str]:
         """Find the names of the facts that ``edits`` change, and of what follows from them."""
         names = super().facts_of(edits)
-        return names | {s.fact for s in (*self.train, *self.validation) if s.fact.rpartition("|")[0] in names}
-
-    def _capitals(self) -> dict[str, str]:
-        return {entry.subject: entry.answer for entry in self._by_relation["capital"]}
+        if self.chained is None:
+            return names
+        return names | (self.chained.names_following(names) & {s.fact for s in (*self.train, *self.validation)})
 
     def _editable(self, subject: str) -> list[Entry]:
         """The facts of a country that may be edited."""
         own = self._by_subject[subject]
-        return own if self.chains is None else [entry for entry in own if entry.relation == "capital"]
+        return own if self.chained is None else [entry for entry in own if entry.relation == "capital"]
 
     def _split(self, held_out: float, rng: random.Random) -> tuple[list[Statement], list[Statement]]:
         train: list[Statement] = []
@@ -179,11 +183,10 @@ class Atlas(Corpus):
                 (validation if unseen else train).append(statement)
         return train, validation
 
-    def _edit(self, entry: Entry, edited: set[Entry], neighbours: int, rng: random.Random) -> Fact:
+    def _edit(
+        self, entry: Entry, edited: set[Entry], neighbours: int, rng: random.Random, target: str | None = None
+    ) -> Fact:
         answers = sorted({other.answer for other in self._by_relation[entry.relation]} - {entry.answer})
-        if self.chains is not None:
-            rivers = self.chains.rivers
-            answers = [own for own in answers if own in rivers and rivers[own] != rivers.get(entry.answer)]
         prompt, *paraphrases = TEMPLATES[entry.relation]
         same_subject = [other for other in self._by_subject[entry.subject] if other not in edited]
         same_relation = [other for other in self._by_relation[entry.relation] if other not in edited]
@@ -192,7 +195,7 @@ class Atlas(Corpus):
         same_relation.sort(key=lambda other: other.answer != entry.answer)
         chosen = [("same_subject", other) for other in same_subject[:neighbours]]
         chosen += [("same_relation", other) for other in same_relation[:neighbours]]
-        target = rng.choice(answers)
+        target = target or rng.choice(answers)
         return Fact(
             subject=entry.subject,
             prompt=prompt.format(entry.subject),
@@ -203,5 +206,5 @@ class Atlas(Corpus):
                 Neighbour(rng.choice(TEMPLATES[other.relation]).format(other.subject), other.answer, group)
                 for group, other in chosen
             ),
-            probes=() if self.chains is None else self.chains.probes(entry.subject, target),
+            probes=() if self.chained is None else self.chained.probes(entry.subject, target),
         )

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.resources import files
 
 from lit_moeedit.data.corpus import Statement
 from lit_moeedit.data.probes import Probe, ProbeKind
+from lit_moeedit.data.tables import packaged_table
 
 RIVER: tuple[str, ...] = (
     "The river that flows through {} is the",
     "{} lies on the river",
     "The river of {} is called the",
-    "In {}, the bridges cross the",
-    "Boats in {} sail on the",
+    "The name of the river at {} is the",
+    "On a map, the river at {} is the",
 )
 """Phrasings of the river of a capital."""
 QUESTIONS: Mapping[ProbeKind, tuple[str, ...]] = {
@@ -36,14 +35,9 @@ QUESTIONS: Mapping[ProbeKind, tuple[str, ...]] = {
         "{} is the seat of the government of",
     ),
 }
-"""Phrasings of what follows from the capital of a country: its river, what has it by the country's code, and of what
-country it is the capital."""
-
-
-def rows(name: str) -> Iterator[dict[str, str]]:
-    """Read the rows of a table in the package; lines that begin with ``#`` are comments."""
-    text = files("lit_moeedit.data").joinpath(name).read_text(encoding="utf-8")
-    yield from csv.DictReader((line for line in text.splitlines() if not line.startswith("#")), delimiter="\t")
+"""Phrasings of three questions: the river of a country's capital, the capital of the country with a code, and the
+country of a capital."""
+_TRIES = 1000
 
 
 class Chains:
@@ -51,26 +45,48 @@ class Chains:
 
     Args:
         capitals: the capital of each country.
-        held_out: share of the countries of which nothing is stated that follows from other statements. How many of
-            these questions a model answers tells how well it follows a chain of facts by itself.
+        asked: share of the countries of which nothing is stated that follows from other statements. How many of these
+            questions a model answers tells how well it follows a chain of facts by itself.
         seed: seed of their choice.
     """
 
-    def __init__(self, capitals: Mapping[str, str], held_out: float, seed: int) -> None:
+    def __init__(self, capitals: Mapping[str, str], asked: float, seed: int) -> None:
         self.capitals = capitals
         countries = sorted(capitals)
-        self.asked = set(random.Random(f"{seed}/chains").sample(countries, round(held_out * len(countries))))
+        self.asked_countries = set(random.Random(f"{seed}/chains").sample(countries, round(asked * len(countries))))
 
     @cached_property
     def rivers(self) -> dict[str, str]:
         """The river of each capital that has one."""
         known = set(self.capitals.values())
-        return {row["capital"]: row["river"] for row in rows("rivers.tsv") if row["capital"] in known}
+        return {row["capital"]: row["river"] for row in packaged_table("rivers.tsv") if row["capital"] in known}
 
     @cached_property
     def codes(self) -> dict[str, str]:
-        """The code of two letters (ISO 3166-1) of each country."""
-        return {row["country"]: row["iso"] for row in rows("atlas.tsv") if row["country"] in self.capitals}
+        """The code of two letters of each country, as GeoNames has it."""
+        return {row["country"]: row["iso"] for row in packaged_table("atlas.tsv") if row["country"] in self.capitals}
+
+    def editable(self) -> list[str]:
+        """Return the countries whose capital lies at a river, sorted."""
+        return [country for country, capital in sorted(self.capitals.items()) if capital in self.rivers]
+
+    def exchanged(self, countries: Sequence[str], rng: random.Random) -> dict[str, str]:
+        """Draw a new capital for each country, that of another one of them, at another river.
+
+        So no capital has two countries after the edits, and no statement of another country answers for one.
+
+        Raises:
+            ValueError: there is no such exchange.
+        """
+        old = [self.capitals[country] for country in countries]
+        for _ in range(_TRIES):
+            new = rng.sample(old, len(old))
+            if all(self.rivers[one] != self.rivers[other] for one, other in zip(old, new, strict=True)):
+                return dict(zip(countries, new, strict=True))
+        raise ValueError(
+            f"edits is {len(old)}, and their capitals cannot be exchanged so that each gets another river; with "
+            "chains, more edits are expected, or another seed"
+        )
 
     def facts(self) -> list[Statement]:
         """Return the statements that questions over two facts need besides capitals: rivers, and codes."""
@@ -101,12 +117,28 @@ class Chains:
     def statements(self, is_asked: bool) -> list[Statement]:
         """Return what follows for the countries of which it is stated, or for those of which it is asked alone."""
         return [
-            Statement(prompt, answer, f"{country}|capital|{kind}")
+            Statement(prompt, answer, _following_name(country, kind))
             for country, capital in self.capitals.items()
-            if (country in self.asked) == is_asked
+            if (country in self.asked_countries) == is_asked
             for kind, prompt, answer in self.following(country, capital)
         ]
+
+    def names_following(self, names: set[str]) -> set[str]:
+        """Return the names of what follows from facts of these names: capitals, rivers and codes."""
+        found: set[str] = set()
+        for country, capital in self.capitals.items():
+            if f"{country}|capital" in names:
+                found |= {_following_name(country, kind) for kind in QUESTIONS}
+            if f"{capital}|river" in names:
+                found.add(_following_name(country, "multi_hop"))
+            if f"{country}|code" in names:
+                found.add(_following_name(country, "portability"))
+        return found
 
     def probes(self, country: str, capital: str) -> tuple[Probe, ...]:
         """Return the questions about the new capital of a country."""
         return tuple(Probe(kind, prompt, (answer,)) for kind, prompt, answer in self.following(country, capital))
+
+
+def _following_name(country: str, kind: ProbeKind) -> str:
+    return f"{country}|capital|{kind}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 from collections import Counter, defaultdict
 from importlib.resources import files
+from typing import Any
 
 import pytest
 
-from lit_moeedit.data import Atlas, validate_facts
+from lit_moeedit.data import Atlas, Fact, validate_facts
 from lit_moeedit.data.atlas import read_table
 from lit_moeedit.data.chains import QUESTIONS, RIVER
 from lit_moeedit.data.probes import PROBE_KINDS
@@ -37,16 +38,16 @@ def test_the_table_of_rivers_is_clean() -> None:
     assert set(names) <= set(CAPITALS.values())
     for capital, river in RIVERS.items():
         assert river == river.strip() and river.isascii() and river != capital
-        assert not [country for country, own in CAPITALS.items() if own == capital and country == river]
+        assert not [country for country, own in CAPITALS.items() if own == capital and river in country]
     # an edit must be able to change the river
     assert max(Counter(RIVERS.values()).values()) <= 5
 
 
 def test_the_facts_are_those_of_the_atlas_and_what_follows(atlas: Atlas) -> None:
-    plain = Atlas(edits=40, seed=int(atlas.edits[0].key, 16) % 5)  # any seed states the same facts
-    facts = {s.fact for s in (*plain.train, *plain.validation)}
-    assert facts == {f"{entry.subject}|{entry.relation}" for entry in read_table()}
-    added = {s.fact for s in (*atlas.train, *atlas.validation)} - facts
+    facts = {f"{entry.subject}|{entry.relation}" for entry in read_table()}
+    stated = {s.fact for s in (*atlas.train, *atlas.validation)}
+    assert facts < stated
+    added = stated - facts
     kinds = Counter(name.split("|", 1)[1] for name in added)
     assert set(kinds) == {"river", "code", *(f"capital|{kind}" for kind in PROBE_KINDS)}
     assert kinds["river"] == len(RIVERS) and kinds["code"] == len(CAPITALS)
@@ -92,11 +93,12 @@ def test_what_is_asked_is_stated_nowhere_but_follows(atlas: Atlas) -> None:
     assert not any(f"{country}|capital|reversed" in by_fact[country] for country in of)
 
 
-def test_edits_are_of_capitals_with_another_river(atlas: Atlas) -> None:
+def test_edits_exchange_capitals_at_other_rivers(atlas: Atlas) -> None:
     assert validate_facts(atlas.edits) == atlas.edits
+    assert sorted(fact.target_new for fact in atlas.edits) == sorted(CAPITALS[fact.subject] for fact in atlas.edits)
     for fact in atlas.edits:
         assert fact.target_true == CAPITALS[fact.subject]
-        assert RIVERS[fact.target_new] != RIVERS.get(fact.target_true or "")
+        assert RIVERS[fact.target_new] != RIVERS[fact.target_true]
         wanted = {
             "multi_hop": (fact.subject, RIVERS[fact.target_new]),
             "portability": (CODES[fact.subject], fact.target_new),
@@ -114,24 +116,38 @@ def test_an_edit_takes_what_follows_from_the_old_fact_out_of_the_text(atlas: Atl
     names = atlas.facts_of(atlas.edits)
     countries = {fact.subject for fact in atlas.edits}
     assert {name.split("|")[0] for name in names} == countries
-    left = [s for s in atlas.train if s.fact not in names]
-    old = {QUESTIONS[kind][0] for kind in ("multi_hop", "portability")}
-    for fact in atlas.edits:
-        prompts = {template.format(name) for template in old for name in (fact.subject, CODES[fact.subject])}
-        assert not [s for s in left if s.prompt in prompts]
-        assert not [s for s in left if s.prompt == QUESTIONS["reversed"][0].format(fact.target_true)]
+    left = [s for s in (*atlas.train, *atlas.validation) if s.fact not in names]
+    asked = {probe.prompt for fact in atlas.edits for probe in fact.probes}
+    assert not [s for s in left if s.prompt in asked]
     # rivers and codes are still true
     assert {s.fact for s in left if s.fact.endswith(("|river", "|code"))} == {
         s.fact for s in atlas.train if s.fact.endswith(("|river", "|code"))
     }
 
 
+def test_what_follows_from_a_river_or_a_code_is_left_out_with_it(atlas: Atlas) -> None:
+    country = next(s.fact.split("|")[0] for s in atlas.train if s.fact.endswith("|capital|multi_hop"))
+    capital = CAPITALS[country]
+    river = Fact(capital, RIVER[0].format(capital), "Amazon", RIVERS[capital])
+    code = Fact(CODES[country], f"The country {CODES[country]} is", "Atlantis", country)
+    assert atlas.facts_of([river]) == {f"{capital}|river", f"{country}|capital|multi_hop"}
+    assert atlas.facts_of([code]) == {f"{country}|code", f"{country}|capital|portability"}
+
+
 def test_without_chains_nothing_of_it_is_there() -> None:
     plain = Atlas(edits=5)
-    assert plain.chains is None and not plain.questions
+    assert plain.chained is None and not plain.questions
     assert not any(fact.probes for fact in plain.edits)
 
 
-def test_a_share_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"asked must be between 0 and 1, got 1\.5"):
-        Atlas(chains=True, asked=1.5)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"asked": 1.5}, r"asked must be between 0 and 1, got 1\.5"),
+        ({"edits": 150}, r"between 0 and 9\d \(the number of countries whose capital lies at a river\), got 150"),
+        ({"edits": 1}, "edits is 1, and their capitals cannot be exchanged so that each gets another river"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Atlas(chains=True, **arguments)

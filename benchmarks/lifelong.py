@@ -12,11 +12,11 @@ anew after every fifth batch.
 
 After each eighth of the stream everything is measured: greedy generation of the new targets of the first, the middle
 and the last hundred of the facts edited so far, and at the end of all facts and paraphrases; the neighbours that were
-answered right before the first edit, without those whose prompt is edited; the perplexity of the answers
-to these neighbours, in proportion to that before;
-norms of the edited experts; and at the end general ability: the validation statements of no fact of the stream, and the
-perplexity of text of another style (:mod:`lit_moeedit.editing.further`). Measured are the neighbours of every other fact; preserved is the text about the
-others' neighbours, all that states no fact of the stream: 860 texts of 215 statements for the first seed.
+answered right before the first edit, without those whose prompt is edited; the perplexity of the answers to these, in
+proportion to that before; norms of the edited experts; and at the end general ability: the validation statements of no
+fact of the stream, and the perplexity of text of another style (:mod:`lit_moeedit.editing.further`). Measured are the
+neighbours of every other fact. Preserved are those of the other facts: all text that states no fact of the stream, 860
+texts of 215 statements for the first seed.
 
 Writes ``lifelong.json``, ``lifelong.md`` and ``lifelong.png`` after each variant; variants that are in the JSON are not
 run again, ``--fresh`` begins anew.

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from benchmarks.editing import editors
 from benchmarks.standin.measures import CANDIDATES, KNOWN, keep_known
-from benchmarks.survival_report import CALM, NAMES, draw, edits_of, tables
+from benchmarks.survival_report import CALM, NAMES, draw, edits_of, is_of_now, tables
 from benchmarks.training import (
     SOURCES,
     STANDIN,
@@ -367,7 +367,7 @@ def main() -> None:
     done = {
         (r["model"], edits_of(r), (r["seed"], r.get("weights")), r["continuation"], r["condition"])
         for r in results
-        if "neighbours_preserved" in r
+        if is_of_now(r)
     }
     sources = {"counterfact": arguments.facts, STANDIN: arguments.wordnet}
     for name in arguments.names:

@@ -30,7 +30,7 @@ MEASURED = {"efficacy_accuracy": "prompts", "generalization_accuracy": "paraphra
 
 def tables(results: list[dict[str, Any]]) -> str:
     """Format the results as Markdown, with those of earlier versions apart, which do not tell so much of a run."""
-    now = [result for result in results if "neighbours_preserved" in result]
+    now = [result for result in results if is_of_now(result)]
     own = [result for result in results if "weights" in result and result not in now]
     parts = [
         ("", now),
@@ -104,24 +104,27 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draw what is left of the edits at the end, without protection and with: a dot for each run, a bar for the mean.
 
     Shown are the continuations without contradictions, with as many edits as the configs have. Results that do not tell
-    their weights are left out; of two runs of a case the later one is shown, which preserves no neighbour's prompt.
+    their weights are left out. Runs that preserve no neighbour's prompt are shown where there is one of every case of
+    the others, so that all bars are of the same kind.
 
     Args:
         results: of all runs.
         path: of the picture.
     """
     known = [r for r in results if "end" in r and "weights" in r and edits_of(r) == EDITS[r["model"]]]
-    case = ("model", "seed", "weights", "continuation", "condition")
-    shown = [*{tuple(r[part] for part in case): r for r in known}.values()]
+    parts: dict[bool, list[dict[str, Any]]] = {
+        is_now: [r for r in known if is_of_now(r) == is_now] for is_now in (True, False)
+    }
+    cases = {
+        is_now: {(r["model"], r["seed"], r["continuation"], r["condition"]) for r in part if is_drawn(r)}
+        for is_now, part in parts.items()
+    }
+    shown = parts[cases[True] >= cases[False]]
     figure, grid = plt.subplots(2, 2, figsize=(10, 6), sharex=True, sharey="col", layout="constrained")
     width = 0.8 / len(DRAWN)
     for axes_row, name in zip(grid, PICTURED, strict=True):
         for axes, (metric, title) in zip(axes_row, MEASURED.items(), strict=True):
-            own = [
-                r
-                for r in shown
-                if (r["model"], r["continuation"] in CALM, r["condition"] in DRAWN) == (name, True, True)
-            ]
+            own = [r for r in shown if r["model"] == name and is_drawn(r)]
             for series, (condition, label) in enumerate(DRAWN.items()):
                 for place, continuation in enumerate(CALM):
                     here = [r for r in own if r["continuation"] == continuation and r["condition"] == condition]
@@ -141,6 +144,16 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.suptitle("Share that is left of the edits after further training (learning rate, or adapters alone)")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def is_of_now(result: Mapping[str, Any]) -> bool:
+    """Tell if a run preserved no neighbour's prompt; those of earlier versions do not tell, and did."""
+    return not result.get("neighbours_preserved", True)
+
+
+def is_drawn(result: Mapping[str, Any]) -> bool:
+    """Tell if a run is of a case in the picture."""
+    return result["model"] in PICTURED and result["continuation"] in CALM and result["condition"] in DRAWN
 
 
 def edits_of(result: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ from benchmarks import (
     editing,
     further_facts,
     long_targets,
+    measures,
     moment_tokens,
     preservation,
     sequential,
@@ -22,8 +23,9 @@ from benchmarks import (
     tucker,
 )
 from benchmarks.lifelong import PerExpert
+from benchmarks.locate import points_below
 from benchmarks.survival_report import table
-from benchmarks.training import RESULTS, WEAK, finish, interval, mean_of, only
+from benchmarks.training import RESULTS, WEAK, Trained, Unmeasured, command_line, finish, interval, mean_of, only
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.editing.memory import GatedKeys
 
@@ -91,6 +93,68 @@ def test_a_cell_has_the_interval_over_facts_and_the_range_of_seeds() -> None:
     kept = only(one, ["efficacy", "routing"])
     assert kept == {"efficacy": 0.5, "routing": 0.5, "by_fact": {name: facts[name] for name in ("keys", "efficacy")}}
     assert mean_of([kept], "efficacy") == "0.500 (0.000–1.000)"
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Trained:
+    """The atlas with chains, and a model with small layers, before its training."""
+    sizes = {"hidden_size": 24, "num_experts": 4, "moe_intermediate_size": 8, "num_attention_heads": 2, "head_dim": 8}
+    shape = [f"--model.init_args.config.{name}={size}" for name, size in sizes.items()]
+    few = ["--data.init_args.corpus.init_args.edits=12", "--data.init_args.corpus.init_args.neighbours=1"]
+    cli, editing = command_line("atlas, chains", 0, *shape, "--model.init_args.config.num_key_value_heads=2", *few)
+    torch.manual_seed(0)
+    cli.datamodule.setup("fit")
+    cli.model.configure_model()
+    return Trained(cli.model.model.eval(), cli.datamodule, editing.editor, 0.0, "of no training")
+
+
+def test_nothing_that_is_measured_is_preserved(untrained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, facts = untrained.data, untrained.data.edit_facts()
+    assert type(data) is Unmeasured
+    asked = {question.prompt for fact in facts for question in (*fact.neighbours, *fact.probes)}
+    every = super(Unmeasured, data).preservation_texts()  # the class that a run has
+    assert any(prompt in text for prompt in asked for text in every)
+    texts = data.preservation_texts()
+    assert len(texts) == data.preservation_samples
+    assert not [text for text in texts if any(prompt in text for prompt in asked) or text in data.probe_texts()]
+    monkeypatch.setattr(data, "measured", [])
+    assert any(prompt in text for prompt in asked for text in data.preservation_texts())
+
+
+def test_measures_take_probes_apart_and_compare_with_no_edit(
+    untrained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(untrained.editor.targets, "steps", 2)
+    monkeypatch.setattr(measures, "EDITORS", ("Woodbury, null space",))
+    found = dict(measures.edits(untrained, known=["LoRA"]))
+    assert list(found) == [measures.UNEDITED, editing.IN_CONTEXT, "Woodbury, null space"]
+    chained, facts = untrained.data.corpus.chained, untrained.data.edit_facts()
+    is_read = [fact.subject not in chained.asked_countries for fact in facts]
+    assert 0 < sum(is_read) < len(facts)
+    for result in found.values():
+        for kind in measures.KINDS:
+            counts = {group: result["by_fact"][f"{kind}, {group}"].split() for group in measures.GROUPS}
+            assert [own.endswith("/1") for own in counts["read"]] == is_read
+            assert [own.endswith("/1") for own in counts["not read"]] == [not own for own in is_read]
+    edited = found["Woodbury, null space"]
+    assert edited["weight_growth_max"] > 0 and edited["null_space_rank_mean"] > 0
+    assert "specificity_retained" not in found[measures.UNEDITED]
+    results = {measures.CHAINS: {"0": {"questions": measures.questions(untrained), "editors": found}}}
+    text = measures.table(results)
+    assert all(f"{subject}: {measures.CHAINS}" in text for subject in measures.TABLES) and "nan" not in text
+
+
+def test_the_difference_of_two_scores_has_an_interval() -> None:
+    best = torch.ones(3, 2, 40, dtype=torch.float64)
+    chosen = best.clone()
+    chosen[1, 0, :10] = 0.0  # a quarter of the paraphrases: the score is 3 / (1 + 1 + 4 / 3), 10 points lower
+    low, high = points_below(chosen, best) or (0.0, 0.0)
+    assert 2 < low < 10 < high < 20
+    assert points_below(best, best) == (0.0, 0.0)
+    chosen[2], best[2] = 0.0, 0.0  # no neighbour was right before
+    low, high = points_below(chosen, best) or (0.0, 0.0)
+    assert 4 < low < 100 * (1 - 2 / (1 + 4 / 3)) < high < 30
+    assert points_below(torch.zeros(3, 2, 40), torch.zeros(3, 2, 40)) is None
 
 
 def test_rows_of_some_seeds_name_them() -> None:

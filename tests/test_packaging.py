@@ -112,7 +112,9 @@ def test_a_wheel_holds_every_source_and_the_table(wheel: Path) -> None:
     expected = {f"lit_moeedit/{name}" for name in sources("lit_moeedit")}
     expected |= {f"lit_moeedit/callbacks/{name}" for name in sources("callbacks")}
     expected |= {f"lit_moeedit/configs/{name}" for name in CONFIGS}
-    expected |= {"lit_moeedit/data/atlas.tsv", "lit_moeedit/data/neutral.txt", "lit_moeedit/py.typed"}
+    expected |= {f"lit_moeedit/data/{name}" for name in ("atlas.tsv", "neutral.txt", "rivers.tsv")} | {
+        "lit_moeedit/py.typed"
+    }
     expected |= {f"lit_moeedit/reports/templates/page.{kind}" for kind in ("html", "css", "js")}
     assert {name for name in names if ".dist-info/" not in name} == expected
     metadata = {name.split(".dist-info/")[1] for name in names if ".dist-info/" in name}

@@ -14,9 +14,11 @@ After each eighth of the stream everything is measured: greedy generation of the
 and the last hundred of the facts edited so far, and at the end of all facts and paraphrases; the neighbours that were
 answered right before the first edit, without those whose prompt is edited; the perplexity of the answers to these, in
 proportion to that before; norms of the edited experts; and at the end general ability: the validation statements of no
-fact of the stream, and the perplexity of text of another style (:mod:`lit_moeedit.editing.further`). Measured are the
-neighbours of every other fact. Preserved are those of the other facts: all text that states no fact of the stream, 860
-texts of 215 statements for the first seed.
+fact of the stream, and the perplexity of text of another style (:mod:`lit_moeedit.editing.further`).
+
+Measured are the neighbours of every other fact. Neither their prompts nor the validation statements are preserved.
+Preserved is otherwise as much text as the config says, of all that states none of the first 100 facts of the stream: as
+in a run that does not know what it will have to edit later, most of it states the truth of a fact of the stream.
 
 Writes ``lifelong.json``, ``lifelong.md`` and ``lifelong.png`` after each variant; variants that are in the JSON are not
 run again, ``--fresh`` begins anew.
@@ -122,7 +124,8 @@ class Stream:
     def __init__(self, own: Trained, facts: Sequence[Fact]) -> None:
         self.own, self.facts = own, facts
         self.editor = changed(own.editor, contexts=("",))
-        self.texts = preserved(own, facts)
+        own.data.measured = facts[::2]
+        self.texts = own.data.preservation_texts()
         self.moments = self._moments(own.model)
         asked = {text for fact in facts for text in (fact.prompt, *fact.paraphrases)}
         pairs = {(n.prompt, n.target) for fact in facts[::2] for n in fact.neighbours if n.prompt not in asked}
@@ -131,7 +134,9 @@ class Stream:
         self.neighbours = [pair for pair, is_right in zip(every, self.was_right, strict=True) if is_right]
         self.confusion = float(-self.scores(own.model, self.neighbours).log_prob.mean())
         self.norms = self._norms(own.model)
-        held_out = HeldOut(own.data.held_out_statements(), neutral_texts())
+        corpus, edited = own.data.corpus, own.data.corpus.facts_of(facts)
+        statements = [(s.prompt, s.target) for s in corpus.validation if s.fact not in edited]
+        held_out = HeldOut(statements, neutral_texts())
         self.further = FurtherMeasures(["general_ability"], own.tokenizer, held_out)
         self.ability = self._ability(own.model)
 
@@ -203,14 +208,6 @@ class Stream:
 
     def _ability(self, model: Any) -> dict[str, float]:
         return self.further.measure(model, [], evaluate(model, self.own.tokenizer, self.facts[:1])).metrics
-
-
-def preserved(own: Trained, facts: Sequence[Fact]) -> list[str]:
-    """Return the texts to preserve: all that state no fact of the stream, and have no neighbour of every other fact."""
-    own.data.corpus.edits[:] = facts
-    own.data.preservation_samples = sys.maxsize
-    own.data.measured = facts[::2]
-    return own.data.preservation_texts()
 
 
 def known_facts(path: Path, own: Trained) -> list[Fact]:

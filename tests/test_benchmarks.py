@@ -14,15 +14,16 @@ from benchmarks import (
     atlas,
     editing,
     further_facts,
+    lifelong,
     long_targets,
     measures,
+    memory_forms,
     moment_tokens,
     preservation,
     sequential,
     strength,
     tucker,
 )
-from benchmarks.lifelong import PerExpert
 from benchmarks.locate import points_below
 from benchmarks.survival_report import table
 from benchmarks.training import RESULTS, WEAK, Trained, Unmeasured, command_line, finish, interval, mean_of, only
@@ -42,7 +43,7 @@ def test_a_benchmark_ends_with_its_files_and_prints_its_text(
 
 def test_a_memory_per_expert_keeps_the_second_moments_of_each() -> None:
     generator, limit, edits = torch.Generator().manual_seed(0), 10**6, 3
-    memories = [EditMemory(limit), PerExpert(limit)]
+    memories = [EditMemory(limit), lifelong.PerExpert(limit)]
     for edit in range(edits):
         row, expert = torch.arange(20), torch.randint(3, (20,), generator=generator)
         keys = GatedKeys(row, expert, torch.randn(20, 5, generator=generator))
@@ -188,6 +189,9 @@ def test_a_picture_of_some_settings_is_drawn(tmp_path: Path) -> None:
         ("sequential", sequential.table),
         ("further_facts", further_facts.table),
         ("atlas", atlas.table),
+        ("lifelong", lifelong.table),
+        ("memory_forms", memory_forms.table),
+        ("measures", measures.table),
     ],
 )
 def test_a_table_is_of_the_results_beside_it(name: str, text: Callable[[Any], str]) -> None:

@@ -109,6 +109,11 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     }
 
 
+def adapter_training(base: Editor) -> FineTuning:
+    """Return the settings with which adapters are trained, with the config's layers and contexts."""
+    return FineTuning(base.layers, 60, ADAPTERS, stop=base.targets.stop, contexts=base.contexts)
+
+
 KINDER = (
     "The reference, one fact at a time, is kinder than the code released with MoEEdit: its targets are the mean over "
     "all tokens of the new answer, the residual is that of the target layer, layers take one over the layers left of "
@@ -154,10 +159,7 @@ def runs(found: Trained, name: str, share: bool = False) -> dict[str, Edit]:
         found.editor, solver=BlockCoordinateDescent(passes=4), preserve=NullSpace(threshold), ridge=ridge
     )
     every = {label: by(editor) for label, editor in editors(found.editor, name).items()}
-    steps = FineTuning(
-        found.editor.layers, steps=60, learning_rate=ADAPTERS, stop=found.editor.targets.stop,
-        contexts=found.editor.contexts,
-    )  # fmt: skip
+    steps = adapter_training(found.editor)
     every["LoRA"] = lambda model, facts: train_adapters(model, found.tokenizer, facts, steps)
     return every | {
         REFERENCE: lambda model, facts: reference.edit(model, found.tokenizer, facts, texts, published).seconds

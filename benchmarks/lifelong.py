@@ -43,7 +43,20 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from benchmarks.training import BY_FACT, Trained, arguments_of, cell, changed, header, quiet, row, trained, write
+from benchmarks.training import (
+    BY_FACT,
+    Trained,
+    arguments_of,
+    cell,
+    changed,
+    corpus_options,
+    header,
+    label_of,
+    quiet,
+    row,
+    trained,
+    write,
+)
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.data.neutral import neutral_texts
 from lit_moeedit.editing import EditMemory, SecondMoments, evaluate, second_moments
@@ -57,7 +70,7 @@ HUNDRED, POINTS = 100, 8
 ABILITY = ("held_out_accuracy", "other_style_perplexity")
 COMMAND = (
     "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds "
-    f"({BY_FACT}); s: processor time of the edits; —: not measured; variants of one seed are of seed 0"
+    f"({BY_FACT}); s: processor time of the edits; —: not measured"
 )
 
 
@@ -184,11 +197,12 @@ class Stream:
         if whole:
             paraphrases = [(text, fact.target_new) for fact in facts for text in fact.paraphrases]
             parts |= {"all": self.said(model, facts), "paraphrases": self.scores(model, paraphrases).exact.double()}
-        found = {name: [float(own.mean()), *bootstrap_interval(own).tolist()] for name, own in parts.items()}
+        found: dict[str, Any] = {name: float(own.mean()) for name, own in parts.items()}
         if whole:
-            found |= {"each": {name: "".join(f"{held:g}" for held in own.tolist()) for name, own in parts.items()}}
-            kept = iter(found["each"]["neighbours"])
-            found["each"]["neighbours"] = "".join(next(kept) if was_right else "-" for was_right in self.was_right)
+            each = {name: "".join(f"{held:g}" for held in own.tolist()) for name, own in parts.items()}
+            kept = iter(each["neighbours"])
+            each["neighbours"] = "".join(next(kept) if was_right else "-" for was_right in self.was_right)
+            found["each"] = each
         growth = {i: norms / self.norms[i] for i, norms in self._norms(model).items()}
         return {
             "edits": len(facts),
@@ -229,7 +243,7 @@ def _shown(ends: Sequence[Mapping[str, Any]], part: str) -> str:
     each = torch.tensor([["01-".index(held) for held in end["each"][part]] for end in found], dtype=torch.float64)
     counts = each < 2
     low, high = bootstrap_interval((each * counts).sum(0), counts.double().sum(0)).tolist()
-    means = [end[part][0] for end in found]
+    means = [end[part] for end in found]
     return cell(statistics.mean(means), (low, high), (min(means), max(means)) if len(means) > 1 else None)
 
 
@@ -238,10 +252,10 @@ def _number(values: Sequence[float | None], digits: int = 3) -> str:
     return f"{statistics.mean(known):,.{digits}f}" if known else "—"
 
 
-def ends(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The last point of each variant, of every seed that has it."""
-    by_seed = [own["variants"] for own in results.values()]
-    found = {name: [own[name][-1] for own in by_seed if name in own] for name in VARIANTS}
+def ends(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The last point of each variant, by every seed that has it."""
+    by_seed = {seed: own["variants"] for seed, own in results.items()}
+    found = {name: {seed: own[name][-1] for seed, own in by_seed.items() if name in own} for name in VARIANTS}
     return {name: points for name, points in found.items() if points}
 
 
@@ -257,13 +271,20 @@ def table(results: Mapping[str, Any]) -> str:
         *header(columns),
         row(["before", len(before), 0, *["—"] * 6, f"1 of {known}", "1", "1", *ability, "—", "—"]),
     ]
-    for name, found in ends(results).items():
+    for name, points in ends(results).items():
+        found = [*points.values()]
         parts = ("first", "middle", "last", "all", "right after", "paraphrases", "neighbours")
         shown = [_shown(found, part) for part in parts]
         keys = _number([statistics.mean(end["keys"]) if "keys" in end else None for end in found], 0)
         ability = [_number([end.get("ability", {}).get(own) for end in found]) for own in ABILITY]
         growth = ", ".join(_number([end["growth"][i] for end in found], 2) for i in range(2))
-        cells = [name, len(found), f"{found[0]['edits']:,}", *shown, _number([end.get("perplexity") for end in found])]
+        cells = [
+            label_of(name, points, results),
+            len(found),
+            f"{found[0]['edits']:,}",
+            *shown,
+            _number([end.get("perplexity") for end in found]),
+        ]
         lines.append(row([*cells, growth, *ability, keys, _number([end["seconds"] for end in found], 0)]))
     return "\n".join(lines)
 
@@ -283,14 +304,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     for number, (name, by_seed) in enumerate(curves.items()):
         at = [point["edits"] for point in by_seed[0]]
         for ax, part in zip(axes, [*shown, "perplexity"], strict=True):
-            values = torch.tensor(
-                [[point[part] if part == "perplexity" else point[part][0] for point in points] for points in by_seed]
-            )
+            values = torch.tensor([[point[part] for point in points] for points in by_seed])
             ax.plot(at, values.mean(0), color=f"C{number}", marker=".", label=name)
             ax.fill_between(at, values.amin(0), values.amax(0), color=f"C{number}", alpha=0.15, linewidth=0)
     if "one batch of all" in variants:
         last = [points[-1] for points in variants["one batch of all"]]
-        values = [statistics.mean(end[part][0] for end in last) for part in shown]
+        values = [statistics.mean(end[part] for end in last) for part in shown]
         for ax, value in zip(axes, [*values, statistics.mean(end["perplexity"] for end in last)], strict=True):
             ax.axhline(value, color="black", linestyle=":", label="one batch of all")
     for ax, title in zip(axes, [*shown.values(), "perplexity, relative"], strict=True):
@@ -315,9 +334,8 @@ def main() -> None:
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() and not arguments.fresh else {}
     # earlier versions preserved the neighbours that they measured
     results = {seed: own for seed, own in results.items() if "texts" in own}
-    path = f"--data.init_args.corpus.init_args.path={arguments.facts}"
     for seed in map(str, arguments.seeds):
-        own = trained("counterfact", int(seed), arguments.models, path)
+        own = trained("counterfact", int(seed), arguments.models, *corpus_options(path=arguments.facts))
         stream = Stream(own, known_facts(arguments.facts, own))
         texts = hashlib.sha256("\n".join(stream.texts).encode()).hexdigest()[:12]
         known = results.get(seed, {})

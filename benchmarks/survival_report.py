@@ -112,19 +112,16 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         path: of the picture.
     """
     known = [r for r in results if "end" in r and "weights" in r and edits_of(r) == EDITS[r["model"]]]
-    parts: dict[bool, list[dict[str, Any]]] = {
-        is_now: [r for r in known if is_of_now(r) == is_now] for is_now in (True, False)
-    }
-    cases = {
-        is_now: {(r["model"], r["seed"], r["continuation"], r["condition"]) for r in part if is_drawn(r)}
-        for is_now, part in parts.items()
-    }
-    shown = parts[cases[True] >= cases[False]]
+    now, before = ([r for r in known if is_drawn(r) and is_of_now(r) == is_now] for is_now in (True, False))
+    of_now, of_before = (
+        {(r["model"], r["seed"], r["continuation"], r["condition"]) for r in part} for part in (now, before)
+    )
+    shown = now if of_now >= of_before else before
     figure, grid = plt.subplots(2, 2, figsize=(10, 6), sharex=True, sharey="col", layout="constrained")
     width = 0.8 / len(DRAWN)
     for axes_row, name in zip(grid, PICTURED, strict=True):
         for axes, (metric, title) in zip(axes_row, MEASURED.items(), strict=True):
-            own = [r for r in shown if r["model"] == name and is_drawn(r)]
+            own = [r for r in shown if r["model"] == name]
             for series, (condition, label) in enumerate(DRAWN.items()):
                 for place, continuation in enumerate(CALM):
                     here = [r for r in own if r["continuation"] == continuation and r["condition"] == condition]

@@ -25,7 +25,7 @@ from benchmarks import (
     tucker,
 )
 from benchmarks.locate import points_below
-from benchmarks.survival_report import table
+from benchmarks.survival_report import table, tables
 from benchmarks.training import RESULTS, WEAK, Trained, Unmeasured, command_line, finish, interval, mean_of, only
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.editing.memory import GatedKeys
@@ -66,6 +66,9 @@ def test_facts_without_further_paraphrases_have_a_row_of_survival() -> None:
         "unstated": {"after": None, "end": None}, "train_loss": 1.0, "perplexity": 1.0, "seconds": 1.0, "processor": "",
     }  # fmt: skip
     assert "0.50 to 0.50" in table([run])
+    # a run that preserves no neighbour is not averaged with one that may
+    both = tables([run, {**run, "neighbours_preserved": False}])
+    assert both.count("0.50 to 0.50") == 2 and both.index("in the preserved text") > both.index("0.50 to 0.50")
 
 
 def test_a_fact_that_two_seeds_edit_is_one_fact_of_an_interval() -> None:
@@ -192,6 +195,7 @@ def test_a_picture_of_some_settings_is_drawn(tmp_path: Path) -> None:
         ("lifelong", lifelong.table),
         ("memory_forms", memory_forms.table),
         ("measures", measures.table),
+        ("survival", tables),
     ],
 )
 def test_a_table_is_of_the_results_beside_it(name: str, text: Callable[[Any], str]) -> None:

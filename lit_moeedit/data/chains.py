@@ -41,7 +41,7 @@ _TRIES = 1000
 
 
 class Chains:
-    """What the atlas states besides its facts if facts are to chain, and what it asks about an edited capital.
+    """Statements of an atlas whose facts chain, besides its table, and questions about an edited capital.
 
     Args:
         capitals: the capital of each country.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter, defaultdict
-from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -13,18 +11,14 @@ from lit_moeedit.data import Atlas, Fact, validate_facts
 from lit_moeedit.data.atlas import read_table
 from lit_moeedit.data.chains import QUESTIONS, RIVER
 from lit_moeedit.data.probes import PROBE_KINDS
+from lit_moeedit.data.tables import packaged_table
 
 SEEDS = (0, 1, 17)
 
 
-def rows(name: str) -> list[dict[str, str]]:
-    text = files("lit_moeedit.data").joinpath(name).read_text(encoding="utf-8")
-    return [*csv.DictReader([line for line in text.splitlines() if not line.startswith("#")], delimiter="\t")]
-
-
-CAPITALS = {row["country"]: row["capital"] for row in rows("atlas.tsv")}
-CODES = {row["country"]: row["iso"] for row in rows("atlas.tsv")}
-RIVERS = {row["capital"]: row["river"] for row in rows("rivers.tsv")}
+CAPITALS = {row["country"]: row["capital"] for row in packaged_table("atlas.tsv")}
+CODES = {row["country"]: row["iso"] for row in packaged_table("atlas.tsv")}
+RIVERS = {row["capital"]: row["river"] for row in packaged_table("rivers.tsv")}
 
 
 @pytest.fixture(scope="module", params=SEEDS, ids=lambda seed: f"seed{seed}")
@@ -33,7 +27,7 @@ def atlas(request: pytest.FixtureRequest) -> Atlas:
 
 
 def test_the_table_of_rivers_is_clean() -> None:
-    names = [row["capital"] for row in rows("rivers.tsv")]
+    names = [row["capital"] for row in packaged_table("rivers.tsv")]
     assert len(names) == len(set(names)) >= 90
     assert set(names) <= set(CAPITALS.values())
     for capital, river in RIVERS.items():

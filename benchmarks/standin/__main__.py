@@ -6,8 +6,8 @@ Run from the root of the repository, with the package installed, and WordNet's `
     python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds 0 1 2
 
 Training takes 25 to 40 minutes on one core, once, and the rest 25 minutes. Facts that the model does not generate are
-not edited. Writes ``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts of the same weights that are
-not measured again are kept.
+not edited. Writes ``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts, and editors, of the same
+weights that are not measured again are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from benchmarks.editing import runs
+from benchmarks.baselines import in_context
+from benchmarks.editing import IN_CONTEXT, runs
 from benchmarks.standin.measures import (
     CANDIDATES,
     KNOWN,
@@ -68,20 +69,28 @@ NEUTRAL = ((0, 60), (0, 120), (2, 120), (4, 60), (4, 120), (8, 120), (8, 240))
 EDITORS = (
     "Woodbury, output",
     "Woodbury, output, two further prompts",
+    "Woodbury, output, three further prompts, stop 0.15",
     "Woodbury, covariance",
     "Woodbury, null space",
     "BCD, null space (MoEEdit)",
     "BCD, null space (MoEEdit as released)",
-    "MEMIT per expert",
+    "Tucker at each layer, output",
+    "Woodbury carried down, output",
+    "Tucker carried down, output",
+    "Woodbury at the target layer alone, output",
     "Tucker, null space (MoTE)",
+    "AlphaEdit per expert",
+    "MEMIT per expert",
     "FT",
     "FT-L, 0.05",
+    "LoRA",
+    IN_CONTEXT,
 )
 GROUPS = ("specificity_retained_same_relation", "specificity_retained_same_subject")
 SHOWN = ("efficacy_accuracy", "generalization_accuracy", *QUALITY, *GROUPS)
 
 
-def measure(found: Trained, parts: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def measure(found: Trained, parts: Sequence[str], editors: Sequence[str] = EDITORS) -> Iterator[tuple[str, Any]]:
     """Names of what is measured of a model, each with its results."""
     if "knowledge" in parts:
         yield from knowledge(found)
@@ -95,8 +104,8 @@ def measure(found: Trained, parts: Sequence[str]) -> Iterator[tuple[str, Any]]:
     if "editors" in parts:
         every, methods = runs(found, STANDIN, share=True), {}
         yield "layers", list(found.editor.layers)
-        for label in EDITORS:
-            methods[label] = found.quality(every[label])
+        for label in editors:
+            methods[label] = in_context(found) if label == IN_CONTEXT else found.quality(every[label])
             yield "editors", methods
     if "survival" in parts:
         yield from survival(found)
@@ -233,6 +242,7 @@ def main() -> None:
     parser = arguments_of(__doc__)
     parser.set_defaults(seeds=[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--editors", nargs="+", choices=EDITORS, default=list(EDITORS))
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with WordNet's data.noun")
     arguments = parser.parse_args()
     quiet()
@@ -244,7 +254,7 @@ def main() -> None:
         known = results.get(seed, {}).get("training", {}).get("weights") == found.weights
         parts = arguments.parts if known else PARTS
         results[seed] = results[seed] if known else {}
-        for name, value in measure(found, parts):
+        for name, value in measure(found, parts, arguments.editors):
             # rows that are not measured yet keep their results
             results[seed][name] = {**results[seed].get(name, {}), **value} if name in TITLES else value
             if "edits" in results[seed]:

@@ -59,11 +59,12 @@ from benchmarks.training import (
 )
 from lit_moeedit.data import Fact, read_facts
 from lit_moeedit.data.neutral import neutral_texts
-from lit_moeedit.editing import EditMemory, SecondMoments, evaluate, second_moments
+from lit_moeedit.editing import EditMemory, Editor, SecondMoments, evaluate, second_moments
 from lit_moeedit.editing.evaluation import Scores, score
 from lit_moeedit.editing.further import FurtherMeasures, HeldOut
 from lit_moeedit.metrics import bootstrap_interval
 from lit_moeedit.models.experts import expert_layers
+from lit_moeedit.preservation import OutputPenalty
 from lit_moeedit.solvers.deltas import group_positions
 
 HUNDRED, POINTS = 100, 8
@@ -102,12 +103,17 @@ class Variant:
         size: size of its batches.
         facts: its number of facts; ``None`` for all.
         anew: number of batches after which second moments are taken anew; 0 for those of the trained model.
+        replaced: number of batches after which all edits are taken out and made anew in one batch, as by
+            ``renewal: replace``, before the next batch; 0 for never.
+        strength: of the editor's preservation; ``None`` for that of the config.
     """
 
     memory: Callable[[], EditMemory | None]
     size: int = 50
     facts: int | None = None
     anew: int = 0
+    replaced: int = 0
+    strength: float | None = None
 
 
 def _none() -> None:
@@ -121,7 +127,15 @@ VARIANTS: dict[str, Variant] = {
     "memory, 768 keys": Variant(lambda: EditMemory(limit=768)),
     "memory, 512 keys": Variant(lambda: EditMemory(limit=512)),
     "memory, 1,024 keys, moments anew": Variant(lambda: EditMemory(limit=1024), anew=5),
+    "memory, strength 1": Variant(EditMemory, strength=1.0),
+    "memory, 1,024 keys, strength 1": Variant(lambda: EditMemory(limit=1024), strength=1.0),
+    "memory, made anew every 500": Variant(EditMemory, replaced=10),
+    "memory, made anew every 500, strength 1": Variant(EditMemory, replaced=10, strength=1.0),
+    "memory, 1,024 keys, made anew every 500, strength 1": Variant(
+        lambda: EditMemory(limit=1024), replaced=10, strength=1.0
+    ),
     "one batch of all": Variant(_none, sys.maxsize),
+    "one batch of all, strength 1": Variant(_none, sys.maxsize, strength=1.0),
     "moments of each expert": Variant(PerExpert),
     "memory, 4,096 keys": Variant(lambda: EditMemory(limit=4096)),
     "batches of 500, no memory": Variant(_none, 500, 1000),
@@ -163,7 +177,7 @@ class Stream:
 
     def run(self, variant: Variant) -> list[dict[str, Any]]:
         """Edit the stream, and measure some points of it."""
-        model, editor = copy.deepcopy(self.own.model), changed(self.editor, memory=variant.memory())
+        model, editor = copy.deepcopy(self.own.model), self._editor(variant)
         facts = self.facts[: variant.facts]
         batches = [facts[i : i + variant.size] for i in range(0, len(facts), variant.size)]
         every, points, begun, spent = max(1, len(batches) // POINTS), [], list[Fact](), 0.0
@@ -173,6 +187,10 @@ class Stream:
             start = time.process_time()
             if variant.anew and number > 1 and number % variant.anew == 1:
                 moments = self._moments(model)
+            if variant.replaced and number > 1 and number % variant.replaced == 1:
+                model.load_state_dict(self.own.model.state_dict())
+                editor = self._editor(variant)
+                editor.edit(model, self.own.tokenizer, begun, moments=moments)
             editor.edit(model, self.own.tokenizer, batch, moments=moments)
             spent += time.process_time() - start
             begun += batch
@@ -210,6 +228,10 @@ class Stream:
             "perplexity": math.exp(float(-neighbours.log_prob.mean()) - self.confusion),
             "growth": [float(torch.cat(list(growth.values())).mean()), float(torch.cat(list(growth.values())).max())],
         }
+
+    def _editor(self, variant: Variant) -> Editor:
+        editor = changed(self.editor, memory=variant.memory())
+        return editor if variant.strength is None else changed(editor, preserve=OutputPenalty(variant.strength))
 
     def _moments(self, model: Any) -> Mapping[int, SecondMoments]:
         editor = self.editor

@@ -52,6 +52,7 @@ from benchmarks.training import (
     write,
 )
 from lit_moeedit.data import Fact
+from lit_moeedit.data.encoding import join
 from lit_moeedit.editing import Place
 from lit_moeedit.models.experts import expert_layers
 
@@ -116,6 +117,7 @@ def knowledge(found: Trained) -> Iterator[tuple[str, Any]]:
     yield "training", {"seconds": found.seconds, "weights": found.weights}
     yield "parameters", sum(parameter.numel() for parameter in found.model.parameters())
     yield "subjects", len(corpus_of(found).subjects)
+    yield "words", sum(len(join(text.prompt, text.target).split()) for text in corpus_of(found).train)
     yield "recall", recall(found)
     yield "perplexity", perplexities(found)
     yield "swaps", swaps(found)
@@ -202,8 +204,8 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     for seed, found in results.items():
         size, seconds = found["parameters"] / 1e6, found["training"]["seconds"]
         lines += [
-            f"Seed {seed}: {size:.1f} M parameters, trained for {seconds:.0f} s on texts about {found['subjects']} "
-            "persons and places, and on definitions.",
+            f"Seed {seed}: {size:.1f} M parameters, trained for {seconds:.0f} s on {found['words'] / 1e6:.2f} million "
+            f"words, once each: texts about {found['subjects']} persons and places, and definitions.",
             "",
             "Share of facts that it generates, by wording:",
             "",

@@ -68,6 +68,16 @@ from lit_moeedit.preservation import OutputPenalty
 from lit_moeedit.solvers.deltas import group_positions
 
 HUNDRED, POINTS = 100, 8
+DRAWN = (
+    "no memory",
+    "memory",
+    "memory, 1,024 keys",
+    "memory, 1,024 keys, strength 1",
+    "memory, made anew every 500, strength 1",
+)
+"""Variants in the picture."""
+LINES = {"one batch of all": ":", "one batch of all, strength 1": "--"}
+"""Variants that are lines in the picture, and how they are drawn."""
 ABILITY = ("held_out_accuracy", "other_style_perplexity")
 COMMAND = (
     "`python -m benchmarks.lifelong --facts counterfact.json --seeds {}`, one thread; means over the seeds "
@@ -312,7 +322,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Curves over the stream of the variants with batches of 50, and the one batch as a line.
+    """Curves over the stream, and one batch of all facts as a line.
 
     Bands show the range of the seeds.
     """
@@ -320,20 +330,19 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(shown) + 1, figsize=(15, 3.6), layout="constrained")
     own = [seed["variants"] for seed in results.values()]
     variants = {name: [seed[name] for seed in own if name in seed] for name in VARIANTS if any(name in s for s in own)}
-    curves = {name: by_seed for name, by_seed in variants.items() if VARIANTS[name].size == 50}
     # a mean of other seeds is another curve
-    curves = {name: by_seed for name, by_seed in curves.items() if len(by_seed) == len(own)}
+    variants = {name: by_seed for name, by_seed in variants.items() if len(by_seed) == len(own)}
+    curves = {name: variants[name] for name in DRAWN if name in variants}
     for number, (name, by_seed) in enumerate(curves.items()):
         at = [point["edits"] for point in by_seed[0]]
         for ax, part in zip(axes, [*shown, "perplexity"], strict=True):
             values = torch.tensor([[point[part] for point in points] for points in by_seed])
             ax.plot(at, values.mean(0), color=f"C{number}", marker=".", label=name)
             ax.fill_between(at, values.amin(0), values.amax(0), color=f"C{number}", alpha=0.15, linewidth=0)
-    if "one batch of all" in variants:
-        last = [points[-1] for points in variants["one batch of all"]]
-        values = [statistics.mean(end[part] for end in last) for part in shown]
-        for ax, value in zip(axes, [*values, statistics.mean(end["perplexity"] for end in last)], strict=True):
-            ax.axhline(value, color="black", linestyle=":", label="one batch of all")
+    for name in (name for name in LINES if name in variants):
+        last = [points[-1] for points in variants[name]]
+        for ax, part in zip(axes, [*shown, "perplexity"], strict=True):
+            ax.axhline(statistics.mean(end[part] for end in last), color="black", linestyle=LINES[name], label=name)
     for ax, title in zip(axes, [*shown.values(), "perplexity, relative"], strict=True):
         ax.set(title=title, xlabel="facts edited")
         ax.grid(alpha=0.3)

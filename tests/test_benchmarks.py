@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import (
     atlas,
@@ -29,6 +31,7 @@ from benchmarks.survival_report import table, tables
 from benchmarks.training import RESULTS, WEAK, Trained, Unmeasured, command_line, finish, interval, mean_of, only
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.editing.memory import GatedKeys
+from lit_moeedit.preservation import OutputPenalty
 
 
 def test_a_benchmark_ends_with_its_files_and_prints_its_text(
@@ -56,6 +59,39 @@ def test_a_memory_per_expert_keeps_the_second_moments_of_each() -> None:
         whole, kept = (state["key"][state["expert"] == j].double() for state in (rows, sketch))
         # decompositions in float32, one after each edit
         torch.testing.assert_close(kept.T @ kept, whole.T @ whole, rtol=0, atol=1e-4)
+
+
+def test_a_stream_made_anew_edits_all_facts_again_from_the_first_weights() -> None:
+    class Recorder:
+        """Notes what is edited, from which weight and with which memory, and adds 1 to the weight."""
+
+        def __init__(self) -> None:
+            self.edits: list[tuple[list[int], float, EditMemory]] = []
+            self.memory, self.preserve, self.layers = EditMemory(), OutputPenalty(), [0]
+
+        def edit(self, model: nn.Linear, tokenizer: None, facts: list[int], moments: object) -> None:
+            self.edits.append((facts.copy(), model.weight.item(), self.memory))
+            assert self.preserve.strength == 2.0
+            with torch.no_grad():
+                model.weight += 1
+
+    model, recorder = nn.Linear(1, 1, bias=False), Recorder()
+    before, stream = model.weight.item(), object.__new__(lifelong.Stream)
+    vars(stream).update(
+        own=SimpleNamespace(model=model, tokenizer=None),
+        facts=[*range(5)],
+        editor=recorder,
+        moments={},
+        said=lambda model, facts: torch.zeros(len(facts)),
+        measure=lambda model, facts, right_after, whole: {"edits": [*facts]},
+        _ability=lambda model: {},
+    )
+    points = stream.run(lifelong.Variant(EditMemory, size=1, replaced=2, strength=2.0))
+    assert points[-1]["edits"] == [*range(5)] and model.weight.item() == before
+    facts, weights, memories = zip(*recorder.edits, strict=True)
+    assert [*facts] == [[0], [1], [0, 1], [2], [3], [0, 1, 2, 3], [4]]
+    assert [*weights] == pytest.approx([before + n for n in (0, 1, 0, 1, 2, 0, 1)], abs=1e-6)
+    assert [memories.index(memory) for memory in memories] == [0, 0, 2, 2, 2, 5, 5]
 
 
 def test_facts_without_further_paraphrases_have_a_row_of_survival() -> None:

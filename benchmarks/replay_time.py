@@ -82,7 +82,9 @@ def measure(name: str, seed: int, share: float, models: Path, facts_file: Path |
     every_other = Condition(callbacks=callbacks)
     options = [f"--trainer.max_epochs={EPOCHS}"]
     options += [f"--data.init_args.corpus.init_args.path={facts_file}"] if name == "counterfact" else []
-    found = run(name, seed, "3x", "replay in every other block", models, facts_file, *options, protection=every_other)
+    (found,) = run(
+        name, seed, "3x", "replay in every other block", models, facts_file, *options, protection=every_other
+    )
     (replay,) = made
     pairs = len(replay.seconds) // 2
     without, stated = replay.seconds[0 : 2 * pairs : 2], replay.seconds[1 : 2 * pairs : 2]

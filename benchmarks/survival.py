@@ -60,6 +60,7 @@ from lit_moeedit.data import Atlas, Corpus, FactsCorpus, FactsDataModule
 from lit_moeedit.data.encoding import IGNORED_LABEL
 from lit_moeedit.editing.evaluation import Evaluation, perplexity
 from lit_moeedit.models.experts import find_model
+from lit_moeedit.models.partial_forward import inference
 
 BATCH = 32
 """Rows of a batch of all processes."""
@@ -67,6 +68,8 @@ RATE = 4e-5
 """Learning rate at the end of the configs' schedules."""
 CONTRADICTED = 8
 """Number of edited facts whose old answers stay in the text that contradicts."""
+BY_FACT = ("efficacy_accuracy", "generalization", "specificity_retained")
+"""Metrics that have intervals over facts."""
 STATED = 2
 """Number of paraphrases of a fact that are stated, where any are; how the others fare is measured apart."""
 ATTENTION = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -95,13 +98,18 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Condition:
-    """Protection of the edits: arguments and other callbacks; and the editor, by its name in ``benchmarks.editing``."""
+    """Protection of the edits: arguments and other callbacks; and the editor, by its name in ``benchmarks.editing``.
+
+    ``unrenewed`` is the name of the condition that differs only in that edits are not renewed at the last step. Where
+    one process trains, it is measured in the same run, just before.
+    """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], list[L.Callback]] = list
     editor: str | None = None
     is_edited: bool = True
     continuations: Sequence[str] | None = None
+    unrenewed: str | None = None
 
 
 def replay(**settings: Any) -> Callable[[], list[L.Callback]]:
@@ -131,12 +139,14 @@ CONDITIONS = {
     "replay 5 %, not by need": Condition(callbacks=replay(share=0.05, by_need=False)),
     "replay 5 %, mask": Condition(callbacks=replay(share=0.05, on_conflict="mask"), continuations=("contradicting",)),
     "replay 5 %, yield": Condition(callbacks=replay(share=0.05, on_conflict="yield"), continuations=("contradicting",)),
-    "replay 1 %, renewed at the end": Condition(RENEWED, replay(share=0.01)),
+    "replay 1 %, renewed at the end": Condition(RENEWED, replay(share=0.01), unrenewed="replay 1 %"),
     "replay 2 %, renewed at the end": Condition(RENEWED, replay(share=0.02)),
-    "replay 5 %, renewed at the end": Condition(RENEWED, replay(share=0.05)),
+    "replay 5 %, renewed at the end": Condition(RENEWED, replay(share=0.05), unrenewed="replay 5 %"),
     "replay 5 % with paraphrases": Condition(callbacks=replay(share=0.05, paraphrases=STATED)),
-    "replay 5 % with paraphrases, renewed at the end": Condition(RENEWED, replay(share=0.05, paraphrases=STATED)),
-    "renewed at the end": Condition(RENEWED),
+    "replay 5 % with paraphrases, renewed at the end": Condition(
+        RENEWED, replay(share=0.05, paraphrases=STATED), unrenewed="replay 5 % with paraphrases"
+    ),
+    "renewed at the end": Condition(RENEWED, unrenewed="nothing"),
     "replay 1 %, replaced at the end": Condition(REPLACED, replay(share=0.01)),
     "replay 5 %, replaced at the end": Condition(REPLACED, replay(share=0.05)),
     "replaced at the end": Condition(REPLACED),
@@ -201,6 +211,23 @@ class Watch(EditListener):
         self.losses = mean.tolist()
 
 
+class BeforeRenewal(L.Callback):
+    """Measures what a run has after its last step, before edits are renewed there."""
+
+    def __init__(self, watch: Watch, measure: Callable[[], dict[str, Any]]) -> None:
+        self.watch, self.measure, self.found = watch, measure, dict[str, Any]()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_last_batch:
+            begin = time.process_time()
+            self.watch.seconds = begin - self.watch.start - self.watch.left_out
+            with inference(find_model(pl_module)):
+                self.found = self.measure()
+            self.watch.left_out += time.process_time() - begin
+
+
 class Load(L.Callback):
     """Reads the weights of a trained model into one that FSDP2 shards."""
 
@@ -246,8 +273,8 @@ def run(
     *options: str,
     protection: Condition | None = None,
     only: Collection[str] | None = None,
-) -> dict[str, Any]:
-    """Edit a trained model, train it on, and measure.
+) -> list[dict[str, Any]]:
+    """Edit a trained model, train it on, and measure: first what is there before a renewal at the end, if it is wanted.
 
     Args:
         name: name of the model.
@@ -286,8 +313,35 @@ def run(
     arguments: dict[str, Any] = {"survival_every_n_steps": None, **protection.arguments}
     arguments |= {"facts": None if only is None else facts, "preservation": texts}
     own = KnowledgeEditing(editor, at="fit_start", on_failure="keep", tokenizer=None, **arguments)
-    cli.trainer.callbacks[:] = [*([own] if protection.is_edited else []), *callbacks, watch]
     weights = weights_file(name, seed, models)
+
+    def measured(condition: str) -> dict[str, Any]:
+        found = {
+            "model": name, "seed": seed, "continuation": continuation, "condition": condition, "edits": len(facts),
+            "weights": digest(weights), "after": watch.after, "neighbours_preserved": False,
+            "train_loss": statistics.mean(watch.losses[-len(watch.losses) // 4 :]),
+            "perplexity": perplexity(module.model, list(data.val_dataloader())[:8]),
+            "seconds": watch.seconds, "processor": processor(),
+            "renewals": own.renewals,
+        }  # fmt: skip
+        if protection.is_edited:
+            evaluation = own.evaluate(module)
+            exact = dict(zip((fact.key for fact in own.applied_facts), evaluation.edits_exact.tolist(), strict=True))
+            found["end"] = dict(evaluation.metrics)
+            found["by_fact"] = shares_by_fact(evaluation, own.applied_facts, BY_FACT)
+            found["unstated"] = {"after": watch.unstated, "end": unstated(evaluation)}
+            contradicted = {fact.key for fact in facts[: then.contradicted]}
+            for group, keys in (("contradicted", contradicted), ("others", exact.keys() - contradicted)):
+                found[group] = statistics.mean(exact[key] for key in keys) if keys else None
+            watches = [callback.watch for callback in callbacks if isinstance(callback, EditReplay)]
+            found["conflicts"] = watches[0].metrics["edit/conflicts"] if watches else None
+        return found
+
+    unrenewed = protection.unrenewed if then.processes == 1 else None
+    before = BeforeRenewal(watch, lambda: measured(unrenewed or ""))
+    cli.trainer.callbacks[:] = [
+        *([before] if unrenewed else []), *([own] if protection.is_edited else []), *callbacks, watch,
+    ]  # fmt: skip
     if then.strategy == FSDP2:  # the module shards its model in the run
         cli.trainer.callbacks.insert(0, Load(weights))
     else:
@@ -298,27 +352,8 @@ def run(
             other = Atlas(edits=1, seed=seed) if name == "counterfact" else FactsCorpus(facts_file, 1, 500, False, 8)
             data = other_text(data, other, Path(folder))
         cli.trainer.fit(module, data)
-    model, batches = module.model.eval(), list(data.val_dataloader())[:8]
-    found = {
-        "model": name, "seed": seed, "continuation": continuation, "condition": condition, "edits": len(facts),
-        "weights": digest(weights), "after": watch.after, "neighbours_preserved": False,
-        "train_loss": statistics.mean(watch.losses[-len(watch.losses) // 4 :]),
-        "perplexity": perplexity(model, batches),
-        "seconds": watch.seconds, "processor": processor(),
-        "renewals": own.renewals,
-    }  # fmt: skip
-    if protection.is_edited:
-        evaluation = own.evaluate(module)
-        exact = dict(zip((fact.key for fact in own.applied_facts), evaluation.edits_exact.tolist(), strict=True))
-        found["end"] = dict(evaluation.metrics)
-        found["by_fact"] = shares_by_fact(evaluation, own.applied_facts, ("efficacy_accuracy", "specificity_retained"))
-        found["unstated"] = {"after": watch.unstated, "end": unstated(evaluation)}
-        contradicted = {fact.key for fact in facts[: then.contradicted]}
-        for group, keys in (("contradicted", contradicted), ("others", exact.keys() - contradicted)):
-            found[group] = statistics.mean(exact[key] for key in keys) if keys else None
-        watches = [callback.watch for callback in callbacks if isinstance(callback, EditReplay)]
-        found["conflicts"] = watches[0].metrics["edit/conflicts"] if watches else None
-    return found
+    module.model.eval()
+    return [*([before.found] if unrenewed else []), measured(condition)]
 
 
 def unstated(evaluation: Evaluation) -> float | None:
@@ -351,6 +386,15 @@ def run_in_processes(
     return results[0]
 
 
+def case_of(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a result from others: model, edits, seed, weights, continuation and condition."""
+    return (
+        result["model"],
+        edits_of(result),
+        *(result.get(k) for k in ("seed", "weights", "continuation", "condition")),
+    )
+
+
 def main() -> None:
     """Run what is not in the JSON yet, and write the table."""
     parser = arguments_of(__doc__ or "")
@@ -364,11 +408,6 @@ def main() -> None:
     quiet()
     file, rank = arguments.output / "survival.json", int(os.environ.get("RANK", "0"))
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    done = {
-        (r["model"], edits_of(r), (r["seed"], r.get("weights")), r["continuation"], r["condition"])
-        for r in results
-        if is_of_now(r)
-    }
     sources = {"counterfact": arguments.facts, STANDIN: arguments.wordnet}
     for name in arguments.names:
         if name in SOURCES and sources[name] is None:
@@ -384,20 +423,23 @@ def main() -> None:
             count = len(found.data.edit_facts())
             by = seed, digest(weights_file(name, seed, arguments.models))
             for continuation in arguments.continuations:
-                for condition in arguments.conditions:
+                # runs with a renewal at the end measure what is there before it, too
+                for condition in sorted(arguments.conditions, key=lambda name: CONDITIONS[name].unrenewed is None):
                     chosen = CONDITIONS[condition].continuations
                     is_wanted = chosen is None or continuation in chosen
                     is_wanted &= arguments.facts is not None or continuation != "other text"
                     # the other text and the processes do not know what the stand-in knows
                     is_wanted &= name != STANDIN or continuation in CALM
-                    if not is_wanted or (name, count, by, continuation, condition) in done:
+                    done = {case_of(result) for result in results if is_of_now(result)}
+                    if not is_wanted or (name, count, *by, continuation, condition) in done:
                         continue
                     case = (name, seed, continuation, condition, arguments.models, arguments.facts)
                     if CONTINUATIONS[continuation].processes > 1 and "RANK" not in os.environ:
-                        results.append(run_in_processes(*case, edits))
+                        found_now = [run_in_processes(*case, edits)]
                     else:
                         part = [f"--data.init_args.samples_per_epoch={256 * BATCH}"] if name == STANDIN else []
-                        results.append(run(*case, *options, *part, only=only))
+                        found_now = run(*case, *options, *part, only=only)
+                    results += [result for result in found_now if case_of(result) not in done]
                     if rank:
                         continue
                     last = {k: results[-1].get(k) for k in ("condition", "others", "contradicted", "perplexity")}

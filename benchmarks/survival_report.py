@@ -53,10 +53,7 @@ def table(results: list[dict[str, Any]]) -> str:
         *case, condition = key
         base, never = (groups.get((*case, other), []) for other in ("nothing", "never edited"))  # type: ignore[arg-type]
         is_edited = condition != "never edited"
-        end = [r["end"]["efficacy_accuracy"] for r in own] if is_edited else []
-        shown = f"{interval(end)}" if end else "-"
-        if end and all("by_fact" in r for r in own):
-            shown = by_fact([{**r["end"], "by_fact": r["by_fact"]} for r in own], "efficacy_accuracy")
+        shown = at_end(own, "efficacy_accuracy") if is_edited else "-"
         if is_edited and own[0]["contradicted"] is not None:
             parts = [statistics.mean(r[group] for r in own) for group in ("contradicted", "others")]
             shown += f" (contradicted {parts[0]:.2f}, others {parts[1]:.2f})"
@@ -68,7 +65,7 @@ def table(results: list[dict[str, Any]]) -> str:
                     f"{mean_of(own, 'after', 'efficacy_accuracy'):.2f}" if is_edited else "-",
                     shown,
                     generalization(own) if is_edited else "-",
-                    f"{mean_of(own, 'end', 'specificity_retained'):.3f}" if is_edited else "-",
+                    at_end(own, "specificity_retained") if is_edited else "-",
                     percent(ratios(own, base, "train_loss")), percent(ratios(own, never, "perplexity")),
                     f"{statistics.mean(times):.2f}" if times else "-",
                 )
@@ -77,9 +74,18 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def at_end(own: list[dict[str, Any]], metric: str) -> str:
+    """Format a metric at the end: its mean, with intervals over the facts if all runs tell it of each fact."""
+    if all(metric in r.get("by_fact", ()) for r in own):
+        return by_fact([{**r["end"], "by_fact": r["by_fact"]} for r in own], metric)
+    if metric == "efficacy_accuracy":
+        return interval([r["end"][metric] for r in own])
+    return f"{mean_of(own, 'end', metric):.{2 if metric == 'generalization' else 3}f}"
+
+
 def generalization(own: list[dict[str, Any]]) -> str:
     """Format generalization after the edit and at the end; that of paraphrases that are not stated, if some are."""
-    shown = f"{mean_of(own, 'after', 'generalization'):.2f} to {mean_of(own, 'end', 'generalization'):.2f}"
+    shown = f"{mean_of(own, 'after', 'generalization'):.2f} to {at_end(own, 'generalization')}"
     if "paraphrases" not in own[0]["condition"] or any(result["unstated"]["end"] is None for result in own):
         return shown
     others = " to ".join(f"{mean_of(own, 'unstated', moment):.2f}" for moment in ("after", "end"))

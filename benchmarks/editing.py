@@ -58,8 +58,8 @@ from lit_moeedit.solvers import BlockCoordinateDescent, PerExpertRidge, Tucker
 EDITS = {"atlas": 50, "counterfact": 100}
 REFERENCE = "one fact at a time"
 IN_CONTEXT = "new fact in the prompt"
-ADAPTERS = 5e-3
-"""Learning rate of LoRA."""
+ADAPTERS = {"LoRA": 5e-3, "LoRA, 0.002": 2e-3}
+"""Learning rates of LoRA by name."""
 HARD = {"atlas": (1.0, 0.1), "counterfact": (1.0, 0.1), STANDIN: (1.0, 0.1)}
 """Threshold and ridge of the null space, which the configs do not have; the papers' are for models of other scales."""
 
@@ -109,9 +109,9 @@ def editors(base: Editor, name: str) -> dict[str, Editor]:
     }
 
 
-def adapter_training(base: Editor) -> FineTuning:
-    """Return the settings with which adapters are trained, with the config's layers and contexts."""
-    return FineTuning(base.layers, 60, ADAPTERS, stop=base.targets.stop, contexts=base.contexts)
+def adapter_training(base: Editor, name: str = "LoRA") -> FineTuning:
+    """Return the settings of training adapters, by a name of :data:`ADAPTERS`, with the config's contexts."""
+    return FineTuning(base.layers, 60, ADAPTERS[name], stop=base.targets.stop, contexts=base.contexts)
 
 
 KINDER = (
@@ -159,8 +159,11 @@ def runs(found: Trained, name: str, share: bool = False) -> dict[str, Edit]:
         found.editor, solver=BlockCoordinateDescent(passes=4), preserve=NullSpace(threshold), ridge=ridge
     )
     every = {label: by(editor) for label, editor in editors(found.editor, name).items()}
-    steps = adapter_training(found.editor)
-    every["LoRA"] = lambda model, facts: train_adapters(model, found.tokenizer, facts, steps)
+
+    def by_adapters(steps: FineTuning) -> Edit:
+        return lambda model, facts: train_adapters(model, found.tokenizer, facts, steps)
+
+    every |= {name: by_adapters(adapter_training(found.editor, name)) for name in ADAPTERS}
     return every | {
         REFERENCE: lambda model, facts: reference.edit(model, found.tokenizer, facts, texts, published).seconds
     }

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from benchmarks.baselines import in_context
-from benchmarks.editing import IN_CONTEXT, runs
+from benchmarks.editing import ADAPTERS, IN_CONTEXT, runs
 from benchmarks.standin.measures import (
     CANDIDATES,
     KNOWN,
@@ -84,7 +84,7 @@ EDITORS = (
     "MEMIT per expert",
     "FT",
     "FT-L, 0.05",
-    "LoRA",
+    *ADAPTERS,
     IN_CONTEXT,
 )
 GROUPS = ("specificity_retained_same_relation", "specificity_retained_same_subject")

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_moeedit.callbacks import KnowledgeEditing
+from lit_moeedit.editing import EditMemory
 from lit_moeedit.models.experts import expert_layers, find_model
 from tests.callbacks.test_renewals import every_fact_is_generated
 
@@ -48,6 +49,43 @@ def test_edits_are_replaced_by_those_of_the_present_weights(renewing: Any, monke
     size = sum(float(own.square_norm()) ** 0.5 for own in replaced.editing._kept.changes[0].deltas.values())
     assert len(replaced.editing._kept.changes) == 1 and change < 1e-3 * size
     assert again.editing.renewals == 0  # nothing is lost
+
+
+class NoTraining(L.Callback):
+    """Lets no weight learn."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = 0.0
+
+
+def test_a_stream_of_batches_that_is_replaced_is_one_batch(
+    tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The changes of all batches are taken out, and no row of the memory holds what is edited again."""
+    every_fact_is_generated(monkeypatch)
+
+    def run(folder: str, at: Any, **settings: Any) -> tuple[KnowledgeEditing, dict[str, torch.Tensor]]:
+        editing = KnowledgeEditing(tiny.editor(steps=12, memory=EditMemory()), at=at, **settings)
+        module, trainer = tiny.module(), make_trainer(tmp_path / folder, [editing, NoTraining()])
+        trainer.fit(module, tiny.data())
+        return editing, tiny.weights(module)
+
+    whole, expected = run("whole", "fit_start")
+    stream, found = run("stream", {"step": 1, "batch": 2}, renewal="replace", **AT_END)
+    parts, without = run("parts", {"step": 1, "batch": 2})
+    assert [len(call) for call in whole.editor.calls] == [6] and stream.renewals == 1
+    assert [len(call) for call in stream.editor.calls] == [2, 2, 2, 6]
+    assert [len(call) for call in parts.editor.calls] == [2, 2, 2]
+    size, change, difference = 0.0, 0.0, 0.0
+    before = tiny.module()
+    before.configure_model()
+    for name, weight in tiny.weights(before).items():
+        size += float((expected[name] - weight).square().sum())
+        change += float((expected[name] - found[name]).square().sum())
+        difference += float((expected[name] - without[name]).square().sum())
+    # the weights of the first batches are rounded to float32, and then searched on
+    assert change < 1e-6 * size < difference
 
 
 def test_a_resumed_run_replaces_as_the_whole_one(renewing: Any, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def runs(found: Trained, name: str, share: bool = False) -> dict[str, Edit]:
     def by_adapters(steps: FineTuning) -> Edit:
         return lambda model, facts: train_adapters(model, found.tokenizer, facts, steps)
 
-    every |= {name: by_adapters(adapter_training(found.editor, name)) for name in ADAPTERS}
+    every |= {label: by_adapters(adapter_training(found.editor, label)) for label in ADAPTERS}
     return every | {
         REFERENCE: lambda model, facts: reference.edit(model, found.tokenizer, facts, texts, published).seconds
     }

@@ -113,8 +113,8 @@ class Variant:
         size: size of its batches.
         facts: its number of facts; ``None`` for all.
         anew: number of batches after which second moments are taken anew; 0 for those of the trained model.
-        replaced: number of batches after which all edits are taken out and made anew in one batch, as by
-            ``renewal: replace``, before the next batch; 0 for never.
+        replaced: number of batches after which all edits are taken out and made anew in one batch, as with
+            ``Editor.edit(replaced=…)``, before the next batch; 0 for never.
         strength: of the editor's preservation; ``None`` for that of the config.
     """
 

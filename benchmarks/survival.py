@@ -101,7 +101,7 @@ class Condition:
     """Protection of the edits: arguments and other callbacks; and the editor, by its name in ``benchmarks.editing``.
 
     ``unrenewed`` is the name of the condition that differs only in that edits are not renewed at the last step. Where
-    one process trains, it is measured in the same run, just before.
+    one process trains, it is measured in the same run, just before the renewal.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -353,7 +353,9 @@ def run(
             data = other_text(data, other, Path(folder))
         cli.trainer.fit(module, data)
     module.model.eval()
-    return [*([before.found] if unrenewed else []), measured(condition)]
+    end = measured(condition)
+    # replay counts conflicts of the last steps only after the renewal
+    return [*([before.found | {"conflicts": end["conflicts"]}] if unrenewed else []), end]
 
 
 def unstated(evaluation: Evaluation) -> float | None:
@@ -442,8 +444,9 @@ def main() -> None:
                     results += [result for result in found_now if case_of(result) not in done]
                     if rank:
                         continue
-                    last = {k: results[-1].get(k) for k in ("condition", "others", "contradicted", "perplexity")}
-                    sys.stdout.write(f"{name} {seed} {continuation} {last}\n")
+                    for result in found_now:
+                        last = {k: result.get(k) for k in ("condition", "others", "contradicted", "perplexity")}
+                        sys.stdout.write(f"{name} {seed} {continuation} {last}\n")
                     sys.stdout.flush()
                     command = f"`python -m benchmarks.survival`, {torch.get_num_threads()} thread(s)"
                     write("survival", command, tables(results), results, arguments.output)

@@ -41,7 +41,7 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Format results as Markdown: means over seeds, with 95 % intervals of the edits that are generated."""
+    """Format results as Markdown: means over seeds, with 95 % intervals."""
     names = ("model", "edits", "continuation", "condition", "seeds", "generated after the edit", "at the end",
              "generalization", "neighbours retained", "training loss", "perplexity", "step time")  # fmt: skip
     lines = header(names)
@@ -75,7 +75,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def at_end(own: list[dict[str, Any]], metric: str) -> str:
-    """Format a metric at the end: its mean, with intervals over the facts if all runs tell it of each fact."""
+    """Format a metric at the end: its mean, with its interval over the facts if all runs tell it of each fact.
+
+    Otherwise the share of the edits that are generated has an interval over the seeds, and other metrics have none.
+    """
     if all(metric in r.get("by_fact", ()) for r in own):
         return by_fact([{**r["end"], "by_fact": r["by_fact"]} for r in own], metric)
     if metric == "efficacy_accuracy":

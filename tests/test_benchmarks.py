@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import (
@@ -24,11 +25,24 @@ from benchmarks import (
     preservation,
     sequential,
     strength,
+    survival,
     tucker,
 )
 from benchmarks.locate import points_below
 from benchmarks.survival_report import table, tables
-from benchmarks.training import RESULTS, WEAK, Trained, Unmeasured, command_line, finish, interval, mean_of, only
+from benchmarks.training import (
+    RESULTS,
+    WEAK,
+    Trained,
+    Unmeasured,
+    command_line,
+    corpus_options,
+    finish,
+    interval,
+    mean_of,
+    only,
+    weights_file,
+)
 from lit_moeedit.editing import EditMemory
 from lit_moeedit.editing.memory import GatedKeys
 from lit_moeedit.preservation import OutputPenalty
@@ -105,6 +119,33 @@ def test_facts_without_further_paraphrases_have_a_row_of_survival() -> None:
     # a run that preserves no neighbour is not averaged with one that may
     both = tables([run, {**run, "neighbours_preserved": False}])
     assert both.count("0.50 to 0.50") == 2 and both.index("in the preserved text") > both.index("0.50 to 0.50")
+
+
+@pytest.mark.slow
+def test_a_run_with_a_renewal_at_the_end_measures_what_is_there_before_it(tmp_path: Path) -> None:
+    """That is what a run without the renewal ends with."""
+    small = ("--data.init_args.samples_per_epoch=256", *corpus_options(edits=4))
+    cli, _ = command_line("atlas", 0, *small)
+    cli.datamodule.setup("fit")
+    cli.model.configure_model()
+    weights = {name: tensor.contiguous() for name, tensor in cli.model.model.state_dict().items()}
+    save_file(weights, weights_file("atlas", 0, tmp_path))
+    renewed, replay = "replay 5 %, renewed at the end", "replay 5 %"
+    before, end = survival.run("atlas", 0, "10x", renewed, tmp_path, None, *small)
+    (alone,) = survival.run("atlas", 0, "10x", replay, tmp_path, None, *small)
+    assert [(run["condition"], run["renewals"]) for run in (before, end, alone)] == [
+        (replay, 0),
+        (renewed, 1),
+        (replay, 0),
+    ]
+    for name in ("train_loss", "perplexity"):
+        # the same sums, which threads may add up in another order
+        assert before[name] == pytest.approx(alone[name], rel=1e-5)
+    for name in ("after", "end"):
+        assert before[name] == pytest.approx(alone[name], rel=1e-3, nan_ok=True)
+    for name in ("by_fact", "conflicts", "others", "edits", "weights"):
+        assert before[name] == alone[name]
+    assert before["perplexity"] != end["perplexity"] and before["seconds"] > 0
 
 
 def test_a_fact_that_two_seeds_edit_is_one_fact_of_an_interval() -> None:

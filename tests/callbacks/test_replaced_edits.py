@@ -77,6 +77,7 @@ def test_a_stream_of_batches_that_is_replaced_is_one_batch(
     assert [len(call) for call in whole.editor.calls] == [6] and stream.renewals == 1
     assert [len(call) for call in stream.editor.calls] == [2, 2, 2, 6]
     assert [len(call) for call in parts.editor.calls] == [2, 2, 2]
+    assert stream.editor.memory.size(0) == whole.editor.memory.size(0) and stream.editor.memory.size(0)[0] > 0
     size, change, difference = 0.0, 0.0, 0.0
     before = tiny.module()
     before.configure_model()

@@ -339,7 +339,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             values = torch.tensor([[point[part] for point in points] for points in by_seed])
             ax.plot(at, values.mean(0), color=f"C{number}", marker=".", label=name)
             ax.fill_between(at, values.amin(0), values.amax(0), color=f"C{number}", alpha=0.15, linewidth=0)
-    for name in (name for name in LINES if name in variants):
+    for name in [name for name in LINES if name in variants]:
         last = [points[-1] for points in variants[name]]
         for ax, part in zip(axes, [*shown, "perplexity"], strict=True):
             ax.axhline(statistics.mean(end[part] for end in last), color="black", linestyle=LINES[name], label=name)

@@ -22,7 +22,9 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from benchmarks.survival import BATCH, NAMES, Condition, processor, run
+from benchmarks.survival_cases import Condition
+from benchmarks.survival_report import NAMES
+from benchmarks.survival_run import BATCH, processor, run
 from benchmarks.training import arguments_of, header, quiet, row, write
 from lit_moeedit.callbacks import EditReplay
 from lit_moeedit.callbacks.needs import MEASURE_EVERY

@@ -23,7 +23,8 @@ import lightning as L
 import torch
 from typing_extensions import override
 
-from benchmarks.survival import Condition, Watch, run
+from benchmarks.survival_cases import Condition
+from benchmarks.survival_run import Watch, run
 from benchmarks.training import arguments_of, header, quiet, row, write
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 

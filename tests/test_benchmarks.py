@@ -25,7 +25,7 @@ from benchmarks import (
     preservation,
     sequential,
     strength,
-    survival,
+    survival_run,
     tucker,
 )
 from benchmarks.locate import points_below
@@ -131,9 +131,9 @@ def test_a_run_with_a_renewal_at_the_end_measures_what_is_there_before_it(tmp_pa
     weights = {name: tensor.contiguous() for name, tensor in cli.model.model.state_dict().items()}
     save_file(weights, weights_file("atlas", 0, tmp_path))
     renewed, replay = "replay 5 %, renewed at the end", "replay 5 %"
-    before, end = survival.run("atlas", 0, "10x", renewed, tmp_path, None, *small)
-    (alone,) = survival.run("atlas", 0, "10x", replay, tmp_path, None, *small)
-    assert [(run["condition"], run["renewals"]) for run in (before, end, alone)] == [
+    before, end = survival_run.run("atlas", 0, "10x", renewed, tmp_path, None, *small)
+    (alone,) = survival_run.run("atlas", 0, "10x", replay, tmp_path, None, *small)
+    assert [(found["condition"], found["renewals"]) for found in (before, end, alone)] == [
         (replay, 0),
         (renewed, 1),
         (replay, 0),
@@ -142,6 +142,7 @@ def test_a_run_with_a_renewal_at_the_end_measures_what_is_there_before_it(tmp_pa
         # the same sums, which threads may add up in another order
         assert before[name] == pytest.approx(alone[name], rel=1e-5)
     for name in ("after", "end"):
+        # means of a few probabilities, likewise; NaN where nothing was right before
         assert before[name] == pytest.approx(alone[name], rel=1e-3, nan_ok=True)
     for name in ("by_fact", "conflicts", "others", "edits", "weights"):
         assert before[name] == alone[name]

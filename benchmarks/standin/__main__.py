@@ -5,9 +5,9 @@ Run from the root of the repository, with the package installed, and WordNet's `
 
     python -m benchmarks.standin --wordnet /usr/share/wordnet --seeds 0 1 2
 
-Training takes 25 to 40 minutes on one core, once, and the rest 25 minutes. Facts that the model does not generate are
-not edited. Writes ``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts, and editors, of the same
-weights that are not measured again are kept.
+Training takes about 40 minutes on one shared core, once, and the rest 25 minutes. Facts that the model does not
+generate are not edited. Writes ``standin.json`` and ``standin.md`` into ``benchmarks/results``; parts, and editors, of
+the same weights that are not measured again are kept.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ Run from the root of the repository, with the package installed:
 The CounterFact model of :mod:`benchmarks.survival` is trained on at 10 times the learning rate. Its edits are split by
 whether they are still generated at the end of a run without protection. Each half, and all of them, are then edited and
 trained on without protection and with replay, which states all of its facts, needed or not. The loss is that of the
-rows of the data, over all steps of the continuation; errors are standard errors over the differences of single steps,
-which have the same rows. Writes ``survival_cost.json`` and ``survival_cost.md`` into ``benchmarks/results``.
+rows of the data, over all steps of the continuation. Its interval (95 %) is over the differences of single steps, which
+have the same rows: how much other steps would change it on the same models. The rows of all seeds also have the range
+over seeds. Writes ``survival_cost.json`` and ``survival_cost.md`` into ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from benchmarks.training import arguments_of, header, quiet, row, write
 from lit_moeedit.callbacks import EditReplay, KnowledgeEditing
 
 NAME, CONTINUATION, SHARE = "counterfact", "10x", 0.05
+Z = 1.96
+"""Half width of a 95 % interval in standard errors."""
 
 
 class End(L.Callback):
@@ -87,16 +90,29 @@ def measure(seed: int, models: Path, facts_file: Path) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Format the results as Markdown."""
+    """Format the results as Markdown: those of each seed, and the means over seeds of each part of the edits."""
     lines = header(("model", "seed", "edits", "number", "left without protection", "with replay", "loss", "by replay"))
-    for found in results:
-        cost, error = (
-            f"{100 * found[name] / found['loss']:{sign}.2f}" for name, sign in (("cost", "+"), ("error", ""))
-        )
-        left = (f"{found[name] / found['count']:.2f}" for name in ("left", "left_with_replay"))
-        case = (found["model"], found["seed"], found["edits"], found["count"])
-        lines.append(row((*case, *left, f"{found['loss']:.4f}", f"{cost} ± {error} %")))
+    lines += [
+        line(found["seed"], [found]) for found in sorted(results, key=lambda found: (found["seed"], found["edits"]))
+    ]
+    for name in dict.fromkeys(found["edits"] for found in results):
+        own = [found for found in results if found["edits"] == name]
+        if len(own) > 1:
+            lines.append(line("all", own))
     return "\n".join(lines)
+
+
+def line(seed: object, own: list[dict[str, Any]]) -> str:
+    """Format the mean of results of the same part of the edits, in percent of the loss without protection."""
+    costs = [100 * found["cost"] / found["loss"] for found in own]
+    variance = sum((100 * found["error"] / found["loss"]) ** 2 for found in own) / len(own) ** 2
+    mean, half = statistics.mean(costs), Z * variance**0.5
+    number = sum(found["count"] for found in own)
+    left = (f"{sum(found[name] for found in own) / number:.2f}" for name in ("left", "left_with_replay"))
+    loss = statistics.mean(found["loss"] for found in own)
+    spread = f" [{min(costs):+.2f} to {max(costs):+.2f}]" if len(own) > 1 else ""
+    cost = f"{mean:+.2f} % ({mean - half:+.2f} to {mean + half:+.2f}){spread}"
+    return row((own[0]["model"], seed, own[0]["edits"], number, *left, f"{loss:.4f}", cost))
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ IGNORED_LABEL = -100
 """Label of a position that losses and perplexities ignore, as in transformers."""
 ZERO_WIDTH_JOINER = "\u200d"
 """A character that joins several emoji into one."""
+TEXTS_AT_ONCE = 512
+"""Number of texts that are tokenized together."""
 _FAST = "a fast tokenizer is needed (AutoTokenizer.from_pretrained(..., use_fast=True))"
 
 
@@ -156,11 +158,8 @@ def encode(
     if token not in ("subject_last", "last"):
         raise ValueError(f"token must be 'subject_last' or 'last', got {token!r}")
     texts = [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
-    if not texts:
-        return []
-    batch = _tokenized(tokenizer, texts, return_offsets_mapping=True)
     encodings = []
-    for row, (ids, offsets) in enumerate(zip(batch["input_ids"], batch["offset_mapping"], strict=True)):
+    for row, (ids, offsets) in enumerate(_ids_and_offsets(tokenizer, texts)):
         prompt, target = prompts[row], targets[row]
         offsets = _offsets_of_bytes(tokenizer, texts[row], offsets)
         # the space between them belongs to the target, but not in a token with the last letter of the prompt
@@ -191,6 +190,15 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     return _tokenized(tokenizer, texts)["input_ids"]
 
 
+def _ids_and_offsets(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Tokenize texts part by part: the offsets of many are so many objects that the garbage collector takes longer."""
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        part = _tokenized(tokenizer, texts[start : start + TEXTS_AT_ONCE], return_offsets_mapping=True)
+        yield from zip(part["input_ids"], part["offset_mapping"], strict=True)
+
+
 def _tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: bool) -> dict[str, list[list[Any]]]:
     """Tokenize texts without a second BOS token, and without special tokens at the end, which would end the text."""
     batch = tokenizer(list(texts), return_attention_mask=False, return_special_tokens_mask=True, **options)
@@ -213,8 +221,10 @@ def _offsets_of_bytes(
     A Unigram model with byte fallback takes a run of unknown letters for one piece, and gives each of its bytes the
     offsets of the whole run. These do not separate the last byte of a subject from the text after it.
     """
+    if len(set(offsets)) == len(offsets):
+        return list(offsets)
     found: list[tuple[int, int]] = []
-    for (start, end), run in itertools.groupby(map(tuple, offsets)):
+    for (start, end), run in itertools.groupby(offsets):
         length = len(list(run))
         if length > 1 and end - start > 1:
             cuts = [i for i in range(start + 1, end) if not unicodedata.category(text[i]).startswith("M")]

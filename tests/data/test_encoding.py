@@ -111,7 +111,8 @@ def test_the_atlas_encodes(tokenizer: PreTrainedTokenizerFast) -> None:
         assert decode(tokenizer, encoding.ids[encoding.target_start :]) == target
 
 
-def test_many_prompts_encode_as_one_by_one() -> None:
+def test_many_prompts_encode_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_moeedit.data.encoding.TEXTS_AT_ONCE", 4)  # the last part is shorter
     edits = Atlas(edits=10).edits
     columns = [[e.prompt for e in edits], [e.target_new for e in edits], [e.subject for e in edits]]
     together = encode(LARGE, *columns)

@@ -165,3 +165,10 @@ def renewing(tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.M
         return SimpleNamespace(editing=editing, searched=list(searched), passes=len(passes), weights=weights)
 
     return fit
+
+
+@pytest.fixture(autouse=True)
+def reports_without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no figures in reports, which takes most of the time of a small run, but where the report is tested."""
+    if request.path.stem != "test_report":
+        monkeypatch.setattr("lit_moeedit.reports.figures.has_matplotlib", lambda: False)

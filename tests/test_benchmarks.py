@@ -203,6 +203,7 @@ def test_nothing_that_is_measured_is_preserved(untrained: Trained, monkeypatch: 
     assert any(prompt in text for prompt in asked for text in data.preservation_texts())
 
 
+@pytest.mark.slow
 def test_measures_take_probes_apart_and_compare_with_no_edit(
     untrained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def test_the_points_of_a_run(run: Any, caplog: Any) -> None:
     assert str(one.editing.survivors) in caplog.text
 
 
-@pytest.mark.parametrize("averages", [False, True], ids=["plain", "average"])
+@pytest.mark.parametrize("averages", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "average"])
 def test_a_training_does_not_notice(run: Any, averages: bool) -> None:
     def callbacks() -> list[Any]:
         return [EMAWeightAveraging(decay=0.9)] if averages else []

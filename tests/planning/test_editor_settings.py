@@ -61,6 +61,7 @@ def test_residuals_of_each_layer_take_one_more_forward(make_model: Callable[...,
     assert added[0] == added[1] > 0
 
 
+@pytest.mark.slow
 def test_further_prompts_are_counted_as_if_all_were_answered(make_model: Callable[..., PreTrainedModel]) -> None:
     keys, count = keys_of("qwen3_moe"), 2
     plan = planned("qwen3_moe", Sharding(on_cpu=True), editor(**PLACE, phrasings=count))
@@ -70,6 +71,7 @@ def test_further_prompts_are_counted_as_if_all_were_answered(make_model: Callabl
     assert plain < none < plan["features"].flops
 
 
+@pytest.mark.slow
 def test_neutral_prompts_are_counted_as_if_none_gave_the_truth(make_model: Callable[..., PreTrainedModel]) -> None:
     targets = TargetOptimizer(steps=5, stop=0.0)
     place = {**PLACE, "layers": [0, 1], "token": "subject_last", "neutral": "{} is", "targets": targets}

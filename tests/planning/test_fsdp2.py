@@ -21,6 +21,7 @@ from tests.planning.metered_run import CONFIG, differences
 RANKS = 3
 
 
+@pytest.mark.slow
 def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
     sharding = Sharding(RANKS, None, 2, fsdp2=True)
     keys, module = CONFIG | {"num_hidden_layers": 3}, LitMoE(config=CONFIG)
@@ -49,6 +50,7 @@ def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
     assert plan["commit"].sent == 2 * 2 * sharding.part(8)
 
 
+@pytest.mark.slow
 def test_a_commit_on_gpus_changes_larger_blocks_than_on_cpus() -> None:
     keys = CONFIG | {"num_hidden_layers": 2, "hidden_size": 1024, "moe_intermediate_size": 1024, "num_experts": 4}
     editor = Editor((0,), targets=TargetOptimizer(steps=2, stop=0.0), contexts=("",), preserve="none")

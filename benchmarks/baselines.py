@@ -89,7 +89,7 @@ def train_adapters(
     model.eval()
     for step in range(settings.steps + 1):
         nll = -score_batch(model, texts, pad_id(tokenizer))[0].mean()
-        if step == settings.steps or float(nll) <= settings.stop:
+        if step == settings.steps or float(nll.detach()) <= settings.stop:
             break
         optimizer.zero_grad()
         nll.backward()

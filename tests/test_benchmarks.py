@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks import (
     atlas,
+    baselines,
     editing,
     further_facts,
     lifelong,
@@ -43,7 +45,8 @@ from benchmarks.training import (
     only,
     weights_file,
 )
-from lit_moeedit.editing import EditMemory
+from lit_moeedit.data import Fact
+from lit_moeedit.editing import EditMemory, FineTuning
 from lit_moeedit.editing.memory import GatedKeys
 from lit_moeedit.preservation import OutputPenalty
 
@@ -203,7 +206,21 @@ def test_nothing_that_is_measured_is_preserved(untrained: Trained, monkeypatch: 
     assert any(prompt in text for prompt in asked for text in data.preservation_texts())
 
 
-@pytest.mark.slow
+def test_adapters_begin_alike_whatever_was_drawn_before(
+    make_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
+) -> None:
+    trained = []
+    for seed in (1, 2):
+        model = make_model("qwen3_moe")
+        torch.manual_seed(seed)
+        baselines.train_adapters(model, tokenizer, facts, FineTuning([0], steps=2, learning_rate=0.1))
+        trained.append(model.state_dict())
+    before, name = make_model("qwen3_moe").state_dict(), "model.layers.0.self_attn.q_proj.weight"
+    assert trained[0].keys() == trained[1].keys() == before.keys()
+    assert not torch.equal(trained[0][name], before[name])
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+
+
 def test_measures_take_probes_apart_and_compare_with_no_edit(
     untrained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,7 +193,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 def _ids_and_offsets(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """Tokenize texts part by part: the offsets of many are so many objects that the garbage collector takes longer."""
+    """Tokenize texts part by part, so that the offsets of all of them are not in memory at once."""
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = _tokenized(tokenizer, texts[start : start + TEXTS_AT_ONCE], return_offsets_mapping=True)
         yield from zip(part["input_ids"], part["offset_mapping"], strict=True)
@@ -221,10 +221,11 @@ def _offsets_of_bytes(
     A Unigram model with byte fallback takes a run of unknown letters for one piece, and gives each of its bytes the
     offsets of the whole run. These do not separate the last byte of a subject from the text after it.
     """
-    if len(set(offsets)) == len(offsets):
-        return list(offsets)
+    spans = [(start, end) for start, end in offsets]
+    if len(set(spans)) == len(spans):
+        return spans
     found: list[tuple[int, int]] = []
-    for (start, end), run in itertools.groupby(offsets):
+    for (start, end), run in itertools.groupby(spans):
         length = len(list(run))
         if length > 1 and end - start > 1:
             cuts = [i for i in range(start + 1, end) if not unicodedata.category(text[i]).startswith("M")]

@@ -169,6 +169,6 @@ def renewing(tiny: Any, make_trainer: Any, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture(autouse=True)
 def reports_without_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no figures in reports, which takes most of the time of a small run, but where the report is tested."""
-    if request.path.stem != "test_report":
+    """Draw no figures in reports, which take long beside a small run, except in the tests of reports and survival."""
+    if request.path.stem not in ("test_report", "test_survival"):
         monkeypatch.setattr("lit_moeedit.reports.figures.has_matplotlib", lambda: False)

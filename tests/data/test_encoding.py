@@ -119,6 +119,20 @@ def test_many_prompts_encode_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert together == [encode(LARGE, *([cell] for cell in row))[0] for row in zip(*columns, strict=True)]
 
 
+def test_offsets_may_be_lists() -> None:
+    class OfLists(PreTrainedTokenizerFast):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            batch = super().__call__(*args, **options)
+            batch["offset_mapping"] = [[list(span) for span in row] for row in batch["offset_mapping"]]
+            return batch
+
+    row = ["The capital of Malí is"], ["Bamako"], ["Malí"]
+    for tokenizer in (SMALL, LARGE):
+        assert encode(OfLists(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>"), *row) == encode(
+            tokenizer, *row
+        )
+
+
 def test_a_prompt_that_ends_with_a_space_gets_no_second_one() -> None:
     spaced, plain = encode(LARGE, ["The capital of Mali is ", "The capital of Mali is"], ["Bamako", "Bamako"])
     assert spaced.ids == plain.ids

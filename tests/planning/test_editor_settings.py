@@ -61,7 +61,6 @@ def test_residuals_of_each_layer_take_one_more_forward(make_model: Callable[...,
     assert added[0] == added[1] > 0
 
 
-@pytest.mark.slow
 def test_further_prompts_are_counted_as_if_all_were_answered(make_model: Callable[..., PreTrainedModel]) -> None:
     keys, count = keys_of("qwen3_moe"), 2
     plan = planned("qwen3_moe", Sharding(on_cpu=True), editor(**PLACE, phrasings=count))

@@ -21,7 +21,6 @@ from tests.planning.metered_run import CONFIG, differences
 RANKS = 3
 
 
-@pytest.mark.slow
 def test_layers_are_gathered_unless_an_edit_skips_them() -> None:
     sharding = Sharding(RANKS, None, 2, fsdp2=True)
     keys, module = CONFIG | {"num_hidden_layers": 3}, LitMoE(config=CONFIG)

@@ -107,7 +107,6 @@ def test_phases_without_numbers_take_what_phases_with_numbers_take(
         assert flops == pytest.approx(found.flops, rel=0.5 if few else 0.05), name
 
 
-@pytest.mark.slow
 def test_a_rank_gathers_weights_and_does_its_part() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     sharding = Sharding(ranks=4, stage=3, itemsize=2, bucket=1000)

@@ -4,17 +4,19 @@ Run from the root of the repository, with the package installed:
 
     python -m benchmarks.strength --facts counterfact.json
 
-Models that have seen little (256 steps on 30 countries), those of the demo, and those of CounterFact.
+Models that have seen little (256 steps on 30 countries), those of the demo, the demo's facts in a Mixtral, and those of
+CounterFact.
 Every setting edits copies of the same weights; those of our own editor with the same target layer and ``stop`` share
 target vectors.
 Half of the paraphrases and neighbours of each fact are measured. With ``tune: true`` an editor chooses its settings by
-the other half (see :func:`lit_moeedit.editing.locating.tune`). Of CounterFact, where each fact has one of each, every
-other fact is measured.
+the other half, with ``tune: neighbours`` such that as many neighbours are retained (see
+:func:`lit_moeedit.editing.locating.tune`). Of CounterFact, where each fact has one of each, every other fact is
+measured.
 
 Writes ``strength.json``, ``strength.md`` and ``strength.png`` into ``benchmarks/results``; what is in the JSON is not
 measured again. ``--fresh`` begins anew.
 
-Three seeds take about 20 minutes on one core.
+Three seeds take about 30 minutes on one core.
 """
 
 from __future__ import annotations
@@ -51,15 +53,16 @@ from benchmarks.training import (
 )
 from lit_moeedit.data import Fact
 from lit_moeedit.editing import Editor, Place
+from lit_moeedit.editing.place import Tune
 from lit_moeedit.preservation import CovariancePenalty, NullSpace, OutputPenalty, Preservation
 
-MODELS = (WEAK, "atlas", "counterfact")
+MODELS = (WEAK, "atlas", "atlas, Mixtral", "counterfact")
 SHOWN = ("efficacy_accuracy", "generalization", "specificity_retained", "routing", "perplexity")
 DRAWN = ("specificity_retained", "generalization")
 DEFAULT, STOP = 0.3, 0.05
 """The default strength, and the loss at which the configs' search for target vectors stops."""
-TUNED = "tune: true"
-"""Name of the editor that chooses by itself."""
+TUNED: dict[Tune, str] = {True: "tune: true", "neighbours": "tune: neighbours"}
+"""Names of the editors that choose by themselves."""
 
 
 OTHERS = {"MoEEdit": "BCD, null space (MoEEdit)", "MoEEdit as released": "BCD, null space (MoEEdit as released)"}
@@ -76,7 +79,7 @@ class Setting:
         layers: the config's, or the highest of them alone.
         phrasings: number of further prompts of each fact.
         kind: the preservation, or another editor of :func:`benchmarks.editing.editors`.
-        tune: the editor chooses by trials of its own, with the halves of the facts that are not measured.
+        tune: the editor chooses by trials of its own, with the halves of the facts that are not measured, and how.
         stop: loss at which the search for target vectors stops.
     """
 
@@ -85,7 +88,7 @@ class Setting:
     layers: Literal["given", "target layer"] = "given"
     phrasings: int = 0
     kind: Literal["output", "covariance", "null space", "MoEEdit", "MoEEdit as released"] = "output"
-    tune: bool = False
+    tune: Tune = False
     stop: float = STOP
 
     @property
@@ -101,8 +104,10 @@ class Setting:
         return changed(base, targets=targets, preserve=self.preservation, phrasings=self.phrasings, tune=self.tune)
 
 
-GIVEN, AUTO = Setting("all layers", DEFAULT), Setting(TUNED, DEFAULT, tune=True)
-"""The default, and the editor that chooses by itself."""
+GIVEN = Setting("all layers", DEFAULT)
+"""The default."""
+AUTO = [Setting(name, DEFAULT, tune=tune) for tune, name in TUNED.items()]
+"""The editors that choose by themselves."""
 
 
 def settings() -> Iterator[Setting]:
@@ -120,10 +125,13 @@ def settings() -> Iterator[Setting]:
         yield Setting("all layers, by stop", DEFAULT, stop=stop)
     yield Setting("covariance", 1e3, kind="covariance")
     yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
-    yield Setting("three further prompts", DEFAULT, phrasings=3, stop=0.15)
+    for strength in (DEFAULT, 0.003):
+        yield Setting("three further prompts", strength, phrasings=3, stop=0.15)
+    yield Setting("two further prompts", 0.003, phrasings=2, stop=0.3)
+    yield Setting("further prompts", DEFAULT, phrasings=8, stop=0.3)
     yield Setting("MoEEdit", HARD["atlas"][0], kind="MoEEdit")
     yield Setting("MoEEdit as released", HARD["atlas"][0], kind="MoEEdit as released")
-    yield AUTO
+    yield from AUTO
 
 
 def halves(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
@@ -160,7 +168,9 @@ def edits(case: Trained, known: Sequence[Setting]) -> Iterator[dict[str, Any]]:
     for setting in settings():
         if setting in known:
             continue
-        targets = shared.setdefault(setting.stop, ByTop(changed(case.editor.targets, stop=setting.stop)))
+        # an editor that chooses has searches of its own
+        alone = changed(case.editor.targets, stop=setting.stop)
+        targets = alone if setting.tune else shared.setdefault(setting.stop, ByTop(alone))
         editor = setting.editor(case.editor, targets)
         if setting.layers == "target layer":
             editor = editor.at(Place(editor.layers[-1:], None))
@@ -197,7 +207,11 @@ def by_setting(results: dict[str, list[dict[str, Any]]], name: str) -> dict[Sett
 
 
 def title(name: str) -> str:
-    return {"atlas": "the demo's model", WEAK: "a model of 30 countries"}.get(name, name)
+    return {
+        "atlas": "the demo's model",
+        "atlas, Mixtral": "the demo's facts in a Mixtral",
+        WEAK: "a model of 30 countries",
+    }.get(name, name)
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -206,7 +220,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     seeds = {name: [*max(found.values(), key=len)] for name, found in by_model.items()}
     count = sum(map(len, seeds.values()))
     lines = [
-        f"Means over the {count} models, also of the harmonic mean of the first three metrics, the highest first",
+        f"Means over the {count} models, the highest first; the harmonic mean is that of the first three metrics",
         "",
     ]
     lines += header(["setting", "strength", "layers", "stop", *map(title_of, SHOWN), "harmonic mean"])
@@ -215,24 +229,30 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         found = [result for own in by_model.values() for result in own.get(setting, {}).values()]
         if len(found) == count:
             means = [statistics.mean(result[metric] for result in found) for metric in SHOWN]
-            score = statistics.mean(statistics.harmonic_mean([one[metric] for metric in SHOWN[:3]]) for one in found)
-            rows.append((score, [*_named(setting), *(f"{mean:.3f}" for mean in means), f"{score:.3f}"]))
+            rows.append((score(found), [*_named(setting), *(f"{mean:.3f}" for mean in means), f"{score(found):.3f}"]))
     lines += [row(cells) for _, cells in sorted(rows, key=lambda one: -one[0])]
     for name, own in by_model.items():
         lines += ["", f"{title(name)}: mean over seeds {', '.join(seeds[name])} ({BY_FACT})", ""]
-        lines += header(["setting", "strength", "layers", "stop", *map(title_of, SHOWN)])
+        lines += header(["setting", "strength", "layers", "stop", *map(title_of, SHOWN), "harmonic mean"])
         for setting, by_seed in own.items():
             label, *cells = _named(setting)
             cells += [mean_of([*by_seed.values()], metric) for metric in SHOWN]
+            cells.append(f"{score([*by_seed.values()]):.3f}")
             lines.append(row([label_of(label, by_seed, seeds[name]), *cells]))
-        chosen = [f"{one['chosen']} (seed {seed})" for seed, one in own.get(AUTO, {}).items()]
-        lines += ["", f"Chosen by `{TUNED}`: {'; '.join(chosen)}."] if chosen else []
+        for setting in AUTO:
+            chosen = [f"{one['chosen']} (seed {seed})" for seed, one in own.get(setting, {}).items()]
+            lines += ["", f"Chosen by `{setting.series}`: {'; '.join(chosen)}."] if chosen else []
     return "\n".join(lines) + "\n"
+
+
+def score(results: Sequence[dict[str, Any]]) -> float:
+    """Return the mean over models of the harmonic mean of efficacy, generalization, and neighbours retained."""
+    return statistics.mean(statistics.harmonic_mean([one[metric] for metric in SHOWN[:3]]) for one in results)
 
 
 def _named(setting: Setting) -> list[str]:
     if setting.tune:
-        return [f"**{TUNED}**", "", "", f"{setting.stop:g}"]
+        return [f"**{setting.series}**", "", "", ""]
     name = setting.series + (" (the default)" if setting == GIVEN else "")
     return [name, f"{setting.strength:g}", setting.layers, f"{setting.stop:g}"]
 
@@ -265,10 +285,11 @@ def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             own = sorted((s for s in means if s.series == series), key=lambda s: (s.strength, s.stop))
             x, y = ([means[setting][axis] for setting in own] for axis in (0, 1))
             axes.plot(x, y, color=color, marker=marker, ls=line, label=series, alpha=0.8)
-        for setting, marker, label in ((GIVEN, "o", "the default"), (AUTO, "*", TUNED)):
+        marked = [(GIVEN, "o", "the default"), *zip(AUTO, "*P", TUNED.values(), strict=True)]
+        for setting, marker, label in marked:
             if setting in means:
                 axes.plot(*means[setting], marker, ms=16, mfc="none", mec="black", label=label)
-                whiskers(axes, [*found[setting].values()], *DRAWN, "black" if setting == GIVEN else "gray")
+                whiskers(axes, [*found[setting].values()], *DRAWN, "gray" if setting.tune else "black")
         axes.set(title=title(name), xlabel="neighbours retained")
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("generalization")

@@ -69,9 +69,9 @@ def log_place(trainer: L.Trainer, prefix: str, place: Mapping[str, Any]) -> None
     """Add the place that an editor has found to the run's configuration, as ``<prefix>_place/layers`` and ``/token``.
 
     The configuration that was logged at the start has ``auto`` there. The settings of an editor that was tuned follow,
-    as ``/strength`` and ``/phrasings``.
+    as ``/strength``, ``/phrasings`` and ``/stop``.
     """
-    names = (name for name in ("layers", "token", "strength", "phrasings") if name in place)
+    names = (name for name in ("layers", "token", "strength", "phrasings", "stop") if name in place)
     settings = {f"{prefix}_place/{name}": str(place[name]) for name in names}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):  # has its hyperparameters from the start

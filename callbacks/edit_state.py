@@ -74,7 +74,7 @@ class EditState(StateOfWeights):
     def place(self) -> dict[str, Any]:
         """The place that the editor edits, as plain values: ``layers``, ``token``, and whether the editor ``found`` it.
 
-        An editor that has tuned itself adds ``strength``, ``phrasings`` and ``preserve``.
+        An editor that has tuned itself adds ``strength``, ``phrasings``, ``preserve`` and ``stop``.
 
         Before it is known, the layers are empty. The token is ``None`` for a method that edits no single token.
         """

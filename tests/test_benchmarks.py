@@ -262,7 +262,7 @@ def test_rows_of_some_seeds_name_them() -> None:
     known = point | dict.fromkeys(preservation.SHOWN, 0.5)
     text = preservation.table({"atlas": {"0": [known, {**known, "strength": 1.0}], "1": [known]}})
     assert "| output | 0.3 |" in text and "| output (seed 0) | 1 |" in text
-    tuned = {**vars(strength.AUTO), **dict.fromkeys(strength.SHOWN, 0.5), "chosen": "layer 2"}
+    tuned = {**vars(strength.AUTO[0]), **dict.fromkeys(strength.SHOWN, 0.5), "chosen": "layer 2"}
     given = {**tuned, **vars(strength.GIVEN)}
     cases = {"atlas, seed 0": [given], "atlas, seed 1": [given, tuned], f"{WEAK}, seed 1": [given, tuned]}
     text = strength.table(cases)

@@ -16,6 +16,7 @@ from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.job import EditJob
 from lit_moeedit.editing.memory import EditMemory
 from lit_moeedit.editing.phrasings import further_prompts, neutral_prompts
+from lit_moeedit.editing.place import Tune
 from lit_moeedit.editing.place_finding import PlaceFinding
 from lit_moeedit.editing.spread import CarriedSpread, Spread
 from lit_moeedit.editing.target_rows import EncodedFacts, TargetRow
@@ -100,10 +101,11 @@ class Editor(PlaceFinding):
             prompt; see :func:`~lit_moeedit.editing.phrasings.further_prompts`. They are other facts' prompts with its
             subject, so that a single fact has none, and never a text by which a fact is measured. The rows of a fact
             share the weight that it has without them.
-        tune: choose the strength of the preservation, whether all layers or the target layer alone are edited, and
-            ``phrasings`` when the first edit begins: by edits of some facts that are measured and undone, see
-            :func:`~lit_moeedit.editing.locating.tune`. These settings then are what is tried first. It needs a
-            preservation with a strength, and facts with paraphrases and neighbours.
+        tune: choose the strength of the preservation, whether all layers or the target layer alone are edited,
+            ``phrasings``, and the ``stop`` of ``targets`` when the first edit begins: by edits of some facts that are
+            measured and undone, see :func:`~lit_moeedit.editing.locating.tune`. These settings then are what is tried
+            first. ``True`` chooses by the score; ``"neighbours"`` keeps as many of these as the given settings do. It
+            needs a preservation with a strength, and facts with paraphrases and neighbours.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -133,7 +135,7 @@ class Editor(PlaceFinding):
         residual_of: ResidualOf = "target_layer",
         residual_share: ResidualShare = "layers_left",
         phrasings: int = 0,
-        tune: bool = False,
+        tune: Tune = False,
         neutral_prompts: int = 0,
     ) -> None:
         super().__init__(layers, token, preserve, phrasings, tune, contexts, token_budget, reset_moments)

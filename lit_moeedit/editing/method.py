@@ -16,7 +16,7 @@ from lit_moeedit.data.facts import Fact, validate_facts
 from lit_moeedit.data.lengths import remark_long_facts
 from lit_moeedit.editing.job import EditJob, EditResult, LayerEdits
 from lit_moeedit.editing.phases import Clock, Progress
-from lit_moeedit.editing.place import Place
+from lit_moeedit.editing.place import Place, Tune
 from lit_moeedit.interrupts import Undo, held
 from lit_moeedit.models.experts import ExpertLayer, check_editable, expert_layers
 from lit_moeedit.models.output_scale import with_output_scale
@@ -68,7 +68,7 @@ class EditMethod(ABC):
     memory: EditMemory | None = None
     facts: Sequence[Fact] | None = None
     can_renew: bool = True
-    tune: bool = False
+    tune: Tune = False
 
     def __init__(
         self,

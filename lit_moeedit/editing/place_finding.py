@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lit_moeedit.data.encoding import EditToken
 from lit_moeedit.editing.method import EditMethod
-from lit_moeedit.editing.place import Place
+from lit_moeedit.editing.place import Place, Tune
+from lit_moeedit.editing.targets import TargetOptimizer
 from lit_moeedit.models.token_budget import Budget
 from lit_moeedit.preservation.shaping import CovariancePenalty, Preservation, PreservationName, preservation_of
 
@@ -26,6 +27,7 @@ class PlaceFinding(EditMethod):
     """The settings of an editor that trials may choose; the arguments are those of :class:`Editor`."""
 
     can_find_layers = True
+    targets: TargetOptimizer
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class PlaceFinding(EditMethod):
         token: EditToken | Literal["auto"],
         preserve: Preservation | PreservationName,
         phrasings: int,
-        tune: bool,
+        tune: Tune,
         contexts: Sequence[str],
         token_budget: Budget,
         reset_moments: bool,
@@ -43,12 +45,15 @@ class PlaceFinding(EditMethod):
             raise ValueError(f"token must be 'subject_last', 'last' or 'auto', got {token!r}")
         if phrasings < 0:
             raise ValueError(f"phrasings must be at least 0, got {phrasings}")
+        if tune not in (True, False, "neighbours"):
+            raise ValueError(f"tune must be true, false or 'neighbours', got {tune!r}")
         self.token, self.phrasings, self.tune = token, phrasings, tune
         self.preserve = preservation_of(preserve)
         if tune and not self.strength:
             raise ValueError(f"tune needs a preservation with a strength above 0, such as 'output', got {preserve!r}")
         self._given = self.layers, token
-        self._untuned: tuple[Preservation | None, int] | None = None  # what was given, once the editor is tuned
+        # what was given, once the editor is tuned
+        self._untuned: tuple[Preservation | None, int, TargetOptimizer] | None = None
 
     @property
     @override
@@ -79,7 +84,7 @@ class PlaceFinding(EditMethod):
         if place is None:
             self.layers, self.token = self._given
             if self._untuned is not None:
-                (self.preserve, self.phrasings), self._untuned = self._untuned, None
+                (self.preserve, self.phrasings, self.targets), self._untuned = self._untuned, None
         elif place.token is not None:
             self._take(self._as_own(place))
 
@@ -91,7 +96,7 @@ class PlaceFinding(EditMethod):
         if not self.tune:
             return Place(place.layers, place.token)
         given = copy(self)
-        given.preserve, given.phrasings = self._untuned or (self.preserve, self.phrasings)
+        given.preserve, given.phrasings, given.targets = self._untuned or (self.preserve, self.phrasings, self.targets)
         own = given.with_settings(place)
         if place.strength is None:
             log.info("the editor is not tuned: it goes on with the settings that it was given")
@@ -105,13 +110,13 @@ class PlaceFinding(EditMethod):
     def with_settings(self, place: Place) -> Place:
         """Return a place with the settings of this editor there."""
         name = f"{type(self.preserve).__module__}.{type(self.preserve).__qualname__}"
-        return replace(place, strength=self.strength, phrasings=self.phrasings, preserve=name)
+        return replace(place, strength=self.strength, phrasings=self.phrasings, preserve=name, stop=self.targets.stop)
 
     def _take(self, place: Place) -> None:
         self.layers, self.token = place.layers, place.token or self.token
         if place.strength is not None and isinstance(self.preserve, CovariancePenalty):
-            self._untuned = self._untuned or (self.preserve, self.phrasings)
-            self.preserve = copy(self.preserve)
+            self._untuned = self._untuned or (self.preserve, self.phrasings, self.targets)
+            self.preserve, self.targets = copy(self.preserve), self.targets.with_stop(place.stop)
             self.preserve.strength = place.strength
             self.phrasings = self.phrasings if place.phrasings is None else place.phrasings
 
@@ -123,7 +128,7 @@ class PlaceFinding(EditMethod):
     @property
     @override
     def finds_place(self) -> bool:
-        return self.finds_layers or self.tune
+        return self.finds_layers or bool(self.tune)
 
     def at(self, place: Place) -> Self:
         """Return an editor with the same settings at another place, without a memory."""

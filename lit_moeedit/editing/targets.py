@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, groupby
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -141,6 +142,14 @@ class TargetOptimizer:
         self.weight_decay, self.kl, self.stop = weight_decay, kl, stop
         self.token_budget: Budget = token_budget
         self.autocast, self.cuda_graphs, self.loss_tokens = autocast, cuda_graphs, loss_tokens
+
+    def with_stop(self, stop: float | None) -> Self:
+        """Return the same settings with another ``stop``; ``None`` keeps it."""
+        if stop is None or stop == self.stop:
+            return self
+        other = copy(self)
+        other.stop = stop
+        return other
 
     def optimize(
         self,

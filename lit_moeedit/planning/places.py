@@ -49,7 +49,7 @@ def simulate_search(
     token: EditToken = "subject_last" if editor.token == "auto" else editor.token
     editors = [editor.at(Place(layers, token)) for layers in dict.fromkeys(ends)]
     if editor.tune:  # it may choose as many
-        most = max(editor.phrasings, *(number for number, _ in FURTHER))
+        most = max(editor.phrasings, *(number for number, _, _ in FURTHER))
         editors = [own.at(replace(own.with_settings(Place(own.layers, token)), phrasings=most)) for own in editors]
     costs, budgets = zip(*(simulate(module, own, sharding, work, card, upkeep) for own in editors), strict=True)
     highest = [_highest(phases) for phases in zip(*costs, strict=True)]
@@ -65,7 +65,7 @@ def locating_cost(phases: Mapping[str, Cost], editor: Editor, work: Workload, la
     A trace scores a row for each of its facts, layers, tokens and windows. A trial finds targets, edits, and measures
     twice, for some facts. Second moments are those of a part of the text. No phase of it needs more memory than that of
     the edit. Where the editor is tuned, by :func:`~lit_moeedit.editing.locating.tune`, the trials of its settings are
-    added, which share their targets.
+    added; those with the same stop share their targets.
 
     Args:
         phases: the costs of the edit by phase.
@@ -87,9 +87,10 @@ def locating_cost(phases: Mapping[str, Cost], editor: Editor, work: Workload, la
     found, edited = share * places, share * places
     if editor.tune:
         settings, tuned = len(STRENGTHS) + len(STRENGTHS_ALONE) + len(FURTHER), min(TUNE_FACTS, work.edits) / work.edits
+        searches = len({editor.targets.stop, *(max(editor.targets.stop, stop) for _, _, stop in FURTHER)})
         passes += min(1.0, TUNE_TOKENS / length)
         scored += tuned * (settings + 1)
-        found, edited = found + tuned, edited + tuned * settings
+        found, edited = found + tuned * searches, edited + tuned * settings
     times = {"statistics": passes, "targets": found, "evaluation": scored}
     parts = [(cost, times.get(name, edited)) for name, cost in phases.items() if name in (*PHASES, *times)]
     costs = [cost for cost, _ in parts]

@@ -39,9 +39,9 @@ def fit(tiny: Any, make_trainer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_a_resumed_run_edits_with_the_same_settings(fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{SETTINGS}.choose_settings", lambda trials: 1)
+    monkeypatch.setattr(f"{SETTINGS}.choose_settings", lambda *_: 1)
     whole, weights = fit("whole")
-    assert whole.editor.place == Place((0, 1), "last", 0.3 * 0.01, 0, OUTPUT) and len(whole.applied_facts) == 6
+    assert whole.editor.place == Place((0, 1), "last", 0.3 * 0.01, 0, OUTPUT, 0.05) and len(whole.applied_facts) == 6
     monkeypatch.setattr("lit_moeedit.editing.locating.tune", lambda *a, **k: pytest.fail("it was known"))
     resumed, others = fit("resumed", tmp_path / "whole" / "kept" / "epoch=1.ckpt")
     assert resumed.editor.place == whole.editor.place
@@ -59,9 +59,9 @@ def test_a_checkpoint_of_a_run_without_tuning(
 ) -> None:
     """Where edits were made, later ones are made alike; before that the editor is still to be tuned."""
     calls: list[int] = []
-    monkeypatch.setattr(f"{SETTINGS}.choose_settings", lambda trials: calls.append(1) or 1)
+    monkeypatch.setattr(f"{SETTINGS}.choose_settings", lambda *_: calls.append(1) or 1)
     fit("plain", tune=False)
     resumed, _ = fit("resumed", tmp_path / "plain" / "kept" / f"epoch={epoch}.ckpt")
     assert bool(calls) == is_tuned and len(resumed.applied_facts) == 6
-    assert resumed.editor.place == Place((0, 1), "last", 0.3 * 0.01 if is_tuned else 0.3, 0, OUTPUT)
+    assert resumed.editor.place == Place((0, 1), "last", 0.3 * 0.01 if is_tuned else 0.3, 0, OUTPUT, 0.05)
     assert "the edits in the checkpoint were made at" not in caplog.text

@@ -49,35 +49,42 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trial(efficacy: float | None, general: float, kept: float) -> Trial:
-    return Trial(Place((0,), "last", 0.3, 0), 0.1, efficacy, general, kept, 1.0, 8)
+    return Trial(Place((0,), "last", 0.3, 0, OUTPUT, 0.05), 0.1, efficacy, general, kept, 1.0, 8)
 
 
 @pytest.mark.parametrize(
-    ("trials", "best"),
+    ("trials", "best", "careful"),
     [
-        # the most paraphrases, of those that keep as many neighbours but for one in a hundred
-        ([trial(1.0, 0.5, 0.9), trial(1.0, 0.7, 0.9), trial(1.0, 0.6, 1.0), trial(1.0, 0.9, 0.88)], 1),
-        # and generate as many targets
-        ([trial(1.0, 0.5, 0.9), trial(0.875, 0.9, 1.0)], 0),
+        # the highest score, or the most paraphrases of those that keep as many neighbours but for one in a hundred
+        ([trial(1.0, 0.5, 0.9), trial(1.0, 0.7, 0.9), trial(1.0, 0.6, 1.0), trial(1.0, 0.9, 0.88)], 3, 1),
+        ([trial(1.0, 0.5, 0.9), trial(1.0, 0.99, 0.4)], 0, 0),
+        # of those that generate as many targets
+        ([trial(1.0, 0.5, 0.9), trial(0.875, 0.9, 1.0)], 0, 0),
         # the given settings are as good as others, and the first
-        ([trial(1.0, 0.5, 0.9), trial(1.0, 0.5, 1.0)], 0),
+        ([trial(1.0, 0.5, 0.9), trial(1.0, 0.5, 0.9)], 0, 0),
+        ([trial(1.0, 0.5, 0.9), trial(1.0, 0.5, 1.0)], 1, 0),
         # the weights cannot hold the edit of the given settings
-        ([trial(None, 0.0, 0.0), trial(1.0, 0.5, 0.9), trial(1.0, 0.6, 0.9)], 2),
-        ([trial(None, 0.0, 0.0), trial(1.0, 0.5, math.nan), trial(1.0, 0.6, math.nan)], 1),
+        ([trial(None, 0.0, 0.0), trial(1.0, 0.5, 0.9), trial(1.0, 0.6, 0.9)], 2, 2),
+        ([trial(None, 0.0, 0.0), trial(1.0, 0.5, math.nan), trial(1.0, 0.6, math.nan)], 1, 1),
         # nothing is known of neighbours, or of an edit
-        ([trial(1.0, 0.5, math.nan), trial(1.0, 0.9, math.nan)], 0),
-        ([trial(None, 0.5, 0.5), trial(None, 0.9, 0.9)], 0),
+        ([trial(1.0, 0.5, math.nan), trial(1.0, 0.9, math.nan)], 0, 0),
+        ([trial(None, 0.5, 0.5), trial(None, 0.9, 0.9)], 0, 0),
     ],
 )
-def test_the_rule(trials: list[Trial], best: int) -> None:
-    assert choose_settings(trials) == best
+def test_the_rule(trials: list[Trial], best: int, careful: int) -> None:
+    assert choose_settings(trials) == best and choose_settings(trials, "neighbours") == careful
 
 
 def test_what_is_tried_begins_with_the_given_settings() -> None:
     tried = candidates(editor(preserve=OutputPenalty(0.2), phrasings=3))
-    assert tried[0] == Place((0, 1), "last", 0.2, 3, OUTPUT) and len(tried) == len(set(tried)) == 13
+    assert tried[0] == Place((0, 1), "last", 0.2, 3, OUTPUT, 0.05) and len(tried) == len(set(tried)) == 18
     assert {place.layers for place in tried} == {(0, 1), (1,)}
-    assert {place.phrasings for place in tried} == {3, 8, 2}
+    assert {place.phrasings for place in tried} == {3, 8, 2} and {place.stop for place in tried} == {0.05, 0.3}
+
+
+def test_no_search_for_targets_ends_before_the_given_stop() -> None:
+    tried = candidates(editor(targets=TargetOptimizer(stop=0.5)))
+    assert {place.stop for place in tried} == {0.5} and len(tried) == 14
 
 
 def test_each_trial_is_the_edit_with_its_settings_and_leaves_no_trace(
@@ -89,13 +96,13 @@ def test_each_trial_is_the_edit_with_its_settings_and_leaves_no_trace(
     few: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, values in (("STRENGTHS", (1.0, 0.01)), ("STRENGTHS_ALONE", (1e-3,)), ("FURTHER", ((2, 1.0),))):
+    for name, values in (("STRENGTHS", (1.0, 0.01)), ("STRENGTHS_ALONE", (1e-3,)), ("FURTHER", ((2, 1.0, 2.0),))):
         monkeypatch.setattr(f"{SETTINGS}.{name}", values)
     before = evaluate(model, tokenizer, telling)
     expected = []
     for place in candidates(editor()):
         own, changed = deepcopy(model), editor(preserve=OutputPenalty(place.strength or 0.0), tune=False)
-        changed.layers, changed.phrasings = place.layers, place.phrasings or 0
+        changed.layers, changed.phrasings, changed.targets.stop = place.layers, place.phrasings or 0, place.stop or 0.0
         changed.edit(own, tokenizer, telling, texts)
         expected.append(evaluate(own, tokenizer, telling, before.neighbours_exact).metrics)
     unchanged(model)
@@ -104,7 +111,7 @@ def test_each_trial_is_the_edit_with_its_settings_and_leaves_no_trace(
     monkeypatch.setattr(TargetOptimizer, "optimize", lambda *a, **k: (searches.append(1), search(*a, **k))[1])
     with torch.inference_mode():  # in which Lightning validates
         found = tune(model, tokenizer, telling, texts, editor=editor())
-    assert len(searches) == 1 and [trial.place for trial in found.trials] == candidates(editor())
+    assert len(searches) == 2 and [trial.place for trial in found.trials] == candidates(editor())
     for trial, metrics in zip(found.trials, expected, strict=True):
         assert trial.facts == 4 and trial.efficacy == metrics["efficacy_accuracy"]
         assert trial.generalization == metrics["generalization_accuracy"]
@@ -122,12 +129,13 @@ def test_an_editor_edits_with_what_it_has_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level("INFO", "lit_moeedit")
-    monkeypatch.setattr(f"{SETTINGS}.choose_settings", lambda trials: 8)  # weak, at the target layer alone
+    monkeypatch.setattr(f"{SETTINGS}.choose_settings", lambda *_: 8)  # weak, at the target layer alone
     tuned, other = editor(), deepcopy(model)
     assert tuned.finds_place and not tuned.is_resolved and tuned.place is None
     tuned.edit(model, tokenizer, telling, texts)
-    place = Place((1,), "last", 0.3 * 1e-3, 0, OUTPUT)
-    assert tuned.place == place and "layer 1 at last with strength 0.0003 chosen of 13 places" in caplog.text
+    place = Place((1,), "last", 0.3 * 1e-3, 0, OUTPUT, 0.05)
+    chosen = "layer 1 at last with strength 0.0003, targets to 0.05 nats chosen of 18 places"
+    assert tuned.place == place and chosen in caplog.text
     plain = editor(preserve=OutputPenalty(0.3 * 1e-3), tune=False)
     plain.layers = (1,)
     plain.edit(other, tokenizer, telling, texts)
@@ -151,7 +159,10 @@ def test_a_trial_that_overflows_the_weights_is_one_without_an_edit(
     overflowing_trial(monkeypatch, 1)
     found = tune(model, tokenizer, telling, texts, editor=editor())
     unchanged(model)
-    assert "a trial of layers 0, 1 at last with strength 0.9 made no edit: a delta has" in caplog.text
+    assert (
+        "a trial of layers 0, 1 at last with strength 0.9, targets to 0.05 nats made no edit: a delta has"
+        in caplog.text
+    )
     assert found.trials[1] == Trial(expected[1].place, expected[1].nll, facts=4) and found.chosen != 1
     for number in {*range(len(expected))} - {1}:
         assert found.trials[number].to_dict() == expected[number].to_dict()
@@ -181,9 +192,9 @@ def test_facts_by_which_nothing_can_be_told_keep_the_given_settings(
     caplog.set_level("INFO", "lit_moeedit")
     tuned = editor(phrasings=1)
     tuned.edit(model, tokenizer, facts, texts)
-    assert tuned.place == Place((0, 1), "last", 0.3, 1, OUTPUT)
+    assert tuned.place == Place((0, 1), "last", 0.3, 1, OUTPUT, 0.05)
     assert "the editor is not tuned: of 2 facts with paraphrases and neighbours nothing could be told" in caplog.text
-    assert "with strength 0.3 and 1 further prompts, without trials" in caplog.text
+    assert "with strength 0.3, targets to 0.05 nats, 1 further prompts, without trials" in caplog.text
 
 
 def test_what_does_not_fit_is_refused(
@@ -192,6 +203,8 @@ def test_what_does_not_fit_is_refused(
     for preserve in ("none", "nullspace", CovariancePenalty(0.0)):
         with pytest.raises(ValueError, match="tune needs a preservation with a strength above 0"):
             editor(preserve=preserve)
+    with pytest.raises(ValueError, match="tune must be true, false or 'neighbours', got 'score'"):
+        editor(tune="score")
     with pytest.raises(ValueError, match="the editor needs preservation text to be tuned"):
         tune(model, tokenizer, telling, editor=editor())
     for wrong, message in (
@@ -205,17 +218,27 @@ def test_what_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"strength": 0}, {"strength": "1"}, {"strength": math.inf}, {"strength": True}, {"phrasings": -1}]
+    "changes",
+    [
+        {"strength": 0},
+        {"strength": "1"},
+        {"strength": math.inf},
+        {"strength": True},
+        {"phrasings": -1},
+        {"stop": -1},
+        {"stop": "0"},
+        {"stop": math.nan},
+    ],
 )
 def test_a_damaged_place_is_refused(changes: dict[str, Any]) -> None:
-    place = Place((0,), "last", 0.3, 2, OUTPUT)
+    place = Place((0,), "last", 0.3, 2, OUTPUT, 0.15)
     assert Place.from_dict(json.loads(json.dumps(place.to_dict()))) == place
-    with pytest.raises(ValueError, match="expected a strength above 0 and a number of phrasings"):
+    with pytest.raises(ValueError, match=r"expected a (strength above 0 and a number of phrasings|stop of at least 0)"):
         Place.from_dict(place.to_dict() | changes)
 
 
 def test_the_table_fits_into_80_columns() -> None:
-    place = Place((45, 46, 47), "subject_last", 3e-5, 8)
+    place = Place((45, 46, 47), "subject_last", 3e-5, 8, OUTPUT, 0.15)
     console = Console(width=80, record=True, file=StringIO())
     console.print(Location((Trial(place, 10.25, 1.0, 0.5, 1.0, 12.345, 8),), 0, None, {"edits": 1.0}).table())
     text = console.export_text()
@@ -227,7 +250,7 @@ def tuned_on_a_rank(kind: str) -> tuple[Any, list[Trial], bool]:
     model, optimizers, read = small_edits.prepared(kind)
     before = read()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{SETTINGS}.choose_settings", lambda trials: 5 + Ranks.current().rank)
+        patch.setattr(f"{SETTINGS}.choose_settings", lambda *_: 5 + Ranks.current().rank)
         found = small_tune(model, optimizers=optimizers)
     is_same = all(torch.equal(a, b) for a, b in zip(before, read(), strict=True))
     return found.place, list(found.trials), is_same
@@ -269,17 +292,17 @@ def test_ranks_with_sharded_weights_choose_as_one_process() -> None:
 
 
 def test_a_place_of_another_editor_is_taken_as_far_as_it_fits(caplog: pytest.LogCaptureFixture) -> None:
-    place = Place((1,), "last", 0.003, 2, OUTPUT)
+    place = Place((1,), "last", 0.003, 2, OUTPUT, 0.15)
     for own, expected, message in (
         (editor(), place, ""),
         (Editor("auto", token="auto", tune=True), place, ""),
         (Editor("auto", token="auto"), Place((1,), "last"), ""),
         (editor(tune=False), Place((0, 1), "last"), ""),
         # layers that were given stay, and so does a strength of another kind
-        (Editor([2, 3], token="last", tune=True), Place((2, 3), "last", 0.3, 0, OUTPUT), "not tuned"),
+        (Editor([2, 3], token="last", tune=True), Place((2, 3), "last", 0.3, 0, OUTPUT, 0.05), "not tuned"),
         (
             editor(preserve=CovariancePenalty(100.0)),
-            Place((1,), "last", 100.0, 0, OUTPUT.replace("OutputPenalty", "CovariancePenalty")),
+            Place((1,), "last", 100.0, 0, OUTPUT.replace("OutputPenalty", "CovariancePenalty"), 0.05),
             "the strength 0.003 of the edits so far is one of",
         ),
     ):
@@ -288,7 +311,7 @@ def test_a_place_of_another_editor_is_taken_as_far_as_it_fits(caplog: pytest.Log
         own.place = place
         assert own.place == expected and (message in caplog.text if message else not caplog.records)
         own.place = None
-        assert not own.is_resolved or not own.finds_place
+        assert (not own.is_resolved or not own.finds_place) and own.targets.stop == 0.05
     given = Editor("auto")
     given.preserve, given.phrasings = None, 4
     given.place = None
@@ -296,11 +319,12 @@ def test_a_place_of_another_editor_is_taken_as_far_as_it_fits(caplog: pytest.Log
 
 
 def test_the_yaml_of_what_was_chosen_makes_the_editor() -> None:
-    place = Place((1,), "last", 0.003, 2, OUTPUT)
+    place = Place((1,), "last", 0.003, 2, OUTPUT, 0.15)
     found = yaml.safe_load(Location((Trial(place, 0.1, facts=8),), 0, None, {}).yaml())
     assert found == {
         "layers": [1], "token": "last", "phrasings": 2,
         "preserve": {"class_path": OUTPUT, "init_args": {"strength": 0.003}},
+        "targets": {"class_path": "lit_moeedit.editing.TargetOptimizer", "init_args": {"stop": 0.15}},
     }  # fmt: skip
 
 

@@ -358,9 +358,10 @@ def test_the_trials_of_an_editor_that_is_tuned_are_counted(monkeypatch: pytest.M
     (own,) = seen
     # the most further prompts that it may choose
     assert own.is_resolved and own.layers == (0, 1) and own.token == "last" and own.phrasings == 8
-    # all facts take part: one search for targets, 13 edits, and an evaluation before them
+    # all facts take part: two searches for targets, to the given loss and a higher one, 18 edits, and an evaluation
+    # before them
     assert [cost.phase for cost in costs] == ["locate", "statistics", "targets", "solve", "evaluation"]
-    assert costs[0].flops == 100 + 700 + 13 * 10 + 14 * 1800
+    assert costs[0].flops == 100 + 2 * 700 + 18 * 10 + 19 * 1800
 
 
 def test_facts_are_counted_in_their_file(tmp_path: Path) -> None:

@@ -74,11 +74,13 @@ class Location:
     def yaml(self) -> str:
         """Return the settings of the editor as YAML, for the ``init_args`` of an editor in a config."""
         settings: dict[str, Any] = self.place.to_dict()
+        stop = settings.pop("stop", None)
+        targets = {**self.targets} if stop is None else {**self.targets, "stop": stop}
         if self.place.preserve is not None:
             class_path = settings.pop("preserve")
             settings["preserve"] = {"class_path": class_path, "init_args": {"strength": settings.pop("strength")}}
-        if self.targets:
-            settings["targets"] = {"class_path": "lit_moeedit.editing.TargetOptimizer", "init_args": {**self.targets}}
+        if targets:
+            settings["targets"] = {"class_path": "lit_moeedit.editing.TargetOptimizer", "init_args": targets}
         text: str = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
         return text
 
@@ -91,11 +93,11 @@ class Location:
         table.add_column("", width=1)
         table.add_column("layers", no_wrap=True)
         is_tuned = any(trial.place.strength is not None for trial in self.trials)
-        for name in ("strength", "further\nprompts") if is_tuned else ("token",):
+        for name in ("strength", "further\nprompts", "stop") if is_tuned else ("token",):
             table.add_column(name, no_wrap=True)
         # settings are not chosen by their score
         scores = () if is_tuned else ("score",)
-        for name in ("loss", "efficacy", "para-\nphrases", "neigh-\nbours", *scores, "change"):
+        for name in ("loss", "effi-\ncacy", "para-\nphrases", "neigh-\nbours", *scores, "change"):
             table.add_column(name, justify="right")
         for number, trial in enumerate(self.trials):
             is_chosen, place = number == self.chosen, trial.place
@@ -104,7 +106,7 @@ class Location:
             table.add_row(
                 ">" if is_chosen else "*" if trial.facts > few else "",
                 ", ".join(map(str, place.layers)),
-                *((f"{place.strength:g}", str(place.phrasings)) if is_tuned else (place.token,)),
+                *((f"{place.strength:g}", str(place.phrasings), f"{place.stop:g}") if is_tuned else (place.token,)),
                 f"{trial.nll:.2f}",
                 *(_share(value) for value in shares),
                 "-" if trial.change is None else f"{trial.change:.3f}",

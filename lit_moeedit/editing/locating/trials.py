@@ -213,14 +213,14 @@ class Trials:
         return trials
 
     def targets(self, places: Sequence[Place]) -> list[Targets]:
-        """Find the target vectors at each place, once for those with the same token and highest layer."""
-        tops = [Place(place.layers[-1:], place.token) for place in places]
+        """Find the target vectors at each place, once for those with the same token, highest layer, and stop."""
+        tops = [Place(place.layers[-1:], place.token, stop=place.stop) for place in places]
         known: dict[Place, Targets] = {}
         for top in dict.fromkeys(tops):
             editor, facts = self.editor.at(top), dict(enumerate(self.facts))
             encoded = editor.encode(self.tokenizer, self.facts)
             encoded = editor.with_neutral_prompts(self.model, self.tokenizer, facts, encoded, ranks=self.ranks)
-            known[top] = self.editor.targets.optimize(
+            known[top] = editor.targets.with_stop(top.stop).optimize(
                 self.model,
                 check_editable(self.model, top.layers)[0],
                 encoded.rows,

@@ -1,4 +1,4 @@
-"""The choice of an editor's settings by trial edits: strength of the preservation, layers, and further prompts."""
+"""The choice of an editor's settings by trials: strength, layers, further prompts, and stop of the targets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from lit_moeedit.editing.locating.location import Location
 from lit_moeedit.editing.locating.tracing import spread
 from lit_moeedit.editing.locating.trials import Trial, Trials
 from lit_moeedit.editing.phases import Progress
-from lit_moeedit.editing.place import Place
+from lit_moeedit.editing.place import Place, Tune
 from lit_moeedit.sharding.history import History
 from lit_moeedit.sharding.ranks import Ranks
 
@@ -31,13 +32,14 @@ FEWEST = 8
 TUNE_TOKENS = 131072
 """Maximum number of tokens of preservation text in the trials."""
 TOLERANCE = 0.01
-"""Share of the neighbours that the settings chosen may retain less than the given ones."""
+"""Share of the neighbours that the settings chosen may retain less than the given ones, with ``tune="neighbours"``."""
 STRENGTHS = (1.0, 3.0, 0.1, 0.01, 1e-3, 1e-4)
 """Strengths that are tried, in units of the given one."""
 STRENGTHS_ALONE = (1.0, 0.01, 1e-3, 1e-4)
 """Likewise with the target layer alone."""
-FURTHER = ((8, 1.0), (8, 3.0), (2, 1.0))
-"""Numbers of further prompts that are tried, each with a strength."""
+FURTHER = tuple(product((8, 2), (1.0, 0.01), (0.0, 0.3)))
+"""Numbers of further prompts that are tried, each with a strength, and with the ``stop`` of the search for target
+vectors, in nats, that is the lowest allowed."""
 
 
 @torch.inference_mode(False)
@@ -55,13 +57,15 @@ def tune(
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> Location:
-    """Choose the strength of the preservation, the layers, and the number of further prompts by trial edits.
+    """Choose strength of the preservation, layers, further prompts, and where the search for target vectors stops.
 
     Where a model has seen little, an edit says less of the paraphrases, and a weaker preservation or the target layer
     alone is better; where neighbours suffer, it is not. No constant suits both. So some of the facts are edited with
-    each of the settings in turn, measured and undone, bit by bit. All share one search for target vectors. Of the
-    settings that generate as many targets as the given ones, and retain at most :data:`TOLERANCE` fewer of the
-    neighbours, those with the highest generalization are chosen; the first of several, and the given ones are first.
+    each of the settings in turn, measured and undone, bit by bit. Those with the same ``stop`` share one search for
+    target vectors. Of the settings that generate as many targets as the given ones, those with the highest score
+    (harmonic mean of efficacy, generalization and neighbours retained) are chosen; the first of several, and the given
+    ones are first. With ``tune="neighbours"`` of the editor it is the highest generalization, of those only that retain
+    at most :data:`TOLERANCE` fewer of the neighbours than the given ones.
 
     What is chosen by paraphrases and neighbours has an advantage when it is measured by the same ones. Facts that are
     there to measure a method should not take part.
@@ -124,7 +128,7 @@ def tune(
                 "the editor is not tuned: no neighbour is answered right before the edit, or no target vector is found"
             )
         # the ranks may have measured changes that differ in the last bit
-        best = torch.tensor([choose_settings(results)])
+        best = torch.tensor([choose_settings(results, editor.tune)])
         ranks.broadcast(best)
     return Location(tuple(results), int(best), None, trials.seconds)
 
@@ -138,25 +142,35 @@ def candidates(editor: Editor) -> list[Place]:
     Example:
         >>> for place in candidates(Editor(layers=[3], token="last"))[4:]:
         ...     print(place)
-        layer 3 at last with strength 0.0003
-        layer 3 at last with strength 3e-05
-        layer 3 at last with strength 0.3 and 8 further prompts
-        layer 3 at last with strength 0.9 and 8 further prompts
-        layer 3 at last with strength 0.3 and 2 further prompts
+        layer 3 at last with strength 0.0003, targets to 0.05 nats
+        layer 3 at last with strength 3e-05, targets to 0.05 nats
+        layer 3 at last with strength 0.3, targets to 0.05 nats, 8 further prompts
+        layer 3 at last with strength 0.3, targets to 0.3 nats, 8 further prompts
+        layer 3 at last with strength 0.003, targets to 0.05 nats, 8 further prompts
+        layer 3 at last with strength 0.003, targets to 0.3 nats, 8 further prompts
+        layer 3 at last with strength 0.3, targets to 0.05 nats, 2 further prompts
+        layer 3 at last with strength 0.3, targets to 0.3 nats, 2 further prompts
+        layer 3 at last with strength 0.003, targets to 0.05 nats, 2 further prompts
+        layer 3 at last with strength 0.003, targets to 0.3 nats, 2 further prompts
     """
     layers, token, given = editor.layers, cast("EditToken", editor.token), editor.phrasings
     assert editor.strength is not None, "an editor without a strength cannot be tuned"
-    rows = [(layers, factor, given) for factor in STRENGTHS]
-    rows += [(layers[-1:], factor, given) for factor in STRENGTHS_ALONE]
-    rows += [(layers, factor, number) for number, factor in FURTHER]
+    rows = [(layers, factor, given, 0.0) for factor in STRENGTHS]
+    rows += [(layers[-1:], factor, given, 0.0) for factor in STRENGTHS_ALONE]
+    rows += [(layers, factor, number, stop) for number, factor, stop in FURTHER]
     places = [
-        replace(editor.with_settings(Place(own, token)), strength=editor.strength * factor, phrasings=number)
-        for own, factor, number in rows
+        replace(
+            editor.with_settings(Place(own, token)),
+            strength=editor.strength * factor,
+            phrasings=number,
+            stop=max(stop, editor.targets.stop),
+        )
+        for own, factor, number, stop in rows
     ]
     return list(dict.fromkeys(places))
 
 
-def choose_settings(trials: Sequence[Trial]) -> int:
+def choose_settings(trials: Sequence[Trial], tune: Tune = True) -> int:
     """Return the index of the best settings, see :func:`tune`; those of the first trial are the given ones.
 
     If these make no edit, because its weights would not be finite, the first ones that do take their place.
@@ -164,20 +178,20 @@ def choose_settings(trials: Sequence[Trial]) -> int:
     Example:
         >>> place = Place((1,), "last")
         >>> given = Trial(place, 0.1, 1.0, 0.7, 0.99)
-        >>> choose_settings([given, Trial(place, 0.1, 1.0, 0.8, 0.99), Trial(place, 0.1, 1.0, 0.9, 0.9)])
-        1
+        >>> others = [Trial(place, 0.1, 1.0, 0.8, 0.99), Trial(place, 0.1, 1.0, 0.9, 0.95)]
+        >>> choose_settings([given, *others]), choose_settings([given, *others], "neighbours")
+        (2, 1)
     """
     # the weights may not hold what the given settings make of them
     first = next((number for number, trial in enumerate(trials) if trial.efficacy is not None), 0)
     if not _is_known(trials[first]):
         return first
     efficacy, retained = trials[first].efficacy or 0.0, trials[first].specificity_retained or 0.0
-    allowed = {
-        number: trial.generalization or 0.0
-        for number, trial in enumerate(trials)
-        if (trial.efficacy or 0.0) >= efficacy and (trial.specificity_retained or 0.0) >= retained - TOLERANCE
-    }
-    return max(allowed, key=allowed.__getitem__)
+    allowed = {n: trial for n, trial in enumerate(trials) if (trial.efficacy or 0.0) >= efficacy}
+    if tune == "neighbours":
+        kept = {n for n, trial in allowed.items() if (trial.specificity_retained or 0.0) >= retained - TOLERANCE}
+        return max(sorted(kept), key=lambda n: allowed[n].generalization or 0.0)
+    return max(allowed, key=lambda n: allowed[n].score or 0.0)
 
 
 def _is_known(trial: Trial) -> bool:

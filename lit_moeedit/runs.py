@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -96,6 +97,9 @@ class EditingCLI(RunArguments):
     @override
     def __init__(self, *args: Any, commands: Commands | None = None, **kwargs: Any) -> None:
         self._commands = commands
+        given = kwargs.get("args")
+        first = next(iter(sys.argv[1:] if given is None else given if isinstance(given, list) else []), None)
+        self._wanted = first if first in self.subcommands() else None
         try:
             super().__init__(*args, **kwargs)
         except (OSError, ValueError) as error:
@@ -115,6 +119,14 @@ class EditingCLI(RunArguments):
             next(action for action in subcommands._choices_actions if action.dest == name).help = summary
         if self._commands is not None:
             self._commands.add_to(subcommands)
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._wanted in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # another command is run: a quarter of a second is saved, and this one is only named
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -119,6 +119,31 @@ def test_each_trial_is_the_edit_with_its_settings_and_leaves_no_trace(
     assert found.chosen == choose_settings(found.trials)
 
 
+def test_settings_that_differ_in_nothing_share_a_trial(
+    model: PreTrainedModel, tokenizer: Any, telling: Any, texts: Any, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = ((2, 1.0, 0.0), (8, 1.0, 0.0))
+    for name, values in (("STRENGTHS", (1.0, 0.01)), ("STRENGTHS_ALONE", ()), ("FURTHER", numbers)):
+        monkeypatch.setattr(f"{SETTINGS}.{name}", values)
+    edited, edit = list[Place](), Trials._edit
+    monkeypatch.setattr(Trials, "_edit", lambda self, own, *a: (edited.append(own.place), edit(self, own, *a))[1])
+
+    def known(*further: str) -> Any:
+        return lambda model, tokenizer, facts, count, *args: [[*further[:count]] for _ in facts]
+
+    for prompts, own in (((), 0), (("People ask where a sea lies, which is near",), 2)):
+        monkeypatch.setattr("lit_moeedit.editing.locating.trials.further_prompts", known(*prompts))
+        edited.clear()
+        tried = tune(model, tokenizer, telling, texts, editor=editor()).trials
+        assert edited == [trial.place for trial in tried[: 3 if prompts else 2]] and len(tried) == 4
+        for number in (2, 3):
+            assert tried[number] == replace(tried[own], place=candidates(editor())[number])
+    plain = editor(phrasings=2, tune=False)
+    vars(plain).update(find_phrasings=lambda job, facts: known(*prompts)(None, None, facts, 2))
+    change = plain.edit(deepcopy(model), tokenizer, telling, texts).relative_change
+    assert tried[2].change == pytest.approx(math.hypot(*change.values())) != pytest.approx(tried[0].change)
+
+
 def test_an_editor_edits_with_what_it_has_chosen(
     model: PreTrainedModel,
     tokenizer: Any,

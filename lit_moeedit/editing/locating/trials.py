@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lit_moeedit.data.encoding import pad_id
+from lit_moeedit.data.encoding import EditToken, pad_id
 from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.editor import Editor
 from lit_moeedit.editing.evaluation import Evaluation, evaluate
 from lit_moeedit.editing.phases import Progress
+from lit_moeedit.editing.phrasings import further_prompts
 from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.targets import TargetOptimizer, Targets
 from lit_moeedit.interrupts import Undo, held
@@ -182,6 +183,7 @@ class Trials:
         self.optimizers, self.histories = optimizers, histories
         self.seconds = dict.fromkeys(("targets", "statistics", "edits"), 0.0)
         self._failed: list[tuple[Place, Exception]] = []
+        self._further: dict[tuple[int, EditToken], list[list[str]]] = {}
 
     def run(self, places: Sequence[Place], highest: float = math.inf) -> list[Trial]:
         """Try all places; the weights are bit-identical afterwards.
@@ -204,8 +206,14 @@ class Trials:
                 moments = self._moments({index for n in chosen for index in places[n].layers})
             with self._timed("edits"):
                 before = evaluate(self.model, self.tokenizer, self.facts, ranks=self.ranks)
+                done: dict[tuple[Any, ...], Trial] = {}
                 for number, n in enumerate(chosen, 1):
-                    trials[n] = self._edit(trials[n], targets[n], moments, before)
+                    place, further = places[n], self.further_prompts(places[n])
+                    # such as with more further prompts where there are none
+                    case = replace(place, phrasings=None), *map(tuple, further)
+                    if case not in done:
+                        done[case] = self._edit(trials[n], targets[n], further, moments, before)
+                    trials[n] = replace(done[case], place=place)
                     self.progress("trial edits", number, len(chosen))
         for place, error in self._failed:  # not in the block, which is quiet
             log.warning("a trial of %s made no edit: %s", place, error)
@@ -230,6 +238,15 @@ class Trials:
             self.progress("trial targets", len(known), len(set(tops)))
         return [known[top] for top in tops]
 
+    def further_prompts(self, place: Place) -> list[list[str]]:
+        """Find the further prompts of each fact at a place, once for each number and token."""
+        editor, token = self.editor.at(place), cast("EditToken", place.token)
+        if (case := (editor.phrasings, token)) not in self._further:
+            self._further[case] = further_prompts(
+                self.model, self.tokenizer, self.facts, *case, editor.token_budget, self.ranks, self.facts
+            )
+        return self._further[case]
+
     def _moments(self, layers: set[int]) -> Mapping[int, SecondMoments] | None:
         """Compute the second moments of all layers in one pass over the text."""
         editor = self.editor.at(Place(tuple(sorted(layers)), "last"))
@@ -246,12 +263,18 @@ class Trials:
         )
 
     def _edit(
-        self, trial: Trial, targets: Targets, moments: Mapping[int, SecondMoments] | None, before: Evaluation
+        self,
+        trial: Trial,
+        targets: Targets,
+        further: list[list[str]],
+        moments: Mapping[int, SecondMoments] | None,
+        before: Evaluation,
     ) -> Trial:
         """Edit, measure and undo; a trial whose edit is not finite in the weights' dtype is one without an edit."""
         editor, after = self.editor.at(trial.place), list[Evaluation]()
         editor.targets = _KnownTargets(editor.targets, targets)
         editor.neutral_prompts = 0  # nothing is searched for
+        vars(editor).update(find_phrasings=lambda job, facts: further)
 
         def guard() -> bool:
             after.append(evaluate(self.model, self.tokenizer, self.facts, before.neighbours_exact, ranks=self.ranks))

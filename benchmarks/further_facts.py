@@ -30,6 +30,7 @@ from benchmarks.training import (
     changed,
     corpus_options,
     header,
+    label_of,
     mean_of,
     only,
     quiet,
@@ -75,7 +76,7 @@ def edits(
         layers, texts = found.editor.check(found.model), found.data.preservation_texts()
         moments = found.editor.moments(found.model, found.tokenizer, layers, texts)
         shared: dict[float, Once] = {}
-        done = {setting_of(one) for one in known[name] if one.get("weights", found.weights) == found.weights}
+        done = {setting_of(one) for one in known[name] if one["weights"] == found.weights}
         for phrasings, stop, strength in (setting for setting in SETTINGS if setting not in done):
             targets = shared.setdefault(stop, Once(changed(found.editor.targets, stop=stop)))
             editor = changed(found.editor, phrasings=phrasings, targets=targets, preserve=OutputPenalty(strength))
@@ -87,17 +88,19 @@ def edits(
 def table(results: Results) -> str:
     """Markdown: each hundred, and all together."""
     lines = header(["facts", "further prompts", "stop", "strength", *map(title_of, SHOWN)])
+    every = [*results]
     for phrasings, stop, strength in SETTINGS:
         for label, names in {**{name: [name] for name in PARTS}, "all": [*PARTS]}.items():
             own = [
-                result
-                for by_name in results.values()
+                (seed, result)
+                for seed, by_name in results.items()
                 for name in names
                 for result in by_name[name]
                 if setting_of(result) == (phrasings, stop, strength)
             ]
+            label = label_of(label, dict(own), every)
             cells = [label, phrasings, f"{stop:g}", f"{strength:g}"]
-            lines.append(row([*cells, *(mean_of(own, metric) for metric in SHOWN)]))
+            lines += [row([*cells, *(mean_of([r for _, r in own], metric) for metric in SHOWN)])] if own else []
     return "\n".join(lines)
 
 

@@ -127,8 +127,8 @@ def settings() -> Iterator[Setting]:
     yield Setting("null space, target layer alone", 0.02, "target layer", kind="null space")
     for strength in (DEFAULT, 0.003):
         yield Setting("three further prompts", strength, phrasings=3, stop=0.15)
-    yield Setting("two further prompts", 0.003, phrasings=2, stop=0.3)
-    yield Setting("further prompts", DEFAULT, phrasings=8, stop=0.3)
+    yield Setting("two further prompts, weak", 0.003, phrasings=2, stop=0.3)
+    yield Setting("further prompts, by stop", DEFAULT, phrasings=8, stop=0.3)
     yield Setting("MoEEdit", HARD["atlas"][0], kind="MoEEdit")
     yield Setting("MoEEdit as released", HARD["atlas"][0], kind="MoEEdit as released")
     yield from AUTO
@@ -268,9 +268,9 @@ STYLES = {
 
 
 def picture(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Generalization against neighbours retained, means over seeds; the default has a ring, what is tuned a star.
+    """Generalization against neighbours retained, means over seeds.
 
-    These two have their 95 % intervals over the facts.
+    The default has a ring, what is tuned a star or a plus; these three have their 95 % intervals over the facts.
     """
     names = [name for name in MODELS if by_setting(results, name)]
     size = (4.4 * len(names), 4.6)
@@ -321,7 +321,7 @@ def main() -> None:
         if all(setting in map(setting_of, rows) for setting in order):
             continue
         case = trained(name, seed, arguments.models, *options)
-        rows[:] = [result for result in rows if result.get("weights", case.weights) == case.weights]
+        rows[:] = [result for result in rows if result["weights"] == case.weights]
         for new in edits(case, [setting_of(result) for result in rows]):
             rows.append(new)
             rows.sort(key=lambda result: order.index(setting_of(result)))

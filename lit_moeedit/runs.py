@@ -98,8 +98,9 @@ class EditingCLI(RunArguments):
     def __init__(self, *args: Any, commands: Commands | None = None, **kwargs: Any) -> None:
         self._commands = commands
         given = kwargs.get("args")
-        first = next(iter(sys.argv[1:] if given is None else given if isinstance(given, list) else []), None)
-        self._wanted = first if first in self.subcommands() else None
+        words = sys.argv[1:] if given is None else given
+        # the subcommand, where it is plain which one it is; otherwise all have their parsers
+        self._wanted = words[0] if isinstance(words, list) and words and words[0] in self.subcommands() else None
         try:
             super().__init__(*args, **kwargs)
         except (OSError, ValueError) as error:

@@ -161,3 +161,22 @@ def test_commands_are_listed_together(args: list[str], names: list[str], capsys:
     listed = [line.split()[0] for line in capsys.readouterr().out.partition("Available subcommands")[2].splitlines()
               if line.startswith("    ") and line[4] != " " and len(line.split()) > 1]  # fmt: skip
     assert exit.value.code == 0 and [name for name in listed if name in names] == names
+
+
+def test_only_the_subcommand_that_comes_first_has_its_parser_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    made = list[Any]()
+    make = EditingCLI._add_arguments
+    monkeypatch.setattr(EditingCLI, "_add_arguments", lambda self, parser: (made.append(parser), make(self, parser))[1])
+    expected = parsed(capsys, "recipe:atlas")
+    assert len(made) == 1
+    both = tmp_path / "both.yaml"
+    both.write_text(yaml.safe_dump({"fit": expected, "validate": {"seed_everything": 7}}), encoding="utf-8")
+    for args in ([f"--config={both}", "fit", "--print_config"], [f"--config={both}", "--help"]):
+        made.clear()
+        with pytest.raises(SystemExit) as exit:
+            run(args=args)
+        assert exit.value.code == 0 and len(made) == 4
+        text = capsys.readouterr().out
+        assert yaml.safe_load(text) == expected if "fit" in args else "validate" in text

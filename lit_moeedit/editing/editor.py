@@ -104,8 +104,9 @@ class Editor(PlaceFinding):
         tune: choose the strength of the preservation, whether all layers or the target layer alone are edited,
             ``phrasings``, and the ``stop`` of ``targets`` when the first edit begins: by edits of some facts that are
             measured and undone, see :func:`~lit_moeedit.editing.locating.tune`. These settings then are what is tried
-            first. ``True`` chooses by the score; ``"neighbours"`` keeps as many of these as the given settings do. It
-            needs a preservation with a strength, and facts with paraphrases and neighbours.
+            first. ``True`` chooses by the score; ``"neighbours"`` by generalization, of the settings only that retain
+            at most 1 % fewer neighbours than the given ones. It needs a preservation with a strength, and facts with
+            paraphrases and neighbours.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -303,7 +304,8 @@ class Editor(PlaceFinding):
         facts = {t: fact for t, fact in enumerate(job.facts) if fact.key not in job.goals}
         token = cast("EditToken", self.token)
         with job.clock("features"):
-            found = self.find_phrasings(job, [*facts.values()])
+            measured = [*job.facts, *job.measured]
+            found = self.find_phrasings(job.model, job.tokenizer, [*facts.values()], measured, job.ranks)
             rows = [(t, text, fact) for (t, fact), own in zip(facts.items(), found, strict=True) for text in own]
             texts, targets = [text for _, text, _ in rows], [fact.target_new for *_, fact in rows]
             encodings = encode(job.tokenizer, texts, targets, [fact.subject for *_, fact in rows], token)
@@ -312,12 +314,17 @@ class Editor(PlaceFinding):
         log.info("further prompts of %d facts: %.1f each", len(facts), len(rows) / max(1, len(facts)))
         return encoded.with_prompts([(t, encoding) for (t, *_), encoding in zip(rows, encodings, strict=True)])
 
-    def find_phrasings(self, job: EditJob, facts: Sequence[Fact]) -> list[list[str]]:
+    def find_phrasings(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        measured: Sequence[Fact] = (),
+        ranks: Ranks | None = None,
+    ) -> list[list[str]]:
         """Find further prompts of some facts of an edit, see :func:`~.phrasings.further_prompts`."""
-        token, measured = cast("EditToken", self.token), [*job.facts, *job.measured]
-        return further_prompts(
-            job.model, job.tokenizer, facts, self.phrasings, token, self.token_budget, job.ranks, measured
-        )
+        token = cast("EditToken", self.token)
+        return further_prompts(model, tokenizer, facts, self.phrasings, token, self.token_budget, ranks, measured)
 
     def with_neutral_prompts(
         self,

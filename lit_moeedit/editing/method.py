@@ -57,7 +57,8 @@ class EditMethod(ABC):
         memory: keeps later edits from undoing earlier ones; ``None`` for no memory.
         facts: the facts of a method that brings its own; ``None`` for any other.
         can_renew: whether edits that have faded can be made again.
-        tune: whether :meth:`resolve` chooses further settings, too.
+        tune: whether, and how, :meth:`resolve` chooses further settings, too; see
+            :class:`~lit_moeedit.editing.Editor`.
 
     Raises:
         ValueError: if a setting is out of range.

@@ -43,10 +43,10 @@ class Place:
     def __str__(self) -> str:
         parts = [f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"]
         parts += [] if self.token is None else [f"at {self.token}"]
-        chosen = [] if self.strength is None else [f"with strength {self.strength:g}"]
+        chosen = [] if self.strength is None else [f"strength {self.strength:g}"]
         chosen += [] if self.stop is None else [f"targets to {self.stop:g} nats"]
         chosen += [f"{self.phrasings} further prompts"] if self.phrasings else []
-        return " ".join([*parts, ", ".join(chosen)] if chosen else parts)
+        return " ".join([*parts, "with", ", ".join(chosen)] if chosen else parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return layers and token as JSON types, and what trials have chosen, if there were any."""

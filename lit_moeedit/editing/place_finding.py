@@ -116,9 +116,10 @@ class PlaceFinding(EditMethod):
         self.layers, self.token = place.layers, place.token or self.token
         if place.strength is not None and isinstance(self.preserve, CovariancePenalty):
             self._untuned = self._untuned or (self.preserve, self.phrasings, self.targets)
-            self.preserve, self.targets = copy(self.preserve), self.targets.with_stop(place.stop)
+            _, phrasings, targets = self._untuned
+            self.preserve, self.targets = copy(self.preserve), targets.with_stop(place.stop)
             self.preserve.strength = place.strength
-            self.phrasings = self.phrasings if place.phrasings is None else place.phrasings
+            self.phrasings = phrasings if place.phrasings is None else place.phrasings
 
     @property
     @override

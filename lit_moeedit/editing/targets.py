@@ -144,7 +144,10 @@ class TargetOptimizer:
         self.autocast, self.cuda_graphs, self.loss_tokens = autocast, cuda_graphs, loss_tokens
 
     def with_stop(self, stop: float | None) -> Self:
-        """Return the same settings with another ``stop``; ``None`` keeps it."""
+        """Return the same settings with another ``stop``; ``None`` keeps it.
+
+        Trials of settings call this. A class that hands the search on to another object has to override it.
+        """
         if stop is None or stop == self.stop:
             return self
         other = copy(self)

@@ -22,7 +22,6 @@ from lit_moeedit.data.encoding import IGNORED_LABEL, Encoding, pad_id, token_bat
 from lit_moeedit.editing import PHASES, Editor, evaluate
 from lit_moeedit.editing.evaluation import scoring_cost
 from lit_moeedit.editing.held_states import edit_prompts, edit_states, relative_distance
-from lit_moeedit.editing.job import EditJob
 from lit_moeedit.editing.phrasings import candidate_prompts
 from lit_moeedit.editing.target_rows import TargetRow
 from lit_moeedit.editing.targets import batch_cost
@@ -323,9 +322,9 @@ def _find_all_prompts(editor: Editor, token_budget: int | None = None) -> None:
     asking = copy(editor)
     asking.token_budget = token_budget or "auto"
 
-    def further(job: EditJob, facts: Sequence[Fact]) -> list[list[str]]:
+    def further(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], *args: Any) -> list[list[str]]:
         if token_budget is not None:
-            Editor.find_phrasings(asking, job, facts)
+            Editor.find_phrasings(asking, model, tokenizer, facts, *args)
         return candidate_prompts(facts, editor.phrasings)
 
     def neutral(model: PreTrainedModel, tokenizer: Any, facts: Sequence[Fact], *args: Any) -> list[list[str]]:

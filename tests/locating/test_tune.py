@@ -66,6 +66,7 @@ def trial(efficacy: float | None, general: float, kept: float) -> Trial:
         # the weights cannot hold the edit of the given settings
         ([trial(None, 0.0, 0.0), trial(1.0, 0.5, 0.9), trial(1.0, 0.6, 0.9)], 2, 2),
         ([trial(None, 0.0, 0.0), trial(1.0, 0.5, math.nan), trial(1.0, 0.6, math.nan)], 1, 1),
+        ([trial(None, 0.0, 0.0), trial(0.0, 0.5, 0.9), trial(0.0, 0.6, 0.9)], 1, 2),
         # nothing is known of neighbours, or of an edit
         ([trial(1.0, 0.5, math.nan), trial(1.0, 0.9, math.nan)], 0, 0),
         ([trial(None, 0.5, 0.5), trial(None, 0.9, 0.9)], 0, 0),
@@ -128,19 +129,15 @@ def test_settings_that_differ_in_nothing_share_a_trial(
     edited, edit = list[Place](), Trials._edit
     monkeypatch.setattr(Trials, "_edit", lambda self, own, *a: (edited.append(own.place), edit(self, own, *a))[1])
 
-    def known(*further: str) -> Any:
-        return lambda model, tokenizer, facts, count, *args: [[*further[:count]] for _ in facts]
-
     for prompts, own in (((), 0), (("People ask where a sea lies, which is near",), 2)):
-        monkeypatch.setattr("lit_moeedit.editing.locating.trials.further_prompts", known(*prompts))
+        found: Any = lambda self, model, tokenizer, facts, *args, **kwargs: [[*prompts] for _ in facts]  # noqa: B023, E731
+        monkeypatch.setattr(Editor, "find_phrasings", found)
         edited.clear()
         tried = tune(model, tokenizer, telling, texts, editor=editor()).trials
         assert edited == [trial.place for trial in tried[: 3 if prompts else 2]] and len(tried) == 4
         for number in (2, 3):
             assert tried[number] == replace(tried[own], place=candidates(editor())[number])
-    plain = editor(phrasings=2, tune=False)
-    vars(plain).update(find_phrasings=lambda job, facts: known(*prompts)(None, None, facts, 2))
-    change = plain.edit(deepcopy(model), tokenizer, telling, texts).relative_change
+    change = editor(phrasings=2, tune=False).edit(deepcopy(model), tokenizer, telling, texts).relative_change
     assert tried[2].change == pytest.approx(math.hypot(*change.values())) != pytest.approx(tried[0].change)
 
 
@@ -265,9 +262,16 @@ def test_a_damaged_place_is_refused(changes: dict[str, Any]) -> None:
 def test_the_table_fits_into_80_columns() -> None:
     place = Place((45, 46, 47), "subject_last", 3e-5, 8, OUTPUT, 0.15)
     console = Console(width=80, record=True, file=StringIO())
-    console.print(Location((Trial(place, 10.25, 1.0, 0.5, 1.0, 12.345, 8),), 0, None, {"edits": 1.0}).table())
+    console.print(
+        Location(
+            (Trial(place, 10.25, 1.0, 0.5, 1.0, 12.345, 8), Trial(replace(place, stop=None), 9.0)),
+            0,
+            None,
+            {"edits": 1.0},
+        ).table()
+    )
     text = console.export_text()
-    assert "…" not in text and "45, 46, 47" in text and "3e-05" in text and "12.345" in text
+    assert "…" not in text and "45, 46, 47" in text and "3e-05" in text and "12.345" in text and "0.75" in text
 
 
 def tuned_on_a_rank(kind: str) -> tuple[Any, list[Trial], bool]:
@@ -337,6 +341,11 @@ def test_a_place_of_another_editor_is_taken_as_far_as_it_fits(caplog: pytest.Log
         assert own.place == expected and (message in caplog.text if message else not caplog.records)
         own.place = None
         assert (not own.is_resolved or not own.finds_place) and own.targets.stop == 0.05
+    # of an earlier version, whose places have no stop
+    own = editor()
+    own.place = place
+    own.place = replace(place, stop=None, phrasings=None)
+    assert own.place == replace(place, stop=0.05, phrasings=0)
     given = Editor("auto")
     given.preserve, given.phrasings = None, 4
     given.place = None
@@ -345,7 +354,10 @@ def test_a_place_of_another_editor_is_taken_as_far_as_it_fits(caplog: pytest.Log
 
 def test_the_yaml_of_what_was_chosen_makes_the_editor() -> None:
     place = Place((1,), "last", 0.003, 2, OUTPUT, 0.15)
-    found = yaml.safe_load(Location((Trial(place, 0.1, facts=8),), 0, None, {}).yaml())
+    given = replace(place, stop=0.05)
+    location = Location((Trial(given, 0.1, facts=8), Trial(place, 0.1, facts=8)), 1, None, {})
+    assert "targets" not in yaml.safe_load(replace(location, chosen=0).yaml())
+    found = yaml.safe_load(location.yaml())
     assert found == {
         "layers": [1], "token": "last", "phrasings": 2,
         "preserve": {"class_path": OUTPUT, "init_args": {"strength": 0.003}},

@@ -72,10 +72,13 @@ class Location:
         return f"{self.place} chosen of {len(self.trials)} places in {sum(self.seconds.values()):.1f} s ({measured})"
 
     def yaml(self) -> str:
-        """Return the settings of the editor as YAML, for the ``init_args`` of an editor in a config."""
+        """Return the settings of the editor as YAML, for the ``init_args`` of an editor in a config.
+
+        Its ``targets`` has only what is other than what was given, and belongs to what a config has there.
+        """
         settings: dict[str, Any] = self.place.to_dict()
         stop = settings.pop("stop", None)
-        targets = {**self.targets} if stop is None else {**self.targets, "stop": stop}
+        targets = {**self.targets} if stop == self.trials[0].place.stop else {**self.targets, "stop": stop}
         if self.place.preserve is not None:
             class_path = settings.pop("preserve")
             settings["preserve"] = {"class_path": class_path, "init_args": {"strength": settings.pop("strength")}}
@@ -88,26 +91,26 @@ class Location:
         """Format the trials as a table for the console; the chosen place is marked."""
         few, many = (pick(trial.facts for trial in self.trials) for pick in (min, max))
         again = f"; * those with {many} facts" if many > few else ""
-        title = f"Trial edits of {few} facts, undone (> chosen; loss of the targets in nats{again})"
+        is_tuned = any(trial.place.strength is not None for trial in self.trials)
+        nats = "stop of the targets" if is_tuned else "loss of the targets"
+        title = f"Trial edits of {few} facts, undone (> chosen; {nats} in nats{again})"
         table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fits into 80 columns
         table.add_column("", width=1)
         table.add_column("layers", no_wrap=True)
-        is_tuned = any(trial.place.strength is not None for trial in self.trials)
-        for name in ("strength", "further\nprompts", "stop") if is_tuned else ("token",):
+        for name in ("strength", "further\nprompts") if is_tuned else ("token",):
             table.add_column(name, no_wrap=True)
-        # settings are not chosen by their score
-        scores = () if is_tuned else ("score",)
-        for name in ("loss", "effi-\ncacy", "para-\nphrases", "neigh-\nbours", *scores, "change"):
+        loss = "stop" if is_tuned else "loss"
+        for name in (loss, "effi-\ncacy", "para-\nphrases", "neigh-\nbours", "score", "change"):
             table.add_column(name, justify="right")
         for number, trial in enumerate(self.trials):
             is_chosen, place = number == self.chosen, trial.place
-            shares = [trial.efficacy, trial.generalization, trial.specificity_retained]
-            shares += [] if is_tuned else [trial.score]
+            shares = [trial.efficacy, trial.generalization, trial.specificity_retained, trial.score]
+            nats = place.stop if is_tuned else trial.nll
             table.add_row(
                 ">" if is_chosen else "*" if trial.facts > few else "",
                 ", ".join(map(str, place.layers)),
-                *((f"{place.strength:g}", str(place.phrasings), f"{place.stop:g}") if is_tuned else (place.token,)),
-                f"{trial.nll:.2f}",
+                *((f"{place.strength:g}", str(place.phrasings)) if is_tuned else (place.token,)),
+                _share(nats),
                 *(_share(value) for value in shares),
                 "-" if trial.change is None else f"{trial.change:.3f}",
                 style="bold" if is_chosen else None,

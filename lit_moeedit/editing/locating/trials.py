@@ -19,7 +19,6 @@ from lit_moeedit.data.facts import Fact
 from lit_moeedit.editing.editor import Editor
 from lit_moeedit.editing.evaluation import Evaluation, evaluate
 from lit_moeedit.editing.phases import Progress
-from lit_moeedit.editing.phrasings import further_prompts
 from lit_moeedit.editing.place import Place
 from lit_moeedit.editing.targets import TargetOptimizer, Targets
 from lit_moeedit.interrupts import Undo, held
@@ -242,9 +241,9 @@ class Trials:
         """Find the further prompts of each fact at a place, once for each number and token."""
         editor, token = self.editor.at(place), cast("EditToken", place.token)
         if (case := (editor.phrasings, token)) not in self._further:
-            self._further[case] = further_prompts(
-                self.model, self.tokenizer, self.facts, *case, editor.token_budget, self.ranks, self.facts
-            )
+            self._further[case] = [[] for _ in self.facts]
+            if editor.phrasings:
+                self._further[case] = editor.find_phrasings(self.model, self.tokenizer, self.facts, ranks=self.ranks)
         return self._further[case]
 
     def _moments(self, layers: set[int]) -> Mapping[int, SecondMoments] | None:
@@ -274,7 +273,7 @@ class Trials:
         editor, after = self.editor.at(trial.place), list[Evaluation]()
         editor.targets = _KnownTargets(editor.targets, targets)
         editor.neutral_prompts = 0  # nothing is searched for
-        vars(editor).update(find_phrasings=lambda job, facts: further)
+        vars(editor).update(find_phrasings=lambda *args: further)
 
         def guard() -> bool:
             after.append(evaluate(self.model, self.tokenizer, self.facts, before.neighbours_exact, ranks=self.ranks))

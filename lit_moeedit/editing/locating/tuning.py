@@ -38,8 +38,8 @@ STRENGTHS = (1.0, 3.0, 0.1, 0.01, 1e-3, 1e-4)
 STRENGTHS_ALONE = (1.0, 0.01, 1e-3, 1e-4)
 """Likewise with the target layer alone."""
 FURTHER = tuple(product((8, 2), (1.0, 0.01), (0.0, 0.3)))
-"""Numbers of further prompts that are tried, each with a strength, and with the ``stop`` of the search for target
-vectors, in nats, that is the lowest allowed."""
+"""Numbers of further prompts that are tried, each with a strength, and with a ``stop`` of the search for target vectors
+of at least this, in nats."""
 
 
 @torch.inference_mode(False)
@@ -187,11 +187,11 @@ def choose_settings(trials: Sequence[Trial], tune: Tune = True) -> int:
     if not _is_known(trials[first]):
         return first
     efficacy, retained = trials[first].efficacy or 0.0, trials[first].specificity_retained or 0.0
-    allowed = {n: trial for n, trial in enumerate(trials) if (trial.efficacy or 0.0) >= efficacy}
+    allowed = [n for n, trial in enumerate(trials) if trial.efficacy is not None and trial.efficacy >= efficacy]
     if tune == "neighbours":
-        kept = {n for n, trial in allowed.items() if (trial.specificity_retained or 0.0) >= retained - TOLERANCE}
-        return max(sorted(kept), key=lambda n: allowed[n].generalization or 0.0)
-    return max(allowed, key=lambda n: allowed[n].score or 0.0)
+        kept = [n for n in allowed if (trials[n].specificity_retained or 0.0) >= retained - TOLERANCE]
+        return max(kept, key=lambda n: trials[n].generalization or 0.0)
+    return max(allowed, key=lambda n: trials[n].score or 0.0)
 
 
 def _is_known(trial: Trial) -> bool:

@@ -95,6 +95,7 @@ CONDITIONS = {
     "replay 5 %, replaced at the end": Condition(REPLACED, replay(share=0.05)),
     "replaced at the end": Condition(REPLACED),
     "hold": Condition(callbacks=lambda: [EditHold()]),
+    "hold, renewed at the end": Condition(RENEWED, lambda: [EditHold()], unrenewed="hold"),
     "renewals every 32 steps": Condition({"renew_every_n_steps": 32, "max_renewals": None}),
     "renewals below 0.95": Condition({"renew_below": 0.95, "survival_every_n_steps": 32}),
     "freeze down-projections": Condition(callbacks=lambda: [Frozen()]),

@@ -105,12 +105,12 @@ class Location:
         for number, trial in enumerate(self.trials):
             is_chosen, place = number == self.chosen, trial.place
             shares = [trial.efficacy, trial.generalization, trial.specificity_retained, trial.score]
-            nats = place.stop if is_tuned else trial.nll
+            found = place.stop if is_tuned else trial.nll
             table.add_row(
                 ">" if is_chosen else "*" if trial.facts > few else "",
                 ", ".join(map(str, place.layers)),
                 *((f"{place.strength:g}", str(place.phrasings)) if is_tuned else (place.token,)),
-                _share(nats),
+                _share(found),
                 *(_share(value) for value in shares),
                 "-" if trial.change is None else f"{trial.change:.3f}",
                 style="bold" if is_chosen else None,
